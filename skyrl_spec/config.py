@@ -1,0 +1,231 @@
+"""The configuration's schema: dataclasses with SkyRL's names. Values live in ``configs/``.
+
+Nothing here imports torch. ``None`` means "decided from the other settings"; what it is decided to be is written
+next to the field. ``validation.validate`` holds every rule that needs more than one type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting the user can mend; the message is one line: setting, value, what is allowed, the mend."""
+
+
+@dataclass
+class DataConfig:
+    """Where the prompts come from: parquet or JSONL files in SkyRL's dataset schema."""
+
+    train_data: list[str] = field(default_factory=list)
+    val_data: list[str] = field(default_factory=list)
+    shuffle: bool = True
+
+
+@dataclass
+class ModelConfig:
+    """A Hugging Face checkpoint directory or hub name."""
+
+    path: str = ""
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam through Megatron's optimizer, its warm-up counted in optimizer steps."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    num_warmup_steps: int = 0
+    # "constant" or "cosine" or "linear"; the latter two decay to min_lr over the whole run.
+    scheduler: str = "constant"
+
+
+@dataclass
+class MegatronConfig:
+    """The parallel layout of the policy workers; data parallelism is what is left of the workers."""
+
+    tensor_model_parallel_size: int = 1
+    use_distributed_optimizer: bool = False
+    # "fp32" or "bf16": dtype of parameters and activations; the optimizer keeps fp32 masters.
+    dtype: str = "bf16"
+    recompute_activations: bool = False
+
+
+@dataclass
+class PolicyConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+    megatron_config: MegatronConfig = field(default_factory=MegatronConfig)
+
+
+@dataclass
+class PlacementConfig:
+    """How many processes train the policy, and on what."""
+
+    # "cpu" (gloo) or "cuda" (NCCL); engines follow.
+    device: str = "cuda"
+    policy_num_nodes: int = 1
+    # None: one model replica, that is tensor_model_parallel_size.
+    policy_num_gpus_per_node: int | None = None
+    # How long actors may wait to be placed and started before the run gives up.
+    timeout_s: float = 600.0
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """DAPO's dynamic sampling: groups whose rewards are all equal are sampled again."""
+
+    # None or "filter".
+    type: str | None = None
+    # Batches sampled for one train batch before the step goes on with what it has.
+    max_sample_batches: int = 10
+
+
+@dataclass
+class OverlongConfig:
+    """DAPO's soft overlong punishment: linear from 0 to -penalty_factor over the last buffer_len tokens."""
+
+    buffer_len: int = 0
+    penalty_factor: float = 1.0
+
+
+@dataclass
+class AlgorithmConfig:
+    """The policy objective. GRPO is DAPO with equal clips and no filter."""
+
+    advantage_estimator: str = "grpo"
+    grpo_norm_by_std: bool = True
+    eps_clip_low: float = 0.2
+    eps_clip_high: float = 0.2
+    # None: no dual clip; else c > 1 of the dual-clip PPO objective.
+    clip_ratio_c: float | None = None
+    # "token_mean", "sequence_mean" or "seq_mean_token_sum_norm".
+    loss_reduction: str = "token_mean"
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.001
+    # Truncated importance correction of the rollout/trainer log-prob gap.
+    use_tis: bool = False
+    tis_imp_ratio_cap: float = 2.0
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+
+
+@dataclass
+class MtpConfig:
+    """The model's own MTP head as draft, trained with the policy in every step."""
+
+    enabled: bool = False
+    num_speculative_tokens: int = 3
+    # Depths the head is trained at, on its own output. None: num_speculative_tokens.
+    unroll_steps: int | None = None
+    # "soft_ce", "topk_soft_ce" or "hard_ce".
+    loss_type: str = "soft_ce"
+    loss_topk: int = 32
+    # Tokens whose logits exist at a time.
+    loss_chunk_size: int = 1024
+    optimizer_config: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+
+
+@dataclass
+class DflashConfig:
+    """The DFlash block-diffusion draft. Not trainable yet: enabling it is refused."""
+
+    enabled: bool = False
+
+
+@dataclass
+class TrainerConfig:
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    dflash: DflashConfig = field(default_factory=DflashConfig)
+    run_dir: str = "runs/default"
+    seed: int = 0
+    epochs: int = 1
+    # None: until the epochs are over.
+    max_training_steps: int | None = None
+    update_epochs_per_batch: int = 1
+    # Prompts; times n_samples_per_prompt gives sequences.
+    train_batch_size: int = 128
+    policy_mini_batch_size: int = 128
+    eval_batch_size: int = 1024
+    # Sequences a forward/backward, per data-parallel rank.
+    micro_train_batch_size_per_gpu: int = 8
+    micro_forward_batch_size_per_gpu: int = 16
+    # Tokens whose policy logits exist at a time.
+    logprobs_chunk_size: int = 1024
+    max_prompt_length: int = 512
+    # Steps between evaluations on val_data at temperature 0; 0 turns it off.
+    eval_interval: int = 10
+    eval_before_train: bool = True
+    # Any of "console" and "wandb"; metrics.jsonl is always written.
+    logger: list[str] = field(default_factory=lambda: ["console"])
+    project_name: str = "skyrl_spec"
+    run_name: str = "default"
+
+
+@dataclass
+class SamplingConfig:
+    max_generate_length: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # -1: all tokens.
+    top_k: int = -1
+    min_p: float = 0.0
+
+
+@dataclass
+class InferenceEngineConfig:
+    """The vLLM engines."""
+
+    num_engines: int = 1
+    tensor_parallel_size: int = 1
+    # None: trainer.policy.megatron_config.dtype.
+    dtype: str | None = None
+    gpu_memory_utilization: float = 0.8
+    # GiB of KV cache on CPU engines.
+    cpu_kvcache_space: int = 1
+    max_num_seqs: int = 256
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    # None: "ray" on CPU, "nccl" on GPU. Or "ipc".
+    weight_sync_backend: str | None = None
+    # Seconds for an engine to answer one batch before the run gives up on it.
+    generate_timeout_s: float = 3600.0
+    # None: filled from trainer.mtp; what is given here goes to vLLM as it is.
+    speculative_config: dict[str, Any] | None = None
+    # Further vLLM engine arguments, passed through.
+    engine_init_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GeneratorConfig:
+    inference_engine: InferenceEngineConfig = field(default_factory=InferenceEngineConfig)
+    n_samples_per_prompt: int = 8
+    sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
+    eval_sampling_params: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    eval_n_samples_per_prompt: int = 1
+
+
+@dataclass
+class EnvironmentConfig:
+    # Used for rows that name none themselves.
+    env_class: str = "gsm8k"
+    # module:Class of the user's own environments, by env_class.
+    custom: dict[str, str] = field(default_factory=dict)
+    # Per env_class keyword arguments, handed to the environment as env_config.
+    skyrl_gym: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
