@@ -1,0 +1,173 @@
+"""Rows of a dataset file, and the tokenized prompts made of them.
+
+A row follows SkyRL's schema: ``prompt`` (chat messages), ``env_class``, and whatever its environment reads
+(``reward_spec``, ``extra_info``, ``data_source``, ...).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from skyrl_spec.config import ConfigError
+from skyrl_spec.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    """The prompts that fit, in file order, and how many were left out for being too long."""
+
+    prompts: list[Prompt]
+    num_skipped: int
+
+
+def read_rows(path: str | Path, *, setting: str = "data.train_data") -> Iterator[Row]:
+    """The rows of a ``.parquet`` or ``.jsonl`` file as plain Python values.
+
+    Fields that are None are left out: parquet gives every row the fields of all rows.
+
+    Raises:
+        ConfigError: naming ``setting``, the file and (from 1) the row: the file is missing, empty, of another kind or
+            cannot be read; a row has no ``prompt``, or one that is not a list of ``{role, content}``.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ConfigError(f"{setting}={path}: must end in {' or '.join(_READERS)}; convert the file")
+    if not path.is_file():
+        raise ConfigError(f"{setting}={path}: no such file; correct the path or make the file first")
+    is_empty = True
+    for number, raw in _READERS[path.suffix](path, setting):
+        is_empty = False
+        row = _without_none(raw)
+        _check_prompt(row, f"{setting}={path}: row {number}")
+        yield row
+    if is_empty:
+        raise ConfigError(f"{setting}={path}: has no rows; give a file with at least one")
+
+
+def load_prompts(
+    paths: Iterable[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    default_env_class: str,
+    setting: str,
+) -> LoadedPrompts:
+    """All rows of ``paths``, tokenized with the chat template and its generation prompt.
+
+    Prompts of more than ``max_prompt_length`` tokens are skipped and counted. A prompt's uid is its row's
+    ``extra_info.index`` or else ``file:row``; one that was seen before gets ``#`` and its number among all rows.
+
+    Raises:
+        ConfigError: as ``read_rows``; no path; a tokenizer without chat template, or one that refuses the messages;
+            no prompt that fits.
+    """
+    paths = [Path(path) for path in paths]
+    if not paths:
+        raise ConfigError(f"{setting}=[]: must name at least one .parquet or .jsonl file; add one")
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"trainer.policy.model.path={tokenizer.name_or_path}: its tokenizer has no chat template; "
+            "add one to tokenizer_config.json"
+        )
+    prompts: list[Prompt] = []
+    uids: set[str] = set()
+    num_rows = 0
+    for path in paths:
+        for index_in_file, row in enumerate(read_rows(path, setting=setting), start=1):
+            num_rows += 1
+            token_ids = _tokenize(tokenizer, row["prompt"], f"{setting}={path}: row {index_in_file}")
+            if len(token_ids) > max_prompt_length:
+                continue
+            uid = str(_extra_info(row).get("index", f"{path}:{index_in_file}"))
+            uid = f"{uid}#{num_rows}" if uid in uids else uid
+            uids.add(uid)
+            prompts.append(_prompt(uid, token_ids, row, default_env_class))
+    if not prompts:
+        raise ConfigError(
+            f"trainer.max_prompt_length={max_prompt_length}: all {num_rows} prompts of {setting} are longer; raise it"
+        )
+    return LoadedPrompts(prompts, num_rows - len(prompts))
+
+
+def _prompt(uid: str, token_ids: list[int], row: Row, default_env_class: str) -> Prompt:
+    extras = {name: value for name, value in row.items() if name not in ("prompt", "env_class")}
+    return Prompt(uid, token_ids, row["prompt"], row.get("env_class", default_env_class), extras)
+
+
+def _extra_info(row: Row) -> Row:
+    extra_info = row.get("extra_info")
+    return extra_info if isinstance(extra_info, dict) else {}
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except jinja2.TemplateError as error:
+        # Templates refuse messages by raising, e.g. a system message that the model was not trained on.
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: the model's chat template refuses the prompt ({reason}); mend the row") from error
+
+
+def _read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                # Both what is no JSON and what is no UTF-8.
+                raise ConfigError(f"{setting}={path}: row {number} is not JSON in UTF-8 ({error}); mend it") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{setting}={path}: row {number} must be a JSON object, got {line[:40]!r}; mend it")
+            yield number, row
+
+
+def _read_parquet(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{setting}={path}: cannot be read as parquet ({reason}); write it again") from error
+
+
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _check_prompt(row: Row, where: str) -> None:
+    if "prompt" not in row:
+        raise ConfigError(f"{where} has no field prompt (it has {', '.join(row) or 'none'}); add the chat messages")
+    prompt = row["prompt"]
+    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+        shown = repr(prompt)[:60]
+        raise ConfigError(f"{where}: prompt must be a list of {{role, content}} texts, got {shown}; rewrite it so")
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,82 @@
+"""The order in which prompts are trained on, which a checkpoint can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from skyrl_spec.config import ConfigError
+from skyrl_spec.types import Prompt
+
+
+class PromptStream:
+    """Endless batches of prompts; an epoch's order depends on ``(seed, epoch)`` alone, so that a run resumes exactly.
+
+    An epoch gives ``steps_per_epoch`` batches of ``batch_size``; prompts left over at its end are dropped.
+
+    Raises:
+        ConfigError: fewer prompts than one batch takes.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, seed: int, shuffle: bool) -> None:
+        if not 1 <= batch_size <= len(prompts):
+            raise ConfigError(
+                f"trainer.train_batch_size={batch_size}: must be 1 to the {len(prompts)} prompts of data.train_data; "
+                "lower it or add data"
+            )
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._go_to(epoch=0, position=0)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed, which is also the number of the epoch that the next batch is from."""
+        return self._epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._prompts) // self._batch_size
+
+    def next_batch(self) -> list[Prompt]:
+        """The next ``batch_size`` prompts, all of one epoch."""
+        end = self._position + self._batch_size
+        batch = [self._prompts[index] for index in self._order[self._position : end]]
+        if end + self._batch_size > len(self._prompts):
+            self._go_to(self._epoch + 1, position=0)
+        else:
+            self._position = end
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the last batch that ``state`` had seen; the batch size may differ.
+
+        Raises:
+            ConfigError: the state is of other data, another seed or another ``shuffle``: the order would not go on.
+        """
+        settings = {"num_prompts": "data.train_data", "seed": "trainer.seed", "shuffle": "data.shuffle"}
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ConfigError(
+                    f"{settings[name]}: {name} is {value}, but {state[name]} in the checkpoint, and the order of the "
+                    f"prompts hangs on it; set it back or begin a new run"
+                )
+        self._go_to(state["epoch"], state["position"])
+        if self._position + self._batch_size > len(self._prompts):
+            self._go_to(self._epoch + 1, position=0)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"num_prompts": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle}
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        self._epoch = epoch
+        self._position = position
+        num_prompts = len(self._prompts)
+        rng = np.random.default_rng((self._seed, epoch))
+        self._order = rng.permutation(num_prompts) if self._shuffle else np.arange(num_prompts)

@@ -1,0 +1,5 @@
+"""Speculative-decoding drafts that are trained with the policy.
+
+``base`` the interface the worker knows · ``align`` which positions are drafted and supervised · ``mtp`` the model's own
+MTP head · ``chain_attention`` how its depths attend.
+"""

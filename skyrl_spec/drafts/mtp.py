@@ -1,0 +1,160 @@
+"""The model's own MTP head as draft: Megatron's MultiTokenPredictionBlock, outside the policy.
+
+Conventions are MiMo's as vLLM serves it (``model_executor/models/mimo_mtp.py``): the head gets the trunk's hidden state
+*before* the final norm and the embedding of the next token; the embedding at position 0 of a document is zeroed; its output,
+after its own final norm, goes to the policy's output head and is the hidden state of the next depth. Depth d of base t
+has rotary position t+d-1 and attends as ``chain_attention`` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from skyrl_spec.config import ConfigError, MtpConfig
+from skyrl_spec.drafts.align import accepted_lengths, chain_mask, document_starts
+from skyrl_spec.drafts.base import Draft, DraftSums, Targets, Teacher
+from skyrl_spec.drafts.chain_attention import ChainAttention
+from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
+from skyrl_spec.megatron import compat
+from skyrl_spec.megatron.capture import CapturePoint
+from skyrl_spec.megatron.conversion import HfTensors, load_weights, mtp_rules
+from skyrl_spec.megatron.model import layer_spec
+from skyrl_spec.megatron.parallel import Parallel
+from skyrl_spec.model_spec import ModelSpec
+
+TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "input")
+EMBEDDING = CapturePoint("embedding", "output")
+
+
+class MtpDraft(Draft):
+    """MiMo's first MTP layer, unrolled ``unroll_steps`` deep on its own output."""
+
+    capture_points = (TRUNK_HIDDEN, EMBEDDING)
+
+    def __init__(
+        self, config: MtpConfig, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel, temperature: float
+    ):
+        if spec.num_mtp_layers < 1:
+            raise ConfigError(
+                f"trainer.mtp.enabled=true: {spec.path} has no MTP head (num_nextn_predict_layers is 0); "
+                "use a model that has one or set trainer.mtp.enabled=false"
+            )
+        self.config, self.spec, self.parallel, self.temperature = config, spec, parallel, temperature
+        self.num_depths = config.unroll_steps or config.num_speculative_tokens
+        self.module = _build_block(trunk, parallel)
+        self.rules = mtp_rules(spec)
+        self._rotary = RotaryEmbedding(
+            spec.head_dim,
+            rotary_percent=1.0,
+            rotary_base=spec.rope_theta,  # type: ignore[arg-type]
+            use_cpu_initialization=parallel.device.type == "cpu",
+        )
+
+    def load(self, tensors: HfTensors) -> None:
+        """Start from the checkpoint's head."""
+        load_weights(self.module, self.rules, tensors, self.parallel)
+
+    def forward(self, trunk_SBD: Tensor, embeds_SBD: Tensor, targets: Targets) -> list[Tensor]:
+        """Output of each depth ``[S, B, D]``: ``out[d-1][t]`` drafts token t+d+1.
+
+        ``trunk_SBD`` is the trunk before its final norm, ``embeds_SBD`` the embeddings of the same positions.
+        """
+        layer = self.module.layers[0]
+        attention: ChainAttention = layer.transformer_layer.self_attention.core_attention
+        seq_len = trunk_SBD.shape[0]
+        rotary = self._rotary(seq_len + self.num_depths)
+        starts_SB1 = document_starts(targets.segment_ids).t()[..., None]
+        hidden_SBD, outputs = trunk_SBD, []
+        attention.reset()
+        for depth in range(1, self.num_depths + 1):
+            next_embeds_SBD = torch.roll(embeds_SBD, -depth, dims=0)
+            if depth == 1:
+                next_embeds_SBD = next_embeds_SBD.masked_fill(starts_SB1, 0.0)
+            hidden_SBD, _, _ = layer(
+                input_ids=targets.token_ids,
+                position_ids=targets.token_ids,
+                hidden_states=hidden_SBD,
+                attention_mask=targets.attention_mask,
+                rotary_pos_emb=rotary[depth - 1 : depth - 1 + seq_len],
+                embedding=_Constant(next_embeds_SBD),
+            )
+            outputs.append(hidden_SBD)
+        attention.reset()
+        return outputs
+
+    def num_targets(self, targets: Targets) -> Tensor:
+        return self._mask(targets).sum().double()
+
+    def loss(
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, denominator: Tensor
+    ) -> tuple[Tensor, DraftSums]:
+        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], targets)
+        mask_KBS = self._mask(targets)
+        # Depth 1 is supervised wherever a deeper one is, so its target positions hold all.
+        batch_T, position_T = mask_KBS[0].nonzero(as_tuple=True)
+        mask_KT = mask_KBS[:, batch_T, position_T]
+        draft_hidden_KTD = torch.stack(
+            [out[(position_T - depth).clamp(min=0), batch_T] for depth, out in enumerate(outputs, start=1)]
+        )
+        result = vocab_parallel_soft_ce(
+            draft_hidden_KTD,
+            teacher.hidden_SBD[position_T, batch_T],
+            teacher.output_weight_vD,
+            mask_KT / denominator.clamp(min=1.0).to(torch.float32),
+            vocab_size=self.spec.vocab_size,
+            temperature=self.temperature,
+            chunk_size=self.config.loss_chunk_size,
+            group=self.parallel.tp_group,
+            loss_type=self.config.loss_type,
+            topk=self.config.loss_topk,
+            labels_T=targets.token_ids[batch_T, position_T + 1],
+        )
+        accept_prob_KBS = torch.zeros(mask_KBS.shape, device=mask_KBS.device)
+        accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.float()
+        lengths, num_chains = accepted_lengths(accept_prob_KBS, mask_KBS)
+        sums = DraftSums(
+            loss=result.loss.detach().double(),
+            top1_agreements=(result.top1_KT & mask_KT).sum().double(),
+            num_targets=mask_KT.sum().double(),
+            accepted_lengths=lengths,
+            num_chains=num_chains,
+        )
+        return result.loss, sums
+
+    def _mask(self, targets: Targets) -> Tensor:
+        return chain_mask(targets.loss_mask, targets.segment_ids, self.num_depths)
+
+
+class _Constant:
+    """Stands in for the embedding module that Megatron's MTP layer calls: the rows are already looked up."""
+
+    def __init__(self, embeds_SBD: Tensor):
+        self.embeds_SBD = embeds_SBD
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.embeds_SBD
+
+
+def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPredictionBlock:
+    """One MTP layer of the trunk's shape. Recompute is off: the attention remembers earlier depths, once."""
+    config = replace(
+        trunk, mtp_num_layers=1, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
+    )
+    layer = get_mtp_layer_spec_for_backend(layer_spec(config, ChainAttention), backend=LocalSpecProvider())
+    spec = ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
+    )
+    with compat.megatron_device(parallel.device):
+        return MultiTokenPredictionBlock(config=config, spec=spec).to(parallel.device)

@@ -1,0 +1,91 @@
+"""Rewards: one episode of one turn in a skyrl-gym environment for every response."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from skyrl_spec.config import ConfigError, EnvironmentConfig
+from skyrl_spec.envs.registry import check_env_class
+from skyrl_spec.types import Prompt
+
+
+@dataclass(frozen=True)
+class EnvResult:
+    """What an environment said of a response."""
+
+    reward: float
+    done: bool
+    metadata: dict[str, Any]
+
+
+def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig) -> None:
+    """Makes the environment of the first prompt of every env_class, to find what is missing before a run begins.
+
+    Raises:
+        ConfigError: an env_class that does not exist, or an environment that cannot be made from the row's fields.
+    """
+    first_of = {prompt.env_class: prompt for prompt in reversed(list(prompts))}
+    for env_class, prompt in first_of.items():
+        check_env_class(env_class, environment.custom, setting=f"env_class of row {prompt.uid}")
+        try:
+            _make(prompt, environment.skyrl_gym.get(env_class, {})).close()
+        except Exception as error:
+            raise ConfigError(
+                f"row {prompt.uid}: environment {env_class} cannot be made from its fields "
+                f"({_one_line(error)}); it has {', '.join(prompt.extras) or 'none'}: mend the data"
+            ) from error
+
+
+def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
+    """Plays ``text`` as the only turn of an episode; the environment gets the row's fields as ``extras``.
+
+    Raises:
+        ConfigError: an environment that rewrites the prompt or wants another turn.
+        RuntimeError: the environment raised, or its reward is no finite number; names the row and the environment.
+    """
+    try:
+        env = _make(prompt, env_config)
+        messages, _ = env.init([dict(message) for message in prompt.messages])
+        output = env.step(text)
+        env.close()
+        result = EnvResult(float(output["reward"]), bool(output["done"]), dict(output["metadata"]))
+    except Exception as error:
+        raise RuntimeError(f"row {prompt.uid}, env_class {prompt.env_class}: {_one_line(error)}") from error
+    if messages != prompt.messages:
+        raise ConfigError(
+            f"environment.env_class={prompt.env_class}: rewrites the prompt (row {prompt.uid}), which is not supported "
+            "yet; put the whole prompt into the dataset"
+        )
+    if not result.done:
+        raise ConfigError(
+            f"environment.env_class={prompt.env_class}: wants another turn (row {prompt.uid}), multi-turn environments "
+            "are not supported yet; use a single-turn one such as gsm8k"
+        )
+    if not math.isfinite(result.reward):
+        raise RuntimeError(f"row {prompt.uid}, env_class {prompt.env_class}: reward is {result.reward}")
+    return result
+
+
+def score_all(prompts: Iterable[Prompt], texts: Iterable[str], environment: EnvironmentConfig) -> list[EnvResult]:
+    """``score`` of every pair, in order, and in the calling thread: graders often bound their time with a signal, which
+    Python delivers to the main thread alone. A rule-based grader takes microseconds."""
+    return [
+        score(prompt, text, environment.skyrl_gym.get(prompt.env_class, {}))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def _make(prompt: Prompt, env_config: Any) -> Any:
+    import skyrl_gym
+
+    # Environments written for SkyRL read env_config by attribute.
+    return skyrl_gym.make(prompt.env_class, env_config=OmegaConf.create(env_config), extras=dict(prompt.extras))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,44 @@
+"""The one denominator: a weight for every token, so that a loss is a plain sum. Numpy alone: the driver calls it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skyrl_spec.config import ConfigError
+
+REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
+
+
+def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length: int) -> np.ndarray:
+    """Weights ``w`` with which ``sum(w * token_loss)`` over all ranks and micro-batches is the mean asked for.
+
+    - ``token_mean``: 1 / (tokens of all sequences)
+    - ``sequence_mean``: 1 / (sequences that have a token * tokens of this sequence)
+    - ``seq_mean_token_sum_norm``: 1 / (sequences * max_response_length); every row of the mask is a sequence
+
+    Args:
+        loss_mask_BS: bool, True where a loss is taken; the whole global mini-batch, before it is sharded.
+        reduction: one of the three above.
+        max_response_length: tokens a response can have; read by the third alone.
+
+    Returns:
+        [B, S] float32, 0 outside the mask, and all 0 if the mask is empty.
+
+    Raises:
+        ConfigError: an unknown reduction.
+    """
+    if reduction not in REDUCTIONS:
+        raise ConfigError(
+            f"trainer.algorithm.loss_reduction={reduction!r} is unknown; allowed are {', '.join(REDUCTIONS)}; set one of these"
+        )
+    mask_BS = np.asarray(loss_mask_BS, dtype=bool)
+    tokens_B = mask_BS.sum(axis=1)
+    if reduction == "token_mean":
+        denominator_B = np.full(len(tokens_B), tokens_B.sum())
+    elif reduction == "sequence_mean":
+        denominator_B = (tokens_B > 0).sum() * tokens_B
+    else:
+        assert max_response_length > 0
+        denominator_B = np.full(len(tokens_B), len(tokens_B) * max_response_length)
+    # A row without tokens has no entry in the mask: what its denominator is does not matter, but it must not be 0.
+    return (mask_BS / np.maximum(denominator_B, 1)[:, None]).astype(np.float32)

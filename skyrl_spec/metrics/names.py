@@ -1,0 +1,83 @@
+"""The keys of ``metrics.jsonl``, and which of them a run has. Times are in seconds."""
+
+from __future__ import annotations
+
+STEP = "trainer/step"
+AVG_RAW_REWARD = "reward/avg_raw_reward"
+EVAL_SCORE = "eval/all/avg_score"
+THROUGHPUT = "vllm/train/generation_throughput_tok_s"
+PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
+
+POLICY = tuple(f"policy/{name}" for name in ("policy_loss", "grad_norm", "entropy", "clip_ratio", "lr"))
+POLICY_KL = "policy/kl"
+LOGPROBS_DIFF = "policy/rollout_train_logprobs_abs_diff_mean"
+DRAFT = (*(f"draft/{name}" for name in ("loss", "grad_norm", "lr", "top1_agreement")), PREDICTED_ACCEPTANCE_LENGTH)
+
+# In the order of a step.
+PHASES = ("generate", "fwd_logprobs", "policy_train", "draft_train", "sync_weights")
+STEP_TIME = "timing/step"
+
+POLICY_VERSION = "sync/policy_version"
+DRAFT_VERSION = "sync/draft_version"
+SYNC_BYTES = "sync/bytes"
+
+
+def pass_at(num_samples: int) -> str:
+    """Share of prompts of whose ``num_samples`` responses at least one earned a reward."""
+    return f"reward/avg_pass_at_{num_samples}"
+
+
+def timing(phase: str) -> str:
+    return f"timing/{phase}"
+
+
+def acceptance_rate(mode: str) -> str:
+    """Accepted / drafted tokens; ``mode`` is "train" or "eval"."""
+    return f"vllm/{mode}/draft_acceptance_rate"
+
+
+def acceptance_length(mode: str) -> str:
+    """1 + accepted tokens / drafts."""
+    return f"vllm/{mode}/draft_mean_acceptance_length"
+
+
+def acceptance_rate_pos(mode: str, position: int) -> str:
+    """Share of drafts accepted at least up to ``position``, counted from 1."""
+    return f"vllm/{mode}/draft_acceptance_rate_pos_{position}"
+
+
+def speculation_keys(mode: str, num_speculative_tokens: int) -> list[str]:
+    """What engines with a draft tell; nothing for 0 tokens."""
+    if num_speculative_tokens == 0:
+        return []
+    counts = [f"vllm/{mode}/draft_num_{name}_tokens" for name in ("draft", "accepted")]
+    positions = [acceptance_rate_pos(mode, position) for position in range(1, num_speculative_tokens + 1)]
+    return [acceptance_rate(mode), acceptance_length(mode), *counts, *positions]
+
+
+def step_keys(
+    *, trains_draft: bool, num_speculative_tokens: int, n_samples_per_prompt: int, use_kl_loss: bool
+) -> list[str]:
+    """The keys of every training step of such a run; ``num_speculative_tokens`` is 0 if the engines have no draft."""
+    phases = [phase for phase in PHASES if trains_draft or phase != "draft_train"]
+    return [
+        STEP,
+        AVG_RAW_REWARD,
+        pass_at(n_samples_per_prompt),
+        *POLICY,
+        LOGPROBS_DIFF,
+        *([POLICY_KL] if use_kl_loss else []),
+        *(DRAFT if trains_draft else []),
+        *speculation_keys("train", num_speculative_tokens),
+        THROUGHPUT,
+        *map(timing, phases),
+        STEP_TIME,
+        POLICY_VERSION,
+        *([DRAFT_VERSION] if trains_draft else []),
+        SYNC_BYTES,
+    ]
+
+
+def eval_keys(num_speculative_tokens: int) -> list[str]:
+    """What a step with an evaluation has besides."""
+    return [EVAL_SCORE, *speculation_keys("eval", num_speculative_tokens)]

@@ -1,0 +1,117 @@
+"""What a Hugging Face ``config.json`` says about a dense decoder, in one typed record. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skyrl_spec.config import ConfigError
+
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shapes and constants of a Qwen2, Qwen3 or MiMo model."""
+
+    path: Path
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    num_mtp_layers: int
+
+
+def model_directory(path: str) -> Path:
+    """The local directory of ``path``: itself, or the snapshot of a hub name (downloaded where it is not cached).
+
+    Raises:
+        ConfigError: neither a directory nor a name the hub answers to.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ConfigError(
+            f"trainer.policy.model.path={path}: no such directory; give a Hugging Face checkpoint directory or hub name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(path))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ConfigError(
+            f"trainer.policy.model.path={path}: neither a local directory nor downloadable ({reason}); "
+            "check the path or the network"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed ``config.json``."""
+    file = directory / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"trainer.policy.model.path={directory}: has no config.json; give a checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"trainer.policy.model.path={directory}: config.json is unreadable ({error})") from None
+
+
+def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
+    """``config.json`` as a ``ModelSpec``.
+
+    Raises:
+        ConfigError: an architecture that is not in ``SUPPORTED_ARCHITECTURES``, or a missing entry.
+    """
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise ConfigError(
+            f"trainer.policy.model.path={directory}: architecture {architecture} is not supported; "
+            f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    try:
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ConfigError(
+                f"trainer.policy.model.path={directory}: RoPE scaling {rope} is not supported; use a model with plain RoPE"
+            )
+        return ModelSpec(
+            path=directory,
+            architecture=architecture,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            rms_norm_eps=config["rms_norm_eps"],
+            rope_theta=float(config.get("rope_theta") or rope["rope_theta"]),
+            max_position_embeddings=config["max_position_embeddings"],
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=config.get("attention_bias", architecture != "Qwen3ForCausalLM"),
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            num_mtp_layers=config.get("num_nextn_predict_layers") or 0,
+        )
+    except KeyError as error:
+        raise ConfigError(f"trainer.policy.model.path={directory}: config.json has no {error}; it is needed") from None
+
+
+def load_spec(path: str) -> ModelSpec:
+    """Resolve ``path`` and read its spec."""
+    directory = model_directory(path)
+    return parse_spec(directory, read_config(directory))

@@ -1,0 +1,198 @@
+"""One vLLM engine: sampling with a draft, acceptance counters, weight updates. vLLM is imported when one is built."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from skyrl_spec.config import ConfigError, SamplingConfig
+from skyrl_spec.rollout.speculative import require_exact_rejection, require_exact_sampling
+from skyrl_spec.types import Generation, SpecCounters, Versions
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built from; ``generator.inference_engine`` with its defaults decided."""
+
+    model_path: str
+    dtype: str = "bf16"
+    # "cpu" or "cuda".
+    device: str = "cuda"
+    tensor_parallel_size: int = 1
+    # Prompt and response, in tokens.
+    max_model_len: int = 2048
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.8
+    # GiB; on CPU.
+    cpu_kvcache_space: int = 1
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    seed: int = 0
+    speculative_config: dict[str, Any] | None = None
+    # "ray", "nccl" or "ipc".
+    weight_sync_backend: str = "nccl"
+    # OpenMP threads on CPU; None leaves them to the environment.
+    num_threads: int | None = None
+    engine_init_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def engine_environment(settings: EngineSettings) -> dict[str, str]:
+    """Environment variables of an engine's process; OpenMP and vLLM's logger read them once, when they are loaded."""
+    environment = {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if settings.device == "cpu":
+        # The scheduler in the worker's process: separate ones cost more than a decode step of a small model.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Engine and trainer take turns on the same cores, so none of them may be tied to one.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if settings.num_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(settings.num_threads)
+    return environment
+
+
+def engine_args(settings: EngineSettings) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.LLM``.
+
+    Raises ``ConfigError`` for a lossy draft, or for an entry of ``engine_init_kwargs`` that another setting decides.
+    """
+    require_exact_rejection(settings.speculative_config)
+    args: dict[str, Any] = {
+        "model": settings.model_path,
+        "dtype": _DTYPES[settings.dtype],
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "enforce_eager": settings.enforce_eager,
+        "seed": settings.seed,
+        "speculative_config": settings.speculative_config,
+        "weight_transfer_config": {"backend": settings.weight_sync_backend},
+        # Of the distribution sampled from: after temperature, top-k and top-p.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": False,
+        "use_tqdm_on_load": False,
+    }
+    if settings.device == "cpu":
+        args["kv_cache_memory_bytes"] = settings.cpu_kvcache_space * 2**30
+    else:
+        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    for key in sorted(args.keys() & settings.engine_init_kwargs.keys()):
+        raise ConfigError(
+            f"generator.inference_engine.engine_init_kwargs.{key}={settings.engine_init_kwargs[key]!r}: skyrl_spec"
+            " sets this argument itself; remove it, and use the setting of its own if there is one"
+        )
+    return args | settings.engine_init_kwargs
+
+
+class RolloutEngine:
+    """A vLLM engine in this process. On CPU a process holds one engine and trains nothing: vLLM takes its threads."""
+
+    def __init__(self, settings: EngineSettings):
+        args = engine_args(settings)
+        os.environ.update(engine_environment(settings))
+        if settings.device == "cpu" and settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        from vllm import LLM
+
+        from skyrl_spec.rollout import compat
+
+        compat.register()
+        self._settings = settings
+        self._versions = Versions()
+        self._llm = LLM(**args)
+
+    def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
+    ) -> list[list[Generation]]:
+        """``n`` responses to each prompt (token ids), in the order of the prompts.
+
+        Log-probs are of the distribution sampled from. With a ``seed`` every response has a random stream of its own,
+        so it does not depend on what else is in the batch; without, all draw from the engine's stream.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        require_exact_sampling(sampling, self._settings.speculative_config)
+        seeds: list[int | None] = [None] * len(prompts)
+        if seed is not None:
+            # vLLM numbers the n responses of a prompt on from its seed.
+            seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 1]
+        params = [
+            SamplingParams(
+                n=n,
+                seed=prompt_seed,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_generate_length,
+                logprobs=0,
+                detokenize=False,
+            )
+            for prompt_seed in seeds
+        ]
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling_params=params, use_tqdm=False
+        )
+        return [[self._generation(completion) for completion in output.outputs] for output in outputs]
+
+    def _generation(self, completion: Any) -> Generation:
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a request with {completion.finish_reason!r}")
+        token_ids = list(completion.token_ids)
+        logprobs = [position[token].logprob for token, position in zip(token_ids, completion.logprobs, strict=True)]
+        return Generation(token_ids, logprobs, completion.finish_reason, self._versions)
+
+    def spec_counters(self) -> SpecCounters:
+        """Drafting since the engine started; zeros without a draft."""
+        values: dict[str, Any] = {}
+        for metric in self._llm.get_metrics():
+            name = metric.name.removeprefix("vllm:spec_decode_")
+            if name == "num_accepted_tokens_per_pos":
+                values[name] = tuple(metric.values)
+            elif name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+                values[name] = metric.value
+        return SpecCounters(**values)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connects to the trainer as the backend wants it; the ``ray`` backend wants ``{}``."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self, draft: bool) -> None:
+        """Begins an update of the draft's weights, or of the policy's."""
+        if draft:
+            self._llm.start_draft_weight_update()
+        else:
+            self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Loads one chunk; the ``ray`` backend takes what ``skyrl_spec.sync.payload.pack_weights`` makes."""
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self) -> None:
+        """Ends the update. Afterwards the prefix cache holds keys of the old weights: reset it."""
+        self._llm.finish_weight_update()
+
+    def set_versions(self, versions: Versions) -> None:
+        """Which weights the engine holds from now on; recorded with every generation."""
+        self._versions = versions
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached keys, the draft's too. Raises ``RuntimeError`` if vLLM still uses some."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+
+    def shutdown(self) -> None:
+        """Frees the engine; it cannot be used afterwards."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()

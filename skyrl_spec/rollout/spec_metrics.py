@@ -1,0 +1,24 @@
+"""Acceptance of the draft, from vLLM's counters."""
+
+from __future__ import annotations
+
+from skyrl_spec.types import SpecCounters
+
+
+def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
+    """The draft metrics of one phase (``prefix``: ``"vllm/train"`` or ``"vllm/eval"``), from summed counters.
+
+    ``acceptance_rate`` = accepted / drafted tokens; ``mean_acceptance_length`` = 1 + accepted / drafts;
+    ``acceptance_rate_pos_K`` = accepted at draft position K (from 1) / drafts. Empty if nothing was drafted.
+    """
+    if counters.num_drafts == 0:
+        return {}
+    metrics = {
+        "acceptance_rate": counters.num_accepted_tokens / counters.num_draft_tokens,
+        "mean_acceptance_length": counters.mean_acceptance_length,
+        "num_draft_tokens": float(counters.num_draft_tokens),
+        "num_accepted_tokens": float(counters.num_accepted_tokens),
+    }
+    for position, accepted in enumerate(counters.num_accepted_tokens_per_pos, start=1):
+        metrics[f"acceptance_rate_pos_{position}"] = accepted / counters.num_drafts
+    return {f"{prefix}/draft_{name}": value for name, value in metrics.items()}

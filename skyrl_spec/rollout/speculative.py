@@ -1,0 +1,53 @@
+"""Which speculative decoding the engines run. Imports no vLLM: it is decided before any process starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skyrl_spec.config import ConfigError, MtpConfig, SamplingConfig
+
+_SETTING = "generator.inference_engine.speculative_config"
+
+# Settings of vLLM's SpeculativeConfig that decide whether rollouts come from the policy's own distribution, and the
+# values that keep it exact. "block" verification is exact on paper, but vLLM's V1 sampler, used on CPU, ignores it.
+# Adaptive verification drops drafted tokens by how likely the draft finds them, which biases what is kept.
+_EXACT_VALUES: dict[str, tuple[Any, ...]] = {
+    "rejection_sample_method": ("standard",),
+    "synthetic_acceptance_rates": (None,),
+    "synthetic_acceptance_length": (None,),
+    "enable_adaptive_verification": (False,),
+}
+
+
+def build_speculative_config(mtp: MtpConfig, user: dict[str, Any] | None) -> dict[str, Any] | None:
+    """vLLM's ``speculative_config``: the user's as it is, else the MTP head's if it is enabled, else None.
+
+    Raises ``ConfigError`` if the user's is not exact.
+    """
+    if user is not None:
+        require_exact_rejection(user)
+        return user
+    if mtp.enabled:
+        return {"method": "mtp", "num_speculative_tokens": mtp.num_speculative_tokens}
+    return None
+
+
+def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:
+    """Raises ``ConfigError`` unless drafted tokens go through exact rejection sampling."""
+    for key, allowed in _EXACT_VALUES.items():
+        if speculative_config and key in speculative_config and speculative_config[key] not in allowed:
+            raise ConfigError(
+                f"{_SETTING}.{key}={speculative_config[key]!r}: rollouts must come from the policy's own distribution,"
+                f" so only {allowed[0]!r} is allowed; remove the key"
+            )
+
+
+def require_exact_sampling(
+    sampling: SamplingConfig, speculative_config: dict[str, Any] | None, setting: str = "generator.sampling_params"
+) -> None:
+    """Raises ``ConfigError`` for ``min_p`` with a draft: vLLM's rejection sampler does not apply it."""
+    if speculative_config is not None and sampling.min_p > 0:
+        raise ConfigError(
+            f"{setting}.min_p={sampling.min_p}: vLLM does not apply min_p to drafted tokens, so it must be 0 with"
+            " speculative decoding; use top_p or top_k, or turn the draft off"
+        )

@@ -1,0 +1,66 @@
+"""How weights travel over Ray's object store: names, dtypes, shapes and numpy arrays that share the tensors' memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The integer type bfloat16 travels as: numpy has none of its own.
+_WIRE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.int16}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _WIRE_DTYPES}
+
+
+def pack_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """The update of vLLM's weight-transfer protocol: ``{"names", "dtype_names", "shapes", "arrays"}``.
+
+    CPU tensors are not copied: put the payload into the object store before the weights change again.
+    Raises ``ValueError`` for a dtype that has no wire form.
+    """
+    payload: dict[str, list[Any]] = {"names": [], "dtype_names": [], "shapes": [], "arrays": []}
+    for name, tensor in named_tensors:
+        if tensor.dtype not in _WIRE_DTYPES:
+            raise ValueError(f"{name}: cannot send {tensor.dtype}; weights travel as one of {sorted(_DTYPES)}")
+        payload["names"].append(name)
+        payload["dtype_names"].append(str(tensor.dtype).removeprefix("torch."))
+        payload["shapes"].append(list(tensor.shape))
+        payload["arrays"].append(tensor.detach().cpu().contiguous().view(_WIRE_DTYPES[tensor.dtype]).numpy())
+    return payload
+
+
+def unpack_weights(
+    names: list[str], dtype_names: list[str], shapes: list[list[int]], arrays: list[np.ndarray]
+) -> list[tuple[str, Tensor]]:
+    """The named tensors of a payload, on the arrays' own memory: read them, never write to them.
+
+    Raises ``ValueError`` for lists of unlike length, an unknown dtype, or an array that is not of its shape.
+    """
+    if not len(names) == len(dtype_names) == len(shapes) == len(arrays):
+        raise ValueError(
+            f"names, dtype_names, shapes and arrays must be of one length,"
+            f" got {len(names)}, {len(dtype_names)}, {len(shapes)}, {len(arrays)}"
+        )
+    named_tensors = []
+    for name, dtype_name, shape, array in zip(names, dtype_names, shapes, arrays, strict=True):
+        if dtype_name not in _DTYPES:
+            raise ValueError(f"{name}: unknown dtype {dtype_name!r}; weights travel as one of {sorted(_DTYPES)}")
+        if array.shape != tuple(shape):
+            raise ValueError(f"{name}: announced with shape {list(shape)}, but its array has {list(array.shape)}")
+        named_tensors.append((name, _as_tensor(array).view(_DTYPES[dtype_name])))
+    return named_tensors
+
+
+def payload_bytes(payload: dict[str, Any]) -> int:
+    """Bytes of the weights in a payload."""
+    return sum(array.nbytes for array in payload["arrays"])
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    # Arrays from the object store are read-only, which torch warns of; nothing writes to these tensors.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

@@ -1,0 +1,318 @@
+"""Every rule the settings alone decide, checked before anything is read or started.
+
+Rules about one setting are rows of the tables below; rules that tie settings together are functions. What needs the
+disk (model, data, devices) is in ``preflight``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from skyrl_spec.config import Config, ConfigError, InferenceEngineConfig, TrainerConfig
+from skyrl_spec.rollout.speculative import require_exact_rejection
+
+
+class Layout(NamedTuple):
+    """Trainer processes, how many of them share a model replica, and how many replicas that makes."""
+
+    world_size: int
+    tp: int
+    dp: int
+
+
+class Range(NamedTuple):
+    """Allowed numbers; an open end is excluded."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.low_open else 'at least'} {self.low:g}"
+        high = f"{'below' if self.high_open else 'at most'} {self.high:g}"
+        return low if math.isinf(self.high) else f"{low} and {high}"
+
+
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+FROM_ONE = Range(1)
+PROBABILITY = Range(0, 1, high_open=True)
+
+_ENGINE = "generator.inference_engine"
+_MEGATRON = "trainer.policy.megatron_config"
+_OPTIMIZERS = ("trainer.policy.optimizer_config", "trainer.mtp.optimizer_config")
+_SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
+
+# None is allowed wherever the schema allows it, and means what the schema says.
+RANGES: dict[str, Range] = {
+    "trainer.placement.policy_num_nodes": FROM_ONE,
+    "trainer.placement.policy_num_gpus_per_node": FROM_ONE,
+    "trainer.placement.timeout_s": POSITIVE,
+    f"{_MEGATRON}.tensor_model_parallel_size": FROM_ONE,
+    "trainer.algorithm.eps_clip_low": Range(0, 1, low_open=True, high_open=True),
+    "trainer.algorithm.eps_clip_high": POSITIVE,
+    "trainer.algorithm.clip_ratio_c": Range(1, low_open=True),
+    "trainer.algorithm.kl_loss_coef": NOT_NEGATIVE,
+    "trainer.algorithm.tis_imp_ratio_cap": POSITIVE,
+    "trainer.algorithm.dynamic_sampling.max_sample_batches": FROM_ONE,
+    "trainer.algorithm.overlong.buffer_len": NOT_NEGATIVE,
+    "trainer.algorithm.overlong.penalty_factor": NOT_NEGATIVE,
+    "trainer.mtp.num_speculative_tokens": FROM_ONE,
+    "trainer.mtp.unroll_steps": FROM_ONE,
+    "trainer.mtp.loss_topk": FROM_ONE,
+    "trainer.mtp.loss_chunk_size": FROM_ONE,
+    # The seeds of torch and vLLM are 64 bits wide, numpy's of old are 32.
+    "trainer.seed": Range(0, 2**32 - 1),
+    "trainer.epochs": FROM_ONE,
+    "trainer.max_training_steps": FROM_ONE,
+    "trainer.update_epochs_per_batch": FROM_ONE,
+    "trainer.train_batch_size": FROM_ONE,
+    "trainer.policy_mini_batch_size": FROM_ONE,
+    "trainer.eval_batch_size": FROM_ONE,
+    "trainer.micro_train_batch_size_per_gpu": FROM_ONE,
+    "trainer.micro_forward_batch_size_per_gpu": FROM_ONE,
+    "trainer.logprobs_chunk_size": FROM_ONE,
+    "trainer.max_prompt_length": FROM_ONE,
+    "trainer.eval_interval": NOT_NEGATIVE,
+    f"{_ENGINE}.num_engines": FROM_ONE,
+    f"{_ENGINE}.tensor_parallel_size": FROM_ONE,
+    f"{_ENGINE}.gpu_memory_utilization": Range(0, 1, low_open=True),
+    f"{_ENGINE}.cpu_kvcache_space": FROM_ONE,
+    f"{_ENGINE}.max_num_seqs": FROM_ONE,
+    f"{_ENGINE}.generate_timeout_s": POSITIVE,
+    "generator.n_samples_per_prompt": FROM_ONE,
+    "generator.eval_n_samples_per_prompt": FROM_ONE,
+    # Rollouts at temperature 0 are all the same, and their log-probs are those of no distribution.
+    "generator.sampling_params.temperature": POSITIVE,
+    "generator.eval_sampling_params.temperature": NOT_NEGATIVE,
+}
+for _optimizer in _OPTIMIZERS:
+    RANGES |= {
+        f"{_optimizer}.lr": NOT_NEGATIVE,
+        f"{_optimizer}.min_lr": NOT_NEGATIVE,
+        f"{_optimizer}.weight_decay": NOT_NEGATIVE,
+        f"{_optimizer}.adam_eps": POSITIVE,
+        # Megatron takes 0 for "no clipping", and then reports no gradient norm either.
+        f"{_optimizer}.max_grad_norm": POSITIVE,
+        f"{_optimizer}.num_warmup_steps": NOT_NEGATIVE,
+    }
+for _sampling in _SAMPLINGS:
+    RANGES |= {
+        f"{_sampling}.max_generate_length": FROM_ONE,
+        f"{_sampling}.top_p": Range(0, 1, low_open=True),
+        f"{_sampling}.min_p": PROBABILITY,
+    }
+
+_DTYPES = ("fp32", "bf16")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "trainer.placement.device": ("cpu", "cuda"),
+    f"{_MEGATRON}.dtype": _DTYPES,
+    f"{_ENGINE}.dtype": _DTYPES,
+    f"{_ENGINE}.weight_sync_backend": ("ray", "nccl", "ipc"),
+    "trainer.algorithm.advantage_estimator": ("grpo",),
+    "trainer.algorithm.loss_reduction": ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"),
+    "trainer.algorithm.dynamic_sampling.type": ("filter",),
+    "trainer.mtp.loss_type": ("soft_ce", "topk_soft_ce", "hard_ce"),
+} | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
+LOGGERS = ("console", "wandb")
+# Which transports reach the engines of a device.
+SYNC_BACKENDS = {"cpu": ("ray",), "cuda": ("nccl", "ipc")}
+
+
+def validate(config: Config) -> None:
+    """Raises ``ConfigError`` for the first rule that ``config`` breaks: setting, value, what is allowed, the mend."""
+    _check_drafts(config.trainer)
+    for setting, allowed in RANGES.items():
+        _check_range(setting, _get(config, setting), allowed)
+    for setting, names in CHOICES.items():
+        _check_choice(setting, _get(config, setting), names)
+    for optimizer in _OPTIMIZERS:
+        _check_optimizer(optimizer, _get(config, optimizer))
+    for sampling in _SAMPLINGS:
+        top_k = _get(config, sampling).top_k
+        _require(top_k == -1 or top_k >= 1, f"{sampling}.top_k", top_k, "must be at least 1, or -1 for all tokens")
+    _check_paths(config)
+    _check_logger(config.trainer)
+    _check_batches(config)
+    _check_lengths(config)
+    _check_engine(config)
+    _check_environments(config)
+
+
+def parallel_layout(config: Config) -> Layout:
+    """World size, tensor-parallel and data-parallel size of the policy workers.
+
+    Raises ``ConfigError`` where the workers are no whole number of model replicas.
+    """
+    placement = config.trainer.placement
+    tp = config.trainer.policy.megatron_config.tensor_model_parallel_size
+    per_node = tp if placement.policy_num_gpus_per_node is None else placement.policy_num_gpus_per_node
+    world_size = placement.policy_num_nodes * per_node
+    _require(
+        world_size % tp == 0,
+        f"{_MEGATRON}.tensor_model_parallel_size",
+        tp,
+        f"must divide the {world_size} policy workers (policy_num_nodes x policy_num_gpus_per_node); "
+        "change it or trainer.placement.policy_num_gpus_per_node",
+    )
+    return Layout(world_size, tp, world_size // tp)
+
+
+def _get(config: Any, setting: str) -> Any:
+    for name in setting.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _require(condition: bool, setting: str, value: object, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{setting}={value}: {message}")
+
+
+def _check_range(setting: str, value: float | None, allowed: Range) -> None:
+    if value is not None:
+        _require(value in allowed, setting, value, f"must be {allowed}; change it")
+
+
+def _check_choice(setting: str, value: str | None, names: tuple[str, ...]) -> None:
+    if value is not None:
+        _require(value in names, setting, value, f"must be {' or '.join(names)}; choose one")
+
+
+def _check_drafts(trainer: TrainerConfig) -> None:
+    _require(
+        not (trainer.dflash.enabled and trainer.mtp.enabled),
+        "trainer.dflash.enabled",
+        True,
+        "one draft at a time, and trainer.mtp.enabled is true as well; turn one of them off",
+    )
+    _require(
+        not trainer.dflash.enabled,
+        "trainer.dflash.enabled",
+        True,
+        "the DFlash draft cannot be trained yet; leave it false, and use trainer.mtp.enabled=true for a draft",
+    )
+
+
+def _check_optimizer(prefix: str, optimizer: Any) -> None:
+    betas = optimizer.adam_betas
+    _require(
+        len(betas) == 2 and all(beta in PROBABILITY for beta in betas),
+        f"{prefix}.adam_betas",
+        betas,
+        f"must be two numbers, each {PROBABILITY}; the usual ones are [0.9,0.95]",
+    )
+    if optimizer.scheduler != "constant":
+        _require(
+            optimizer.min_lr <= optimizer.lr,
+            f"{prefix}.min_lr",
+            optimizer.min_lr,
+            f"must be at most {prefix}.lr={optimizer.lr}, from which it decays; lower it",
+        )
+
+
+def _check_paths(config: Config) -> None:
+    start = "set it, or start from experiment=NAME"
+    trainer, data = config.trainer, config.data
+    path = trainer.policy.model.path
+    _require(path != "", "trainer.policy.model.path", "''", f"no model is named; {start}")
+    _require(data.train_data != [], "data.train_data", "[]", f"no .parquet or .jsonl file is named; {start}")
+    _require(trainer.run_dir != "", "trainer.run_dir", "''", "must name a directory for what the run writes; set it")
+    if trainer.eval_interval > 0 or trainer.eval_before_train:
+        _require(
+            data.val_data != [],
+            "data.val_data",
+            "[]",
+            "evaluation needs a file; set it, or trainer.eval_interval=0 trainer.eval_before_train=false",
+        )
+
+
+def _check_logger(trainer: TrainerConfig) -> None:
+    for logger in trainer.logger:
+        _require(logger in LOGGERS, "trainer.logger", trainer.logger, f"{logger} is none of {', '.join(LOGGERS)}; drop it")
+
+
+def _check_batches(config: Config) -> None:
+    trainer, samples = config.trainer, config.generator.n_samples_per_prompt
+    mini = trainer.policy_mini_batch_size
+    _require(
+        trainer.train_batch_size % mini == 0,
+        "trainer.train_batch_size",
+        trainer.train_batch_size,
+        f"must be a multiple of trainer.policy_mini_batch_size={mini}; change one of them",
+    )
+    _require(
+        trainer.algorithm.advantage_estimator != "grpo" or samples >= 2,
+        "generator.n_samples_per_prompt",
+        samples,
+        "must be at least 2: grpo compares the responses to one prompt; raise it",
+    )
+    dp = parallel_layout(config).dp
+    _require(
+        mini * samples % dp == 0,
+        "trainer.policy_mini_batch_size",
+        mini,
+        f"times generator.n_samples_per_prompt={samples} must be a multiple of the {dp} data-parallel ranks; change it",
+    )
+
+
+def _check_lengths(config: Config) -> None:
+    length = config.generator.sampling_params.max_generate_length
+    buffer = config.trainer.algorithm.overlong.buffer_len
+    _require(
+        buffer < length,
+        "trainer.algorithm.overlong.buffer_len",
+        buffer,
+        f"must be below generator.sampling_params.max_generate_length={length}; lower it",
+    )
+
+
+def _check_engine(config: Config) -> None:
+    engine, device = config.generator.inference_engine, config.trainer.placement.device
+    backend, backends = engine.weight_sync_backend, SYNC_BACKENDS[device]
+    _require(
+        backend is None or backend in backends,
+        f"{_ENGINE}.weight_sync_backend",
+        backend,
+        f"with trainer.placement.device={device} it must be {' or '.join(backends)}; leave it null for {backends[0]}",
+    )
+    _require(
+        "speculative_config" not in engine.engine_init_kwargs,
+        f"{_ENGINE}.engine_init_kwargs.speculative_config",
+        engine.engine_init_kwargs.get("speculative_config"),
+        f"belongs in {_ENGINE}.speculative_config; move it there",
+    )
+    if engine.speculative_config is not None:
+        _check_speculative_config(config.generator)
+
+
+def _check_speculative_config(generator: GeneratorConfig) -> None:
+    speculative = generator.inference_engine.speculative_config
+    assert speculative is not None
+    num_tokens = speculative.get("num_speculative_tokens", 1)
+    _require(
+        isinstance(num_tokens, int) and num_tokens >= 1,
+        f"{_ENGINE}.speculative_config.num_speculative_tokens",
+        num_tokens,
+        "must be an integer of at least 1; change it",
+    )
+    require_exact_rejection(speculative)
+
+
+def _check_environments(config: Config) -> None:
+    for env_class, target in config.environment.custom.items():
+        module, colon, name = target.partition(":")
+        _require(
+            bool(module and colon and name),
+            f"environment.custom.{env_class}",
+            target,
+            "must be module:Class; write the import path of the module, a colon and the class",
+        )
