@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv from requirements-cpu.lock: `make setup`. Says one line per phase; details go to .venv/setup.log.
+# Makes or updates .venv from requirements-cpu.lock (`make setup` calls this). One line a phase; pip's own go to LOG.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,28 +9,38 @@ VENV=.venv
 LOCK=requirements-cpu.lock
 LOG=$VENV/setup.log
 
-fail() { echo "setup: error: $*" >&2; exit 1; }
+fail() {
+    echo "setup: error: $*" >&2
+    exit 1
+}
 
-# Quiet on the console, everything in the log. The lock is complete, so pip has no dependencies to look for.
-install() { "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --log "$LOG" --no-deps "$@"; }
+# The lock is complete, so pip looks for no dependencies. Modules are compiled when they are first imported: most never are.
+install() {
+    "$VENV/bin/python" -m pip install --no-deps --no-compile --disable-pip-version-check --no-input "$@" >>"$LOG" 2>&1
+}
+
+why() {
+    grep '^ERROR' "$LOG" | tail -n 1
+}
 
 command -v "$PYTHON" >/dev/null ||
-    fail "$PYTHON not found: Python 3.11 is needed; install it or say where it is with PYTHON=/path/to/python3.11"
+    fail "$PYTHON not found: Python 3.11 is needed; install it, or say where it is: make PYTHON=/path/to/python3.11"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-    fail "$PYTHON is not Python 3.11, which the lock file is for; set PYTHON=/path/to/python3.11"
+    fail "$PYTHON is not Python 3.11, which $LOCK is for; say where it is: make PYTHON=/path/to/python3.11"
 
-if [ ! -x "$VENV/bin/python" ]; then
+if [ ! -x "$VENV/bin/pip" ]; then
     echo "setup: making $VENV"
-    "$PYTHON" -m venv "$VENV" || fail "$PYTHON cannot make a virtual environment; install its venv module"
+    "$PYTHON" -m venv "$VENV" || fail "$PYTHON cannot make virtual environments; install its venv module"
 fi
+: >"$LOG"
 
-TORCH=$(grep '^torch==' "$LOCK")
-echo "setup: installing $TORCH"
-install "$TORCH" 2>/dev/null || install --index-url "$TORCH_INDEX" "$TORCH" 2>/dev/null ||
-    fail "no CPU build of torch: neither pip's index nor $TORCH_INDEX offers $TORCH; make one of them reachable ($LOG)"
+torch=$(grep '^torch==' "$LOCK")
+echo "setup: installing $torch"
+install "$torch" || install --index-url "$TORCH_INDEX" "$torch" ||
+    fail "no CPU build of torch: neither pip's index nor $TORCH_INDEX gave $torch; make one reachable (see $LOG)"
 
-echo "setup: installing $(grep -c '==' "$LOCK") packages from $LOCK"
-install --no-compile -r "$LOCK" || fail "a package of $LOCK could not be installed; see $LOG"
+echo "setup: installing the $(grep -c '^[^#]' "$LOCK") packages of $LOCK"
+install --requirement "$LOCK" || fail "a package of $LOCK is missing: $(why) (see $LOG)"
 
 echo "setup: installing skyrl-spec"
-install --no-build-isolation -e . || fail "skyrl-spec itself could not be installed; see $LOG"
+install --no-build-isolation --editable . || fail "skyrl-spec itself: $(why) (see $LOG)"

@@ -164,6 +164,10 @@ class TrainerConfig:
     # Steps between evaluations on val_data at temperature 0; 0 turns it off.
     eval_interval: int = 10
     eval_before_train: bool = True
+    # After the last step: tokens/s of the engine against one without a draft, same weights and prompts (CPU only).
+    measure_speedup: bool = False
+    # Write policy and draft to run_dir/model at the end, as a Hugging Face checkpoint.
+    save_final_model: bool = True
     # Any of "console" and "wandb"; metrics.jsonl is always written.
     logger: list[str] = field(default_factory=lambda: ["console"])
     project_name: str = "skyrl_spec"

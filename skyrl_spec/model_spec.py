@@ -66,7 +66,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"trainer.policy.model.path={directory}: has no config.json; give a checkpoint directory") from None
+        raise ConfigError(
+            f"trainer.policy.model.path={directory}: has no config.json; give a checkpoint directory"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"trainer.policy.model.path={directory}: config.json is unreadable ({error})") from None
 

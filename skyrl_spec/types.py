@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+
+# The two sets of weights that are trained and synced.
+Which = Literal["policy", "draft"]
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,7 @@ class TrainBatch:
         """The given rows, columns cut to the longest of them."""
         width = int((self.segment_ids[rows] > 0).sum(axis=1).max(initial=1))
         return TrainBatch(
-            **{
-                name: None if value is None else value[rows, :width]
-                for name, value in self.__dict__.items()
-            }
+            **{name: None if value is None else value[rows, :width] for name, value in self.__dict__.items()}
         )
 
 

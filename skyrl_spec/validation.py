@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from skyrl_spec.config import Config, ConfigError, InferenceEngineConfig, TrainerConfig
-from skyrl_spec.rollout.speculative import require_exact_rejection
+from skyrl_spec.config import Config, ConfigError, TrainerConfig
+from skyrl_spec.rollout.speculative import build_speculative_config, require_exact_sampling
 
 
 class Layout(NamedTuple):
@@ -144,7 +144,6 @@ def validate(config: Config) -> None:
     _check_batches(config)
     _check_lengths(config)
     _check_engine(config)
-    _check_environments(config)
 
 
 def parallel_layout(config: Config) -> Layout:
@@ -237,7 +236,9 @@ def _check_paths(config: Config) -> None:
 
 def _check_logger(trainer: TrainerConfig) -> None:
     for logger in trainer.logger:
-        _require(logger in LOGGERS, "trainer.logger", trainer.logger, f"{logger} is none of {', '.join(LOGGERS)}; drop it")
+        _require(
+            logger in LOGGERS, "trainer.logger", trainer.logger, f"{logger} is none of {', '.join(LOGGERS)}; drop it"
+        )
 
 
 def _check_batches(config: Config) -> None:
@@ -290,29 +291,14 @@ def _check_engine(config: Config) -> None:
         engine.engine_init_kwargs.get("speculative_config"),
         f"belongs in {_ENGINE}.speculative_config; move it there",
     )
-    if engine.speculative_config is not None:
-        _check_speculative_config(config.generator)
-
-
-def _check_speculative_config(generator: GeneratorConfig) -> None:
-    speculative = generator.inference_engine.speculative_config
-    assert speculative is not None
-    num_tokens = speculative.get("num_speculative_tokens", 1)
-    _require(
-        isinstance(num_tokens, int) and num_tokens >= 1,
-        f"{_ENGINE}.speculative_config.num_speculative_tokens",
-        num_tokens,
-        "must be an integer of at least 1; change it",
-    )
-    require_exact_rejection(speculative)
-
-
-def _check_environments(config: Config) -> None:
-    for env_class, target in config.environment.custom.items():
-        module, colon, name = target.partition(":")
+    speculative = build_speculative_config(config.trainer.mtp, engine.speculative_config)
+    if speculative is not None:
+        num_tokens = speculative.get("num_speculative_tokens", 1)
         _require(
-            bool(module and colon and name),
-            f"environment.custom.{env_class}",
-            target,
-            "must be module:Class; write the import path of the module, a colon and the class",
+            isinstance(num_tokens, int) and num_tokens >= 1,
+            f"{_ENGINE}.speculative_config.num_speculative_tokens",
+            num_tokens,
+            "must be an integer of at least 1; change it",
         )
+    for setting in _SAMPLINGS:
+        require_exact_sampling(_get(config, setting), speculative, setting)

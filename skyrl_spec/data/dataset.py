@@ -114,11 +114,12 @@ def _extra_info(row: Row) -> Row:
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> list[int]:
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        token_ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as error:
         # Templates refuse messages by raising, e.g. a system message that the model was not trained on.
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{where}: the model's chat template refuses the prompt ({reason}); mend the row") from error
+    return token_ids
 
 
 def _read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:

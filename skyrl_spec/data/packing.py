@@ -88,11 +88,18 @@ def micro_batches(batch: TrainBatch, rows: int) -> list[TrainBatch]:
 
 
 def assemble(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The ``[B, S]`` array whose rows ``rows[i]`` are ``parts[i]``, which may be narrower and end in padding rows; else 0."""
+    """The ``[B, S]`` array whose rows ``rows[i]`` are ``parts[i]`` (narrower ones are filled up with 0)."""
     out_BS = np.zeros(shape, np.float32)
     for part, part_rows in zip(parts, rows, strict=True):
+        # A rank without rows answers for its row of padding.
         out_BS[part_rows, : part.shape[1]] = part[: len(part_rows)]
     return out_BS
+
+
+def gather_shards(batch: TrainBatch, shards: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What the data-parallel ranks computed for their ``shard`` of ``batch``, as ``[B, S]`` in the batch's order."""
+    rows = shard_rows(batch, len(shards))
+    return {name: assemble([part[name] for part in shards], rows, batch.token_ids.shape) for name in shards[0]}
 
 
 def _lengths(batch: TrainBatch) -> np.ndarray:

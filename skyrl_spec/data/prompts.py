@@ -30,7 +30,8 @@ class PromptStream:
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._go_to(epoch=0, position=0)
+        self._epoch = self._position = 0
+        self._order = self._order_of(epoch=0)
 
     @property
     def epoch(self) -> int:
@@ -77,6 +78,10 @@ class PromptStream:
     def _go_to(self, epoch: int, position: int) -> None:
         self._epoch = epoch
         self._position = position
+        self._order = self._order_of(epoch)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
         num_prompts = len(self._prompts)
-        rng = np.random.default_rng((self._seed, epoch))
-        self._order = rng.permutation(num_prompts) if self._shuffle else np.arange(num_prompts)
+        if not self._shuffle:
+            return np.arange(num_prompts)
+        return np.random.default_rng((self._seed, epoch)).permutation(num_prompts)

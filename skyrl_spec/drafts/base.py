@@ -45,9 +45,7 @@ class DraftSums:
     num_chains: Tensor
 
     def stack(self) -> Tensor:
-        return torch.stack(
-            [self.loss, self.top1_agreements, self.num_targets, self.accepted_lengths, self.num_chains]
-        )
+        return torch.stack([self.loss, self.top1_agreements, self.num_targets, self.accepted_lengths, self.num_chains])
 
 
 class Draft(ABC):

@@ -22,6 +22,7 @@ from skyrl_spec.losses.vocab_parallel import (
     VocabShard,
     all_gather_columns,
     compute_dtype,
+    nonzero_chunks,
     row_dot,
     vocab_shard,
 )
@@ -46,9 +47,9 @@ def vocab_parallel_logprobs(
 ) -> TokenLogprobs:
     """``log softmax(hidden W^T / temperature)[target]`` and the entropy of that softmax.
 
-    Gradient reaches ``hidden_TD`` (complete on every rank: one all-reduce over ``group``) and ``output_weight_vD`` (this
-    rank's shard; 0 in padded rows). Tokens whose log-prob gets no gradient add nothing to either, and cost nothing in
-    the backward pass. Second derivatives are not defined.
+    Gradient reaches ``hidden_TD`` (complete on every rank: one all-reduce over ``group``) and ``output_weight_vD``
+    (this rank's shard; 0 in padded rows). Tokens whose log-prob gets no gradient add nothing to either, and cost
+    nothing in the backward pass. Second derivatives are not defined.
 
     Args:
         hidden_TD: hidden states, ready for the output weight; same dtype as the weight, the same on every rank.
@@ -109,7 +110,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         )
         logits = ChunkLogits(ctx.shard, min(ctx.chunk_size, len(hidden_TD)), ctx.temperature)
         buffer = logits.buffer()
-        for positions_c in grad_logprobs_T.nonzero().squeeze(1).split(ctx.chunk_size):
+        for positions_c in nonzero_chunks(grad_logprobs_T, ctx.chunk_size):
             hidden_cD = hidden_TD[positions_c]
             softmax_cv = logits.write(hidden_cD, buffer).sub_(lse_T[positions_c, None]).exp_()
             column_c, mine_c = ctx.shard.to_local(targets_T[positions_c])
@@ -131,7 +132,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
 
 def _local_stats(logits_cv: Tensor, exp_buffer: Tensor, targets_c: Tensor, shard: VocabShard) -> Tensor:
-    """[4, c]: max, sum of e = exp(logits - max), sum of e * (logits - max), the target's logit (0 if not this rank's)."""
+    """[4, c]: max, sum of e = exp(logits - max), sum of e * (logits - max), target's logit (0 if another rank's)."""
     column_c, mine_c = shard.to_local(targets_c)
     target_c = logits_cv.gather(1, column_c[:, None])[:, 0] * mine_c
     max_c = logits_cv.amax(-1)

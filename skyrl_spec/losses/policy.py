@@ -60,7 +60,7 @@ def policy_token_loss(
 
 
 def kl_k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || ref) from a token sampled by the policy: ``exp(d) - d - 1``, ``d = ref - policy``.
+    """The k3 estimate of KL(policy || ref): ``exp(d) - d - 1`` with ``d = ref - policy``, on tokens the policy sampled.
 
     Elementwise, never negative, unbiased. Gradient reaches ``policy_logprobs`` alone.
 

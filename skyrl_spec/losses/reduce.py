@@ -29,7 +29,8 @@ def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length:
     """
     if reduction not in REDUCTIONS:
         raise ConfigError(
-            f"trainer.algorithm.loss_reduction={reduction!r} is unknown; allowed are {', '.join(REDUCTIONS)}; set one of these"
+            f"trainer.algorithm.loss_reduction={reduction!r} is unknown; allowed are {', '.join(REDUCTIONS)}; "
+            "set one of these"
         )
     mask_BS = np.asarray(loss_mask_BS, dtype=bool)
     tokens_B = mask_BS.sum(axis=1)

@@ -34,6 +34,7 @@ from skyrl_spec.losses.vocab_parallel import (
     all_gather_columns,
     compute_dtype,
     exp_minus_max_,
+    nonzero_chunks,
     row_dot,
     softmax_,
     vocab_shard,
@@ -54,7 +55,7 @@ class DraftLoss(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """What the drafts of a chunk are compared with. ``target_cv`` is what CE is taken to; the full teacher is for metrics."""
+    """What the drafts of a chunk are compared with: the target of the CE, and the full teacher for the metrics."""
 
     teacher_cv: Tensor
     teacher_argmax_c: Tensor
@@ -84,8 +85,9 @@ def vocab_parallel_soft_ce(
       and renormalised
     - ``hard_ce``: the token ``labels_T``
 
-    Gradient reaches ``draft_hidden_KTD`` alone; weight, teacher and token weights are constants. It is complete on every
-    rank (one all-reduce over ``group``). Where the weight is 0 nothing counts, not even a hidden state that is NaN.
+    Gradient reaches ``draft_hidden_KTD`` alone; weight, teacher and token weights are constants. It is complete on
+    every rank (one all-reduce over ``group``). Where the weight is 0 nothing counts, not even a hidden state that is
+    NaN.
 
     Args:
         draft_hidden_KTD: hidden states of K drafts for each target position, ready for the output weight.
@@ -142,7 +144,7 @@ class _ChunkedLoss:
         self.shard = shard
         self.weights_KT = weights_KT
         # Positions that no draft counts (prompts, padding) cost nothing.
-        self.positions_chunks = weights_KT.ne(0).any(0).nonzero().squeeze(1).split(chunk_size)
+        self.positions_chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
         self.temperature = temperature
         self.with_grad = with_grad
         self.logits = ChunkLogits(shard, min(chunk_size, weights_KT.shape[1]), temperature)

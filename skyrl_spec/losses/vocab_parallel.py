@@ -121,12 +121,12 @@ class Normaliser:
 
 
 def all_gather_columns(columns: list[Tensor], group: ProcessGroup | None) -> tuple[Tensor, ...]:
-    """Each [c] tensor as [R, c], all ranks' together, in one collective. Every rank of ``group`` must call it."""
+    """Each [c, ...] tensor as [R, c, ...], all ranks' together, in one collective that every rank must reach."""
     mine_Nc = torch.stack(columns)
     if group is None:
         return mine_Nc.unsqueeze(1).unbind(0)
     all_RNc = mine_Nc.new_empty(group.size(), *mine_Nc.shape)
-    dist.all_gather_into_tensor(all_RNc, mine_Nc, group=group)
+    dist.all_gather(list(all_RNc), mine_Nc, group=group)
     return all_RNc.unbind(1)
 
 
@@ -143,6 +143,12 @@ def softmax_(logits_cv: Tensor, shard: VocabShard) -> Tensor:
     normaliser = Normaliser.combine(max_Rc, sum_Rc)
     logits_cv.mul_(normaliser.share_Rc[shard.rank][:, None])
     return normaliser.of_winner(argmax_Rc)
+
+
+def nonzero_chunks(values_T: Tensor, chunk_size: int) -> list[Tensor]:
+    """The positions whose value is not 0, ``chunk_size`` at a time."""
+    positions_N = values_T.nonzero().squeeze(1)
+    return [positions_N[start : start + chunk_size] for start in range(0, len(positions_N), chunk_size)]
 
 
 def row_dot(a_cv: Tensor, b_cv: Tensor) -> Tensor:

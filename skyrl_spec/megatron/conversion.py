@@ -142,14 +142,18 @@ class HfTensors:
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
         if not self._files:
-            raise ConfigError(f"trainer.policy.model.path={directory}: has no *.safetensors; convert the checkpoint to safetensors")
+            raise ConfigError(
+                f"trainer.policy.model.path={directory}: has no *.safetensors; convert the checkpoint to safetensors"
+            )
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    def names(self) -> list[str]:
+        return list(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise ConfigError(f"trainer.policy.model.path={self.directory}: has no tensor {name}; the checkpoint is incomplete")
+            raise ConfigError(
+                f"trainer.policy.model.path={self.directory}: has no tensor {name}; the checkpoint is incomplete"
+            )
         with safe_open(self._files[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 

@@ -83,9 +83,7 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Sdpa
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     attention = spec.submodules.self_attention
     submodules = replace(attention.submodules, core_attention=core_attention)
-    return replace(
-        spec, submodules=replace(spec.submodules, self_attention=replace(attention, submodules=submodules))
-    )
+    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, submodules=submodules)))
 
 
 class PolicyModel(GPTModel):

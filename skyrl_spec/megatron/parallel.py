@@ -39,7 +39,13 @@ class Parallel:
 
 
 def initialize(
-    *, rank: int, world_size: int, tensor_parallel_size: int, device: torch.device, init_method: str, timeout_s: float = 600.0
+    *,
+    rank: int,
+    world_size: int,
+    tensor_parallel_size: int,
+    device: torch.device,
+    init_method: str,
+    timeout_s: float = 600.0,
 ) -> Parallel:
     """Join the workers' process group and lay Megatron's groups over it (TP innermost)."""
     if device.type == "cuda":

@@ -36,7 +36,8 @@ class JsonlFile:
         fresh = path.with_name(path.name + ".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, path)
-        self._file = path.open("a", encoding="utf-8")
+        # Half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def append(self, *objects: Mapping[str, Any]) -> None:
         for item in objects:
@@ -105,6 +106,12 @@ class WandbWriter:
         wandb.teardown()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a ``metrics.jsonl``, in order; a last line cut short is left out."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
 def check_wandb() -> None:
     """Raises ConfigError where ``wandb.init`` would ask for a key on the terminal."""
     import wandb
@@ -123,17 +130,16 @@ def check_wandb() -> None:
 
 def _wandb_line(problem: str) -> str:
     return (
-        f"trainer.logger=[wandb]: {problem}; set WANDB_API_KEY or run `wandb login`, or WANDB_MODE=offline to log without "
-        "an account, or take wandb out of trainer.logger"
+        f"trainer.logger=[wandb]: {problem}; set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline to log "
+        "without an account, or take wandb out of trainer.logger"
     )
 
 
 def _lines_until(path: Path, step_key: str, last_step: int) -> list[str]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    return [line for line in whole if json.loads(line)[step_key] <= last_step]
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [line for line in file if line.endswith("\n") and json.loads(line)[step_key] <= last_step]
 
 
 def _json_number(value: float) -> float | int | None:

@@ -59,11 +59,38 @@ def mend_top_k_of_no_tokens() -> None:
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
 
 
-CPU_MENDS: tuple[Callable[[], None], ...] = (mend_sampling_parameter_expansion, mend_top_k_of_no_tokens)
+def mend_reload_of_tied_output_weights() -> None:
+    """Packs output weights that are tied to the embeddings again when a weight update ends.
+
+    On CPU vLLM multiplies with a packed copy of them. A reload loads the tied tensor through the embeddings alone,
+    so the copy keeps the old weights: hidden states of the new policy, logits with the output weights of the old.
+    Remove when tests/rollout/test_compat.py::test_tied_output_weights_stay_old_without_the_mend fails.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader import reload
+
+    _require(reload, "finalize_layerwise_reload", mend_reload_of_tied_output_weights)
+    upstream = reload.finalize_layerwise_reload
+
+    def finalize_layerwise_reload(model: torch.nn.Module, model_config: Any) -> None:
+        upstream(model, model_config)
+        if model_config.hf_config.tie_word_embeddings:
+            for layer in model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
+
+    reload.finalize_layerwise_reload = finalize_layerwise_reload
+
+
+CPU_MENDS: tuple[Callable[[], None], ...] = (
+    mend_sampling_parameter_expansion,
+    mend_top_k_of_no_tokens,
+    mend_reload_of_tied_output_weights,
+)
 
 
 def register(cpu_mends: Sequence[Callable[[], None]] = CPU_MENDS) -> None:
-    """Tells vLLM of the weight engine and, on CPU, applies the mends. Only the first call in a process does anything."""
+    """Tells vLLM of the weight engine and, on CPU, applies the mends. Only a process's first call does anything."""
     global _registered
     if _registered:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from skyrl_spec.rollout.speculative import require_exact_rejection, require_exac
 from skyrl_spec.types import Generation, SpecCounters, Versions
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_COUNTERS = {counter.name for counter in fields(SpecCounters)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class RolloutEngine:
         seeds: list[int | None] = [None] * len(prompts)
         if seed is not None:
             # vLLM numbers the n responses of a prompt on from its seed.
-            seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 1]
+            seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 2]
         params = [
             SamplingParams(
                 n=n,
@@ -154,13 +155,15 @@ class RolloutEngine:
 
     def spec_counters(self) -> SpecCounters:
         """Drafting since the engine started; zeros without a draft."""
+        from vllm.v1.metrics.reader import Counter, Vector
+
         values: dict[str, Any] = {}
         for metric in self._llm.get_metrics():
             name = metric.name.removeprefix("vllm:spec_decode_")
-            if name == "num_accepted_tokens_per_pos":
-                values[name] = tuple(metric.values)
-            elif name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+            if name in _COUNTERS and isinstance(metric, Counter):
                 values[name] = metric.value
+            elif name in _COUNTERS and isinstance(metric, Vector):
+                values[name] = tuple(metric.values)
         return SpecCounters(**values)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from skyrl_spec.sync.payload import unpack_weights
@@ -51,6 +51,9 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
 
     init_info_cls = RayInitInfo
     update_info_cls = RayUpdateInfo
+    # vLLM's models have ``load_weights`` and ``hf_to_vllm_mapper``; ``nn.Module`` does not say so.
+    model: Any
+    _default_model: Any
 
     def __init__(
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
@@ -67,7 +70,7 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
         if self.model not in self._manifests:
             self._manifests[self.model] = self._build_manifest()
         self._awaited = dict(self._manifests[self.model])
-        initialize_layerwise_reload(self.model)
+        reload.initialize_layerwise_reload(self.model)
         for layer in self.model.modules():
             info = get_layerwise_info(layer)
             info.load_numel = 0
@@ -90,7 +93,7 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
         if self._awaited:
             names = sorted(self._awaited)
             raise ValueError(f"weight update lacks {len(names)} tensors of {self._describe()}: {_some(names)}")
-        finalize_layerwise_reload(self.model, self.model_config)
+        reload.finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Nothing to close."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,20 @@ def pack_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         payload["shapes"].append(list(tensor.shape))
         payload["arrays"].append(tensor.detach().cpu().contiguous().view(_WIRE_DTYPES[tensor.dtype]).numpy())
     return payload
+
+
+def pack_chunks(named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int = 512 * 2**20) -> Iterator[dict[str, Any]]:
+    """Payloads of at most ``max_bytes`` each (a larger tensor travels alone), so that no second whole model exists."""
+    chunk: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in named_tensors:
+        if chunk and size + tensor.nbytes > max_bytes:
+            yield pack_weights(chunk)
+            chunk, size = [], 0
+        chunk.append((name, tensor))
+        size += tensor.nbytes
+    if chunk:
+        yield pack_weights(chunk)
 
 
 def unpack_weights(

@@ -1,0 +1,80 @@
+"""The ``skyrl-spec`` command. Imports neither torch, vllm, megatron nor ray before a run starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import version
+
+from skyrl_spec.config import ConfigError
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+
+EXAMPLES = """\
+examples:
+  skyrl-spec train experiment=cpu_mtp_grpo
+  skyrl-spec train experiment=cpu_mtp_grpo trainer.mtp.enabled=false trainer.max_training_steps=3
+  skyrl-spec train experiment=cpu_mtp_dapo generator.sampling_params.temperature=0.8
+  skyrl-spec train experiment=mimo_7b_dapo_8gpu --cfg job
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status. Mistakes of the user's are one line on stderr and status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return _train(args.overrides, show_config=args.cfg is not None, verbose=args.verbose)
+    except ConfigError as error:
+        print(f"skyrl-spec: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line like all others."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(EXIT_USAGE, f"skyrl-spec: error: {message}; {self.prog} --help lists what there is\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Reinforcement learning on Megatron-core and vLLM, with a draft that is trained with the policy."
+    parser = _Parser(prog="skyrl-spec", description=about, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"skyrl-spec {version('skyrl-spec')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train a policy, and its draft with it",
+        description="Train a policy with GRPO or DAPO, and its speculative-decoding draft with it.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="experiment=NAME picks a configuration, trainer.epochs=2 and the like change it",
+    )
+    train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    train.add_argument("-v", "--verbose", action="store_true", help="also show what the workers and engines print")
+    return parser
+
+
+def _train(overrides: list[str], *, show_config: bool, verbose: bool) -> int:
+    # hydra takes a third of a second to import, which --help and --version need not wait for.
+    from skyrl_spec.compose import load_config, to_yaml
+    from skyrl_spec.validation import validate
+
+    config = load_config(overrides)
+    validate(config)
+    if show_config:
+        print(to_yaml(config), end="")
+        return EXIT_OK
+    from skyrl_spec.preflight import preflight
+
+    preflight(config)
+    from skyrl_spec.trainer.run import run_training
+
+    return run_training(config, verbose=verbose)

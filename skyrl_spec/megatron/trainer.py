@@ -1,0 +1,278 @@
+"""A rank's policy, draft and reference: forward, one optimizer step, export. The Ray actor around it is ``worker``.
+
+A mini-batch goes through Megatron's schedule micro-batch by micro-batch. In each, the policy's forward pass leaves detached
+trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs the policy's
+backward pass. Gradients are summed over data parallelism and both optimizers step, one after the other, knowing nothing
+of each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from skyrl_spec.config import Config
+from skyrl_spec.data.packing import assemble, micro_batch_rows, micro_batches, shard
+from skyrl_spec.drafts.base import Draft, Teacher
+from skyrl_spec.drafts.build import build_draft
+from skyrl_spec.megatron import compat
+from skyrl_spec.megatron.capture import Captured, capture
+from skyrl_spec.megatron.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
+from skyrl_spec.megatron.model import PolicyModel, build_policy, padded_vocab_size, transformer_config
+from skyrl_spec.megatron.optim import Trainable
+from skyrl_spec.megatron.parallel import Parallel
+from skyrl_spec.megatron.step import POLICY_SUMS, Micro, policy_loss, response_logprobs, to_device
+from skyrl_spec.model_spec import ModelSpec
+from skyrl_spec.types import StepReport, TrainBatch, Which
+
+
+@dataclass(frozen=True)
+class TrainableDraft:
+    draft: Draft
+    trainable: Trainable
+
+
+class PolicyTrainer:
+    """Everything one rank trains. All ranks call every method together."""
+
+    def __init__(self, config: Config, spec: ModelSpec, parallel: Parallel, total_optimizer_steps: int):
+        self.config, self.spec, self.parallel = config, spec, parallel
+        megatron = config.trainer.policy.megatron_config
+        self._trunk_config = transformer_config(spec, megatron, parallel.device)
+        tensors = HfTensors(spec.path)
+        self._rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
+        self.model = self._load_policy(tensors)
+        self.policy = Trainable(
+            self.model,
+            self._trunk_config,
+            config.trainer.policy.optimizer_config,
+            megatron,
+            parallel,
+            total_optimizer_steps,
+        )
+        self.draft = self._load_draft(tensors, total_optimizer_steps)
+        self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
+
+    def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
+        """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if there is one.
+
+        Returns:
+            ``policy_logprobs`` (and ``ref_logprobs``), ``[rows of the shard, S]`` float32, 0 off the response.
+        """
+        mine = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
+        out = {"policy_logprobs": self._logprobs(self.model, mine)}
+        if self.reference is not None:
+            out["ref_logprobs"] = self._logprobs(self.reference, mine)
+        return out
+
+    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
+        """Forward and backward over this rank's shard of ``batch``, then one optimizer step of policy and draft."""
+        start = time.perf_counter()
+        sums, draft_s = self.forward_backward(batch)
+        metrics = self._reduce(sums)
+        metrics |= self.optimizer_step()
+        return StepReport(metrics=metrics, policy_train_s=time.perf_counter() - start - draft_s, draft_train_s=draft_s)
+
+    def forward_backward(self, batch: TrainBatch) -> tuple[Tensor, float]:
+        """Leave the gradients of ``batch``, summed over all ranks, in both gradient buffers.
+
+        Returns:
+            This rank's sums (policy, then draft; float64) and the seconds the draft took.
+        """
+        micros = [
+            to_device(part, self.parallel.device)
+            for part in micro_batches(
+                shard(batch, self.parallel.dp_rank, self.parallel.dp_size),
+                self.config.trainer.micro_train_batch_size_per_gpu,
+            )
+        ]
+        draft_denominator = self._draft_denominator(micros)
+        sums = torch.zeros(len(POLICY_SUMS) + 1 + 5, dtype=torch.float64, device=self.parallel.device)
+        clock = DeviceClock(self.parallel.device)
+        self.policy.zero_grad()
+        if self.draft is not None:
+            self.draft.trainable.zero_grad()
+        with self._capture() as captured:
+
+            def forward_step(data: Iterator[Micro], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+                micro = next(data)
+                hidden_SBD = model(micro.targets.token_ids, micro.targets.attention_mask)
+                if self.draft is not None:
+                    assert captured is not None
+                    with clock:
+                        sums[len(POLICY_SUMS) + 1 :] += self._train_draft(
+                            captured, hidden_SBD, micro, draft_denominator
+                        )
+                return hidden_SBD, lambda hidden: self._policy_loss(hidden, micro, sums)
+
+            with compat.megatron_device(self.parallel.device):
+                get_forward_backward_func()(
+                    forward_step_func=forward_step,
+                    data_iterator=iter(micros),
+                    model=self.policy.ddp,
+                    num_microbatches=len(micros),
+                    seq_length=batch.token_ids.shape[1],
+                    micro_batch_size=self.config.trainer.micro_train_batch_size_per_gpu,
+                )
+        self.policy.reduce_grads()
+        if self.draft is not None:
+            with clock:
+                self.draft.trainable.reduce_grads()
+        return sums, clock.seconds()
+
+    def optimizer_step(self) -> dict[str, float]:
+        """Update policy and draft from their gradient buffers."""
+        step = self.policy.step()
+        metrics = {"policy/grad_norm": step.grad_norm, "policy/lr": step.lr}
+        if self.draft is not None:
+            draft_step = self.draft.trainable.step()
+            metrics |= {"draft/grad_norm": draft_step.grad_norm, "draft/lr": draft_step.lr}
+        return metrics
+
+    def export(self, which: Which) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors by HF name, in the layout vLLM loads; all ranks of a tensor-parallel group must iterate."""
+        module, rules = self._exported(which)
+        return export_weights(module, rules, self.parallel)
+
+    def export_shapes(self, which: Which) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what ``export`` will yield, in its order; no communication."""
+        module, rules = self._exported(which)
+        parameters = dict(module.named_parameters())
+        return [
+            (name, parameters[rule.megatron].dtype, tuple(shape))
+            for rule in rules
+            for name, shape in zip(rule.hf, hf_shapes(rule, parameters[rule.megatron], self.parallel), strict=True)
+        ]
+
+    def _exported(self, which: Which) -> tuple[torch.nn.Module, list[Rule]]:
+        if which == "policy":
+            return self.model, self._rules
+        assert self.draft is not None
+        return self.draft.draft.module, self.draft.draft.rules
+
+    def _load_policy(self, tensors: HfTensors) -> PolicyModel:
+        model = build_policy(self.spec, self._trunk_config, self.parallel)
+        load_weights(model, self._rules, tensors, self.parallel)
+        return model
+
+    def _load_draft(self, tensors: HfTensors, total_optimizer_steps: int) -> TrainableDraft | None:
+        built = build_draft(self.config, self.spec, self._trunk_config, tensors, self.parallel)
+        if built is None:
+            return None
+        draft, optimizer = built
+        megatron = self.config.trainer.policy.megatron_config
+        trainable = Trainable(
+            draft.module, draft.module.config, optimizer, megatron, self.parallel, total_optimizer_steps
+        )
+        return TrainableDraft(draft, trainable)
+
+    @torch.no_grad()
+    def _logprobs(self, model: PolicyModel, batch: TrainBatch) -> np.ndarray:
+        rows = micro_batch_rows(batch, self.config.trainer.micro_forward_batch_size_per_gpu)
+        parts = []
+        for part_rows in rows:
+            micro = to_device(batch.select(part_rows), self.parallel.device)
+            with compat.megatron_device(self.parallel.device):
+                hidden_SBD = model(micro.targets.token_ids, micro.targets.attention_mask)
+            logprobs_BS = torch.zeros(micro.targets.token_ids.shape, device=self.parallel.device)
+            logprobs_BS[micro.row_T, micro.position_T] = self._token_logprobs(
+                model, hidden_SBD, micro
+            ).logprobs_T.float()
+            parts.append(logprobs_BS.cpu().numpy())
+        return assemble(parts, rows, batch.token_ids.shape)
+
+    def _token_logprobs(self, model: PolicyModel, hidden_SBD: Tensor, micro: Micro) -> Any:
+        return response_logprobs(
+            hidden_SBD,
+            model.output_weight_vD(),
+            micro,
+            vocab_size=self.spec.vocab_size,
+            temperature=self.config.generator.sampling_params.temperature,
+            chunk_size=self.config.trainer.logprobs_chunk_size,
+            group=self.parallel.tp_group,
+        )
+
+    def _policy_loss(self, hidden_SBD: Tensor, micro: Micro, sums: Tensor) -> tuple[Tensor, Tensor, None]:
+        loss, micro_sums = policy_loss(
+            self._token_logprobs(self.model, hidden_SBD, micro), micro, self.config.trainer.algorithm
+        )
+        sums[: len(micro_sums)] += micro_sums
+        # The schedule divides by nothing when it is told a number of tokens and calculate_per_token_loss is set.
+        return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
+
+    def _train_draft(self, captured: Captured, hidden_SBD: Tensor, micro: Micro, denominator: Tensor) -> Tensor:
+        """The draft's forward and backward pass on detached tensors; leaves gradients in its own buffer."""
+        assert self.draft is not None
+        teacher = Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach())
+        loss, sums = self.draft.draft.loss(captured.take(), teacher, micro.targets, denominator)
+        loss.backward()
+        return sums.stack()
+
+    def _draft_denominator(self, micros: list[Micro]) -> Tensor:
+        """Supervised draft tokens of the mini-batch over all ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        if self.draft is not None:
+            for micro in micros:
+                total += self.draft.draft.num_targets(micro.targets)
+            dist.all_reduce(total, group=self.parallel.dp_group)
+        return total
+
+    def _capture(self) -> AbstractContextManager[Captured | None]:
+        return nullcontext() if self.draft is None else capture(self.model, self.draft.draft.capture_points)
+
+    def _reduce(self, sums: Tensor) -> dict[str, float]:
+        """Sums of all data-parallel ranks, in one collective, as the contract's means."""
+        dist.all_reduce(sums, group=self.parallel.dp_group)
+        values = sums.tolist()
+        loss, *token_sums, num_tokens = values[: len(POLICY_SUMS) + 1]
+        metrics = {"policy/policy_loss": loss}
+        metrics |= {
+            f"policy/{name}": total / max(num_tokens, 1.0)
+            for name, total in zip(POLICY_SUMS[1:], token_sums, strict=True)
+        }
+        if self.draft is not None:
+            loss, top1, num_targets, lengths, num_chains = values[len(POLICY_SUMS) + 1 :]
+            metrics |= {
+                "draft/loss": loss,
+                "draft/top1_agreement": top1 / max(num_targets, 1.0),
+                "draft/predicted_acceptance_length": lengths / max(num_chains, 1.0),
+            }
+        if self.reference is None:
+            del metrics["policy/kl"]
+        return metrics
+
+
+class DeviceClock:
+    """Seconds spent inside its context, added up; on a GPU measured by events, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._intervals: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self._intervals.append((self._start, self._now()))
+
+    def seconds(self) -> float:
+        if not self._cuda:
+            return sum(end - start for start, end in self._intervals)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._intervals) / 1000.0
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,103 @@
+"""The Ray shell of a rank's trainer."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from skyrl_spec.checkpoint.hf_export import save_hf
+from skyrl_spec.config import Config
+from skyrl_spec.megatron import parallel
+from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.model_spec import load_spec
+from skyrl_spec.sync.payload import pack_chunks, payload_bytes
+from skyrl_spec.types import StepReport, TrainBatch, Which
+
+
+@ray.remote
+class PolicyWorker:
+    """One rank. All ranks are called together: most methods are collective."""
+
+    def __init__(self, config: Config, rank: int, world_size: int, num_threads: int | None):
+        logging.disable(logging.INFO)
+        warnings.filterwarnings("ignore")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._senders: dict[str, Any] = {}
+
+    def address(self) -> tuple[str, int]:
+        """This node's IP and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, init_method: str, total_optimizer_steps: int) -> None:
+        """Join the other ranks and load policy and draft."""
+        placement = self._config.trainer.placement
+        # A rank sees the one GPU that Ray gave it.
+        device = torch.device("cpu") if placement.device == "cpu" else torch.device("cuda", 0)
+        ranks = parallel.initialize(
+            rank=self._rank,
+            world_size=self._world_size,
+            tensor_parallel_size=self._config.trainer.policy.megatron_config.tensor_model_parallel_size,
+            device=device,
+            init_method=init_method,
+        )
+        spec = load_spec(self._config.trainer.policy.model.path)
+        self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps)
+
+    def place(self) -> tuple[int, int]:
+        """Data-parallel and tensor-parallel rank."""
+        return self._trainer.parallel.dp_rank, self._trainer.parallel.tp_rank
+
+    def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
+        return self._trainer.forward_logprobs(batch)
+
+    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
+        return self._trainer.train_mini_batch(batch)
+
+    def export(self, which: Which) -> list[tuple[ray.ObjectRef, int]]:
+        """Put the weights into Ray's object store, in chunks with their bytes; rank 0 has them, the others gather with it."""
+        if self._trainer.parallel.dp_rank > 0:
+            return []
+        chunks = pack_chunks(self._trainer.export(which))
+        if self._rank > 0:
+            for _ in chunks:
+                pass
+            return []
+        return [(ray.put(chunk), payload_bytes(chunk)) for chunk in chunks]
+
+    def connect(self, backend: str, engines: list[Any], whiches: list[Which], address: tuple[str, int]) -> None:
+        """Open vLLM's own transfer to the engines (GPUs)."""
+        from skyrl_spec.rollout.sender import ExportSource, build_senders
+
+        sources = {
+            which: ExportSource(self._trainer.export_shapes(which), lambda which=which: self._trainer.export(which))
+            for which in whiches
+        }
+        self._senders = build_senders(
+            backend,
+            sources,  # type: ignore[arg-type]
+            engines,
+            rank=self._rank,
+            tensor_parallel_size=self._config.generator.inference_engine.tensor_parallel_size,
+            master_address=address[0],
+            master_port=address[1],
+        )
+
+    def send(self, which: Which) -> int:
+        """One update of the engines through ``connect``'s transfer; returns the bytes sent."""
+        self._senders[which].send_weights()
+        return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(which))
+
+    def save_hf(self, directory: Path) -> None:
+        """Write policy and draft as a Hugging Face checkpoint that vLLM loads."""
+        save_hf(self._trainer, directory)

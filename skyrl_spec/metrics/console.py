@@ -1,0 +1,174 @@
+"""What a user sees of a run: what it is, a line a step, what became of it. Plain text where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from skyrl_spec.metrics import names
+
+LINE_WIDTH = 100
+LINES_PER_HEADER = 20
+
+# Title, width, key and decimals of a step's line, between the step and the time that is left.
+_COLUMNS = (
+    ("reward", 8, names.AVG_RAW_REWARD, 3),
+    ("accept", 8, names.acceptance_length("train"), 2),
+    ("predicted", 10, names.PREDICTED_ACCEPTANCE_LENGTH, 2),
+    ("tok/s", 8, names.THROUGHPUT, 0),
+    ("gen s", 7, names.timing("generate"), 1),
+    ("logp", 7, names.timing("fwd_logprobs"), 1),
+    ("policy", 7, names.timing("policy_train"), 1),
+    ("draft", 7, names.timing("draft_train"), 1),
+    ("sync", 7, names.timing("sync_weights"), 1),
+    ("step s", 8, names.STEP_TIME, 1),
+)
+
+# What the closing summary compares between the first and the last step that has it.
+_SUMMARY = (
+    ("reward on held-out prompts", names.EVAL_SCORE, 3),
+    ("reward in training", names.AVG_RAW_REWARD, 3),
+    ("acceptance length on held-out prompts", names.acceptance_length("eval"), 2),
+    ("acceptance length in training", names.acceptance_length("train"), 2),
+    ("rollout tokens/s", names.THROUGHPUT, 0),
+)
+
+
+class ConsoleWriter:
+    """A ``MetricsWriter`` for people: a line a step of at most 100 columns, under a heading, and a line an evaluation.
+
+    On a terminal a progress bar stays below the lines until ``close``.
+    """
+
+    def __init__(self, num_steps: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._num_steps = num_steps
+        self._num_lines = 0
+        self._first_step: int | None = None
+        self._started_s = time.monotonic()
+        self._progress: Progress | None = None
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Says what runs, a line a fact, and starts the clock of the time that is left."""
+        width = max(map(len, facts), default=0)
+        lines = "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+        if self.console.is_terminal:
+            self.console.print(Panel.fit(lines, title="skyrl_spec", border_style="cyan"), highlight=False, markup=False)
+            self._progress = _progress(self.console)
+            self._progress.start()
+            self._progress.add_task("steps", total=self._num_steps)
+        else:
+            self._print(lines)
+        self._started_s = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._first_step is None and names.AVG_RAW_REWARD not in values:
+            # The evaluation before the first step is no part of a step's time.
+            self._started_s = time.monotonic()
+        if names.AVG_RAW_REWARD in values:
+            if self._num_lines % LINES_PER_HEADER == 0:
+                self._print(header_line(), style="dim")
+            self._num_lines += 1
+            self._print(step_line(step, self._num_steps, values, self._seconds_left(step)))
+        if names.EVAL_SCORE in values:
+            self._print(eval_line(step, values), style="bold cyan")
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def close(self) -> None:
+        """Takes the progress bar away; more than once does no harm."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        run_dir: Path,
+        *,
+        speedup: float | None = None,
+        next_commands: Sequence[str] = (),
+    ) -> None:
+        """The closing lines: first and last values in ``records`` (metrics.jsonl), the run's place, what to type next.
+
+        ``speedup``: tokens/s with the draft over tokens/s without it, where it was measured.
+        """
+        self.close()
+        self._print("")
+        for line in summary_lines(records, speedup):
+            self._print(line, style="bold")
+        self._print(f"  run   {run_dir}")
+        for index, command in enumerate(next_commands):
+            self._print(f"  {'next' if index == 0 else '    '}  {command}")
+
+    def _seconds_left(self, step: int) -> float:
+        """From the mean time of the steps so far; the first one counted is the first one written."""
+        if self._first_step is None:
+            self._first_step = step
+        num_done = step - self._first_step + 1
+        return (time.monotonic() - self._started_s) / num_done * (self._num_steps - step)
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def header_line() -> str:
+    return f"{'step':>11}" + "".join(f"{title:>{width}}" for title, width, _, _ in _COLUMNS) + f"{'left':>9}"
+
+
+def step_line(step: int, num_steps: int, values: Mapping[str, float], seconds_left: float) -> str:
+    """A step under ``header_line``; "-" for what it does not have."""
+    cells = (f"{_number(values.get(key), decimals):>{width}}" for _, width, key, decimals in _COLUMNS)
+    return f"{f'{step}/{num_steps}':>11}" + "".join(cells) + f"{_clock(seconds_left):>9}"
+
+
+def eval_line(step: int, values: Mapping[str, float]) -> str:
+    line = f"{'eval':>11}{_number(values[names.EVAL_SCORE], 3):>8}"
+    length = values.get(names.acceptance_length("eval"))
+    if length is not None:
+        line += f"{_number(length, 2):>8}"
+    return f"{line}  on held-out prompts, after step {step}"
+
+
+def summary_lines(records: Sequence[Mapping[str, Any]], speedup: float | None = None) -> list[str]:
+    """First, last and change of what the records have of the values that matter most, then the speed-up if known."""
+    lines = [f"{f'{_last_step(records)} steps':<40}{'first':>9}{'last':>9}{'change':>9}"]
+    for title, key, decimals in _SUMMARY:
+        found = [value for record in records if (value := record.get(key)) is not None]
+        if found:
+            first, last = found[0], found[-1]
+            change = f"{last - first:+.{decimals}f}"
+            lines.append(f"  {title:<38}{_number(first, decimals):>9}{_number(last, decimals):>9}{change:>9}")
+    if speedup is not None:
+        lines.append(f"  {'rollout speed-up by the draft':<38}{'':>9}{f'{speedup:.2f}x':>9}")
+    return lines
+
+
+def _last_step(records: Iterable[Mapping[str, Any]]) -> int:
+    return max((record[names.STEP] for record in records), default=0)
+
+
+def _number(value: float | None, decimals: int) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    if abs(value) >= 100_000:
+        return f"{value / 1000:.0f}k"
+    return f"{value:.{0 if abs(value) >= 1000 else decimals}f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, refresh_per_second=2)

@@ -1,0 +1,189 @@
+"""What can go wrong with model, data, devices and accounts, found out before any process starts.
+
+Reads headers and rows only and imports no torch, so that a mistake is answered within seconds.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from safetensors import SafetensorError, safe_open
+
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.data.dataset import read_rows
+from skyrl_spec.envs.registry import check_env_class, register_custom
+from skyrl_spec.model_spec import ModelSpec, load_spec, parse_spec, read_config
+from skyrl_spec.validation import parallel_layout
+
+_MODEL = "trainer.policy.model.path"
+# What the CPU attention of vLLM can handle.
+CPU_HEAD_DIM_MULTIPLE = 32
+
+
+def preflight(config: Config) -> None:
+    """Raises ``ConfigError`` for the first thing outside the configuration that does not fit it."""
+    _check_run_dir(config.trainer.run_dir)
+    _check_wandb(config.trainer.logger)
+    _check_device(config.trainer.placement.device)
+    spec = _read_spec(config.trainer.policy.model.path)
+    _check_parallel_sizes(config, spec)
+    _check_lengths(config, spec)
+    if config.trainer.mtp.enabled:
+        _check_mtp_head(config.trainer.policy.model.path, spec)
+    register_custom(config.environment.custom)
+    check_env_class(config.environment.env_class, config.environment.custom)
+    for setting, paths in (("data.train_data", config.data.train_data), ("data.val_data", config.data.val_data)):
+        for path in paths:
+            _check_rows(setting, path, config.environment.custom)
+
+
+def _check_run_dir(run_dir: str) -> None:
+    """The directory, or the nearest one above it that exists, can be written to."""
+    path = Path(run_dir).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"trainer.run_dir={run_dir}: {existing} is a file, not a directory; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"trainer.run_dir={run_dir}: {existing} is not writable; choose another or change its mode")
+
+
+def _check_wandb(loggers: list[str]) -> None:
+    """wandb asks for a key on the terminal where it finds none, and so would hang a run."""
+    environment = os.environ
+    if "wandb" not in loggers or environment.get("WANDB_API_KEY"):
+        return
+    if environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    if not _has_netrc_entry(urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""):
+        raise ConfigError(
+            "trainer.logger=wandb: no account is set up; set WANDB_API_KEY or WANDB_MODE=offline, "
+            "run `wandb login`, or take wandb out of trainer.logger"
+        )
+
+
+def _has_netrc_entry(host: str) -> bool:
+    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _check_device(device: str) -> None:
+    """With RAY_ADDRESS set the GPUs may be on other machines; Ray's placement answers then."""
+    if device == "cuda" and "RAY_ADDRESS" not in os.environ and not _has_gpu():
+        raise ConfigError(
+            "trainer.placement.device=cuda: no CUDA device is visible on this machine; "
+            "set it to cpu, mend the driver or CUDA_VISIBLE_DEVICES, or join a cluster with RAY_ADDRESS"
+        )
+
+
+def _has_gpu() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles"):
+        return False
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=10, check=False)
+    return "GPU" in listed.stdout
+
+
+def _read_spec(path: str) -> ModelSpec:
+    """Of a hub name only config.json is fetched; the weights follow when the run starts."""
+    if Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        return load_spec(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        directory = Path(hf_hub_download(path, "config.json", etag_timeout=5)).parent
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"{_MODEL}={path}: neither a local directory nor found on the Hugging Face hub ({reason}); "
+            "correct it or check the network"
+        ) from error
+    return parse_spec(directory, read_config(directory))
+
+
+def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
+    engine_tp = config.generator.inference_engine.tensor_parallel_size
+    layouts = (
+        ("trainer.policy.megatron_config.tensor_model_parallel_size", parallel_layout(config).tp),
+        ("generator.inference_engine.tensor_parallel_size", engine_tp),
+    )
+    for setting, tp in layouts:
+        for count, what in (
+            (spec.num_heads, "attention heads"),
+            (spec.num_kv_heads, "key-value heads"),
+            (spec.ffn_hidden_size, "feed-forward columns"),
+        ):
+            if count % tp != 0:
+                raise ConfigError(
+                    f"{setting}={tp}: must divide the model's {count} {what}; choose a divisor of {count}"
+                )
+    if config.trainer.placement.device == "cpu" and spec.head_dim % CPU_HEAD_DIM_MULTIPLE != 0:
+        raise ConfigError(
+            f"{_MODEL}={config.trainer.policy.model.path}: head_dim {spec.head_dim} is no multiple of "
+            f"{CPU_HEAD_DIM_MULTIPLE}, which CPU engines need; use another model or trainer.placement.device=cuda"
+        )
+
+
+def _check_lengths(config: Config, spec: ModelSpec) -> None:
+    prompt, limit = config.trainer.max_prompt_length, spec.max_position_embeddings
+    for name in ("sampling_params", "eval_sampling_params"):
+        sampling = (
+            config.generator.sampling_params if name == "sampling_params" else config.generator.eval_sampling_params
+        )
+        if prompt + sampling.max_generate_length > limit:
+            raise ConfigError(
+                f"generator.{name}.max_generate_length={sampling.max_generate_length}: with "
+                f"trainer.max_prompt_length={prompt} it passes the model's {limit} positions; "
+                f"their sum must be at most {limit}: lower one"
+            )
+
+
+def _check_mtp_head(path: str, spec: ModelSpec) -> None:
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(
+            f"trainer.mtp.enabled=True: the model {path} {reason}; "
+            "use a model with an MTP head or trainer.mtp.enabled=false"
+        )
+
+    if spec.num_mtp_layers == 0:
+        raise refuse("has no MTP head (num_nextn_predict_layers is missing or 0 in its config.json)")
+    if spec.architecture != "MiMoForCausalLM":
+        raise refuse(f"is a {spec.architecture}, whose MTP head is not supported (MiMoForCausalLM's is)")
+    # A hub name's weights are not here yet.
+    if Path(path).is_dir() and not any(".mtp_layers." in name for name in _tensor_names(Path(path))):
+        raise refuse("has no tensor named *.mtp_layers.* in its *.safetensors")
+
+
+def _tensor_names(directory: Path) -> Iterator[str]:
+    """From the headers of ``*.safetensors``."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{_MODEL}={directory}: has no *.safetensors; give a complete checkpoint directory")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                yield from tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{_MODEL}={directory}: {file.name} cannot be read ({error}); copy it again") from error
+
+
+def _check_rows(setting: str, path: str, custom: dict[str, str]) -> None:
+    """Every row can be read and names an environment there is."""
+    seen: set[str] = set()
+    for number, row in enumerate(read_rows(path, setting=setting), start=1):
+        env_class = row.get("env_class")
+        if env_class is not None and env_class not in seen:
+            check_env_class(env_class, custom, setting=f"{setting}={path}: row {number}: env_class")
+            seen.add(env_class)

@@ -1,0 +1,81 @@
+"""Engines and workers as groups: who gets what, and how the answers come together again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from skyrl_spec.config import SamplingConfig
+from skyrl_spec.data.packing import gather_shards
+from skyrl_spec.types import Generation, Prompt, SpecCounters, StepReport, TrainBatch
+
+
+class EngineError(RuntimeError):
+    """An engine died or did not answer in time; one line."""
+
+
+class EngineGroup:
+    """All rollout engines as one."""
+
+    def __init__(self, handles: list[Any], timeout_s: float):
+        self.handles = handles
+        self._timeout_s = timeout_s
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[list[Generation]]:
+        """``n`` responses a prompt, prompts dealt out over the engines.
+
+        Raises:
+            EngineError: no answer within ``generator.inference_engine.generate_timeout_s``.
+        """
+        stride = len(self.handles)
+        refs = [
+            engine.generate.remote(
+                [prompt.token_ids for prompt in prompts[index::stride]], sampling, n, seed * stride + index
+            )
+            for index, engine in enumerate(self.handles)
+            if prompts[index::stride]
+        ]
+        try:
+            parts = ray.get(refs, timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise EngineError(
+                f"generator.inference_engine.generate_timeout_s={self._timeout_s:g}: an engine did not answer in time; "
+                "raise it or generate less a step"
+            ) from None
+        out: list[list[Generation]] = [[] for _ in prompts]
+        for index, part in enumerate(parts):
+            out[index::stride] = part
+        return out
+
+    def spec_counters(self) -> SpecCounters:
+        """Speculation since the engines started, over all of them."""
+        return sum(ray.get([engine.spec_counters.remote() for engine in self.handles]), SpecCounters())
+
+    def kill(self) -> None:
+        for handle in self.handles:
+            ray.kill(handle)
+
+
+class PolicyGroup:
+    """All policy workers as one. A batch is put into the object store once; every rank takes its shard from there."""
+
+    def __init__(self, handles: list[Any], places: list[tuple[int, int]]):
+        self.handles = handles
+        # The tensor-parallel rank 0 of each data-parallel rank speaks for its replica.
+        self._speakers = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
+
+    def forward_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """``batch`` with the policy's (and the reference's) log-probs before this batch's updates."""
+        ref = ray.put(batch)
+        answers = ray.get([worker.forward_logprobs.remote(ref) for worker in self.handles])
+        return replace(batch, **gather_shards(batch, [answers[speaker] for speaker in self._speakers]))
+
+    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step; the metrics are of all ranks."""
+        ref = ray.put(batch)
+        return ray.get([worker.train_mini_batch.remote(ref) for worker in self.handles])[0]
+
+    def save_hf(self, directory: Any) -> None:
+        ray.get([worker.save_hf.remote(directory) for worker in self.handles])

@@ -1,0 +1,190 @@
+"""The training step.
+
+    prompts -> engines -> scored groups (filtered, DAPO) -> advantages -> train batch
+            -> log-probs before the update -> mini-batches: one optimizer step of policy and draft each
+            -> sync: policy, then draft, one version -> metrics
+
+Whatever draft is trained, or none, this file does not know it: acceptance comes from the engines' counters, draft losses
+from the workers' reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from skyrl_spec.config import Config
+from skyrl_spec.data.packing import build_train_batch, mini_batches
+from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.metrics import names
+from skyrl_spec.sync.weights import WeightSync
+from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+from skyrl_spec.trainer.advantages import build_estimator, overlong_penalty
+from skyrl_spec.trainer.filters import Collected, Group, collect_groups
+from skyrl_spec.trainer.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
+from skyrl_spec.types import Prompt, Rollout, StepReport, TrainBatch
+
+OnStep = Callable[[int, dict[str, float], Sequence[Rollout]], None]
+
+
+class Trainer:
+    """Holds what a step needs; owns no process."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokenizer: Any,
+        stream: PromptStream,
+        eval_prompts: list[Prompt],
+        engines: EngineGroup,
+        policy: PolicyGroup,
+        sync: WeightSync,
+    ):
+        self.config, self.stream, self.eval_prompts = config, stream, eval_prompts
+        self.engines, self.policy, self.sync = engines, policy, sync
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.sampler = RolloutSampler(config, engines, tokenizer)
+        self.estimate_advantages = build_estimator(config.trainer.algorithm)
+
+    def run(self, num_steps: int, on_step: OnStep) -> None:
+        """``num_steps`` steps, with an evaluation before the first, every ``eval_interval`` and after the last."""
+        trainer = self.config.trainer
+        if trainer.eval_before_train and self._evaluates():
+            on_step(0, self.evaluate(), [])
+        for step in range(1, num_steps + 1):
+            values, rollouts = self.step()
+            if self._evaluates() and (step % trainer.eval_interval == 0 or step == num_steps):
+                values |= self.evaluate()
+            on_step(step, values, rollouts)
+
+    def step(self) -> tuple[dict[str, float], list[Rollout]]:
+        """One training step; returns the contract's metrics and the rollouts trained on."""
+        start = time.perf_counter()
+        timings: dict[str, float] = {}
+        speculation = SpeculationMeter(self.engines, "train")
+        with _timed(timings, "generate"):
+            collected, throughput = self._sample_groups()
+        values = reward_metrics(collected.sampled, self.config.generator.n_samples_per_prompt)
+        values |= speculation.metrics() | {names.THROUGHPUT: throughput}
+        rollouts = [rollout for group in collected.groups for rollout in group]
+        if rollouts:
+            batch = self._build_batch(collected.groups)
+            with _timed(timings, "fwd_logprobs"):
+                batch = self.policy.forward_logprobs(batch)
+            reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch)]
+            values |= _mean_metrics(reports)
+            timings |= _train_timings(reports)
+            with _timed(timings, "sync_weights"):
+                num_bytes = self.sync.sync()
+            values |= self._sync_metrics(num_bytes)
+        timings["step"] = time.perf_counter() - start
+        values |= {names.timing(phase): seconds for phase, seconds in timings.items()}
+        return values, rollouts
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean reward on the held-out prompts, sampled as ``generator.eval_sampling_params`` says (greedily)."""
+        generator, size = self.config.generator, self.config.trainer.eval_batch_size
+        speculation = SpeculationMeter(self.engines, "eval")
+        rewards = [
+            rollout.reward
+            for start in range(0, len(self.eval_prompts), size)
+            for group in self.sampler.sample(
+                self.eval_prompts[start : start + size],
+                generator.eval_sampling_params,
+                generator.eval_n_samples_per_prompt,
+            )
+            for rollout in group
+        ]
+        return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
+
+    def _sample_groups(self) -> tuple[Collected, float]:
+        """The groups of one train batch, and the tokens per second they were generated with."""
+        generator, trainer = self.config.generator, self.config.trainer
+        tokens_before, seconds_before = self.sampler.num_tokens, self.sampler.generate_s
+        collected = collect_groups(
+            lambda: self.sampler.sample(
+                self.stream.next_batch(), generator.sampling_params, generator.n_samples_per_prompt
+            ),
+            trainer.train_batch_size,
+            trainer.algorithm.dynamic_sampling,
+        )
+        num_tokens = self.sampler.num_tokens - tokens_before
+        return collected, num_tokens / (self.sampler.generate_s - seconds_before)
+
+    def _build_batch(self, groups: Sequence[Group]) -> TrainBatch:
+        algorithm, sampling = self.config.trainer.algorithm, self.config.generator.sampling_params
+        rewards_PG = np.array([[rollout.reward for rollout in group] for group in groups])
+        lengths_PG = np.array([[len(rollout.generation.token_ids) for rollout in group] for group in groups])
+        rewards_PG = rewards_PG + overlong_penalty(
+            lengths_PG, sampling.max_generate_length, algorithm.overlong.buffer_len, algorithm.overlong.penalty_factor
+        )
+        return build_train_batch(
+            [rollout for group in groups for rollout in group],
+            self.estimate_advantages(rewards_PG).reshape(-1),
+            pad_token_id=self.pad_token_id,
+            loss_reduction=algorithm.loss_reduction,
+            max_response_length=sampling.max_generate_length,
+        )
+
+    def _mini_batches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
+        trainer, generator = self.config.trainer, self.config.generator
+        for _ in range(trainer.update_epochs_per_batch):
+            yield from mini_batches(
+                batch,
+                trainer.policy_mini_batch_size * generator.n_samples_per_prompt,
+                loss_reduction=trainer.algorithm.loss_reduction,
+                max_response_length=generator.sampling_params.max_generate_length,
+            )
+
+    def _sync_metrics(self, num_bytes: int) -> dict[str, float]:
+        versions = self.sync.versions
+        metrics = {names.POLICY_VERSION: versions.policy, names.SYNC_BYTES: num_bytes}
+        return metrics | ({names.DRAFT_VERSION: versions.draft} if versions.draft else {})
+
+    def _evaluates(self) -> bool:
+        return bool(self.eval_prompts) and self.config.trainer.eval_interval > 0
+
+
+def measure_speedup(
+    trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prompt], rounds: int = 3
+) -> tuple[float, list[float]]:
+    """Rollout tokens/s with the draft over tokens/s without, alternating on the same prompts: the median and every round's.
+
+    ``plain`` is brought to the same weights first, by the same protocol.
+    """
+    WeightSync(trainer.policy.handles, plain.handles, backend="ray", has_draft=False).sync()
+    sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain)
+    ratios = []
+    # The first round warms both up.
+    for seed in range(rounds + 1):
+        speeds = []
+        for engines in groups:
+            start = time.perf_counter()
+            generations = engines.generate(list(prompts), replace(sampling), 1, seed)
+            speeds.append(sum(len(g.token_ids) for group in generations for g in group) / (time.perf_counter() - start))
+        ratios.append(speeds[0] / speeds[1])
+    return float(np.median(ratios[1:])), ratios[1:]
+
+
+@contextmanager
+def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[phase] = time.perf_counter() - start
+
+
+def _mean_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Means over the step's mini-batches, each of which is a mean of its own tokens."""
+    return {name: float(np.mean([report.metrics[name] for report in reports])) for name in reports[0].metrics}
+
+
+def _train_timings(reports: Sequence[StepReport]) -> dict[str, float]:
+    timings = {"policy_train": sum(report.policy_train_s for report in reports)}
+    draft_s = sum(report.draft_train_s for report in reports)
+    return timings | ({"draft_train": draft_s} if draft_s else {})

@@ -1,0 +1,68 @@
+"""Prompts to scored groups of rollouts, and what the sampling said of itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from skyrl_spec.config import Config, SamplingConfig
+from skyrl_spec.envs.rewards import score_all
+from skyrl_spec.metrics import names
+from skyrl_spec.rollout.spec_metrics import acceptance_metrics
+from skyrl_spec.trainer.actors import EngineGroup
+from skyrl_spec.trainer.filters import Group
+from skyrl_spec.types import Generation, Prompt, Rollout
+
+
+class RolloutSampler:
+    """Generates with the engines and scores with the environments."""
+
+    def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
+        self._config, self._engines, self._tokenizer = config, engines, tokenizer
+        self._num_calls = 0
+        self.num_tokens, self.generate_s = 0, 0.0
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int) -> list[Group]:
+        """``n`` scored rollouts a prompt; adds to ``num_tokens`` and ``generate_s``."""
+        self._num_calls += 1
+        seed = self._config.trainer.seed * 1_000_003 + self._num_calls
+        start = time.perf_counter()
+        generations = self._engines.generate(list(prompts), sampling, n, seed)
+        self.generate_s += time.perf_counter() - start
+        self.num_tokens += sum(len(g.token_ids) for group in generations for g in group)
+        return self._score(prompts, generations)
+
+    def _score(self, prompts: Sequence[Prompt], generations: list[list[Generation]]) -> list[Group]:
+        flat = [
+            (prompt, generation) for prompt, group in zip(prompts, generations, strict=True) for generation in group
+        ]
+        texts = self._tokenizer.batch_decode([g.token_ids for _, g in flat], skip_special_tokens=True)
+        results = score_all([prompt for prompt, _ in flat], texts, self._config.environment)
+        rollouts = [
+            Rollout(prompt, generation, text, result.reward, loss_mask=[1] * len(generation.token_ids))
+            for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
+        ]
+        ends = np.cumsum([len(group) for group in generations])
+        return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
+
+
+def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float]:
+    """Mean reward, and the share of prompts with at least one rewarded response."""
+    rewards = [rollout.reward for group in groups for rollout in group]
+    solved = [any(rollout.reward > 0 for rollout in group) for group in groups]
+    return {names.AVG_RAW_REWARD: float(np.mean(rewards)), names.pass_at(num_samples): float(np.mean(solved))}
+
+
+class SpeculationMeter:
+    """Acceptance between two readings of the engines' counters; silent where the engines have no draft."""
+
+    def __init__(self, engines: EngineGroup, mode: str):
+        self._engines, self._mode = engines, mode
+        self._start = engines.spec_counters()
+
+    def metrics(self) -> dict[str, float]:
+        counters = self._engines.spec_counters() - self._start
+        return acceptance_metrics(counters, f"vllm/{self._mode}")

@@ -1,0 +1,226 @@
+"""A run from configuration to exit code: what is checked, started, written and taken down, in this order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from skyrl_spec.compose import to_yaml
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.data.dataset import load_prompts
+from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.envs.registry import register_custom
+from skyrl_spec.envs.rewards import check_environments
+from skyrl_spec.metrics.console import ConsoleWriter
+from skyrl_spec.metrics.writers import JsonlWriter, MetricsWriter, SamplesWriter, WandbWriter, read_metrics
+from skyrl_spec.model_spec import ModelSpec, load_spec
+from skyrl_spec.types import Prompt, Rollout
+from skyrl_spec.validation import parallel_layout
+
+# What the shell reports for a process that a signal ended.
+_SIGNAL_EXIT = 128
+
+
+class Interrupted(Exception):  # noqa: N818
+    """SIGINT or SIGTERM."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def run_training(config: Config, *, verbose: bool = False) -> int:
+    """Train as ``config`` says; returns the process's exit code.
+
+    Raises:
+        ConfigError: what the user can mend, before or after processes were started (all are gone by then).
+    """
+    try:
+        with _signals():
+            _train(config, verbose)
+        return 0
+    except Interrupted as interrupt:
+        print(f"skyrl-spec: {interrupt}: stopped; what was measured is in {config.trainer.run_dir}", file=sys.stderr)
+        return _SIGNAL_EXIT + interrupt.signum
+
+
+def _train(config: Config, verbose: bool) -> None:
+    spec = load_spec(config.trainer.policy.model.path)
+    tokenizer, stream, eval_prompts = _load_data(config, spec)
+    steps = num_steps(config, stream)
+    run_dir = Path(config.trainer.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    console = ConsoleWriter(steps)
+    with _writers(config, run_dir, console) as (writers, samples):
+        console.start(_facts(config, spec, stream, steps))
+        _train_on_cluster(config, spec, tokenizer, stream, eval_prompts, steps, writers, samples, console, verbose)
+
+
+def _train_on_cluster(
+    config: Config,
+    spec: ModelSpec,
+    tokenizer: Any,
+    stream: PromptStream,
+    eval_prompts: list[Prompt],
+    steps: int,
+    writers: list[MetricsWriter],
+    samples: SamplesWriter,
+    console: ConsoleWriter,
+    verbose: bool,
+) -> None:
+    # Ray, torch and vLLM are imported once everything that can be refused has been.
+    from skyrl_spec.sync.weights import WeightSync
+    from skyrl_spec.trainer.loop import Trainer, measure_speedup
+    from skyrl_spec.trainer.placement import (
+        engine_settings,
+        ray_session,
+        start_actors,
+        start_plain_engine,
+        sync_backend,
+    )
+
+    run_dir = Path(config.trainer.run_dir)
+    updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
+    settings = engine_settings(config, spec)
+    with ray_session(verbose), _plain_errors():
+        engines, policy = start_actors(config, settings, steps * updates * config.trainer.update_epochs_per_batch)
+        sync = WeightSync(
+            policy.handles, engines.handles, backend=sync_backend(config), has_draft=config.trainer.mtp.enabled
+        )
+        trainer = Trainer(
+            config,
+            tokenizer=tokenizer,
+            stream=stream,
+            eval_prompts=eval_prompts,
+            engines=engines,
+            policy=policy,
+            sync=sync,
+        )
+
+        def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
+            for writer in writers:
+                writer.write(step, values)
+            samples.write(step, rollouts)
+
+        trainer.run(steps, on_step)
+        speedup = None
+        if config.trainer.measure_speedup and config.trainer.mtp.enabled:
+            plain = start_plain_engine(config, settings)
+            speedup, _ = measure_speedup(trainer, plain, (eval_prompts or stream.next_batch())[:16])
+        if config.trainer.save_final_model:
+            policy.save_hf((run_dir / "model").resolve())
+    records = read_metrics(run_dir / "metrics.jsonl")
+    console.summary(records, run_dir, speedup=speedup, next_commands=[])
+
+
+def num_steps(config: Config, stream: PromptStream) -> int:
+    """Steps of the run: ``epochs``, or fewer if ``max_training_steps`` says so."""
+    steps = stream.steps_per_epoch * config.trainer.epochs
+    limit = config.trainer.max_training_steps
+    return steps if limit is None else min(steps, limit)
+
+
+def _load_data(config: Config, spec: ModelSpec) -> tuple[Any, PromptStream, list[Prompt]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec.path)
+    register_custom(config.environment.custom)
+    train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
+    validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
+    check_environments([*train, *validation], config.environment)
+    stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
+    return tokenizer, stream, validation
+
+
+def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str) -> list[Prompt]:
+    limit = config.trainer.max_prompt_length
+    loaded = load_prompts(
+        paths, tokenizer, max_prompt_length=limit, default_env_class=config.environment.env_class, setting=setting
+    )
+    if loaded.num_skipped:
+        total = loaded.num_skipped + len(loaded.prompts)
+        print(
+            f"skyrl-spec: {setting}: {loaded.num_skipped} of {total} prompts are longer than "
+            f"trainer.max_prompt_length={limit} tokens and are skipped",
+            file=sys.stderr,
+        )
+    return loaded.prompts
+
+
+@contextmanager
+def _writers(
+    config: Config, run_dir: Path, console: ConsoleWriter
+) -> Iterator[tuple[list[MetricsWriter], SamplesWriter]]:
+    trainer = config.trainer
+    samples = SamplesWriter(run_dir / "samples.jsonl")
+    writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl")]
+    if "console" in trainer.logger:
+        writers.append(console)
+    try:
+        if "wandb" in trainer.logger:
+            from omegaconf import OmegaConf
+
+            settings = OmegaConf.to_container(OmegaConf.structured(config))
+            writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))  # type: ignore[arg-type]
+        yield writers, samples
+    finally:
+        for writer in [*writers, samples]:
+            writer.close()
+
+
+def _facts(config: Config, spec: ModelSpec, stream: PromptStream, steps: int) -> dict[str, str]:
+    """What the start-up panel says."""
+    trainer, generator = config.trainer, config.generator
+    _, tp, dp = parallel_layout(config)
+    draft = "none"
+    if trainer.mtp.enabled:
+        unroll = trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
+        draft = f"MTP head, k={trainer.mtp.num_speculative_tokens}, trained {unroll} deep, {trainer.mtp.loss_type}"
+    return {
+        "model": f"{spec.path} ({spec.architecture}, {spec.num_layers} layers x {spec.hidden_size})",
+        "draft": draft,
+        "policy": f"{trainer.placement.device}, TP {tp} x DP {dp}, {trainer.policy.megatron_config.dtype}",
+        "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
+        "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
+        f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
+        "steps": f"{steps} ({stream.steps_per_epoch} an epoch)",
+        "run": trainer.run_dir,
+    }
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread; a second one ends the process at once."""
+
+    def handle(signum: int, _frame: object) -> None:
+        for number in previous:
+            signal.signal(number, lambda number, _: os._exit(_SIGNAL_EXIT + number))
+        raise Interrupted(signum)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A ``ConfigError`` that an actor raised reaches the user as itself, without Ray's wrapping."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        raise
