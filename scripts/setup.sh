@@ -35,12 +35,12 @@ fi
 : >"$LOG"
 
 torch=$(grep '^torch==' "$LOCK")
-echo "setup: installing $torch"
-install "$torch" || install --index-url "$TORCH_INDEX" "$torch" ||
-    fail "no CPU build of torch: neither pip's index nor $TORCH_INDEX gave $torch; make one reachable (see $LOG)"
-
 echo "setup: installing the $(grep -c '^[^#]' "$LOCK") packages of $LOCK"
-install --requirement "$LOCK" || fail "a package of $LOCK is missing: $(why) (see $LOG)"
+# torch, the largest, at the same time as the others: unpacking is what takes long.
+{ install "$torch" || install --index-url "$TORCH_INDEX" "$torch"; } &
+install --requirement <(grep -v '^torch==' "$LOCK") || fail "a package of $LOCK is missing: $(why) (see $LOG)"
+wait $! ||
+    fail "no CPU build of torch: neither pip's index nor $TORCH_INDEX gave $torch; make one reachable (see $LOG)"
 
 echo "setup: installing skyrl-spec"
 install --no-build-isolation --editable . || fail "skyrl-spec itself: $(why) (see $LOG)"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.metadata import version
+from typing import NoReturn
 
 from skyrl_spec.config import ConfigError
 
 EXIT_OK = 0
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 EXAMPLES = """\
 examples:
@@ -22,18 +24,25 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status. Mistakes of the user's are one line on stderr and status 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    # Overrides may stand before and after options, which argparse alone does not take.
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
     try:
-        return _train(args.overrides, show_config=args.cfg is not None, verbose=args.verbose)
+        return _train([*args.overrides, *rest], show_config=args.cfg is not None, verbose=args.verbose)
     except ConfigError as error:
         print(f"skyrl-spec: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with its errors on one line like all others."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"skyrl-spec: error: {message}; {self.prog} --help lists what there is\n")
 
 

@@ -98,7 +98,9 @@ def _nested(override: Override) -> dict[str, Any]:
     value: Any = override.value()
     hint = _type_of(key)
     if isinstance(hint, type) and is_dataclass(hint) and not isinstance(value, dict):
-        raise ConfigError(f"{key}={value}: {key} is a section; set a field of it, as in {_example(hint, key)}=...")
+        raise ConfigError(
+            f"{key}={value}: {key} is a section; set a field of it, as in {next(_settings(hint, f'{key}.'))}=..."
+        )
     if _is_list(hint) and not isinstance(value, list | NoneType) and "${" not in str(value):
         raise ConfigError(f"{key}={value}: expected a list; write '{key}=[{value}]'")
     for part in reversed(key.split(".")):
@@ -134,17 +136,12 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 
 def _settings(schema: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every section and leaf of ``schema``."""
+    """Dotted names of the settings of ``schema``, without those of its sections themselves."""
     for name, hint in typing.get_type_hints(schema).items():
-        yield prefix + name
-        if is_dataclass(hint):
-            yield from _settings(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-
-
-def _example(section: type, prefix: str) -> str:
-    """The first leaf below ``prefix``."""
-    names = list(_settings(section, f"{prefix}."))
-    return next(name for name in names if not any(other.startswith(f"{name}.") for other in names))
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _settings(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _explain(error: Exception) -> str:

@@ -14,6 +14,10 @@ class ConfigError(ValueError):
     """A setting the user can mend; the message is one line: setting, value, what is allowed, the mend."""
 
 
+class RunError(RuntimeError):
+    """What ends a run that was rightly configured (a dead actor, no place to start one); one line, exit code 1."""
+
+
 @dataclass
 class DataConfig:
     """Where the prompts come from: parquet or JSONL files in SkyRL's dataset schema."""

@@ -5,6 +5,7 @@ Reads headers and rows only and imports no torch, so that a mistake is answered 
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
 import re
@@ -12,7 +13,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,6 +28,7 @@ from skyrl_spec.validation import parallel_layout
 _MODEL = "trainer.policy.model.path"
 # What the CPU attention of vLLM can handle.
 CPU_HEAD_DIM_MULTIPLE = 32
+HUB_TIMEOUT_S = 5.0
 
 
 def preflight(config: Config) -> None:
@@ -96,21 +100,29 @@ def _has_gpu() -> bool:
 
 
 def _read_spec(path: str) -> ModelSpec:
-    """Of a hub name only config.json is fetched; the weights follow when the run starts."""
+    """Of a hub name only config.json is read; the weights follow when the run starts."""
     if Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         return load_spec(path)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    return parse_spec(Path(path), _hub_config(path))
 
+
+def _hub_config(name: str) -> dict[str, Any]:
+    """config.json from the hub's cache, else asked for once: the hub's client itself would retry for half a minute."""
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return read_config(Path(cached).parent)
+    request = Request(hf_hub_url(name, "config.json"), headers=build_hf_headers())
     try:
-        directory = Path(hf_hub_download(path, "config.json", etag_timeout=5)).parent
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+        with urlopen(request, timeout=HUB_TIMEOUT_S) as reply:
+            return json.load(reply)
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{_MODEL}={path}: neither a local directory nor found on the Hugging Face hub ({reason}); "
-            "correct it or check the network"
+            f"{_MODEL}={name}: neither a local directory nor found on the Hugging Face hub "
+            f"({str(error).splitlines()[0]}); correct it or check the network"
         ) from error
-    return parse_spec(directory, read_config(directory))
 
 
 def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
@@ -153,7 +165,7 @@ def _check_lengths(config: Config, spec: ModelSpec) -> None:
 def _check_mtp_head(path: str, spec: ModelSpec) -> None:
     def refuse(reason: str) -> ConfigError:
         return ConfigError(
-            f"trainer.mtp.enabled=True: the model {path} {reason}; "
+            f"trainer.mtp.enabled=true: the model {path} {reason}; "
             "use a model with an MTP head or trainer.mtp.enabled=false"
         )
 

@@ -190,13 +190,13 @@ def _check_drafts(trainer: TrainerConfig) -> None:
     _require(
         not (trainer.dflash.enabled and trainer.mtp.enabled),
         "trainer.dflash.enabled",
-        True,
+        "true",
         "one draft at a time, and trainer.mtp.enabled is true as well; turn one of them off",
     )
     _require(
         not trainer.dflash.enabled,
         "trainer.dflash.enabled",
-        True,
+        "true",
         "the DFlash draft cannot be trained yet; leave it false, and use trainer.mtp.enabled=true for a draft",
     )
 

@@ -116,7 +116,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             column_c, mine_c = ctx.shard.to_local(targets_T[positions_c])
             softmax_cv.scatter_add_(1, column_c[:, None], -mine_c[:, None].to(softmax_cv.dtype))
             # The rows' factors go to the [c, D] side of both products.
-            dlogits_cv = logits.matmul_operand(softmax_cv)
+            dlogits_cv = logits.operand(softmax_cv)
             factor_c1 = -grad_logprobs_T[positions_c, None] / ctx.temperature
             if grad_hidden_TD is not None:
                 grad_cD = torch.mm(dlogits_cv, ctx.shard.weight_vD) * factor_c1

@@ -18,7 +18,6 @@ chunk, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +31,14 @@ from skyrl_spec.losses.vocab_parallel import (
     Normaliser,
     VocabShard,
     all_gather_columns,
-    compute_dtype,
     exp_minus_max_,
     nonzero_chunks,
     row_dot,
     softmax_,
     vocab_shard,
 )
+
+LOSS_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce")
 
 
 class DraftLoss(NamedTuple):
@@ -52,14 +52,6 @@ class DraftLoss(NamedTuple):
     loss_KT: Tensor  # detached CE, before weighting
     accept_prob_KT: Tensor  # detached
     top1_KT: Tensor  # bool: draft argmax == teacher argmax
-
-
-class _Chunk(NamedTuple):
-    """What the drafts of a chunk are compared with: the target of the CE, and the full teacher for the metrics."""
-
-    teacher_cv: Tensor
-    teacher_argmax_c: Tensor
-    target_cv: Tensor
 
 
 def vocab_parallel_soft_ce(
@@ -106,15 +98,18 @@ def vocab_parallel_soft_ce(
     Raises:
         ValueError: an unknown loss type, or ``hard_ce`` without labels.
     """
-    if loss_type not in _TARGETS:
-        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(_TARGETS)}; set one of these")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(LOSS_TYPES)}; set one of these")
     if loss_type == "hard_ce" and labels_T is None:
         raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or take another loss type")
     with_grad = torch.is_grad_enabled() and draft_hidden_KTD.requires_grad
     with torch.no_grad():
         shard = vocab_shard(output_weight_vD, vocab_size, group)
-        run = _ChunkedLoss(shard, weights_KT, chunk_size, temperature, with_grad)
-        result, grad_KTD = run(draft_hidden_KTD, teacher_hidden_TD, loss_type, topk, labels_T)
+        # Positions that no draft counts (prompts, padding) cost nothing.
+        chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
+        logits = ChunkLogits(shard, max(map(len, chunks), default=0), temperature)
+        teacher = _Teacher(teacher_hidden_TD, logits, loss_type, topk, labels_T)
+        result, grad_KTD = _loss_and_grad(draft_hidden_KTD, weights_KT, chunks, teacher, logits, with_grad)
     if with_grad:
         result = result._replace(loss=_KnownGradient.apply(draft_hidden_KTD, result.loss, grad_KTD))
     return result
@@ -135,115 +130,99 @@ class _KnownGradient(torch.autograd.Function):
         return grad_KTD * grad_loss, None, None
 
 
-class _ChunkedLoss:
-    """One evaluation: the loop over chunks, and over the drafts within each."""
+def _loss_and_grad(
+    draft_hidden_KTD: Tensor,
+    weights_KT: Tensor,
+    chunks: list[Tensor],
+    teacher: _Teacher,
+    logits: ChunkLogits,
+    with_grad: bool,
+) -> tuple[DraftLoss, Tensor | None]:
+    """The loop over chunks, and over the drafts within each. The gradient is for an incoming gradient of 1."""
+    counts_KT = weights_KT != 0
+    weights_KT = weights_KT.to(logits.dtype)
+    loss_KT, accept_prob_KT = torch.zeros_like(weights_KT), torch.zeros_like(weights_KT)
+    top1_KT = torch.zeros_like(counts_KT)
+    grad_KTD = torch.zeros_like(draft_hidden_KTD) if with_grad else None
+    buffer = logits.buffer()
+    for positions_c in chunks:
+        targets = teacher.targets(positions_c)
+        for k in range(len(weights_KT)):
+            here = (k, positions_c)
+            # 0 in place of what does not count: it may be NaN, which a weight of 0 would keep.
+            hidden_cD = draft_hidden_KTD[here].masked_fill_(~counts_KT[here][:, None], 0)
+            draft_cv = logits.write(hidden_cD, buffer)
+            loss_KT[here], accept_prob_KT[here], top1_KT[here] = _compare_(draft_cv, targets, logits.shard)
+            if grad_KTD is not None:
+                dlogits_cv = logits.operand(draft_cv.sub_(targets.target_cv))
+                grad_cD = torch.mm(dlogits_cv, logits.shard.weight_vD)
+                # After the product, on few numbers: a weight may be 1e-6, which a short dtype is better without.
+                grad_KTD[here] = (grad_cD * (weights_KT[here] / logits.temperature)[:, None]).to(grad_KTD.dtype)
+    if grad_KTD is not None and logits.shard.group is not None:
+        dist.all_reduce(grad_KTD, group=logits.shard.group)
+    loss = (weights_KT * loss_KT).sum()
+    return DraftLoss(loss, loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT), grad_KTD
+
+
+class _Targets(NamedTuple):
+    """What the drafts of a chunk are compared with: the target of the CE, and the full teacher for the metrics."""
+
+    target_cv: Tensor
+    teacher_cv: Tensor
+    teacher_argmax_c: Tensor
+
+
+def _compare_(draft_cv: Tensor, targets: _Targets, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """CE, acceptance probability and top-1 agreement; overwrites the logits with their softmax. One collective.
+
+    ``CE(p, q) = lse(logits) - sum_v p_v logits_v``
+    """
+    max_c, column_c = draft_cv.max(-1)
+    accept_prob_c = targets.teacher_cv.gather(1, column_c[:, None])[:, 0]
+    dot_c = row_dot(targets.target_cv, draft_cv)
+    sum_c = exp_minus_max_(draft_cv, max_c)
+    argmax_c = shard.to_global(column_c, max_c.dtype)
+    max_Rc, sum_Rc, dot_Rc, argmax_Rc, accept_prob_Rc = all_gather_columns(
+        [max_c, sum_c, dot_c, argmax_c, accept_prob_c], shard.group
+    )
+    normaliser = Normaliser.combine(max_Rc, sum_Rc)
+    draft_cv.mul_(normaliser.share_Rc[shard.rank][:, None])
+    top1_c = normaliser.of_winner(argmax_Rc) == targets.teacher_argmax_c
+    return normaliser.lse_c - dot_Rc.sum(0), normaliser.of_winner(accept_prob_Rc), top1_c
+
+
+class _Teacher:
+    """The policy's distribution over a chunk, and what the loss type makes of it."""
 
     def __init__(
-        self, shard: VocabShard, weights_KT: Tensor, chunk_size: int, temperature: float, with_grad: bool
+        self, hidden_TD: Tensor, logits: ChunkLogits, loss_type: str, topk: int, labels_T: Tensor | None
     ) -> None:
-        self.shard = shard
-        self.weights_KT = weights_KT
-        # Positions that no draft counts (prompts, padding) cost nothing.
-        self.positions_chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
-        self.temperature = temperature
-        self.with_grad = with_grad
-        self.logits = ChunkLogits(shard, min(chunk_size, weights_KT.shape[1]), temperature)
+        self.hidden_TD, self.logits, self.loss_type = hidden_TD, logits, loss_type
+        self.topk, self.labels_T = topk, labels_T
+        self.buffer = logits.buffer()
+        self.target_buffer = self.buffer if loss_type == "soft_ce" else logits.buffer()
 
-    def __call__(
-        self,
-        draft_hidden_KTD: Tensor,
-        teacher_hidden_TD: Tensor,
-        loss_type: str,
-        topk: int,
-        labels_T: Tensor | None,
-    ) -> tuple[DraftLoss, Tensor | None]:
-        dtype = compute_dtype(self.shard.weight_vD)
-        loss_KT = torch.zeros_like(self.weights_KT, dtype=dtype)
-        accept_prob_KT = torch.zeros_like(loss_KT)
-        top1_KT = torch.zeros_like(loss_KT, dtype=torch.bool)
-        grad_KTD = torch.zeros_like(draft_hidden_KTD) if self.with_grad else None
-        teacher_buffer, draft_buffer = self.logits.buffer(), self.logits.buffer()
-        target_buffer = teacher_buffer if loss_type == "soft_ce" else self.logits.buffer()
-
-        for positions_c in self.positions_chunks:
-            teacher_cv = self.logits.write(teacher_hidden_TD[positions_c], teacher_buffer)
-            labels_c = None if labels_T is None else labels_T[positions_c]
-            # Before the softmax: it overwrites the teacher's logits, which the target may be made from.
-            target_cv = _TARGETS[loss_type](teacher_cv, target_buffer, self.shard, topk, labels_c)
-            chunk = _Chunk(teacher_cv, softmax_(teacher_cv, self.shard), target_cv)
-            for k, weights_T in enumerate(self.weights_KT):
-                weights_c = weights_T[positions_c].to(dtype)
-                counts_c = weights_c != 0
-                # 0 in place of what does not count: it may be NaN, which a weight of 0 would keep.
-                hidden_cD = draft_hidden_KTD[k, positions_c].masked_fill_(~counts_c[:, None], 0)
-                draft_cv = self.logits.write(hidden_cD, draft_buffer)
-                loss_c, accept_prob_c, top1_c = self._compare_(draft_cv, chunk)
-                loss_KT[k, positions_c] = loss_c * counts_c
-                accept_prob_KT[k, positions_c] = accept_prob_c * counts_c
-                top1_KT[k, positions_c] = top1_c & counts_c
-                if grad_KTD is not None:
-                    grad_KTD[k, positions_c] = self._grad_hidden(draft_cv, chunk, weights_c)
-        if grad_KTD is not None and self.shard.group is not None:
-            dist.all_reduce(grad_KTD, group=self.shard.group)
-        loss = (self.weights_KT.to(dtype) * loss_KT).sum()
-        return DraftLoss(loss, loss_KT, accept_prob_KT, top1_KT), grad_KTD
-
-    def _compare_(self, draft_cv: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """CE, acceptance probability and top-1 agreement; overwrites the logits with their softmax. One collective.
-
-        CE(p, q) = lse(logits) - sum_v p_v logits_v.
-        """
-        max_c, column_c = draft_cv.max(-1)
-        accept_prob_c = chunk.teacher_cv.gather(1, column_c[:, None])[:, 0]
-        dot_c = row_dot(chunk.target_cv, draft_cv)
-        sum_c = exp_minus_max_(draft_cv, max_c)
-        argmax_c = self.shard.to_global(column_c, max_c.dtype)
-        max_Rc, sum_Rc, argmax_Rc, accept_prob_Rc, dot_Rc = all_gather_columns(
-            [max_c, sum_c, argmax_c, accept_prob_c, dot_c], self.shard.group
-        )
-        normaliser = Normaliser.combine(max_Rc, sum_Rc)
-        draft_cv.mul_(normaliser.share_Rc[self.shard.rank][:, None])
-        return (
-            normaliser.lse_c - dot_Rc.sum(0),
-            normaliser.of_winner(accept_prob_Rc),
-            normaliser.of_winner(argmax_Rc) == chunk.teacher_argmax_c,
-        )
-
-    def _grad_hidden(self, draft_cv: Tensor, chunk: _Chunk, weights_c: Tensor) -> Tensor:
-        """This rank's part of d loss / d draft_hidden [c, D]; overwrites the draft's softmax."""
-        dlogits_cv = self.logits.matmul_operand(draft_cv.sub_(chunk.target_cv))
-        grad_cD = torch.mm(dlogits_cv, self.shard.weight_vD)
-        # After the product, on few numbers: a weight may be 1e-6, which a short dtype is better without.
-        return (grad_cD * (weights_c / self.temperature)[:, None]).to(grad_cD.dtype)
+    def targets(self, positions_c: Tensor) -> _Targets:
+        """For the positions, until the next call. One collective; three for ``topk_soft_ce``."""
+        shard = self.logits.shard
+        teacher_cv = self.logits.write(self.hidden_TD[positions_c], self.buffer)
+        target_cv = self.target_buffer[: len(positions_c)]
+        if self.loss_type == "topk_soft_ce":
+            _mask_below_topk_(target_cv.copy_(teacher_cv), self.topk, shard)
+            softmax_(target_cv, shard)
+        elif self.labels_T is not None and self.loss_type == "hard_ce":
+            column_c, mine_c = shard.to_local(self.labels_T[positions_c])
+            target_cv.zero_().scatter_(1, column_c[:, None], mine_c[:, None].to(target_cv.dtype))
+        # For soft_ce, teacher and target are one tensor.
+        return _Targets(target_cv, teacher_cv, softmax_(teacher_cv, shard))
 
 
-def _soft_target(logits_cv: Tensor, buffer_cv: Tensor, shard: VocabShard, topk: int, labels_c: Tensor | None) -> Tensor:
-    # The teacher itself: the softmax that follows is taken in place.
-    return logits_cv
-
-
-def _topk_target(logits_cv: Tensor, buffer_cv: Tensor, shard: VocabShard, topk: int, labels_c: Tensor | None) -> Tensor:
-    """The softmax of the logits that reach the ``topk``-th largest of all ranks. Two collectives."""
-    target_cv = buffer_cv[: len(logits_cv)].copy_(logits_cv)
-    lowest = torch.finfo(target_cv.dtype).min
-    candidates_cn = target_cv.new_full((len(target_cv), topk), lowest)
-    num_local = min(topk, target_cv.shape[1])
-    candidates_cn[:, :num_local] = target_cv.topk(num_local, sorted=False).values
-    gathered_Rcn = all_gather_columns([candidates_cn], shard.group)[0]
-    threshold_c = gathered_Rcn.transpose(0, 1).flatten(1).topk(topk).values[:, -1]
-    softmax_(target_cv.masked_fill_(target_cv < threshold_c[:, None], lowest), shard)
-    return target_cv
-
-
-def _hard_target(logits_cv: Tensor, buffer_cv: Tensor, shard: VocabShard, topk: int, labels_c: Tensor | None) -> Tensor:
-    assert labels_c is not None
-    column_c, mine_c = shard.to_local(labels_c)
-    target_cv = buffer_cv[: len(logits_cv)].zero_()
-    return target_cv.scatter_(1, column_c[:, None], mine_c[:, None].to(target_cv.dtype))
-
-
-_TARGETS: dict[str, Callable[[Tensor, Tensor, VocabShard, int, Tensor | None], Tensor]] = {
-    "soft_ce": _soft_target,
-    "topk_soft_ce": _topk_target,
-    "hard_ce": _hard_target,
-}
+def _mask_below_topk_(logits_cv: Tensor, topk: int, shard: VocabShard) -> None:
+    """Takes the logits below the ``topk``-th largest of all ranks out of the softmax. One collective."""
+    lowest = torch.finfo(logits_cv.dtype).min
+    candidates_cn = logits_cv.new_full((len(logits_cv), topk), lowest)
+    num_local = min(topk, logits_cv.shape[1])
+    candidates_cn[:, :num_local] = logits_cv.topk(num_local, sorted=False).values
+    (candidates_Rcn,) = all_gather_columns([candidates_cn], shard.group)
+    threshold_c = candidates_Rcn.transpose(0, 1).flatten(1).topk(topk).values[:, -1]
+    logits_cv.masked_fill_(logits_cv < threshold_c[:, None], lowest)

@@ -34,7 +34,7 @@ class VocabShard:
     def to_local(self, ids_c: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each global id (any column where it is another rank's) and whether it is this rank's."""
         columns_c = ids_c - self.start
-        mine_c = (columns_c >= 0) & (columns_c < len(self.weight_vD)) & (not self.is_padding)
+        mine_c = (columns_c >= 0) & (columns_c < len(self.weight_vD))
         return columns_c.clamp(0, len(self.weight_vD) - 1), mine_c
 
     def to_global(self, columns_c: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,8 +91,8 @@ class ChunkLogits:
             logits_cv.fill_(torch.finfo(self.dtype).min)
         return logits_cv
 
-    def matmul_operand(self, values_cv: Tensor) -> Tensor:
-        """The values in the dtype of the weight, overwritten by the next chunk."""
+    def operand(self, values_cv: Tensor) -> Tensor:
+        """The values in the dtype of the weight, for a matrix product; until the next call of any method."""
         return values_cv if self.staging_cv is None else self.staging_cv[: len(values_cv)].copy_(values_cv)
 
 

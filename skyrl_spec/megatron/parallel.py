@@ -47,7 +47,7 @@ def initialize(
     init_method: str,
     timeout_s: float = 600.0,
 ) -> Parallel:
-    """Join the workers' process group and lay Megatron's groups over it (TP innermost)."""
+    """Join the workers' process group and lay Megatron's groups over it (tensor parallelism innermost)."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -57,11 +57,16 @@ def initialize(
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    return lay_out(tensor_parallel_size, device)
+
+
+def lay_out(tensor_parallel_size: int, device: torch.device) -> Parallel:
+    """Megatron's groups over the process group that is there."""
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
     compat.prepare(device)
     return Parallel(
         device=device,
-        rank=rank,
+        rank=dist.get_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )

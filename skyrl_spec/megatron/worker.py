@@ -1,4 +1,4 @@
-"""The Ray shell of a rank's trainer."""
+"""The Ray shell of a rank's trainer. Megatron is imported when a worker starts, never in the driver."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
-from skyrl_spec.checkpoint.hf_export import save_hf
 from skyrl_spec.config import Config
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.trainer import PolicyTrainer
 from skyrl_spec.model_spec import load_spec
-from skyrl_spec.sync.payload import pack_chunks, payload_bytes
 from skyrl_spec.types import StepReport, TrainBatch, Which
 
 
@@ -26,8 +21,11 @@ class PolicyWorker:
     """One rank. All ranks are called together: most methods are collective."""
 
     def __init__(self, config: Config, rank: int, world_size: int, num_threads: int | None):
+        # Megatron says on import, a line each, what is not installed.
         logging.disable(logging.INFO)
         warnings.filterwarnings("ignore")
+        import torch
+
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._config, self._rank, self._world_size = config, rank, world_size
@@ -41,6 +39,11 @@ class PolicyWorker:
 
     def start(self, init_method: str, total_optimizer_steps: int) -> None:
         """Join the other ranks and load policy and draft."""
+        import torch
+
+        from skyrl_spec.megatron import parallel
+        from skyrl_spec.megatron.trainer import PolicyTrainer
+
         placement = self._config.trainer.placement
         # A rank sees the one GPU that Ray gave it.
         device = torch.device("cpu") if placement.device == "cpu" else torch.device("cuda", 0)
@@ -66,6 +69,8 @@ class PolicyWorker:
 
     def export(self, which: Which) -> list[tuple[ray.ObjectRef, int]]:
         """Put the weights into Ray's object store, in chunks with their bytes; rank 0 has them, the others gather with it."""
+        from skyrl_spec.sync.payload import pack_chunks, payload_bytes
+
         if self._trainer.parallel.dp_rank > 0:
             return []
         chunks = pack_chunks(self._trainer.export(which))
@@ -100,4 +105,6 @@ class PolicyWorker:
 
     def save_hf(self, directory: Path) -> None:
         """Write policy and draft as a Hugging Face checkpoint that vLLM loads."""
+        from skyrl_spec.checkpoint.hf_export import save_hf
+
         save_hf(self._trainer, directory)

@@ -21,7 +21,7 @@ def mend_sampling_parameter_expansion() -> None:
 
     vLLM's CPU version writes them to an int64 copy of the output and drops the copy, so drafted tokens are sampled
     with uninitialised memory for a temperature.
-    Remove when tests/rollout/test_compat.py::test_sampling_is_wrong_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_compat.py::test_sampling_is_wrong_without_the_mend fails.
     """
     from vllm.utils import cpu_triton_utils
 
@@ -46,7 +46,7 @@ def mend_top_k_of_no_tokens() -> None:
     """Lets logits without rows pass through top-k.
 
     vLLM takes the largest k of the rows, and a step in which nothing was drafted has no row of drafted tokens.
-    Remove when tests/rollout/test_compat.py::test_top_k_fails_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_compat.py::test_top_k_fails_without_the_mend fails.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
@@ -64,7 +64,7 @@ def mend_reload_of_tied_output_weights() -> None:
 
     On CPU vLLM multiplies with a packed copy of them. A reload loads the tied tensor through the embeddings alone,
     so the copy keeps the old weights: hidden states of the new policy, logits with the output weights of the old.
-    Remove when tests/rollout/test_compat.py::test_tied_output_weights_stay_old_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_compat.py::test_tied_output_weights_stay_old_without_the_mend fails.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader import reload

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from skyrl_spec.config import ConfigError, SamplingConfig
+from skyrl_spec.model_spec import load_spec
 from skyrl_spec.rollout.speculative import require_exact_rejection, require_exact_sampling
 from skyrl_spec.types import Generation, SpecCounters, Versions
 
@@ -27,7 +28,7 @@ class EngineSettings:
     # "cpu" or "cuda".
     device: str = "cuda"
     tensor_parallel_size: int = 1
-    # Prompt and response, in tokens.
+    # Prompt and response, in tokens; what no response passes.
     max_model_len: int = 2048
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.8
@@ -61,6 +62,19 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     return environment
 
 
+def context_len(settings: EngineSettings) -> int:
+    """The context vLLM is given: ``max_model_len`` and, where the model has the positions, room for two more drafts.
+
+    vLLM stops drafting for the whole batch while any of its sequences has no room for a draft, and the others' drafts
+    are worse from then on, because the head's keys of those steps are never computed.
+    """
+    if settings.speculative_config is None:
+        return settings.max_model_len
+    # The one being verified, and the next.
+    room = 2 * settings.speculative_config.get("num_speculative_tokens", 0)
+    return min(settings.max_model_len + room, load_spec(settings.model_path).max_position_embeddings)
+
+
 def engine_args(settings: EngineSettings) -> dict[str, Any]:
     """Keyword arguments of ``vllm.LLM``.
 
@@ -71,7 +85,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
         "model": settings.model_path,
         "dtype": _DTYPES[settings.dtype],
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "max_model_len": settings.max_model_len,
+        "max_model_len": context_len(settings),
         "max_num_seqs": settings.max_num_seqs,
         "enable_prefix_caching": settings.enable_prefix_caching,
         "enforce_eager": settings.enforce_eager,
@@ -115,14 +129,18 @@ class RolloutEngine:
     def generate(
         self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
     ) -> list[list[Generation]]:
-        """``n`` responses to each prompt (token ids), in the order of the prompts.
+        """``n`` responses to each prompt (token ids), in the order of the prompts; none passes ``max_model_len``.
 
         Log-probs are of the distribution sampled from. With a ``seed`` every response has a random stream of its own,
         so it does not depend on what else is in the batch; without, all draw from the engine's stream.
+        Raises ``ValueError`` for a prompt that leaves no room for a response.
         """
         from vllm import SamplingParams, TokensPrompt
 
         require_exact_sampling(sampling, self._settings.speculative_config)
+        longest = max(len(ids) for ids in prompts)
+        if longest >= self._settings.max_model_len:
+            raise ValueError(f"a prompt of {longest} tokens fills max_model_len={self._settings.max_model_len}")
         seeds: list[int | None] = [None] * len(prompts)
         if seed is not None:
             # vLLM numbers the n responses of a prompt on from its seed.
@@ -135,11 +153,11 @@ class RolloutEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 min_p=sampling.min_p,
-                max_tokens=sampling.max_generate_length,
+                max_tokens=min(sampling.max_generate_length, self._settings.max_model_len - len(ids)),
                 logprobs=0,
                 detokenize=False,
             )
-            for prompt_seed in seeds
+            for ids, prompt_seed in zip(prompts, seeds, strict=True)
         ]
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling_params=params, use_tqdm=False

@@ -7,13 +7,9 @@ from typing import Any
 
 import ray
 
-from skyrl_spec.config import SamplingConfig
+from skyrl_spec.config import RunError, SamplingConfig
 from skyrl_spec.data.packing import gather_shards
 from skyrl_spec.types import Generation, Prompt, SpecCounters, StepReport, TrainBatch
-
-
-class EngineError(RuntimeError):
-    """An engine died or did not answer in time; one line."""
 
 
 class EngineGroup:
@@ -27,7 +23,7 @@ class EngineGroup:
         """``n`` responses a prompt, prompts dealt out over the engines.
 
         Raises:
-            EngineError: no answer within ``generator.inference_engine.generate_timeout_s``.
+            RunError: no answer within ``generator.inference_engine.generate_timeout_s``.
         """
         stride = len(self.handles)
         refs = [
@@ -40,7 +36,7 @@ class EngineGroup:
         try:
             parts = ray.get(refs, timeout=self._timeout_s)
         except ray.exceptions.GetTimeoutError:
-            raise EngineError(
+            raise RunError(
                 f"generator.inference_engine.generate_timeout_s={self._timeout_s:g}: an engine did not answer in time; "
                 "raise it or generate less a step"
             ) from None

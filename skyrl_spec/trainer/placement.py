@@ -14,17 +14,14 @@ from typing import Any
 
 import ray
 
-from skyrl_spec.config import Config
+from skyrl_spec.config import Config, RunError
+from skyrl_spec.megatron.worker import PolicyWorker
 from skyrl_spec.model_spec import ModelSpec
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.rollout.speculative import build_speculative_config
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.validation import parallel_layout
-
-
-class StartupError(RuntimeError):
-    """The cluster cannot run what the configuration asks for; one line."""
 
 
 @contextmanager
@@ -42,7 +39,7 @@ def ray_session(verbose: bool) -> Iterator[None]:
     # The prefix is short: sockets below it must stay within 107 characters.
     directory = tempfile.mkdtemp(prefix="skyrl-")
     try:
-        ray.init(include_dashboard=False, _temp_dir=directory, **options)
+        ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
         yield
     finally:
         ray.shutdown()
@@ -87,7 +84,7 @@ def start_actors(
     """Start engines and workers side by side.
 
     Raises:
-        StartupError: they were not up within ``trainer.placement.timeout_s``.
+        RunError: they were not up within ``trainer.placement.timeout_s``.
     """
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     engines = [_create_engine(settings, index) for index in range(config.generator.inference_engine.num_engines)]
@@ -115,9 +112,6 @@ def _create_engine(settings: EngineSettings, index: int) -> Any:
 
 
 def _create_workers(config: Config) -> list[Any]:
-    # Imported here: the driver itself needs nothing of Megatron.
-    from skyrl_spec.megatron.worker import PolicyWorker
-
     world_size, _, _ = parallel_layout(config)
     on_cpu = config.trainer.placement.device == "cpu"
     num_threads = max(1, _num_cores() // world_size) if on_cpu else None
@@ -134,7 +128,7 @@ def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[An
         return ray.get(refs, timeout=max(0.0, deadline - time.monotonic()))
     except ray.exceptions.GetTimeoutError:
         have, free = ray.cluster_resources(), ray.available_resources()
-        raise StartupError(
+        raise RunError(
             f"trainer.placement.timeout_s={config.trainer.placement.timeout_s:g}: {what} were not up in time "
             f"(GPUs in the cluster: {have.get('GPU', 0):g}, free: {free.get('GPU', 0):g}); ask for fewer GPUs, add nodes, or raise it"
         ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.compose import to_yaml
-from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.config import Config, ConfigError, RunError
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.envs.registry import register_custom
@@ -47,6 +47,9 @@ def run_training(config: Config, *, verbose: bool = False) -> int:
     except Interrupted as interrupt:
         print(f"skyrl-spec: {interrupt}: stopped; what was measured is in {config.trainer.run_dir}", file=sys.stderr)
         return _SIGNAL_EXIT + interrupt.signum
+    except RunError as error:
+        print(f"skyrl-spec: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _train(config: Config, verbose: bool) -> None:
@@ -88,7 +91,8 @@ def _train_on_cluster(
     run_dir = Path(config.trainer.run_dir)
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
     settings = engine_settings(config, spec)
-    with ray_session(verbose), _plain_errors():
+    # Ray puts handlers of its own in place of ours when it starts.
+    with ray_session(verbose), _signals(), _plain_errors():
         engines, policy = start_actors(config, settings, steps * updates * config.trainer.update_epochs_per_batch)
         sync = WeightSync(
             policy.handles, engines.handles, backend=sync_backend(config), has_draft=config.trainer.mtp.enabled
@@ -215,12 +219,15 @@ def _signals() -> Iterator[None]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A ``ConfigError`` that an actor raised reaches the user as itself, without Ray's wrapping."""
+    """What an actor raised reaches the user as itself, without Ray's wrapping; a dead actor as one line."""
     import ray
 
     try:
         yield
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"an engine or worker died ({reason}); -v shows what it printed") from None
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ConfigError):
+        if isinstance(error.cause, ConfigError | RunError):
             raise error.cause from None
         raise

@@ -6,6 +6,8 @@ softmax takes nearly all of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +16,12 @@ from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_logprobs
 
 D = 16
 VOCAB_SIZE = 101
-# Entries are of order 1. bf16 has 8 bits: products rounded to 2^-8 of logits of order 4, and gradients likewise.
+# Relative and absolute; entries are of order 1.
+# bf16 has 8 bits: products rounded to 2^-8 of logits of order 4, and gradients likewise.
 TOLERANCE = {
-    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
-    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
 }
 
 
@@ -58,13 +61,13 @@ def test_forward_and_backward_equal_the_full_vocabulary_formula(
     grads = torch.autograd.grad(result.logprobs_T, (hidden_TD, weight_VD), grad_T.to(result.logprobs_T.dtype))
 
     for got, wanted in zip([*result, *grads], [*expected, *expected_grads], strict=True):
-        torch.testing.assert_close(got.double(), wanted.double(), **TOLERANCE[dtype])
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert not grads[1][VOCAB_SIZE:].any()
 
 
 def test_the_tolerance_would_see_a_padded_column_or_a_shift() -> None:
     hidden_TD, weight_VD, targets_T = make_inputs(13, 104, torch.float32)
-    kwargs = {"temperature": 1.0, "chunk_size": 4, "group": None}
+    kwargs: dict[str, Any] = {"temperature": 1.0, "chunk_size": 4, "group": None}
     right = vocab_parallel_logprobs(hidden_TD, weight_VD, targets_T, vocab_size=VOCAB_SIZE, **kwargs)
     padded = vocab_parallel_logprobs(hidden_TD, weight_VD, targets_T, vocab_size=VOCAB_SIZE + 1, **kwargs)
     shifted = vocab_parallel_logprobs(hidden_TD, weight_VD, targets_T.roll(1), vocab_size=VOCAB_SIZE, **kwargs)
@@ -85,7 +88,7 @@ def test_gradcheck() -> None:
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
     hidden_TD, weight_VD, targets_T = make_inputs(5, 104, torch.float32)
-    kwargs = {"vocab_size": VOCAB_SIZE, "temperature": 1.0, "chunk_size": 2, "group": None}
+    kwargs: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "temperature": 1.0, "chunk_size": 2, "group": None}
     vocab_parallel_logprobs(hidden_TD, weight_VD.detach(), targets_T, **kwargs).logprobs_T.sum().backward()
     assert hidden_TD.grad is not None
     assert weight_VD.grad is None

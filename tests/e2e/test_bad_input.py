@@ -1,0 +1,291 @@
+"""What a user can get wrong, typed at the real command: one line, status 2, within seconds, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import save_file
+
+from skyrl_spec.compose import load_config
+from skyrl_spec.preflight import preflight
+from skyrl_spec.validation import validate
+
+TIME_LIMIT_S = 15.0
+ENGINE = "generator.inference_engine"
+PATH = "trainer.policy.model.path"
+MODEL_CONFIG: dict[str, Any] = {
+    "architectures": ["MiMoForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 32,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "num_nextn_predict_layers": 1,
+}
+MTP_TENSOR = "model.mtp_layers.0.input_proj.weight"
+ROW = {"prompt": [{"role": "user", "content": "1+1="}], "env_class": "gsm8k"}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A model directory and a dataset that are right, and the overrides that name them."""
+
+    root: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            "experiment=cpu_mtp_grpo",
+            f"{PATH}={self.root / 'model'}",
+            f"data.train_data=[{self.root / 'rows.jsonl'}]",
+            f"data.val_data=[{self.root / 'rows.jsonl'}]",
+            f"trainer.run_dir={self.root / 'run'}",
+        ]
+
+    def model(self, tensors: tuple[str, ...] = ("lm_head.weight", MTP_TENSOR), **changes: Any) -> Path:
+        """A model directory of which only the headers are real; a change to None takes the entry out."""
+        directory = self.root / f"model-{uuid.uuid4().hex[:8]}"
+        directory.mkdir()
+        config = {key: value for key, value in (MODEL_CONFIG | changes).items() if value is not None}
+        (directory / "config.json").write_text(json.dumps(config))
+        save_file({name: np.zeros(2, np.float32) for name in tensors}, directory / "model.safetensors")
+        return directory
+
+    def rows(self, *rows: Any) -> Path:
+        file = self.root / f"rows-{uuid.uuid4().hex[:8]}.jsonl"
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return file
+
+    def file(self, name: str, content: bytes) -> Path:
+        (self.root / name).write_bytes(content)
+        return self.root / name
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    space = Workspace(tmp_path_factory.mktemp("bad_input"))
+    space.model().rename(space.root / "model")
+    space.rows(ROW, ROW).rename(space.root / "rows.jsonl")
+    return space
+
+
+def broken_model(space: Workspace) -> Path:
+    directory = space.model()
+    (directory / "model.safetensors").write_bytes(b"no header")
+    return directory
+
+
+def parquet_without_prompt(space: Workspace) -> Path:
+    file = space.root / "no_prompt.parquet"
+    pq.write_table(pa.table({"question": ["1+1="]}), file)
+    return file
+
+
+# The mistake, as overrides; and what the line must hold: setting and value, what is allowed, the mend.
+Mistake = Callable[[Workspace], list[str]]
+MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
+    "unknown key": (
+        lambda _: ["trainer.mtp.num_spec_tokens=3"],
+        ("trainer.mtp.num_spec_tokens: unknown setting", "did you mean trainer.mtp.num_speculative_tokens?"),
+    ),
+    "unknown experiment": (
+        lambda _: ["experiment=cpu_mtp_gpro"],
+        ("experiment=cpu_mtp_gpro: no such experiment", "cpu_mtp_dapo, cpu_mtp_grpo", "did you mean cpu_mtp_grpo?"),
+    ),
+    "wrong type": (
+        lambda _: ["trainer.train_batch_size=many"],
+        ("trainer.train_batch_size: Value 'many'", "expected an integer"),
+    ),
+    "both drafts": (
+        lambda _: ["trainer.dflash.enabled=true"],
+        ("trainer.dflash.enabled=true: one draft at a time", "turn one of them off"),
+    ),
+    "no draft tokens": (
+        lambda _: ["trainer.mtp.num_speculative_tokens=0"],
+        ("trainer.mtp.num_speculative_tokens=0: must be at least 1", "change it"),
+    ),
+    "lossy rejection": (
+        lambda _: [f"{ENGINE}.speculative_config={{method: mtp, rejection_sample_method: synthetic}}"],
+        (f"{ENGINE}.speculative_config.rejection_sample_method='synthetic'", "only 'standard'", "remove the key"),
+    ),
+    "no such model": (
+        lambda space: [f"{PATH}={space.root}/nowhere"],
+        (f"{PATH}=", "nowhere: no such directory", "give a Hugging Face checkpoint directory or hub name"),
+    ),
+    "unreachable hub": (
+        lambda _: [f"{PATH}=someone/some-model"],
+        (f"{PATH}=someone/some-model: neither a local directory nor found", "check the network"),
+    ),
+    "model directory without config": (
+        lambda space: [f"{PATH}={space.root}"],
+        (f"{PATH}=", "has no config.json", "give a checkpoint directory"),
+    ),
+    "unsupported architecture": (
+        lambda space: [f"{PATH}={space.model(architectures=['LlamaForCausalLM'])}"],
+        (f"{PATH}=", "LlamaForCausalLM is not supported", "MiMoForCausalLM"),
+    ),
+    "model without MTP head": (
+        lambda space: [f"{PATH}={space.model(num_nextn_predict_layers=None)}"],
+        ("trainer.mtp.enabled=true: the model", "has no MTP head", "or trainer.mtp.enabled=false"),
+    ),
+    "model without the head's tensors": (
+        lambda space: [f"{PATH}={space.model(tensors=('lm_head.weight',))}"],
+        ("trainer.mtp.enabled=true: the model", "mtp_layers", "or trainer.mtp.enabled=false"),
+    ),
+    "model of another architecture with a head": (
+        lambda space: [f"{PATH}={space.model(architectures=['Qwen2ForCausalLM'])}"],
+        ("trainer.mtp.enabled=true: the model", "Qwen2ForCausalLM", "or trainer.mtp.enabled=false"),
+    ),
+    "broken weights": (
+        lambda space: [f"{PATH}={broken_model(space)}"],
+        (f"{PATH}=", "model.safetensors cannot be read", "copy it again"),
+    ),
+    "TP that does not divide the heads": (
+        lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=3"],
+        ("tensor_model_parallel_size=3: must divide the model's 4 attention heads", "choose a divisor of 4"),
+    ),
+    "TP that does not divide the key-value heads": (
+        lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=4"],
+        ("tensor_model_parallel_size=4: must divide the model's 2 key-value heads", "choose a divisor of 2"),
+    ),
+    "engine TP that does not divide the heads": (
+        lambda _: [f"{ENGINE}.tensor_parallel_size=3"],
+        (f"{ENGINE}.tensor_parallel_size=3: must divide the model's 4 attention heads", "choose a divisor of 4"),
+    ),
+    "head_dim the CPU engines cannot take": (
+        lambda space: [f"{PATH}={space.model(head_dim=16)}"],
+        (f"{PATH}=", "head_dim 16 is no multiple of 32", "use another model"),
+    ),
+    "longer than the model's positions": (
+        lambda _: ["generator.sampling_params.max_generate_length=240"],
+        ("generator.sampling_params.max_generate_length=240", "at most 256", "lower one"),
+    ),
+    "missing dataset": (
+        lambda _: ["data.train_data=[nowhere.parquet]"],
+        ("data.train_data=nowhere.parquet: no such file", "correct the path"),
+    ),
+    "missing validation dataset": (
+        lambda _: ["data.val_data=[nowhere.jsonl]"],
+        ("data.val_data=nowhere.jsonl: no such file", "correct the path"),
+    ),
+    "dataset of another kind": (
+        lambda space: [f"data.train_data=[{space.file('rows.csv', b'prompt')}]"],
+        ("data.train_data=", "rows.csv: must end in .parquet or .jsonl", "convert the file"),
+    ),
+    "empty dataset": (
+        lambda space: [f"data.train_data=[{space.file('empty.jsonl', b'')}]"],
+        ("data.train_data=", "empty.jsonl: has no rows", "at least one"),
+    ),
+    "unreadable parquet": (
+        lambda space: [f"data.train_data=[{space.file('broken.parquet', b'PAR0')}]"],
+        ("data.train_data=", "broken.parquet: cannot be read as parquet", "write it again"),
+    ),
+    "row without prompt": (
+        lambda space: [f"data.train_data=[{space.rows(ROW, {'env_class': 'gsm8k'})}]"],
+        ("data.train_data=", "row 2 has no field prompt", "add the chat messages"),
+    ),
+    "parquet without prompt": (
+        lambda space: [f"data.train_data=[{parquet_without_prompt(space)}]"],
+        ("data.train_data=", "row 1 has no field prompt", "add the chat messages"),
+    ),
+    "row with an unknown env_class": (
+        lambda space: [f"data.train_data=[{space.rows(ROW, ROW | {'env_class': 'gsm9k'})}]"],
+        ("row 2: env_class=gsm9k: must be one of", "gsm8k", "environment.custom"),
+    ),
+    "unknown env_class": (
+        lambda _: ["environment.env_class=gsm9k"],
+        ("environment.env_class=gsm9k: must be one of", "gsm8k", "environment.custom"),
+    ),
+    "environment that cannot be imported": (
+        lambda _: ["environment.custom.mine='no_such_module:Env'"],
+        ("environment.custom.mine=no_such_module:Env: cannot be imported", "PYTHONPATH"),
+    ),
+    "wandb without an account": (
+        lambda _: ["trainer.logger=[console,wandb]"],
+        ("trainer.logger=wandb: no account is set up", "WANDB_MODE=offline"),
+    ),
+    "run directory below a file": (
+        lambda space: [f"trainer.run_dir={space.root / 'rows.jsonl' / 'run'}"],
+        ("trainer.run_dir=", "rows.jsonl is a file", "choose another"),
+    ),
+    "no GPU": (
+        lambda _: ["trainer.placement.device=cuda"],
+        ("trainer.placement.device=cuda: no CUDA device is visible", "set it to cpu"),
+    ),
+}
+
+
+def test_the_workspace_itself_is_right(workspace: Workspace) -> None:
+    """So that every line below is about its mistake and nothing else."""
+    config = load_config(workspace.overrides)
+    validate(config)
+    preflight(config)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_gets_its_line(mistake: str, workspace: Workspace, tmp_path: Path) -> None:
+    overrides, expected = MISTAKES[mistake]
+    mark = f"bad-input-{uuid.uuid4().hex}"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "RAY_"))}
+    # No account, no hub and no GPU, whatever the machine has.
+    environment |= {
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TEST_MARK": mark,
+    }
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "skyrl_spec", "train", *workspace.overrides, *overrides(workspace)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    elapsed_s = time.monotonic() - start
+
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("skyrl-spec: error: ")
+    missing = [words for words in expected if words not in lines[0]]
+    assert not missing, lines[0]
+    assert done.stdout == ""
+    assert elapsed_s < TIME_LIMIT_S
+    assert processes_with(mark) == []
+    assert not (workspace.root / "run").exists()
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of the processes that inherited the mark in their environment."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_MARK") == mark:
+                left.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return left

@@ -1,0 +1,110 @@
+"""What a mini-batch trains does not depend on the parallel layout, and the policy does not depend on the draft.
+
+Real PolicyTrainers on real gloo processes; every rank writes what it has, the test compares.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_distributed
+from tiny_checkpoints import make_batch, make_config, write_checkpoint
+
+from skyrl_spec.megatron import parallel
+from skyrl_spec.megatron.conversion import export_weights
+from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.model_spec import load_spec
+
+# fp32, sums in another order.
+TOLERANCE = 1e-5
+
+
+def _gradients(trainer: PolicyTrainer, which: str) -> dict[str, torch.Tensor]:
+    """Full gradients by HF name."""
+    module, rules = trainer._exported(which)  # type: ignore[arg-type]
+    # Export reads parameters: let it read the gradient buffer in their place.
+    stand_in = torch.nn.Module()
+    gradients = {name: parameter.main_grad.clone() for name, parameter in module.named_parameters()}
+    stand_in.named_parameters = lambda: gradients.items()  # type: ignore[method-assign,assignment]
+    return dict(export_weights(stand_in, rules, trainer.parallel))
+
+
+def _train(rank: int, path: Path, out: Path, tp: int, options: dict[str, Any], num_steps: int) -> None:
+    config = make_config(path, tp=tp, **options)
+    ranks = parallel.lay_out(tp, torch.device("cpu"))
+    trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+    record: dict[str, Any] = {"metrics": [], "gradients": []}
+    for step in range(num_steps):
+        batch = make_batch(seed=step)
+        sums, _ = trainer.forward_backward(batch)
+        whiches = ("policy", "draft") if trainer.draft is not None else ("policy",)
+        # The distributed optimizer leaves a rank the sum of its own shard alone.
+        if not options.get("distributed"):
+            record["gradients"].append({which: _gradients(trainer, which) for which in whiches})
+        record["metrics"].append(trainer._reduce(sums) | trainer.optimizer_step())
+    record["weights"] = {which: dict(trainer.export(which)) for which in whiches}  # type: ignore[arg-type]
+    record["rng"] = torch.get_rng_state()
+    if rank == 0:
+        torch.save(record, out)
+
+
+def train(path: Path, out: Path, *, tp: int = 1, dp: int = 1, num_steps: int = 3, **options: Any) -> dict[str, Any]:
+    run_distributed(_train, tp * dp, path, out, tp, options, num_steps)
+    return torch.load(out, weights_only=True)
+
+
+def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() < TOLERANCE, name
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tied=request.param)
+
+
+def test_every_layout_gives_the_same_losses_gradients_and_weights(checkpoint: Path, tmp_path: Path) -> None:
+    single = train(checkpoint, tmp_path / "single.pt")
+    layouts = {
+        "tp2": train(checkpoint, tmp_path / "tp2.pt", tp=2),
+        "dp2": train(checkpoint, tmp_path / "dp2.pt", dp=2),
+        "dp2, distributed optimizer": train(checkpoint, tmp_path / "dist.pt", dp=2, distributed=True),
+    }
+    for layout, other in layouts.items():
+        for mine, theirs in zip(single["metrics"], other["metrics"], strict=True):
+            assert mine == pytest.approx(theirs, abs=TOLERANCE, rel=1e-4), layout
+        for mine, theirs in zip(single["gradients"], other["gradients"], strict=False):
+            for which in ("policy", "draft"):
+                _assert_close(mine[which], theirs[which])
+        # Adam divides by the root of the gradient's own size: what is rounding in one is a step of the learning rate.
+        for which in ("policy", "draft"):
+            for name, tensor in single["weights"][which].items():
+                assert (tensor - other["weights"][which][name]).abs().mean() < 1e-4, (layout, name)
+
+
+@pytest.mark.parametrize(("tp", "dp", "dtype", "distributed"), [(1, 1, "fp32", False), (1, 1, "bf16", False), (2, 1, "fp32", False), (1, 2, "fp32", True)])
+def test_the_draft_does_not_change_a_bit_of_the_policy(
+    checkpoint: Path, tmp_path: Path, tp: int, dp: int, dtype: str, distributed: bool
+) -> None:
+    options = {"tp": tp, "dp": dp, "dtype": dtype, "distributed": distributed}
+    with_draft = train(checkpoint, tmp_path / "on.pt", mtp=True, **options)
+    without = train(checkpoint, tmp_path / "off.pt", mtp=False, **options)
+    for on, off in zip(with_draft["gradients"], without["gradients"], strict=True):
+        for name, gradient in off["policy"].items():
+            assert torch.equal(on["policy"][name], gradient), name
+    for on, off in zip(with_draft["metrics"], without["metrics"], strict=True):
+        assert {name: on[name] for name in off} == off
+        assert on["policy/grad_norm"] > 0.01, "clipping was to be active"
+    for name, tensor in without["weights"]["policy"].items():
+        assert torch.equal(with_draft["weights"]["policy"][name], tensor), name
+    assert torch.equal(with_draft["rng"], without["rng"])
+    # And the draft did learn: a gradient in every tensor, and other weights than it began with.
+    for gradients in with_draft["gradients"]:
+        for name, gradient in gradients["draft"].items():
+            assert gradient.abs().max() > 0, name
+    losses = [metrics["draft/loss"] for metrics in with_draft["metrics"]]
+    assert all(loss > 0 for loss in losses)

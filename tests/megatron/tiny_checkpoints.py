@@ -1,0 +1,101 @@
+"""Tiny random checkpoints of every supported architecture, and rollouts to train on. Two key heads, so that TP=2 divides them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from mtp_reference import MtpHead
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from skyrl_spec.config import Config
+from skyrl_spec.losses.reduce import token_weights
+from skyrl_spec.types import TrainBatch
+
+# Odd, so that the last shard is padded.
+VOCAB_SIZE = 97
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
+
+
+def tiny_config(architecture: str, tied: bool) -> PreTrainedConfig:
+    kind = Qwen3Config if architecture.startswith("Qwen3") else Qwen2Config
+    return kind(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+
+
+def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied: bool = False, seed: int = 0) -> Path:
+    """A checkpoint directory with random fp32 weights; norms and biases are drawn too, so that no mix-up goes unseen."""
+    torch.manual_seed(seed)
+    config = tiny_config(architecture, tied)
+    model = (Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen2ForCausalLM)(config)
+    weights = dict(model.state_dict())
+    extra: dict[str, object] = {"architectures": [architecture], "rope_theta": 10000.0, "dtype": "float32"}
+    if architecture == "MiMoForCausalLM":
+        weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in MtpHead(config).state_dict().items()}
+        extra |= {"num_nextn_predict_layers": 1, "model_type": "qwen2", "attention_bias": True}
+    if tied:
+        del weights["lm_head.weight"]
+    for name, tensor in weights.items():
+        if tensor.ndim == 1:
+            weights[name] = (0.0 if name.endswith("bias") else 1.0) + 0.1 * torch.randn_like(tensor)
+        elif "mtp_layers" in name:
+            weights[name] = 0.1 * torch.randn_like(tensor)
+    path.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config.to_dict() | extra))
+    return path
+
+
+def make_config(path: Path, *, tp: int = 1, mtp: bool = True, dtype: str = "fp32", distributed: bool = False) -> Config:
+    config = Config()
+    trainer = config.trainer
+    trainer.policy.model.path = str(path)
+    trainer.policy.optimizer_config.lr = 1e-3
+    # Far below the norms that occur, so that clipping is active.
+    trainer.policy.optimizer_config.max_grad_norm = 0.01
+    trainer.policy.megatron_config.tensor_model_parallel_size = tp
+    trainer.policy.megatron_config.dtype = dtype
+    trainer.policy.megatron_config.use_distributed_optimizer = distributed
+    trainer.placement.device = "cpu"
+    trainer.mtp.enabled = mtp
+    trainer.mtp.loss_chunk_size = 16
+    trainer.logprobs_chunk_size = 16
+    trainer.micro_train_batch_size_per_gpu = 3
+    trainer.micro_forward_batch_size_per_gpu = 4
+    return config
+
+
+def make_batch(seed: int, rows: int = 8) -> TrainBatch:
+    """Fixed rollouts of different lengths, the fifth of which has nothing to train on."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths, response_lengths = rng.integers(2, 9, rows), rng.integers(1, 14, rows)
+    width = int((prompt_lengths + response_lengths).max())
+    positions = np.arange(width)
+    is_token = positions < (prompt_lengths + response_lengths)[:, None]
+    loss_mask = is_token & (positions >= prompt_lengths[:, None])
+    loss_mask[4] = False
+    logprobs = np.where(loss_mask, -rng.random((rows, width)), 0.0).astype(np.float32)
+    return TrainBatch(
+        token_ids=np.where(is_token, rng.integers(2, VOCAB_SIZE, (rows, width)), 0),
+        segment_ids=is_token.astype(np.int64),
+        loss_mask=loss_mask,
+        loss_weights=token_weights(loss_mask, "token_mean", width),
+        advantages=np.where(loss_mask, rng.standard_normal((rows, 1)), 0.0).astype(np.float32),
+        rollout_logprobs=logprobs,
+        policy_logprobs=logprobs - 0.01 * loss_mask.astype(np.float32),
+    )

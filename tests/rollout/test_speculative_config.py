@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from skyrl_spec.config import ConfigError, MtpConfig, SamplingConfig
+from skyrl_spec.rollout.engine import EngineSettings, engine_args
+from skyrl_spec.rollout.speculative import build_speculative_config, require_exact_rejection, require_exact_sampling
+
+LOSSY = {
+    "rejection_sample_method": "synthetic",
+    "synthetic_acceptance_rates": [0.9, 0.8, 0.7],
+    "synthetic_acceptance_length": 3.0,
+    "enable_adaptive_verification": True,
+}
+
+
+@pytest.mark.parametrize("key", LOSSY)
+def test_lossy_acceptance_is_refused(key: str) -> None:
+    lossy = {"method": "mtp", "num_speculative_tokens": 3, key: LOSSY[key]}
+    with pytest.raises(ConfigError, match=rf"generator\.inference_engine\.speculative_config\.{key}=.*remove the key"):
+        build_speculative_config(MtpConfig(), lossy)
+    with pytest.raises(ConfigError, match=key):
+        engine_args(EngineSettings("model", speculative_config=lossy))
+
+
+def test_block_verification_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rejection_sample_method='block'"):
+        require_exact_rejection({"method": "mtp", "rejection_sample_method": "block"})
+
+
+def test_exact_values_are_accepted() -> None:
+    require_exact_rejection(None)
+    require_exact_rejection({"method": "mtp", "draft_sample_method": "probabilistic"})
+    require_exact_rejection({"rejection_sample_method": "standard", "synthetic_acceptance_length": None})
+
+
+def test_speculative_config_of_the_user_is_left_alone() -> None:
+    user = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+    assert build_speculative_config(MtpConfig(enabled=True), user) is user
+    assert user == {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+
+
+def test_speculative_config_follows_the_mtp_head() -> None:
+    mtp = MtpConfig(enabled=True, num_speculative_tokens=2)
+    assert build_speculative_config(mtp, None) == {"method": "mtp", "num_speculative_tokens": 2}
+    assert build_speculative_config(MtpConfig(enabled=False), None) is None
+
+
+def test_min_p_is_refused_with_a_draft_alone() -> None:
+    require_exact_sampling(SamplingConfig(min_p=0.1), None)
+    require_exact_sampling(SamplingConfig(), {"method": "mtp"})
+    with pytest.raises(ConfigError, match=r"generator\.eval_sampling_params\.min_p=0\.1"):
+        require_exact_sampling(SamplingConfig(min_p=0.1), {"method": "mtp"}, "generator.eval_sampling_params")
+
+
+def test_engine_arguments_of_ours_cannot_be_passed_through() -> None:
+    assert engine_args(EngineSettings("model", engine_init_kwargs={"block_size": 32}))["block_size"] == 32
+    with pytest.raises(ConfigError, match=r"engine_init_kwargs\.logprobs_mode='raw_logprobs'"):
+        engine_args(EngineSettings("model", engine_init_kwargs={"logprobs_mode": "raw_logprobs"}))
+
+
+def test_the_check_imports_no_engine() -> None:
+    code = "import sys, skyrl_spec.rollout.speculative; print(sorted({'vllm', 'torch', 'ray'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.strip() == "[]"

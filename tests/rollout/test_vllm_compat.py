@@ -1,0 +1,80 @@
+"""The faults of vLLM on CPU that are mended, on an engine without the mends: when one is gone, so can its mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from ray.actor import ActorHandle
+from tiny_models import (
+    LONG_PROMPT,
+    MAX_POSITIONS,
+    PROMPT,
+    exact_logprobs,
+    generate,
+    second_token_p_value,
+    split_weights,
+)
+
+from skyrl_spec.config import SamplingConfig
+from skyrl_spec.rollout import compat
+from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.sync.payload import pack_weights
+
+
+@ray.remote
+class UnmendedEngine(RolloutEngine):
+    """An engine on vLLM as it comes."""
+
+    def __init__(self, settings: EngineSettings):
+        compat.register(cpu_mends=())
+        super().__init__(settings)
+
+
+@pytest.fixture(scope="module")
+def unmended(start_engine: Callable[..., ActorHandle], models_dir: Path) -> ActorHandle:
+    return start_engine(UnmendedEngine, model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def mended(start_engine: Callable[..., ActorHandle], models_dir: Path) -> ActorHandle:
+    return start_engine(model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_is_wrong_without_the_mend(
+    unmended: ActorHandle, mended: ActorHandle, models_dir: Path, temperature: float
+) -> None:
+    sampling = SamplingConfig(temperature=temperature)
+    assert second_token_p_value(unmended, models_dir / "tied0", sampling) < 1e-6
+    assert second_token_p_value(mended, models_dir / "tied0", sampling) > 0.001
+
+
+def test_tied_output_weights_stay_old_without_the_mend(
+    unmended: ActorHandle, mended: ActorHandle, models_dir: Path
+) -> None:
+    target, _ = split_weights(models_dir / "tied1")
+    one_token = SamplingConfig(max_generate_length=1)
+    errors = []
+    for engine in (unmended, mended):
+        ray.get(engine.init_weight_transfer_engine.remote({}))
+        ray.get(engine.start_weight_update.remote(False))
+        ray.get(engine.update_weights.remote(pack_weights(target.items())))
+        ray.get(engine.finish_weight_update.remote())
+        (sample,) = generate(engine, [PROMPT], one_token)[0]
+        exact = exact_logprobs(models_dir / "tied1", [PROMPT], one_token)[0, -1, sample.token_ids[0]]
+        errors.append(abs(float(exact) - sample.logprobs[0]))
+    assert errors[0] > 0.01
+    assert errors[1] < 1e-4
+
+
+def test_top_k_fails_without_the_mend(unmended: ActorHandle, mended: ActorHandle) -> None:
+    """Last: the engine cannot be used afterwards."""
+    # The model has no positions left to draft in.
+    prompt = (LONG_PROMPT * 2)[: MAX_POSITIONS - 6]
+    top_k = SamplingConfig(top_k=8, max_generate_length=6)
+    assert len(generate(mended, [prompt], top_k, n=4)[0]) == 4
+    with pytest.raises(RuntimeError, match=r"max\(\): Expected reduction dim"):
+        generate(unmended, [prompt], top_k, n=4)

@@ -1,0 +1,164 @@
+"""Updating an engine to other weights equals building it from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.actor import ActorHandle
+from tiny_models import LONG_PROMPT, PROMPT, assert_exact_logprobs, generate, split_weights
+from torch import Tensor
+
+from skyrl_spec.config import SamplingConfig
+from skyrl_spec.sync.payload import pack_chunks, pack_weights
+from skyrl_spec.types import Generation, SpecCounters
+
+GREEDY = SamplingConfig(temperature=0.0, max_generate_length=32)
+PROMPTS = [PROMPT, [9], [60, 61, 62], LONG_PROMPT]
+
+
+@pytest.fixture(scope="module")
+def updated(engine: ActorHandle, models_dir: Path) -> Iterator[ActorHandle]:
+    """The engine built from ``w0``; it has ``w0`` again in the end."""
+    ray.get(engine.init_weight_transfer_engine.remote({}))
+    yield engine
+    update_both(engine, models_dir / "w0")
+
+
+@pytest.fixture(scope="module")
+def fresh(start_engine: Callable[..., ActorHandle], models_dir: Path) -> ActorHandle:
+    return start_engine(model_path=str(models_dir / "w1"))
+
+
+def update(engine: ActorHandle, draft: bool, payloads: Iterable[dict[str, Any]]) -> None:
+    ray.get(engine.start_weight_update.remote(draft))
+    for payload in payloads:
+        ray.get(engine.update_weights.remote(ray.put(payload)))
+    ray.get(engine.finish_weight_update.remote())
+
+
+def update_both(engine: ActorHandle, path: Path) -> None:
+    for draft, weights in enumerate(split_weights(path)):
+        update(engine, bool(draft), [pack_weights(weights.items())])
+    ray.get(engine.reset_prefix_cache.remote())
+
+
+def run(engine: ActorHandle) -> tuple[list[Generation], SpecCounters]:
+    before = ray.get(engine.spec_counters.remote())
+    samples = [group[0] for group in generate(engine, PROMPTS, GREEDY)]
+    return samples, ray.get(engine.spec_counters.remote()) - before
+
+
+def assert_equals_fresh(engine: ActorHandle, fresh: ActorHandle) -> None:
+    """Tokens and acceptance equal, log-probs bit for bit."""
+    ray.get(fresh.reset_prefix_cache.remote())
+    (samples, counters), (expected, expected_counters) = run(engine), run(fresh)
+    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in expected]
+    assert [sample.logprobs for sample in samples] == [sample.logprobs for sample in expected]
+    assert counters == expected_counters
+
+
+def test_updated_engine_equals_a_fresh_one(updated: ActorHandle, fresh: ActorHandle, models_dir: Path) -> None:
+    update_both(updated, models_dir / "w0")
+    old, _ = run(updated)
+    update_both(updated, models_dir / "w1")
+    assert_equals_fresh(updated, fresh)
+    assert [sample.token_ids for sample in run(updated)[0]] != [sample.token_ids for sample in old]
+
+
+def test_chunked_update_equals_a_single_one(updated: ActorHandle, fresh: ActorHandle, models_dir: Path) -> None:
+    update_both(updated, models_dir / "w0")
+    for draft, weights in enumerate(split_weights(models_dir / "w1")):
+        # Backwards, and so that the shards of a fused layer come in different chunks.
+        chunks = list(pack_chunks(reversed(weights.items()), max_bytes=20_000))
+        assert len(chunks) > 3
+        update(updated, bool(draft), chunks)
+    ray.get(updated.reset_prefix_cache.remote())
+    assert_equals_fresh(updated, fresh)
+
+
+def test_target_update_alone_leaves_the_draft_stale(updated: ActorHandle, fresh: ActorHandle, models_dir: Path) -> None:
+    update_both(updated, models_dir / "w0")
+    target, draft = split_weights(models_dir / "w1")
+    update(updated, False, [pack_weights(target.items())])
+    ray.get(updated.reset_prefix_cache.remote())
+    ray.get(fresh.reset_prefix_cache.remote())
+    (samples, counters), (expected, expected_counters) = run(updated), run(fresh)
+    # Outputs are right all the same: acceptance alone tells.
+    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in expected]
+    assert counters.num_accepted_tokens < expected_counters.num_accepted_tokens
+    update(updated, True, [pack_weights(draft.items())])
+    ray.get(updated.reset_prefix_cache.remote())
+    assert_equals_fresh(updated, fresh)
+
+
+def test_prefix_cache_holds_old_keys_until_reset(updated: ActorHandle, models_dir: Path) -> None:
+    update_both(updated, models_dir / "w0")
+    run(updated)
+    for draft, weights in enumerate(split_weights(models_dir / "w1")):
+        update(updated, bool(draft), [pack_weights(weights.items())])
+    sampling = SamplingConfig(max_generate_length=8)
+    stale = generate(updated, [LONG_PROMPT], sampling, n=2, seed=0)[0]
+    with pytest.raises(AssertionError):
+        assert_exact_logprobs(stale, LONG_PROMPT, models_dir / "w1", sampling)
+    ray.get(updated.reset_prefix_cache.remote())
+    right = generate(updated, [LONG_PROMPT], sampling, n=2, seed=0)[0]
+    assert_exact_logprobs(right, LONG_PROMPT, models_dir / "w1", sampling)
+
+
+def test_bfloat16_weights_load_into_a_float32_engine(updated: ActorHandle, models_dir: Path) -> None:
+    target, _ = split_weights(models_dir / "w1")
+    rounded = {name: tensor.bfloat16() for name, tensor in target.items()}
+    update(updated, False, [pack_weights(rounded.items())])
+    from_bf16 = generate(updated, [PROMPT], GREEDY)[0][0]
+    update(updated, False, [pack_weights((name, tensor.float()) for name, tensor in rounded.items())])
+    from_fp32 = generate(updated, [PROMPT], GREEDY)[0][0]
+    assert from_bf16.token_ids == from_fp32.token_ids
+    assert from_bf16.logprobs == from_fp32.logprobs
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["target", "draft"])
+def test_bad_updates_name_the_tensor(updated: ActorHandle, fresh: ActorHandle, models_dir: Path, draft: bool) -> None:
+    weights = split_weights(models_dir / "w1")[draft]
+    name = next(name for name in weights if name.endswith("self_attn.k_proj.weight"))
+    foreign = next(iter(split_weights(models_dir / "w1")[not draft].items()))
+    # vLLM itself takes the first rows of a tensor that has too many.
+    too_long = (name, torch.cat([weights[name], weights[name]]))
+
+    def refuse(match: str, *named_tensors: tuple[str, Tensor]) -> None:
+        ray.get(updated.start_weight_update.remote(draft))
+        with pytest.raises(ValueError, match=match):
+            ray.get(updated.update_weights.remote(pack_weights(named_tensors)))
+
+    model = "draft" if draft else "target"
+    refuse(f"nonsense: not a tensor of the {model}", ("nonsense", torch.ones(2)))
+    refuse(f"{foreign[0]}: not a tensor of the {model}", foreign)
+    refuse(rf"{name}: shape \[64, 64\], but the {model} .* has \[32, 64\]", too_long)
+    refuse(f"{name}: sent twice", (name, weights[name]), (name, weights[name]))
+
+    ray.get(updated.start_weight_update.remote(draft))
+    ray.get(updated.update_weights.remote(pack_weights((key, weights[key]) for key in weights if key != name)))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors of the {model} .*: {name}"):
+        ray.get(updated.finish_weight_update.remote())
+    # What is missing can still be sent.
+    ray.get(updated.update_weights.remote(pack_weights([(name, weights[name])])))
+    ray.get(updated.finish_weight_update.remote())
+    update_both(updated, models_dir / "w1")
+    assert_equals_fresh(updated, fresh)
+
+
+def test_a_broken_off_update_can_be_made_again(updated: ActorHandle, fresh: ActorHandle, models_dir: Path) -> None:
+    update_both(updated, models_dir / "w0")
+    target, _ = split_weights(models_dir / "w0")
+    shard = next(name for name in target if name.endswith("self_attn.q_proj.weight"))
+    ray.get(updated.start_weight_update.remote(False))
+    # The first shard of a fused layer is buffered when the update breaks off; it must not count towards the next.
+    ray.get(updated.update_weights.remote(pack_weights([(shard, target[shard])])))
+    with pytest.raises(ValueError, match="nonsense"):
+        ray.get(updated.update_weights.remote(pack_weights([("nonsense", torch.ones(2))])))
+    update_both(updated, models_dir / "w1")
+    assert_equals_fresh(updated, fresh)

@@ -1,0 +1,133 @@
+"""Tiny models of the MiMo architecture with random weights, and exact computations to hold engines against."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import scipy.stats
+import torch
+from ray.actor import ActorHandle
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from skyrl_spec.config import SamplingConfig
+from skyrl_spec.types import Generation
+
+# Odd on purpose: vLLM pads it.
+VOCAB_SIZE = 97
+HIDDEN_SIZE = 64
+EOS_TOKEN = 1
+MAX_POSITIONS = 512
+MAX_MODEL_LEN = 320
+PROMPT = [5, 17, 42, 8, 3]
+# Longer than two blocks of vLLM's cache on CPU (128 tokens); with a draft the last cached block is computed again.
+LONG_PROMPT = [(7 * index + 2) % (VOCAB_SIZE - 2) + 2 for index in range(300)]
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
+
+
+def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
+    """Random weights, drawn so that the next token depends mostly on the last one, and so that the head knows it."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        initializer_range=0.05,
+    )
+    model = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2 if tied else 1.0)
+    if not tied:
+        torch.nn.init.normal_(model.lm_head.weight, std=0.25)
+    weights = dict(model.state_dict())
+    layer = {name: torch.randn_like(tensor) * 0.05 for name, tensor in model.model.layers[0].state_dict().items()}
+    layer["input_proj.weight"] = torch.cat(
+        [torch.randn(HIDDEN_SIZE, HIDDEN_SIZE) * 0.05, torch.eye(HIDDEN_SIZE)], dim=1
+    )
+    norms = ["token_layernorm", "hidden_layernorm", "input_layernorm", "post_attention_layernorm", "final_layernorm"]
+    layer |= {f"{norm}.weight": 1 + 0.1 * torch.randn(HIDDEN_SIZE) for norm in norms}
+    weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in layer.items()}
+    if tied:
+        del weights["lm_head.weight"]
+    path.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
+    extra = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "attention_bias": True}
+    extra |= {"rope_theta": 10000.0, "dtype": "float32", "eos_token_id": EOS_TOKEN, "bos_token_id": None}
+    (path / "config.json").write_text(json.dumps(config.to_dict() | extra | {"model_type": "qwen2"}))
+    backend = Tokenizer(models.WordLevel({f"<{token}>": token for token in range(VOCAB_SIZE)}, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"<{EOS_TOKEN}>", unk_token="<0>").save_pretrained(path)
+    return path
+
+
+def split_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(target, draft) tensors of a tiny model."""
+    weights = load_file(path / "model.safetensors")
+    draft = {name: tensor for name, tensor in weights.items() if ".mtp_layers." in name}
+    return {name: tensor for name, tensor in weights.items() if name not in draft}, draft
+
+
+@torch.no_grad()
+def exact_logprobs(path: Path, token_ids: list[list[int]], sampling: SamplingConfig) -> Tensor:
+    """``[B, S, V]`` log-probs of the distribution to sample from after each token, in float64 from a HF forward."""
+    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(path)).eval()
+    model.load_state_dict(split_weights(path)[0], strict=not model.config.tie_word_embeddings)
+    logits = model(torch.tensor(token_ids)).logits.double() / (sampling.temperature or 1.0)
+    if sampling.top_k > 0:
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    # A token stays if those ahead of it do not reach top_p yet.
+    outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+    outside[..., 0] = False
+    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf).log_softmax(-1)
+
+
+def generate(
+    engine: ActorHandle, prompts: list[list[int]], sampling: SamplingConfig, n: int = 1, seed: int | None = None
+) -> list[list[Generation]]:
+    return ray.get(engine.generate.remote(prompts, sampling, n, seed), timeout=300)
+
+
+def second_token_p_value(engine: ActorHandle, path: Path, sampling: SamplingConfig, seed: int | None = None) -> float:
+    """Chi-square p of the second token of 8,192 samples of a prompt against its exact marginal.
+
+    The first token comes of the prefill; the second is the first one that drafting has a part in. Bins expected
+    fewer than 5 times are pooled; a token that cannot be sampled makes it 0.
+    """
+    samples = generate(engine, [PROMPT], replace(sampling, max_generate_length=3), n=8192, seed=seed)[0]
+    second = torch.tensor([sample.token_ids[1] for sample in samples if len(sample.token_ids) > 1])
+    counts = torch.bincount(second, minlength=VOCAB_SIZE).double()
+    first = exact_logprobs(path, [PROMPT], sampling)[0, -1].exp()
+    after_first = exact_logprobs(path, [[*PROMPT, token] for token in range(VOCAB_SIZE)], sampling)[:, -1].exp()
+    # A response that ends at once has no second token.
+    first[EOS_TOKEN] = 0.0
+    expected = first @ after_first
+    expected = expected / expected.sum() * counts.sum()
+    if counts[expected == 0].sum() > 0:
+        return 0.0
+    rare = expected < 5
+    observed_bins, expected_bins = counts[~rare], expected[~rare]
+    if expected[rare].sum() > 0:
+        observed_bins = torch.cat([observed_bins, counts[rare].sum()[None]])
+        expected_bins = torch.cat([expected_bins, expected[rare].sum()[None]])
+    return float(scipy.stats.chisquare(observed_bins.numpy(), expected_bins.numpy()).pvalue)
+
+
+def assert_exact_logprobs(samples: list[Generation], prompt: list[int], path: Path, sampling: SamplingConfig) -> None:
+    """Log-probs equal an exact forward's to 1e-4."""
+    for sample in samples:
+        exact = exact_logprobs(path, [prompt + sample.token_ids], sampling)[0, len(prompt) - 1 : -1]
+        exact = exact.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        assert (exact - torch.tensor(sample.logprobs)).abs().max() < 1e-4

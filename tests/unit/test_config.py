@@ -1,0 +1,257 @@
+"""Composition and rules of the configuration."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from skyrl_spec import compose
+from skyrl_spec.compose import available, load_config, to_yaml
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.validation import CHOICES, RANGES, parallel_layout, validate
+
+MIMO = "experiment=mimo_7b_dapo_8gpu"
+CPU = "experiment=cpu_mtp_grpo"
+ENGINE = "generator.inference_engine"
+
+
+def test_the_promised_experiments_exist() -> None:
+    assert {"cpu_mtp_grpo", "cpu_mtp_dapo", "mimo_7b_dapo_8gpu"} <= set(available("experiment"))
+
+
+@pytest.mark.parametrize("experiment", available("experiment"))
+def test_every_shipped_experiment_is_valid(experiment: str) -> None:
+    config = load_config([f"experiment={experiment}"])
+    validate(config)
+    assert config.trainer.run_dir == f"runs/{experiment}"
+    assert config.trainer.run_name == experiment
+
+
+def test_without_overrides_the_schema_and_grpo_hold() -> None:
+    assert load_config([]) == Config()
+
+
+def test_the_eight_gpu_recipe() -> None:
+    config = load_config([MIMO])
+    assert config.trainer.policy.model.path == "XiaomiMiMo/MiMo-7B-RL"
+    assert parallel_layout(config) == (4, 4, 1)
+    engine = config.generator.inference_engine
+    assert parallel_layout(config).world_size + engine.num_engines * engine.tensor_parallel_size == 8
+    assert config.trainer.mtp.enabled
+    assert config.trainer.mtp.num_speculative_tokens == 3
+
+
+def test_dapo_experiment_differs_from_grpo_in_its_objective_only() -> None:
+    grpo, dapo = load_config([CPU]), load_config(["experiment=cpu_mtp_dapo"])
+    assert dapo.trainer.algorithm.eps_clip_high == pytest.approx(0.28)
+    assert dapo.trainer.algorithm.dynamic_sampling.type == "filter"
+    assert dapo.trainer.algorithm.overlong.buffer_len > 0
+    dapo.trainer.algorithm = grpo.trainer.algorithm
+    dapo.trainer.run_dir, dapo.trainer.run_name = grpo.trainer.run_dir, grpo.trainer.run_name
+    assert dapo == grpo
+
+
+def test_the_command_line_wins_and_order_of_groups_does_not_matter() -> None:
+    config = load_config(["trainer.max_prompt_length=17", "algorithm=dapo", CPU, "trainer.seed=1", "trainer.seed=2"])
+    assert config.trainer.max_prompt_length == 17
+    assert config.trainer.seed == 2
+    assert config.trainer.algorithm.dynamic_sampling.type == "filter"
+
+
+def test_free_form_settings_take_new_entries() -> None:
+    config = load_config(
+        [
+            "environment.custom.mine='my.module:Env'",
+            "+environment.skyrl_gym.mine.limit=3",
+            f"{ENGINE}.speculative_config={{method: mtp, num_speculative_tokens: 2}}",
+            f"{ENGINE}.engine_init_kwargs.block_size=16",
+        ]
+    )
+    assert config.environment.custom == {"mine": "my.module:Env"}
+    assert config.environment.skyrl_gym == {"mine": {"limit": 3}}
+    assert config.generator.inference_engine.speculative_config == {"method": "mtp", "num_speculative_tokens": 2}
+    assert config.generator.inference_engine.engine_init_kwargs == {"block_size": 16}
+
+
+def test_interpolations_are_resolved() -> None:
+    config = load_config(
+        ["data.train_data=[a.jsonl]", "data.val_data=${data.train_data}", "trainer.run_dir=runs/${trainer.seed}"]
+    )
+    assert config.data.val_data == ["a.jsonl"]
+    assert config.trainer.run_dir == "runs/0"
+
+
+def test_yaml_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed can be put into configs/experiment/ and gives the same configuration."""
+    config = load_config([MIMO, "trainer.seed=3", f"{ENGINE}.speculative_config.method=mtp"])
+    experiment = own_configs(tmp_path, monkeypatch)
+    experiment.write_text("# @package _global_\n" + to_yaml(config))
+    assert load_config(["experiment=mine"]) == config
+
+
+COMPOSITION_ERRORS = {
+    "trainer.mtp.num_spec_tokens=2": "did you mean trainer.mtp.num_speculative_tokens?",
+    "trainer.num_speculative_tokens=2": "did you mean trainer.mtp.num_speculative_tokens?",
+    "trainer.seed.x=1": "trainer.seed.x: unknown setting",
+    "hydra.run.dir=x": "hydra.run.dir: unknown setting",
+    "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists them all",
+    "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
+    "experiment=nope": "experiment=nope: no such experiment; available: cpu_mtp_dapo, cpu_mtp_grpo",
+    "experiment=[a,b]": "no such experiment",
+    "algorithm=ppo": "algorithm=ppo: no such algorithm; available: dapo, grpo; did you mean grpo?",
+    "trainer.epochs=two": "trainer.epochs: Value 'two' of type 'str'",
+    "trainer.epochs=2.5": "trainer.epochs: Value '2.5'",
+    "trainer.epochs=null": "expected an integer",
+    "trainer.mtp.enabled=maybe": "expected true or false",
+    "trainer.policy.optimizer_config.lr=[1]": "expected a number",
+    "trainer.policy.optimizer_config.adam_betas=[0.9,x]": "adam_betas[1]: Value 'x'",
+    "trainer.mtp=true": "trainer.mtp is a section; set a field of it, as in trainer.mtp.enabled=...",
+    "trainer.mtp=null": "trainer.mtp is a section",
+    "data.train_data=a.parquet": "expected a list; write 'data.train_data=[a.parquet]'",
+    "data.train_data=null": "expected a list",
+    f"{ENGINE}.speculative_config=mtp": "expected a dictionary, as in {a: 1}, or null",
+    "trainer.seed=${nope}": "trainer.seed: Interpolation key 'nope' not found",
+    "trainer.seed=${trainer.run_dir}": "trainer.seed: While dereferencing",
+    "trainer.seed=1,2": "settings take one value each",
+    "~trainer.seed": "settings take one value each",
+    "trainer@x=1": "settings take one value each",
+    "trainer.run_dir=/a=b": "as in 'trainer.run_dir=\"/a=b\"'",
+    "trainer.logger=[a": "cannot read override",
+    "trainer": "write KEY=VALUE",
+    "": "write KEY=VALUE",
+}
+
+
+@pytest.mark.parametrize("override", COMPOSITION_ERRORS)
+def test_composition_errors(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config([override])
+    assert COMPOSITION_ERRORS[override] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of configs/ that is used instead; returns the path of an experiment "mine" to be written."""
+    copy = tmp_path / "configs"
+    shutil.copytree(compose.config_dir(), copy)
+    monkeypatch.setattr(compose, "config_dir", lambda: copy)
+    return copy / "experiment" / "mine.yaml"
+
+
+FILE_ERRORS = {
+    "trainer: {sede: 1}": "mine.yaml: trainer.sede: unknown setting; did you mean trainer.seed?",
+    "trainer: {seed: x}": "mine.yaml: trainer.seed: Value 'x'",
+    "trainer: {seed: '${'}": "trainer.seed: ",
+    "trainer: null": "trainer: ",
+    "trainer: {mtp: '${trainer.dflash}'}": "mine.yaml: ",
+    "data: {train_data: x}": "mine.yaml: data.train_data: ",
+    "trainer: [": "mine.yaml",
+    "trainer:\n\tseed: 1": "mine.yaml",
+    "trainer: {seed: 1, seed: 2}": "duplicate key",
+    "- a": "mine.yaml: ",
+    "5": "",
+    "defaults: 5": "defaults must be a list",
+    "defaults: [nope]": "Could not load 'experiment/nope'",
+    "defaults: [mine]": "includes or refers to itself",
+    "trainer: {run_dir: !!python/object:os.system x}": "python/object",
+}
+
+
+@pytest.mark.parametrize("text", FILE_ERRORS)
+def test_mistakes_in_files(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_configs(tmp_path, monkeypatch).write_text(f"# @package _global_\n{text}")
+    with pytest.raises(ConfigError) as error:
+        load_config(["experiment=mine"])
+    assert FILE_ERRORS[text] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_its_package_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_configs(tmp_path, monkeypatch).write_text("trainer: {seed: 1}")
+    with pytest.raises(ConfigError, match="begin the file with '# @package _global_'"):
+        load_config(["experiment=mine"])
+
+
+# Overrides on top of cpu_mtp_grpo, and the setting the line must begin with.
+RULES = {
+    "trainer.dflash.enabled=true": "trainer.dflash.enabled=true: one draft at a time",
+    "trainer.dflash.enabled=true trainer.mtp.enabled=false": "trainer.dflash.enabled=true: the DFlash draft cannot",
+    "trainer.mtp.num_speculative_tokens=0": "trainer.mtp.num_speculative_tokens=0: must be at least 1",
+    "trainer.mtp.unroll_steps=0": "trainer.mtp.unroll_steps=0",
+    "trainer.mtp.loss_type=mse": "trainer.mtp.loss_type=mse: must be soft_ce or topk_soft_ce or hard_ce",
+    "trainer.mtp.optimizer_config.scheduler=step": "trainer.mtp.optimizer_config.scheduler=step",
+    "trainer.policy.optimizer_config.lr=-1": "trainer.policy.optimizer_config.lr=-1",
+    "trainer.policy.optimizer_config.lr=nan": "trainer.policy.optimizer_config.lr=nan",
+    "trainer.policy.optimizer_config.lr=inf": "trainer.policy.optimizer_config.lr=inf",
+    "trainer.policy.optimizer_config.adam_betas=[0.9]": "trainer.policy.optimizer_config.adam_betas=[0.9]",
+    "trainer.policy.optimizer_config.adam_betas=[0.9,1]": "trainer.policy.optimizer_config.adam_betas=[0.9, 1.0]",
+    "trainer.policy.optimizer_config.scheduler=cosine trainer.policy.optimizer_config.min_lr=1": (
+        "trainer.policy.optimizer_config.min_lr=1.0"
+    ),
+    "trainer.policy.megatron_config.dtype=fp16": "trainer.policy.megatron_config.dtype=fp16: must be fp32 or bf16",
+    "trainer.policy.megatron_config.tensor_model_parallel_size=2 trainer.placement.policy_num_gpus_per_node=3": (
+        "trainer.policy.megatron_config.tensor_model_parallel_size=2: must divide the 3 policy workers"
+    ),
+    "trainer.policy.model.path=''": "trainer.policy.model.path='': no model is named",
+    "trainer.placement.device=tpu": "trainer.placement.device=tpu: must be cpu or cuda",
+    "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=32: times generator.n_samples",
+    "trainer.algorithm.advantage_estimator=gae": "trainer.algorithm.advantage_estimator=gae",
+    "trainer.algorithm.loss_reduction=mean": "trainer.algorithm.loss_reduction=mean",
+    "trainer.algorithm.dynamic_sampling.type=replace": "trainer.algorithm.dynamic_sampling.type=replace",
+    "trainer.algorithm.eps_clip_low=1": "trainer.algorithm.eps_clip_low=1.0: must be above 0 and below 1",
+    "trainer.algorithm.clip_ratio_c=1": "trainer.algorithm.clip_ratio_c=1.0: must be above 1",
+    "trainer.algorithm.overlong.buffer_len=80": "trainer.algorithm.overlong.buffer_len=80: must be below generator",
+    "trainer.train_batch_size=63": "trainer.train_batch_size=63: must be a multiple of",
+    "trainer.max_training_steps=0": "trainer.max_training_steps=0",
+    "trainer.logger=[console,tensorboard]": "trainer.logger=['console', 'tensorboard']: tensorboard is none of",
+    "trainer.run_dir=''": "trainer.run_dir=''",
+    "data.train_data=[]": "data.train_data=[]: no .parquet or .jsonl file",
+    "data.val_data=[]": "data.val_data=[]: evaluation needs a file",
+    "generator.n_samples_per_prompt=1": "generator.n_samples_per_prompt=1: must be at least 2",
+    "generator.sampling_params.temperature=0": "generator.sampling_params.temperature=0.0: must be above 0",
+    "generator.sampling_params.top_p=0": "generator.sampling_params.top_p=0.0",
+    "generator.eval_sampling_params.top_p=1.1": "generator.eval_sampling_params.top_p=1.1: must be above 0 and at most",
+    "generator.sampling_params.top_k=0": "generator.sampling_params.top_k=0: must be at least 1, or -1",
+    "generator.sampling_params.min_p=0.1": "generator.sampling_params.min_p=0.1",
+    f"{ENGINE}.gpu_memory_utilization=1.5": f"{ENGINE}.gpu_memory_utilization=1.5",
+    f"{ENGINE}.weight_sync_backend=nccl": f"{ENGINE}.weight_sync_backend=nccl: with trainer.placement.device=cpu",
+    f"{ENGINE}.weight_sync_backend=ray trainer.placement.device=cuda": f"{ENGINE}.weight_sync_backend=ray",
+    f"{ENGINE}.engine_init_kwargs.speculative_config=1": f"{ENGINE}.engine_init_kwargs.speculative_config=1",
+    f"{ENGINE}.speculative_config={{method: mtp, num_speculative_tokens: 0}}": (
+        f"{ENGINE}.speculative_config.num_speculative_tokens=0"
+    ),
+    f"{ENGINE}.speculative_config={{method: mtp, rejection_sample_method: synthetic}}": (
+        f"{ENGINE}.speculative_config.rejection_sample_method='synthetic'"
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides", RULES)
+def test_rules(overrides: str) -> None:
+    words = [overrides] if "{" in overrides else overrides.split()
+    config = load_config([CPU, *words])
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert str(error.value).startswith(RULES[overrides])
+    assert "\n" not in str(error.value)
+
+
+def test_tables_name_settings_that_exist() -> None:
+    """A misspelt row would fail on every configuration; this says which one it is."""
+    known = set(compose._settings(Config))
+    assert not (set(RANGES) | set(CHOICES)) - known
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout"),
+    [
+        ([], (1, 1, 1)),
+        (["trainer.policy.megatron_config.tensor_model_parallel_size=2"], (2, 2, 1)),
+        (["trainer.placement.policy_num_gpus_per_node=2"], (2, 1, 2)),
+        (["trainer.placement.policy_num_nodes=2", "trainer.placement.policy_num_gpus_per_node=4"], (8, 1, 8)),
+    ],
+)
+def test_parallel_layout(overrides: list[str], layout: tuple[int, int, int]) -> None:
+    assert parallel_layout(load_config([CPU, *overrides])) == layout
