@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -23,7 +24,7 @@ from skyrl_spec.config import SamplingConfig
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
-from skyrl_spec.types import SpecCounters
+from skyrl_spec.types import Generation, SpecCounters
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "arithmetic_mtp"
 # Calls of one measurement generate this many rollouts in all, so that small batches are measured long enough too.
@@ -62,7 +63,9 @@ def start_engine(args: argparse.Namespace, num_speculative_tokens: int) -> Actor
         weight_sync_backend="ray" if args.device == "cpu" else "nccl",
         num_threads=args.num_threads if args.device == "cpu" else None,
     )
-    return RolloutActor.options(**actor_options(settings)).remote(settings)
+    # Ray's decorator adds ``options``, which its types do not say.
+    actor_class: Any = RolloutActor
+    return actor_class.options(**actor_options(settings)).remote(settings)
 
 
 def measure(engine: ActorHandle, prompts: list[list[int]], batch_size: int, sampling: SamplingConfig) -> float:
@@ -70,7 +73,9 @@ def measure(engine: ActorHandle, prompts: list[list[int]], batch_size: int, samp
     num_tokens, elapsed_s = 0, 0.0
     for start in range(0, len(prompts), batch_size):
         begin = time.perf_counter()
-        groups = ray.get(engine.generate.remote(prompts[start : start + batch_size], sampling, 1, None))
+        groups: list[list[Generation]] = ray.get(
+            engine.generate.remote(prompts[start : start + batch_size], sampling, 1, None)
+        )
         elapsed_s += time.perf_counter() - begin
         num_tokens += sum(len(generation.token_ids) for group in groups for generation in group)
     return num_tokens / elapsed_s
@@ -81,8 +86,10 @@ def run(args: argparse.Namespace) -> dict[int, Result]:
     plain, drafted = start_engine(args, 0), start_engine(args, args.k)
     ray.get([plain.ping.remote(), drafted.ping.remote()])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows, _ = load_prompts([args.data], tokenizer, max_prompt_length=args.max_prompt_length)
-    all_prompts = cycle([row.token_ids for row in rows])
+    loaded = load_prompts(
+        [args.data], tokenizer, max_prompt_length=args.max_prompt_length, default_env_class="gsm8k", setting="--data"
+    )
+    all_prompts = cycle([prompt.token_ids for prompt in loaded.prompts])
     sampling = SamplingConfig(temperature=args.temperature, max_generate_length=args.max_generate_length)
     results = {batch_size: Result() for batch_size in args.batch_sizes}
     for round_index in range(-1, args.rounds):

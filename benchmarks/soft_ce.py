@@ -29,7 +29,7 @@ from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 
 TEMPERATURE = 0.8
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {"num_tokens": 512, "hidden_size": 512, "chunk_size": 64, "dtype": "float32"},
+    "cpu": {"num_tokens": 1024, "hidden_size": 256, "chunk_size": 64, "dtype": "float32"},
     "cuda": {"num_tokens": 4096, "hidden_size": 4096, "chunk_size": 512, "dtype": "bfloat16"},
 }
 # Of the largest entry of the gradient; bf16 rounds in other places.

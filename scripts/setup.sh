@@ -38,8 +38,9 @@ torch=$(grep '^torch==' "$LOCK")
 echo "setup: installing the $(grep -c '^[^#]' "$LOCK") packages of $LOCK"
 # torch, the largest, at the same time as the others: unpacking is what takes long.
 { install "$torch" || install --index-url "$TORCH_INDEX" "$torch"; } &
+torch_pid=$!
 install --requirement <(grep -v '^torch==' "$LOCK") || fail "a package of $LOCK is missing: $(why) (see $LOG)"
-wait $! ||
+wait "$torch_pid" ||
     fail "no CPU build of torch: neither pip's index nor $TORCH_INDEX gave $torch; make one reachable (see $LOG)"
 
 echo "setup: installing skyrl-spec"

@@ -24,7 +24,7 @@ ALLOWED = {
         "trainer/actors.py",
         "*/actor.py",
         "megatron/worker.py",
-        "sync/*",
+        "sync/weights.py",
         "rollout/sender.py",
     ),
 }
