@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says about a dense decoder, in one typed record. Imports neither torch nor transformers."""
+"""What a Hugging Face ``config.json`` says about a dense decoder, in one typed record. Imports no torch."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ConfigError(
-                f"trainer.policy.model.path={directory}: RoPE scaling {rope} is not supported; use a model with plain RoPE"
+                f"trainer.policy.model.path={directory}: RoPE scaling {rope} is not supported; "
+                "use a model with plain RoPE"
             )
         return ModelSpec(
             path=directory,

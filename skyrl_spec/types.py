@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-
 
 # The two sets of weights that are trained and synced.
 Which = Literal["policy", "draft"]
@@ -113,9 +112,8 @@ class TrainBatch:
     def select(self, rows: np.ndarray | slice) -> TrainBatch:
         """The given rows, columns cut to the longest of them."""
         width = int((self.segment_ids[rows] > 0).sum(axis=1).max(initial=1))
-        return TrainBatch(
-            **{name: None if value is None else value[rows, :width] for name, value in self.__dict__.items()}
-        )
+        cut = {name: value[rows, :width] for name, value in self.__dict__.items() if value is not None}
+        return replace(self, **cut)
 
 
 @dataclass

@@ -124,7 +124,11 @@ def greedy_reward(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, n
     for group in by_length.values():
         prompts = torch.tensor([tokenizer.encode(f"<|user|>{expression}=<|assistant|>") for expression, _ in group])
         out = model.generate(
-            prompts, max_new_tokens=72, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+            prompts,
+            max_new_tokens=72,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
         for (expression, answer), ids in zip(group, out[:, prompts.shape[1] :], strict=True):
             text = tokenizer.decode(ids).split("<|end|>")[0]
@@ -207,7 +211,9 @@ def main() -> None:
         averages = values if averages is None else [0.95 * a + 0.05 * v for a, v in zip(averages, values, strict=True)]
         if elapsed - last_print > 20:
             last_print = elapsed
-            print(f"{elapsed / 60:6.1f} min  step {step:5d}  losses {' '.join(f'{a:.3f}' for a in averages)}", flush=True)
+            print(
+                f"{elapsed / 60:6.1f} min  step {step:5d}  losses {' '.join(f'{a:.3f}' for a in averages)}", flush=True
+            )
         if elapsed - last_eval > 240:
             last_eval = elapsed
             print("  greedy reward by terms (0: all):", greedy_reward(model, tokenizer, 128), flush=True)

@@ -28,9 +28,7 @@ GUESS_FRAC = {3: 0.08, 4: 0.30, 5: 0.70, 6: 0.85}
 
 def problems(seed: int) -> Iterator[tuple[str, str]]:
     """Endless distinct ``(expression, answer)`` pairs of reasoning-gym's chain_sum, e.g. ``("7-2+9", "14")``."""
-    config = ChainSumConfig(
-        min_terms=MIN_TERMS, max_terms=MAX_TERMS, min_digits=1, max_digits=1, seed=seed, size=10**9
-    )
+    config = ChainSumConfig(min_terms=MIN_TERMS, max_terms=MAX_TERMS, min_digits=1, max_digits=1, seed=seed, size=10**9)
     dataset, seen = ChainSumDataset(config), set()
     for index in range(config.size):
         entry = dataset[index]

@@ -5,7 +5,16 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-CONTROL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|reserved_0|>", "<|reserved_1|>"]
+CONTROL = [
+    "<|pad|>",
+    "<|unk|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|reserved_0|>",
+    "<|reserved_1|>",
+]
 CHARACTERS = ["\n", *(chr(code) for code in range(32, 127))]
 
 CHAT_TEMPLATE = (

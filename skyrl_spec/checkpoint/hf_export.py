@@ -26,7 +26,7 @@ def save_hf(trainer: PolicyTrainer, directory: Path) -> None:
     weights: dict[str, Tensor] = {}
     if trainer.parallel.dp_rank == 0:
         for which in ("policy", "draft") if trainer.draft is not None else ("policy",):
-            for name, tensor in trainer.export(which):  # type: ignore[arg-type]
+            for name, tensor in trainer.export(which):
                 if trainer.parallel.rank == 0:
                     weights[name] = tensor.cpu().clone()
     if trainer.parallel.rank != 0:

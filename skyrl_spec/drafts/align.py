@@ -1,7 +1,7 @@
 """Which drafted tokens are supervised, from masks and document ids alone.
 
-A *target position* p is the position whose next token, p+1, is drafted: the teacher is the policy's distribution at p. A
-chain starts at base t; its depth d (1-based) drafts token t+d+1, so its target position is t+d.
+A *target position* p is the position whose next token, p+1, is drafted: the teacher is the policy's distribution at
+p. A chain starts at base t; its depth d (1-based) drafts token t+d+1, so its target position is t+d.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def shift_right(x_BS: Tensor, steps: int) -> Tensor:
 def chain_mask(loss_mask_BS: Tensor, segment_ids_BS: Tensor, num_depths: int) -> Tensor:
     """Bool ``[K, B, S]``: entry ``[d-1, b, p]`` says that depth d is supervised at target position p.
 
-    It is where every token from the chain's first, t+1, to the drafted one, p+1, is a trained response token of base t's
-    own document. Those are the chains an engine drafts: it starts from a sampled token (t+1), and a draft counts only if
-    all before it were accepted. Prompt, padding and observation tokens are never drafted from nor to.
+    It is where every token from the chain's first, t+1, to the drafted one, p+1, is a trained response token of base
+    t's
+    own document. Those are the chains an engine drafts: it starts from a sampled token (t+1), and a draft counts only
+    if all before it were accepted. Prompt, padding and observation tokens are never drafted from nor to.
     """
     label_BS = shift_right(loss_mask_BS, -1)
     label_segment_BS = shift_right(segment_ids_BS, -1)

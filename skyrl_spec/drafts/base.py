@@ -59,7 +59,7 @@ class Draft(ABC):
 
     @abstractmethod
     def num_targets(self, targets: Targets) -> Tensor:
-        """How many draft tokens of the batch are supervised (float64 scalar): the loss's denominator, before it is summed."""
+        """How many draft tokens of the batch are supervised (float64 scalar): this rank's part of the denominator."""
 
     @abstractmethod
     def loss(

@@ -1,7 +1,9 @@
 """Attention of an MTP head that is unrolled on its own output, as vLLM runs it.
 
-vLLM caches the head's keys of depth 1 for every position. A chain that starts at base t continues in the slots t+1, t+2, …
-of that cache, over the entries it finds there. So the query of depth d sees the depth-1 keys of positions <= t and the keys
+vLLM caches the head's keys of depth 1 for every position. A chain that starts at base t continues in the slots t+1,
+t+2, …
+of that cache, over the entries it finds there. So the query of depth d sees the depth-1 keys of positions <= t and
+the keys
 of its own chain (depths 2 … d), and nothing else. Depths share the depth-1 keys: the cost is linear in depth, where
 rolling the sequence would compute (another function) over all keys of all depths.
 
@@ -84,7 +86,7 @@ def _barred_rows(barred_B1SS: Tensor | None, rows: slice, seq_len: int, device: 
 def _attend(
     query: Tensor, first_key: Tensor, first_value: Tensor, chain_key: Tensor, chain_value: Tensor, barred: Tensor
 ) -> Tensor:
-    """``query`` ``[B, G, R, s, d]``; first ``[B, G, 1, S, d]``; chain ``[B, G, 1, s, E, d]`` with E earlier and own depths."""
+    """``query`` ``[B, G, R, s, d]``; first ``[B, G, 1, S, d]``; chain ``[B, G, 1, s, E, d]``, its depths 2 … E+1."""
     first_scores = (query @ first_key.transpose(-1, -2)).float().masked_fill(barred, -torch.inf)
     chain_scores = (chain_key @ query[..., None]).squeeze(-1).float()
     probs = torch.softmax(torch.cat([first_scores, chain_scores], dim=-1), dim=-1).to(query.dtype)

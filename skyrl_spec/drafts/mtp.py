@@ -1,7 +1,8 @@
 """The model's own MTP head as draft: Megatron's MultiTokenPredictionBlock, outside the policy.
 
 Conventions are MiMo's as vLLM serves it (``model_executor/models/mimo_mtp.py``): the head gets the trunk's hidden state
-*before* the final norm and the embedding of the next token; the embedding at position 0 of a document is zeroed; its output,
+*before* the final norm and the embedding of the next token; the embedding at position 0 of a document is zeroed; its
+output,
 after its own final norm, goes to the policy's output head and is the hidden state of the next depth. Depth d of base t
 has rotary position t+d-1 and attends as ``chain_attention`` says.
 """
@@ -58,7 +59,7 @@ class MtpDraft(Draft):
         self._rotary = RotaryEmbedding(
             spec.head_dim,
             rotary_percent=1.0,
-            rotary_base=spec.rope_theta,  # type: ignore[arg-type]
+            rotary_base=spec.rope_theta,
             use_cpu_initialization=parallel.device.type == "cpu",
         )
 

@@ -68,10 +68,11 @@ def replace_rng_tracker() -> None:
     for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"):
         if not hasattr(megatron_random, name):
             raise RuntimeError(
-                f"megatron.core.tensor_parallel.random.{name} is gone: mend skyrl_spec.megatron.compat.replace_rng_tracker"
+                f"megatron.core.tensor_parallel.random.{name} is gone: "
+                "mend skyrl_spec.megatron.compat.replace_rng_tracker"
             )
-    megatron_random._CUDA_RNG_STATE_TRACKER = NoForkRngTracker()  # type: ignore[attr-defined]
-    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True  # type: ignore[attr-defined]
+    megatron_random._CUDA_RNG_STATE_TRACKER = NoForkRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
 def prepare(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """HF <-> Megatron weights: one invertible table, read in both directions.
 
 Every rule brings HF tensors into a *canonical* layout in which tensor parallelism cuts a single axis, whatever Megatron
-interleaves: QKV is ``[groups, (heads of a group + 2) * head_dim, D]``, gate and up are ``[2, ffn, D]``. A rank's shard is a
-chunk along that axis, flattened to the parameter's shape. The way back gathers and undoes.
+interleaves: QKV is ``[groups, (heads of a group + 2) * head_dim, D]``, gate and up are ``[2, ffn, D]``. A rank's
+shard is a chunk along that axis, flattened to the parameter's shape. The way back gathers and undoes.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Sdpa
 class PolicyModel(GPTModel):
     """GPTModel whose forward stops before the output layer."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Trunk hidden states after the final norm, ``[S, B, D]``, of ``input_ids`` ``[B, S]``.
 
         Positions count from 0 along the row. For documents packed behind one another this is exact as well: RoPE is
@@ -119,7 +119,7 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
             max_sequence_length=spec.max_position_embeddings,
             share_embeddings_and_output_weights=spec.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=spec.rope_theta,  # type: ignore[arg-type]
+            rotary_base=spec.rope_theta,
         )
         return model.to(parallel.device)
 

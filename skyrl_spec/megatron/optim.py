@@ -1,7 +1,7 @@
 """A module with a gradient buffer, an optimizer, a clip and a learning-rate schedule of its own.
 
-Policy and draft each are one ``Trainable``. They share no parameter, no buffer and no norm, so nothing about the draft can
-change a bit of the policy.
+Policy and draft each are one ``Trainable``. They share no parameter, no buffer and no norm, so nothing about the
+draft can change a bit of the policy.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
     The loss is ``sum(loss_weights * (surrogate + kl_loss_coef * kl))``: the weights carry the global denominator.
 
     Returns:
-        The loss (scalar, connected to the trunk even without tokens) and a float64 ``[len(POLICY_SUMS) + 1]``: the loss, then
-        sums over tokens in the order of ``POLICY_SUMS``, then the number of tokens.
+        The loss (scalar, connected to the trunk even without tokens) and a float64 ``[len(POLICY_SUMS) + 1]``: the
+        loss, then sums over tokens in the order of ``POLICY_SUMS``, then the number of tokens.
     """
     batch = micro.batch
     assert batch.policy_logprobs is not None

@@ -1,7 +1,9 @@
 """A rank's policy, draft and reference: forward, one optimizer step, export. The Ray actor around it is ``worker``.
 
-A mini-batch goes through Megatron's schedule micro-batch by micro-batch. In each, the policy's forward pass leaves detached
-trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs the policy's
+A mini-batch goes through Megatron's schedule micro-batch by micro-batch. In each, the policy's forward pass leaves
+detached
+trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs the
+policy's
 backward pass. Gradients are summed over data parallelism and both optimizers step, one after the other, knowing nothing
 of each other.
 """

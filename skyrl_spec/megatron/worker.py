@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class PolicyWorker:
         return self._trainer.train_mini_batch(batch)
 
     def export(self, which: Which) -> list[tuple[ray.ObjectRef, int]]:
-        """Put the weights into Ray's object store, in chunks with their bytes; rank 0 has them, the others gather with it."""
+        """Weights in Ray's object store, in chunks with their bytes, from rank 0; the others gather with it."""
         from skyrl_spec.sync.payload import pack_chunks, payload_bytes
 
         if self._trainer.parallel.dp_rank > 0:
@@ -84,9 +85,9 @@ class PolicyWorker:
         """Open vLLM's own transfer to the engines (GPUs)."""
         from skyrl_spec.rollout.sender import ExportSource, build_senders
 
+        trainer = self._trainer
         sources = {
-            which: ExportSource(self._trainer.export_shapes(which), lambda which=which: self._trainer.export(which))
-            for which in whiches
+            which: ExportSource(trainer.export_shapes(which), partial(trainer.export, which)) for which in whiches
         }
         self._senders = build_senders(
             backend,

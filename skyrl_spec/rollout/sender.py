@@ -1,4 +1,4 @@
-"""The trainer's side of vLLM's own GPU weight transfer (``nccl``, ``ipc``). CPU engines get theirs over Ray (``sync``)."""
+"""The trainer's side of vLLM's own GPU weight transfer (``nccl``, ``ipc``); CPU engines get weights over Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ExportSource(WeightSource):
 
 
 class EnginesClient:
-    """All rollout engines as the one inference side that vLLM's sender drives, for the policy's or the draft's weights."""
+    """All rollout engines as the one inference side that vLLM's sender drives, for the policy or the draft."""
 
     def __init__(self, engines: list[Any], tensor_parallel_size: int, draft: bool):
         self._engines, self._tp, self._draft = engines, tensor_parallel_size, draft
@@ -87,8 +87,8 @@ def build_senders(
         world_size=1 + len(engines) * tensor_parallel_size,
         rank=rank,
     )
-    policy = WeightTransferTrainerFactory.trainer_init(info, client=clients["policy"], source=sources["policy"])
-    senders = {"policy": policy}
+    policy = NCCLTrainerWeightTransferEngine.trainer_init(info, client=clients["policy"], source=sources["policy"])
+    senders: dict[str, TrainerWeightTransferEngine] = {"policy": policy}
     if "draft" in sources:
         # An engine has one transfer group: the draft's sender uses it too, rather than replacing it.
         draft = NCCLTrainerWeightTransferEngine(

@@ -1,1 +1,1 @@
-"""How weights reach the engines: ``weights`` orders a sync and keeps the version; ``payload`` is the wire form on CPU."""
+"""How weights reach the engines: ``weights`` orders a sync and counts versions, ``payload`` is the CPU wire form."""

@@ -4,8 +4,8 @@
     export draft  -> start_draft_weight_update -> update_weights (chunks) -> finish
     reset the prefix cache (it holds keys of the old policy and draft) -> set versions
 
-Engines are idle meanwhile. An engine takes the new version only when both have arrived, so a rollout's version says what
-it was sampled with.
+Engines are idle meanwhile. An engine takes the new version only when both have arrived, so a rollout's version says
+what it was sampled with.
 """
 
 from __future__ import annotations

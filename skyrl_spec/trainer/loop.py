@@ -4,8 +4,8 @@
             -> log-probs before the update -> mini-batches: one optimizer step of policy and draft each
             -> sync: policy, then draft, one version -> metrics
 
-Whatever draft is trained, or none, this file does not know it: acceptance comes from the engines' counters, draft losses
-from the workers' reports.
+Whatever draft is trained, or none, this file does not know it: acceptance comes from the engines' counters, draft
+losses from the workers' reports.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Trainer:
 
     def _sync_metrics(self, num_bytes: int) -> dict[str, float]:
         versions = self.sync.versions
-        metrics = {names.POLICY_VERSION: versions.policy, names.SYNC_BYTES: num_bytes}
+        metrics: dict[str, float] = {names.POLICY_VERSION: versions.policy, names.SYNC_BYTES: num_bytes}
         return metrics | ({names.DRAFT_VERSION: versions.draft} if versions.draft else {})
 
     def _evaluates(self) -> bool:
@@ -154,7 +154,8 @@ class Trainer:
 def measure_speedup(
     trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prompt], rounds: int = 3
 ) -> tuple[float, list[float]]:
-    """Rollout tokens/s with the draft over tokens/s without, alternating on the same prompts: the median and every round's.
+    """Rollout tokens/s with the draft over tokens/s without, alternating on the same prompts: the median and every
+    round's.
 
     ``plain`` is brought to the same weights first, by the same protocol.
     """

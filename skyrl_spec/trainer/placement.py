@@ -108,7 +108,8 @@ def start_plain_engine(config: Config, settings: EngineSettings) -> EngineGroup:
 
 def _create_engine(settings: EngineSettings, index: int) -> Any:
     seeded = replace(settings, seed=settings.seed + index)
-    return RolloutActor.options(**actor_options(seeded)).remote(seeded)
+    actor_class: Any = RolloutActor
+    return actor_class.options(**actor_options(seeded)).remote(seeded)
 
 
 def _create_workers(config: Config) -> list[Any]:
@@ -120,7 +121,8 @@ def _create_workers(config: Config) -> list[Any]:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     # On CPU engines and workers take turns on the same cores, so none of them asks Ray for one.
     options = {"num_cpus": 0 if on_cpu else 1, "num_gpus": 0 if on_cpu else 1, "runtime_env": {"env_vars": environment}}
-    return [PolicyWorker.options(**options).remote(config, rank, world_size, num_threads) for rank in range(world_size)]
+    worker_class: Any = PolicyWorker
+    return [worker_class.options(**options).remote(config, rank, world_size, num_threads) for rank in range(world_size)]
 
 
 def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[Any]:
@@ -130,7 +132,8 @@ def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[An
         have, free = ray.cluster_resources(), ray.available_resources()
         raise RunError(
             f"trainer.placement.timeout_s={config.trainer.placement.timeout_s:g}: {what} were not up in time "
-            f"(GPUs in the cluster: {have.get('GPU', 0):g}, free: {free.get('GPU', 0):g}); ask for fewer GPUs, add nodes, or raise it"
+            f"(GPUs in the cluster: {have.get('GPU', 0):g}, free: {free.get('GPU', 0):g}); "
+            "ask for fewer GPUs, add nodes, or raise it"
         ) from None
 
 

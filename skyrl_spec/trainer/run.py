@@ -174,7 +174,8 @@ def _writers(
             writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))  # type: ignore[arg-type]
         yield writers, samples
     finally:
-        for writer in [*writers, samples]:
+        samples.close()
+        for writer in writers:
             writer.close()
 
 

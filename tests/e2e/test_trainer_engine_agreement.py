@@ -98,7 +98,7 @@ class Trainer:
         assert trainer.draft is not None
         draft = trainer.draft.draft
         # Depth d reads token base+d alone: what follows is padding.
-        ids = torch.tensor([token_ids + [0]])
+        ids = torch.tensor([[*token_ids, 0]])
         ones = torch.ones_like(ids)
         with torch.no_grad(), capture(trainer.model, draft.capture_points) as captured:
             trainer.model(ids)

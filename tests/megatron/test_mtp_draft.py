@@ -116,7 +116,9 @@ def _check_isolation(_rank: int, path: Path) -> None:
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules()]
     assert sum(hooks) == 0, "hooks stay behind"
     teacher = Teacher(hidden_SBD.detach(), trainer.model.output_weight_vD().detach())
-    loss, _ = draft.loss(tensors, teacher, _targets(token_ids, torch.ones_like(token_ids), mask), torch.ones(()).double())
+    loss, _ = draft.loss(
+        tensors, teacher, _targets(token_ids, torch.ones_like(token_ids), mask), torch.ones(()).double()
+    )
     loss.backward()
     assert all(p.main_grad.abs().max() == 0 and p.grad is None for p in trainer.model.parameters())
     assert all(p.main_grad.abs().max() > 0 for p in draft.module.parameters())

@@ -86,7 +86,10 @@ def test_every_layout_gives_the_same_losses_gradients_and_weights(checkpoint: Pa
                 assert (tensor - other["weights"][which][name]).abs().mean() < 1e-4, (layout, name)
 
 
-@pytest.mark.parametrize(("tp", "dp", "dtype", "distributed"), [(1, 1, "fp32", False), (1, 1, "bf16", False), (2, 1, "fp32", False), (1, 2, "fp32", True)])
+@pytest.mark.parametrize(
+    ("tp", "dp", "dtype", "distributed"),
+    [(1, 1, "fp32", False), (1, 1, "bf16", False), (2, 1, "fp32", False), (1, 2, "fp32", True)],
+)
 def test_the_draft_does_not_change_a_bit_of_the_policy(
     checkpoint: Path, tmp_path: Path, tp: int, dp: int, dtype: str, distributed: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported architecture, and rollouts to train on. Two key heads, so that TP=2 divides them."""
+"""Tiny random checkpoints of every supported architecture, and rollouts to train on. TP=2 divides their heads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny_config(architecture: str, tied: bool) -> PreTrainedConfig:
 
 
 def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied: bool = False, seed: int = 0) -> Path:
-    """A checkpoint directory with random fp32 weights; norms and biases are drawn too, so that no mix-up goes unseen."""
+    """Random fp32 weights; norms and biases are drawn too, so that no mix-up goes unseen."""
     torch.manual_seed(seed)
     config = tiny_config(architecture, tied)
     model = (Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen2ForCausalLM)(config)
