@@ -49,7 +49,11 @@ class EngineGroup:
         """Speculation since the engines started, over all of them."""
         return sum(ray.get([engine.spec_counters.remote() for engine in self.handles]), SpecCounters())
 
-    def kill(self) -> None:
+    def shutdown(self, timeout_s: float = 5.0) -> None:
+        """Let engines free what they share with processes of their own; one that is busy for longer is ended as it is."""
+        ray.wait(
+            [engine.shutdown.remote() for engine in self.handles], num_returns=len(self.handles), timeout=timeout_s
+        )
         for handle in self.handles:
             ray.kill(handle)
 

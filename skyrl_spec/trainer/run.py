@@ -112,13 +112,17 @@ def _train_on_cluster(
                 writer.write(step, values)
             samples.write(step, rollouts)
 
-        trainer.run(steps, on_step)
-        speedup = None
-        if config.trainer.measure_speedup and config.trainer.mtp.enabled:
-            plain = start_plain_engine(config, settings)
-            speedup, _ = measure_speedup(trainer, plain, (eval_prompts or stream.next_batch())[:16])
-        if config.trainer.save_final_model:
-            policy.save_hf((run_dir / "model").resolve())
+        try:
+            trainer.run(steps, on_step)
+            if config.trainer.save_final_model:
+                policy.save_hf((run_dir / "model").resolve())
+            speedup = None
+            if config.trainer.measure_speedup and config.trainer.mtp.enabled:
+                plain = start_plain_engine(config, settings)
+                speedup = measure_speedup(trainer, plain, (eval_prompts or stream.next_batch())[:16])
+                plain.shutdown()
+        finally:
+            engines.shutdown()
     records = read_metrics(run_dir / "metrics.jsonl")
     console.summary(records, run_dir, speedup=speedup, next_commands=[])
 

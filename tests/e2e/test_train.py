@@ -1,0 +1,187 @@
+"""Whole runs of the command on the shipped model: real engines, workers and Ray, a few steps each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from skyrl_spec.compose import load_config
+from skyrl_spec.config import Config
+from skyrl_spec.metrics import names
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "SKYRL_SPEC_TEST_RUN"
+# Few and short: what is tested is that the parts work together.
+SMALL = [
+    "trainer.max_training_steps=2",
+    "trainer.train_batch_size=8",
+    "trainer.policy_mini_batch_size=4",
+    "generator.n_samples_per_prompt=4",
+    "trainer.eval_interval=2",
+    "trainer.measure_speedup=false",
+]
+
+
+@dataclass
+class Run:
+    process: subprocess.Popen[str]
+    run_dir: Path
+    mark: str
+
+    def output(self, timeout_s: float) -> str:
+        return self.process.communicate(timeout=timeout_s)[0]
+
+    def processes(self) -> list[psutil.Process]:
+        """What the command started and is still there."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+def start(run_dir: Path, *overrides: str, **environment: str) -> Run:
+    mark = uuid.uuid4().hex
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skyrl_spec", "train", *overrides, f"trainer.run_dir={run_dir}"],
+        cwd=ROOT,
+        env=kept | {MARK: mark} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return Run(process, run_dir, mark)
+
+
+def finish(run_dir: Path, *overrides: str, **environment: str) -> tuple[str, list[dict[str, Any]]]:
+    """Run to the end; the terminal's text and ``metrics.jsonl``."""
+    run = start(run_dir, *overrides, **environment)
+    output = run.output(timeout_s=400)
+    assert run.process.returncode == 0, output
+    assert run.processes() == []
+    return output, [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def expected_keys(config: Config, k: int) -> set[str]:
+    return set(
+        names.step_keys(
+            trains_draft=config.trainer.mtp.enabled,
+            num_speculative_tokens=k,
+            n_samples_per_prompt=config.generator.n_samples_per_prompt,
+            use_kl_loss=config.trainer.algorithm.use_kl_loss,
+        )
+    )
+
+
+def test_a_run_with_a_draft_writes_what_the_contract_says(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.measure_speedup=true", "trainer.logger=[console,wandb]"]
+    output, records = finish(tmp_path / "run", *overrides, WANDB_MODE="offline")
+    config = load_config(overrides)
+    assert [record["trainer/step"] for record in records] == [0, 1, 2]
+    assert records[0].keys() == {names.STEP, *names.eval_keys(3)}
+    assert records[1].keys() == expected_keys(config, 3)
+    assert records[2].keys() == expected_keys(config, 3) | set(names.eval_keys(3))
+    for record in records:
+        assert all(math.isfinite(value) for value in record.values()), record
+    assert [record["sync/policy_version"] for record in records[1:]] == [1, 2]
+    assert [record["sync/draft_version"] for record in records[1:]] == [1, 2]
+    # The trainer's log-probs of the rollouts are the engine's: the same weights, both fp32.
+    assert all(record["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4 for record in records[1:])
+    assert all(2.0 < record["vllm/train/draft_mean_acceptance_length"] <= 4.0 for record in records[1:])
+
+    assert "rollout speed-up by the draft" in output
+    assert max(map(len, output.splitlines())) <= 100, "a line is wider than a terminal"
+    assert "Warning" not in output
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {1, 2}
+    resolved = load_config([*overrides, f"trainer.run_dir={tmp_path / 'run'}"])
+    from skyrl_spec.compose import to_yaml
+
+    assert (tmp_path / "run" / "config.yaml").read_text() == to_yaml(resolved)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*")), "wandb kept no offline run"
+    trained = Qwen2ForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).state_dict()
+    shipped = Qwen2ForCausalLM.from_pretrained(
+        ROOT / config.trainer.policy.model.path, dtype=torch.float32
+    ).state_dict()
+    assert any(not torch.equal(trained[name], shipped[name]) for name in shipped)
+
+
+def test_a_run_without_a_draft_is_the_same_run_less_the_draft(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.mtp.enabled=false", "trainer.eval_before_train=false"]
+    _, records = finish(tmp_path / "run", *overrides)
+    assert records[0].keys() == expected_keys(load_config(overrides), 0)
+    assert not [key for record in records for key in record if "draft" in key]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["trainer.policy.megatron_config.tensor_model_parallel_size=2", "trainer.mtp.num_speculative_tokens=2"],
+        [
+            "trainer.placement.policy_num_gpus_per_node=2",
+            "trainer.policy.megatron_config.use_distributed_optimizer=true",
+            "trainer.policy.megatron_config.dtype=bf16",
+            "trainer.mtp.loss_type=topk_soft_ce",
+            "trainer.mtp.num_speculative_tokens=2",
+            "trainer.mtp.unroll_steps=1",
+            "generator.inference_engine.num_engines=2",
+        ],
+    ],
+    ids=["tp2", "dp2-bf16-two-engines"],
+)
+def test_dapo_on_two_ranks_with_reference_and_importance_correction(tmp_path: Path, layout: list[str]) -> None:
+    overrides = [
+        "experiment=cpu_mtp_dapo",
+        *SMALL,
+        "trainer.eval_before_train=false",
+        "trainer.algorithm.use_kl_loss=true",
+        "trainer.algorithm.use_tis=true",
+        "trainer.algorithm.clip_ratio_c=3",
+        *layout,
+    ]
+    _, records = finish(tmp_path / "run", *overrides)
+    assert [record["trainer/step"] for record in records] == [1, 2]
+    for record in records:
+        assert record.keys() >= expected_keys(load_config(overrides), 2)
+        assert all(math.isfinite(value) for value in record.values()), record
+    # The policy has not moved before its first update, so the first step's KL is that of later mini-batches alone.
+    assert records[1]["policy/kl"] > 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, signum: signal.Signals) -> None:
+    shared_before, temporary_before = set(os.listdir("/dev/shm")), set(Path("/tmp").glob("skyrl-*"))
+    run = start(tmp_path / "run", "experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=50")
+    metrics = run.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and '"trainer/step": 1' in metrics.read_text()):
+        assert time.monotonic() < deadline and run.process.poll() is None, "no step was done"
+        time.sleep(0.5)
+    run.process.send_signal(signum)
+    sent = time.monotonic()
+    output = run.output(timeout_s=60)
+    assert time.monotonic() - sent < 10
+    assert run.process.returncode == 128 + signum
+    assert "Traceback" not in output
+    assert f"skyrl-spec: {signum.name}: stopped" in output
+    assert run.processes() == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert set(Path("/tmp").glob("skyrl-*")) <= temporary_before
