@@ -50,7 +50,7 @@ class EngineGroup:
         return sum(ray.get([engine.spec_counters.remote() for engine in self.handles]), SpecCounters())
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
-        """Let engines free what they share with processes of their own; one that is busy for longer is ended as it is."""
+        """Let engines free what they share with processes of their own; one that is busy too long just ends."""
         ray.wait(
             [engine.shutdown.remote() for engine in self.handles], num_returns=len(self.handles), timeout=timeout_s
         )

@@ -43,7 +43,15 @@ def ray_session(verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        _remove(directory)
+
+
+def _remove(directory: str, patience_s: float = 5.0) -> None:
+    """Ray's processes write their last log lines while they end, so a first attempt may leave some behind."""
+    deadline = time.monotonic() + patience_s
+    while os.path.exists(directory) and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def engine_settings(config: Config, spec: ModelSpec) -> EngineSettings:

@@ -29,9 +29,31 @@ _SIGNAL_EXIT = 128
 class Interrupted(Exception):  # noqa: N818
     """SIGINT or SIGTERM."""
 
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+
+class SignalWatch:
+    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread and are remembered; a second one ends the process.
+
+    Remembered, because what an exception becomes inside a C extension's call (Ray's, here) is not ours to decide.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The handlers, for the time of the context. It may be entered again inside, to put them back."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        if self.received is not None:
+            os._exit(_SIGNAL_EXIT + signum)
+        self.received = signum
+        raise Interrupted
 
 
 def run_training(config: Config, *, verbose: bool = False) -> int:
@@ -40,19 +62,23 @@ def run_training(config: Config, *, verbose: bool = False) -> int:
     Raises:
         ConfigError: what the user can mend, before or after processes were started (all are gone by then).
     """
+    watch = SignalWatch()
     try:
-        with _signals():
-            _train(config, verbose)
+        with watch.installed():
+            _train(config, verbose, watch)
         return 0
-    except Interrupted as interrupt:
-        print(f"skyrl-spec: {interrupt}: stopped; what was measured is in {config.trainer.run_dir}", file=sys.stderr)
-        return _SIGNAL_EXIT + interrupt.signum
-    except RunError as error:
-        print(f"skyrl-spec: error: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        if watch.received is not None:
+            name, run_dir = signal.Signals(watch.received).name, config.trainer.run_dir
+            print(f"skyrl-spec: {name}: stopped; what was measured is in {run_dir}", file=sys.stderr)
+            return _SIGNAL_EXIT + watch.received
+        if isinstance(error, RunError):
+            print(f"skyrl-spec: error: {error}", file=sys.stderr)
+            return 1
+        raise
 
 
-def _train(config: Config, verbose: bool) -> None:
+def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
     spec = load_spec(config.trainer.policy.model.path)
     tokenizer, stream, eval_prompts = _load_data(config, spec)
     steps = num_steps(config, stream)
@@ -62,7 +88,9 @@ def _train(config: Config, verbose: bool) -> None:
     console = ConsoleWriter(steps)
     with _writers(config, run_dir, console) as (writers, samples):
         console.start(_facts(config, spec, stream, steps))
-        _train_on_cluster(config, spec, tokenizer, stream, eval_prompts, steps, writers, samples, console, verbose)
+        _train_on_cluster(
+            config, spec, tokenizer, stream, eval_prompts, steps, writers, samples, console, verbose, watch
+        )
 
 
 def _train_on_cluster(
@@ -76,6 +104,7 @@ def _train_on_cluster(
     samples: SamplesWriter,
     console: ConsoleWriter,
     verbose: bool,
+    watch: SignalWatch,
 ) -> None:
     # Ray, torch and vLLM are imported once everything that can be refused has been.
     from skyrl_spec.sync.weights import WeightSync
@@ -92,7 +121,7 @@ def _train_on_cluster(
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
     settings = engine_settings(config, spec)
     # Ray puts handlers of its own in place of ours when it starts.
-    with ray_session(verbose), _signals(), _plain_errors():
+    with ray_session(verbose), watch.installed(), _plain_errors():
         engines, policy = start_actors(config, settings, steps * updates * config.trainer.update_epochs_per_batch)
         sync = WeightSync(
             policy.handles, engines.handles, backend=sync_backend(config), has_draft=config.trainer.mtp.enabled
@@ -201,25 +230,6 @@ def _facts(config: Config, spec: ModelSpec, stream: PromptStream, steps: int) ->
         "steps": f"{steps} ({stream.steps_per_epoch} an epoch)",
         "run": trainer.run_dir,
     }
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread; a second one ends the process at once."""
-
-    def handle(signum: int, _frame: object) -> None:
-        for number in previous:
-            signal.signal(number, lambda number, _: os._exit(_SIGNAL_EXIT + number))
-        raise Interrupted(signum)
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

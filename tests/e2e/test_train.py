@@ -179,7 +179,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, signum: signal
     sent = time.monotonic()
     output = run.output(timeout_s=60)
     assert time.monotonic() - sent < 10
-    assert run.process.returncode == 128 + signum
+    assert run.process.returncode == 128 + signum, output
     assert "Traceback" not in output
     assert f"skyrl-spec: {signum.name}: stopped" in output
     assert run.processes() == []

@@ -16,7 +16,6 @@ import pytest
 import ray
 import torch
 import torch.multiprocessing as mp
-from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 from torch import Tensor
@@ -99,15 +98,16 @@ def check_steps(device: str, folder: Path, tp: int) -> None:
     for record in records:
         for metrics in record["metrics"]:
             assert all(math.isfinite(value) for value in metrics.values()), metrics
-        # The first step has the same weights on both sides; hidden states are rounded to 2^-9 of themselves.
+        # The first step has the same weights on both sides. Hidden states are rounded to 2^-9 of themselves; losses
+        # and norms average over that (with bf16 on CPU: 3e-5 in the losses, 4e-3 in the norms, 2e-2 in a gradient).
         got, wanted = record["metrics"][0], reference["metrics"][0]
-        assert got["policy/policy_loss"] == pytest.approx(wanted["policy/policy_loss"], rel=2e-2)
+        assert got["policy/policy_loss"] == pytest.approx(wanted["policy/policy_loss"], rel=2e-3)
         assert got["policy/entropy"] == pytest.approx(wanted["policy/entropy"], rel=2e-3)
         assert got["draft/loss"] == pytest.approx(wanted["draft/loss"], rel=2e-3)
         for which in ("policy", "draft"):
             assert got[f"{which}/grad_norm"] == pytest.approx(wanted[f"{which}/grad_norm"], rel=2e-2)
-        # What comes after is training of its own, and moves the losses the same way.
-        assert record["metrics"][-1]["draft/loss"] == pytest.approx(reference["metrics"][-1]["draft/loss"], rel=2e-2)
+        # The later steps train weights of their own.
+        assert record["metrics"][-1]["draft/loss"] == pytest.approx(reference["metrics"][-1]["draft/loss"], rel=5e-3)
     if tp == 1:
         for which, gradients in reference["gradients"][0].items():
             for name, gradient in gradients.items():
@@ -205,9 +205,9 @@ class Answers(NamedTuple):
     counters: SpecCounters
 
 
-def ask(engine: ActorHandle) -> Answers:
+def ask(engine: Any) -> Answers:
     """A prompt at a time, so that what is in a batch does not vary."""
-    before = ray.get(engine.spec_counters.remote(), timeout=300)
+    before: SpecCounters = ray.get(engine.spec_counters.remote(), timeout=300)
     generations = [ray.get(engine.generate.remote([prompt], GREEDY, 1, 0), timeout=300)[0][0] for prompt in PROMPTS]
     return Answers(
         [generation.token_ids for generation in generations],
@@ -217,12 +217,12 @@ def ask(engine: ActorHandle) -> Answers:
 
 
 def ask_around_a_sync(config: Config, settings: EngineSettings, exported: Path) -> tuple[Answers, Answers]:
-    """Answers of an engine before it got the weights of three training steps, and after; exports them too."""
+    """Answers of an engine before it got the weights of ten training steps, and after; exports them too."""
     engines, policy = start_actors(config, settings, total_optimizer_steps=10)
     (engine,) = engines.handles
     old = ask(engine)
-    for step in range(NUM_STEPS):
-        policy.train_mini_batch(make_batch(seed=step))
+    for _ in range(10):
+        policy.train_mini_batch(make_batch(seed=0))
     sync = WeightSync(policy.handles, engines.handles, backend=settings.weight_sync_backend, has_draft=True)
     assert sync.sync() > 0
     synced = ask(engine)
@@ -251,13 +251,14 @@ def check_sync(device: str, folder: Path, backend: str) -> None:
     )
     old, synced = ask_around_a_sync(config, settings, folder / "trained")
     built = replace(settings, model_path=str(folder / "trained"))
-    fresh_engine = RolloutActor.options(**actor_options(built)).remote(built)
+    actor_class: Any = RolloutActor
+    fresh_engine = actor_class.options(**actor_options(built)).remote(built)
     fresh = ask(fresh_engine)
     ray.kill(fresh_engine)
     assert synced.token_ids == fresh.token_ids != old.token_ids
     # A stale draft would leave the tokens right and be seen here alone.
     assert synced.counters == fresh.counters
-    assert synced.counters.num_draft_tokens > 0
+    assert synced.counters.num_accepted_tokens > 0, "drafts of which none is accepted tell nothing"
     for mine, theirs in zip(synced.logprobs, fresh.logprobs, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-3)
 
