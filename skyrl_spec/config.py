@@ -202,7 +202,7 @@ class InferenceEngineConfig:
     max_num_seqs: int = 256
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
-    # None: "ray" on CPU, "nccl" on GPU. Or "ipc".
+    # None: "ray" on CPU, "nccl" on GPU.
     weight_sync_backend: str | None = None
     # Seconds for an engine to answer one batch before the run gives up on it.
     generate_timeout_s: float = 3600.0

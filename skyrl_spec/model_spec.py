@@ -86,6 +86,7 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
             f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     try:
+        _refuse_unsupported(directory, config, architecture)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ConfigError(
@@ -112,6 +113,21 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
         )
     except KeyError as error:
         raise ConfigError(f"trainer.policy.model.path={directory}: config.json has no {error}; it is needed") from None
+
+
+def _refuse_unsupported(directory: Path, config: dict[str, Any], architecture: str) -> None:
+    """Entries that would be computed wrongly, without an error, if they were ignored."""
+    unsupported = {
+        "use_sliding_window": config.get("use_sliding_window", False),
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "attention_bias": architecture == "Qwen3ForCausalLM" and config.get("attention_bias", False),
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise ConfigError(
+                f"trainer.policy.model.path={directory}: {name}={config[name]} in config.json is not supported; "
+                "use a model without it"
+            )
 
 
 def load_spec(path: str) -> ModelSpec:

@@ -35,7 +35,7 @@ def preflight(config: Config) -> None:
     """Raises ``ConfigError`` for the first thing outside the configuration that does not fit it."""
     _check_run_dir(config.trainer.run_dir)
     _check_wandb(config.trainer.logger)
-    _check_device(config.trainer.placement.device)
+    _check_device(config)
     spec = _read_spec(config.trainer.policy.model.path)
     _check_parallel_sizes(config, spec)
     _check_lengths(config, spec)
@@ -80,23 +80,34 @@ def _has_netrc_entry(host: str) -> bool:
         return False
 
 
-def _check_device(device: str) -> None:
+def _check_device(config: Config) -> None:
     """With RAY_ADDRESS set the GPUs may be on other machines; Ray's placement answers then."""
-    if device == "cuda" and "RAY_ADDRESS" not in os.environ and not _has_gpu():
+    if config.trainer.placement.device != "cuda" or "RAY_ADDRESS" in os.environ:
+        return
+    num_gpus, engine = _num_gpus(), config.generator.inference_engine
+    if num_gpus == 0:
         raise ConfigError(
             "trainer.placement.device=cuda: no CUDA device is visible on this machine; "
             "set it to cpu, mend the driver or CUDA_VISIBLE_DEVICES, or join a cluster with RAY_ADDRESS"
         )
+    num_workers, num_engine_gpus = parallel_layout(config).world_size, engine.num_engines * engine.tensor_parallel_size
+    if num_workers + num_engine_gpus > num_gpus:
+        raise ConfigError(
+            f"trainer.placement.device=cuda: {num_workers} policy workers and {num_engine_gpus} GPUs of engines, but "
+            f"this machine has {num_gpus}; lower trainer.placement.policy_num_gpus_per_node or "
+            "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
+        )
 
 
-def _has_gpu() -> bool:
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles"):
-        return False
+def _num_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return 0 if visible in ("", "-1", "NoDevFiles") else len(visible.split(","))
     smi = shutil.which("nvidia-smi")
     if smi is None:
-        return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+        return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=10, check=False)
-    return "GPU" in listed.stdout
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def _read_spec(path: str) -> ModelSpec:

@@ -137,8 +137,8 @@ Metrics = dict[str, Metric]
 
 @dataclass
 class StepReport:
-    """What a worker tells of one optimizer step: sums already reduced over all ranks."""
+    """What a worker tells of one optimizer step: sums and counts, already reduced over all ranks."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     policy_train_s: float = 0.0
     draft_train_s: float = 0.0

@@ -116,7 +116,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.placement.device": ("cpu", "cuda"),
     f"{_MEGATRON}.dtype": _DTYPES,
     f"{_ENGINE}.dtype": _DTYPES,
-    f"{_ENGINE}.weight_sync_backend": ("ray", "nccl", "ipc"),
+    f"{_ENGINE}.weight_sync_backend": ("ray", "nccl"),
     "trainer.algorithm.advantage_estimator": ("grpo",),
     "trainer.algorithm.loss_reduction": ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"),
     "trainer.algorithm.dynamic_sampling.type": ("filter",),
@@ -124,7 +124,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 } | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
 LOGGERS = ("console", "wandb")
 # Which transports reach the engines of a device.
-SYNC_BACKENDS = {"cpu": ("ray",), "cuda": ("nccl", "ipc")}
+SYNC_BACKENDS = {"cpu": ("ray",), "cuda": ("nccl",)}
 
 
 def validate(config: Config) -> None:
@@ -144,6 +144,7 @@ def validate(config: Config) -> None:
     _check_batches(config)
     _check_lengths(config)
     _check_engine(config)
+    _check_device_settings(config)
 
 
 def parallel_layout(config: Config) -> Layout:
@@ -209,13 +210,12 @@ def _check_optimizer(prefix: str, optimizer: Any) -> None:
         betas,
         f"must be two numbers, each {PROBABILITY}; the usual ones are [0.9,0.95]",
     )
-    if optimizer.scheduler != "constant":
-        _require(
-            optimizer.min_lr <= optimizer.lr,
-            f"{prefix}.min_lr",
-            optimizer.min_lr,
-            f"must be at most {prefix}.lr={optimizer.lr}, from which it decays; lower it",
-        )
+    _require(
+        optimizer.min_lr <= optimizer.lr,
+        f"{prefix}.min_lr",
+        optimizer.min_lr,
+        f"must be at most {prefix}.lr={optimizer.lr}, from which it decays; lower it",
+    )
 
 
 def _check_paths(config: Config) -> None:
@@ -276,6 +276,31 @@ def _check_lengths(config: Config) -> None:
     )
 
 
+def _check_device_settings(config: Config) -> None:
+    trainer, sampling = config.trainer, config.generator.sampling_params
+    on_cpu = trainer.placement.device == "cpu"
+    _require(
+        not (trainer.policy.megatron_config.recompute_activations and on_cpu),
+        f"{_MEGATRON}.recompute_activations",
+        "true",
+        "Megatron recomputes on cuda alone; leave it false on cpu",
+    )
+    _require(
+        not trainer.measure_speedup or on_cpu,
+        "trainer.measure_speedup",
+        "true",
+        "needs an engine more than the run has, so it is for cpu alone; set it to false",
+    )
+    truncated = sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0
+    _require(
+        not (trainer.algorithm.use_tis and truncated),
+        "trainer.algorithm.use_tis",
+        "true",
+        "compares log-probs of the whole distribution, but generator.sampling_params truncates it; "
+        "set top_p=1 top_k=-1 min_p=0, or turn it off",
+    )
+
+
 def _check_engine(config: Config) -> None:
     engine, device = config.generator.inference_engine, config.trainer.placement.device
     backend, backends = engine.weight_sync_backend, SYNC_BACKENDS[device]
@@ -290,6 +315,13 @@ def _check_engine(config: Config) -> None:
         f"{_ENGINE}.engine_init_kwargs.speculative_config",
         engine.engine_init_kwargs.get("speculative_config"),
         f"belongs in {_ENGINE}.speculative_config; move it there",
+    )
+    user = engine.speculative_config
+    _require(
+        not config.trainer.mtp.enabled or user is None or (user.get("method") == "mtp" and "model" not in user),
+        f"{_ENGINE}.speculative_config",
+        user,
+        "must be of method mtp, without model, while trainer.mtp.enabled trains that head; change it or turn mtp off",
     )
     speculative = build_speculative_config(config.trainer.mtp, engine.speculative_config)
     if speculative is not None:

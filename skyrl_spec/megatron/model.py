@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -114,7 +116,10 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
     with compat.megatron_device(parallel.device):
         model = PolicyModel(
             config=config,
-            transformer_layer_spec=layer_spec(config),
+            # The norm is named: Megatron's default depends on what else is installed.
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(config)] * spec.num_layers, layer_norm=WrappedTorchNorm
+            ),
             vocab_size=padded_vocab_size(spec.vocab_size, parallel.tp_size),
             max_sequence_length=spec.max_position_embeddings,
             share_embeddings_and_output_weights=spec.tie_word_embeddings,

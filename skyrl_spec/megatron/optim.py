@@ -17,18 +17,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from skyrl_spec.config import MegatronConfig, OptimizerConfig
+from skyrl_spec.config import MegatronConfig, OptimizerConfig, RunError
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.parallel import Parallel
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """``updated`` is False where the gradient was not finite and the step was skipped."""
-
     grad_norm: float
     lr: float
-    updated: bool
 
 
 class Trainable:
@@ -71,14 +68,22 @@ class Trainable:
             finalize_model_grads([self.ddp], num_tokens=None)
 
     def step(self) -> OptimizerStep:
-        """Clip, update, move the schedule on."""
+        """Clip, update, move the schedule on.
+
+        Raises:
+            RunError: the gradient was not finite. All ranks see the same norm, so all of them raise.
+        """
         lr = self.optimizer.param_groups[0]["lr"]
         with compat.megatron_device(self.parallel.device):
-            updated, grad_norm, _ = self.optimizer.step()
-        norm = float("nan") if grad_norm is None else float(grad_norm)
-        # Without a gradient scaler Megatron updates whatever the norm is; its own check raises before the update.
+            _, grad_norm, _ = self.optimizer.step()
+        # Without a gradient scaler Megatron updates whatever the norm is, so nothing can go on from here.
+        if not math.isfinite(grad_norm):
+            raise RunError(
+                f"the gradient norm of {type(self.module).__name__} is {grad_norm}; "
+                "lower the learning rate, or look at samples.jsonl for what it was trained on"
+            )
         self.scheduler.step(increment=1)
-        return OptimizerStep(grad_norm=norm, lr=lr, updated=bool(updated) and math.isfinite(norm))
+        return OptimizerStep(grad_norm=float(grad_norm), lr=lr)
 
 
 def _megatron_optimizer_config(
@@ -103,7 +108,8 @@ def _megatron_optimizer_config(
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        # Not 0: the first update counts.
+        init_lr=config.lr / (config.num_warmup_steps + 1),
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.num_warmup_steps,

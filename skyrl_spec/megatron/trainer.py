@@ -34,7 +34,7 @@ from skyrl_spec.megatron.optim import Trainable
 from skyrl_spec.megatron.parallel import Parallel
 from skyrl_spec.megatron.step import POLICY_SUMS, Micro, policy_loss, response_logprobs, to_device
 from skyrl_spec.model_spec import ModelSpec
-from skyrl_spec.types import StepReport, TrainBatch, Which
+from skyrl_spec.types import Metric, Metrics, StepReport, TrainBatch, Which
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class PolicyTrainer:
     def __init__(self, config: Config, spec: ModelSpec, parallel: Parallel, total_optimizer_steps: int):
         self.config, self.spec, self.parallel = config, spec, parallel
         megatron = config.trainer.policy.megatron_config
+        self._draft_clock = DeviceClock(parallel.device)
         self._trunk_config = transformer_config(spec, megatron, parallel.device)
         tensors = HfTensors(spec.path)
         self._rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
@@ -79,16 +80,17 @@ class PolicyTrainer:
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
         """Forward and backward over this rank's shard of ``batch``, then one optimizer step of policy and draft."""
         start = time.perf_counter()
-        sums, draft_s = self.forward_backward(batch)
-        metrics = self._reduce(sums)
+        self._draft_clock.reset()
+        metrics = self._reduce(self.forward_backward(batch))
         metrics |= self.optimizer_step()
+        draft_s = self._draft_clock.seconds()
         return StepReport(metrics=metrics, policy_train_s=time.perf_counter() - start - draft_s, draft_train_s=draft_s)
 
-    def forward_backward(self, batch: TrainBatch) -> tuple[Tensor, float]:
+    def forward_backward(self, batch: TrainBatch) -> Tensor:
         """Leave the gradients of ``batch``, summed over all ranks, in both gradient buffers.
 
         Returns:
-            This rank's sums (policy, then draft; float64) and the seconds the draft took.
+            This rank's sums (policy, then draft; float64).
         """
         micros = [
             to_device(part, self.parallel.device)
@@ -97,9 +99,9 @@ class PolicyTrainer:
                 self.config.trainer.micro_train_batch_size_per_gpu,
             )
         ]
-        draft_denominator = self._draft_denominator(micros)
+        with self._draft_clock:
+            draft_denominator = self._draft_denominator(micros)
         sums = torch.zeros(len(POLICY_SUMS) + 1 + 5, dtype=torch.float64, device=self.parallel.device)
-        clock = DeviceClock(self.parallel.device)
         self.policy.zero_grad()
         if self.draft is not None:
             self.draft.trainable.zero_grad()
@@ -110,7 +112,7 @@ class PolicyTrainer:
                 hidden_SBD = model(micro.targets.token_ids, micro.targets.attention_mask)
                 if self.draft is not None:
                     assert captured is not None
-                    with clock:
+                    with self._draft_clock:
                         sums[len(POLICY_SUMS) + 1 :] += self._train_draft(
                             captured, hidden_SBD, micro, draft_denominator
                         )
@@ -127,17 +129,18 @@ class PolicyTrainer:
                 )
         self.policy.reduce_grads()
         if self.draft is not None:
-            with clock:
+            with self._draft_clock:
                 self.draft.trainable.reduce_grads()
-        return sums, clock.seconds()
+        return sums
 
-    def optimizer_step(self) -> dict[str, float]:
+    def optimizer_step(self) -> Metrics:
         """Update policy and draft from their gradient buffers."""
         step = self.policy.step()
-        metrics = {"policy/grad_norm": step.grad_norm, "policy/lr": step.lr}
+        metrics = {"policy/grad_norm": Metric(step.grad_norm, 1), "policy/lr": Metric(step.lr, 1)}
         if self.draft is not None:
-            draft_step = self.draft.trainable.step()
-            metrics |= {"draft/grad_norm": draft_step.grad_norm, "draft/lr": draft_step.lr}
+            with self._draft_clock:
+                draft_step = self.draft.trainable.step()
+            metrics |= {"draft/grad_norm": Metric(draft_step.grad_norm, 1), "draft/lr": Metric(draft_step.lr, 1)}
         return metrics
 
     def export(self, which: Which) -> Iterator[tuple[str, Tensor]]:
@@ -231,22 +234,21 @@ class PolicyTrainer:
     def _capture(self) -> AbstractContextManager[Captured | None]:
         return nullcontext() if self.draft is None else capture(self.model, self.draft.draft.capture_points)
 
-    def _reduce(self, sums: Tensor) -> dict[str, float]:
-        """Sums of all data-parallel ranks, in one collective, as the contract's means."""
+    def _reduce(self, sums: Tensor) -> Metrics:
+        """Sums and counts of all data-parallel ranks, in one collective. A loss is a mean of its mini-batch already."""
         dist.all_reduce(sums, group=self.parallel.dp_group)
         values = sums.tolist()
         loss, *token_sums, num_tokens = values[: len(POLICY_SUMS) + 1]
-        metrics = {"policy/policy_loss": loss}
+        metrics = {"policy/policy_loss": Metric(loss, 1)}
         metrics |= {
-            f"policy/{name}": total / max(num_tokens, 1.0)
-            for name, total in zip(POLICY_SUMS[1:], token_sums, strict=True)
+            f"policy/{name}": Metric(total, num_tokens) for name, total in zip(POLICY_SUMS[1:], token_sums, strict=True)
         }
         if self.draft is not None:
             loss, top1, num_targets, lengths, num_chains = values[len(POLICY_SUMS) + 1 :]
             metrics |= {
-                "draft/loss": loss,
-                "draft/top1_agreement": top1 / max(num_targets, 1.0),
-                "draft/predicted_acceptance_length": lengths / max(num_chains, 1.0),
+                "draft/loss": Metric(loss, 1),
+                "draft/top1_agreement": Metric(top1, num_targets),
+                "draft/predicted_acceptance_length": Metric(lengths, num_chains),
             }
         if self.reference is None:
             del metrics["policy/kl"]
@@ -258,6 +260,9 @@ class DeviceClock:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
         self._intervals: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:

@@ -81,8 +81,8 @@ class PolicyWorker:
             return []
         return [(ray.put(chunk), payload_bytes(chunk)) for chunk in chunks]
 
-    def connect(self, backend: str, engines: list[Any], whiches: list[Which], address: tuple[str, int]) -> None:
-        """Open vLLM's own transfer to the engines (GPUs)."""
+    def connect(self, engines: list[Any], whiches: list[Which], address: tuple[str, int]) -> None:
+        """Open vLLM's own NCCL transfer to the engines."""
         from skyrl_spec.rollout.sender import ExportSource, build_senders
 
         trainer = self._trainer
@@ -90,7 +90,6 @@ class PolicyWorker:
             which: ExportSource(trainer.export_shapes(which), partial(trainer.export, which)) for which in whiches
         }
         self._senders = build_senders(
-            backend,
             sources,  # type: ignore[arg-type]
             engines,
             rank=self._rank,
@@ -101,6 +100,10 @@ class PolicyWorker:
 
     def send(self, which: Which) -> int:
         """One update of the engines through ``connect``'s transfer; returns the bytes sent."""
+        import torch
+
+        # The sender packs on CUDA streams of its own, which do not wait for the optimizer's.
+        torch.cuda.synchronize()
         self._senders[which].send_weights()
         return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(which))
 

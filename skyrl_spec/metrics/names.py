@@ -8,6 +8,10 @@ EVAL_SCORE = "eval/all/avg_score"
 THROUGHPUT = "vllm/train/generation_throughput_tok_s"
 PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
 
+# With dynamic sampling alone: batches sampled for the step, and groups in them whose rewards differ.
+NUM_SAMPLE_BATCHES = "reward/num_sample_batches"
+NUM_KEPT_GROUPS = "reward/num_kept_groups"
+
 POLICY = tuple(f"policy/{name}" for name in ("policy_loss", "grad_norm", "entropy", "clip_ratio", "lr"))
 POLICY_KL = "policy/kl"
 LOGPROBS_DIFF = "policy/rollout_train_logprobs_abs_diff_mean"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from skyrl_spec.config import ConfigError, SamplingConfig
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.model_spec import load_spec, model_directory
 from skyrl_spec.rollout.speculative import require_exact_rejection, require_exact_sampling
 from skyrl_spec.types import Generation, SpecCounters, Versions
 
@@ -38,7 +38,7 @@ class EngineSettings:
     enforce_eager: bool = False
     seed: int = 0
     speculative_config: dict[str, Any] | None = None
-    # "ray", "nccl" or "ipc".
+    # "ray" or "nccl".
     weight_sync_backend: str = "nccl"
     # OpenMP threads on CPU; None leaves them to the environment.
     num_threads: int | None = None
@@ -59,6 +59,10 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if settings.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(settings.num_threads)
+    else:
+        # The runner, and with it the rejection sampler, that the tests of exact sampling ran on. Remove when they have
+        # run on the other one, which vLLM prefers on GPUs.
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     return environment
 
 
@@ -82,7 +86,8 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     """
     require_exact_rejection(settings.speculative_config)
     args: dict[str, Any] = {
-        "model": settings.model_path,
+        # Resolved where the engine runs: another node has a cache of its own.
+        "model": str(model_directory(settings.model_path)),
         "dtype": _DTYPES[settings.dtype],
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": context_len(settings),

@@ -1,4 +1,4 @@
-"""The trainer's side of vLLM's own GPU weight transfer (``nccl``, ``ipc``); CPU engines get weights over Ray."""
+"""The trainer's side of vLLM's own GPU weight transfer (``nccl``); CPU engines get weights over Ray."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import ray
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 
@@ -62,7 +60,6 @@ class EnginesClient:
 
 
 def build_senders(
-    backend: str,
     sources: dict[str, WeightSource],
     engines: list[Any],
     *,
@@ -73,14 +70,6 @@ def build_senders(
 ) -> dict[str, TrainerWeightTransferEngine]:
     """A sender for each of ``sources`` ("policy", "draft"); every trainer rank calls this, rank 0 sends."""
     clients = {which: EnginesClient(engines, tensor_parallel_size, draft=which == "draft") for which in sources}
-    if backend == "ipc":
-        return {
-            which: WeightTransferTrainerFactory.trainer_init(
-                IPCTrainerInitInfo(rank=rank), client=clients[which], source=source
-            )
-            for which, source in sources.items()
-        }
-    assert backend == "nccl"
     info = NCCLTrainerInitInfo(
         master_address=master_address,
         master_port=master_port,

@@ -33,7 +33,7 @@ def pack_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
 
 
 def pack_chunks(named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int = 512 * 2**20) -> Iterator[dict[str, Any]]:
-    """Payloads of at most ``max_bytes`` each (a larger tensor travels alone), so that no second whole model exists."""
+    """Payloads of at most ``max_bytes`` each; a larger tensor travels alone."""
     chunk: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named_tensors:

@@ -10,6 +10,7 @@ losses from the workers' reports.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from skyrl_spec.config import Config
 from skyrl_spec.data.packing import build_train_batch, mini_batches
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.metrics import names
+from skyrl_spec.metrics.values import merge
+from skyrl_spec.metrics.values import values as metric_values
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.trainer.advantages import build_estimator, overlong_penalty
@@ -49,18 +52,24 @@ class Trainer:
         self.engines, self.policy, self.sync = engines, policy, sync
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.sampler = RolloutSampler(config, engines, tokenizer)
+        self._said_short_batch = False
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
     def run(self, num_steps: int, on_step: OnStep) -> None:
         """``num_steps`` steps, with an evaluation before the first, every ``eval_interval`` and after the last."""
         trainer = self.config.trainer
-        if trainer.eval_before_train and self._evaluates():
+        if trainer.eval_before_train and self.eval_prompts:
             on_step(0, self.evaluate(), [])
         for step in range(1, num_steps + 1):
             values, rollouts = self.step()
-            if self._evaluates() and (step % trainer.eval_interval == 0 or step == num_steps):
+            # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
+            is_last = step == num_steps or self.stream.epoch >= trainer.epochs
+            due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
+            if due and self.eval_prompts:
                 values |= self.evaluate()
             on_step(step, values, rollouts)
+            if is_last:
+                break
 
     def step(self) -> tuple[dict[str, float], list[Rollout]]:
         """One training step; returns the contract's metrics and the rollouts trained on."""
@@ -71,45 +80,40 @@ class Trainer:
             collected, throughput = self._sample_groups()
         values = reward_metrics(collected.sampled, self.config.generator.n_samples_per_prompt)
         values |= speculation.metrics() | {names.THROUGHPUT: throughput}
+        values |= self._sampling_metrics(collected)
         rollouts = [rollout for group in collected.groups for rollout in group]
         if rollouts:
             batch = self._build_batch(collected.groups)
             with _timed(timings, "fwd_logprobs"):
                 batch = self.policy.forward_logprobs(batch)
             reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch)]
-            values |= _mean_metrics(reports)
+            values |= metric_values(merge(*(report.metrics for report in reports)))
             timings |= _train_timings(reports)
             with _timed(timings, "sync_weights"):
-                num_bytes = self.sync.sync()
-            values |= self._sync_metrics(num_bytes)
+                values |= {names.SYNC_BYTES: self.sync.sync()}
+        values |= self._versions()
         timings["step"] = time.perf_counter() - start
         values |= {names.timing(phase): seconds for phase, seconds in timings.items()}
         return values, rollouts
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward on the held-out prompts, sampled as ``generator.eval_sampling_params`` says (greedily)."""
-        generator, size = self.config.generator, self.config.trainer.eval_batch_size
+        size = self.config.trainer.eval_batch_size
         speculation = SpeculationMeter(self.engines, "eval")
         rewards = [
             rollout.reward
             for start in range(0, len(self.eval_prompts), size)
-            for group in self.sampler.sample(
-                self.eval_prompts[start : start + size],
-                generator.eval_sampling_params,
-                generator.eval_n_samples_per_prompt,
-            )
+            for group in self.sampler.sample_for_evaluation(self.eval_prompts[start : start + size])
             for rollout in group
         ]
         return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
 
     def _sample_groups(self) -> tuple[Collected, float]:
         """The groups of one train batch, and the tokens per second they were generated with."""
-        generator, trainer = self.config.generator, self.config.trainer
+        trainer = self.config.trainer
         tokens_before, seconds_before = self.sampler.num_tokens, self.sampler.generate_s
         collected = collect_groups(
-            lambda: self.sampler.sample(
-                self.stream.next_batch(), generator.sampling_params, generator.n_samples_per_prompt
-            ),
+            lambda: self.sampler.sample_for_training(self.stream.next_batch()),
             trainer.train_batch_size,
             trainer.algorithm.dynamic_sampling,
         )
@@ -141,13 +145,25 @@ class Trainer:
                 max_response_length=generator.sampling_params.max_generate_length,
             )
 
-    def _sync_metrics(self, num_bytes: int) -> dict[str, float]:
+    def _versions(self) -> dict[str, float]:
         versions = self.sync.versions
-        metrics: dict[str, float] = {names.POLICY_VERSION: versions.policy, names.SYNC_BYTES: num_bytes}
+        metrics: dict[str, float] = {names.POLICY_VERSION: versions.policy}
         return metrics | ({names.DRAFT_VERSION: versions.draft} if versions.draft else {})
 
-    def _evaluates(self) -> bool:
-        return bool(self.eval_prompts) and self.config.trainer.eval_interval > 0
+    def _sampling_metrics(self, collected: Collected) -> dict[str, float]:
+        """What dynamic sampling took; said aloud, once, where it did not fill the batch."""
+        trainer = self.config.trainer
+        if trainer.algorithm.dynamic_sampling.type is None:
+            return {}
+        if len(collected.groups) < trainer.train_batch_size and not self._said_short_batch:
+            self._said_short_batch = True
+            print(
+                f"skyrl-spec: trainer.algorithm.dynamic_sampling.max_sample_batches={collected.num_batches}: gave "
+                f"{len(collected.groups)} of {trainer.train_batch_size} groups whose rewards differ; the step goes on "
+                "with them (said once)",
+                file=sys.stderr,
+            )
+        return {names.NUM_SAMPLE_BATCHES: collected.num_batches, names.NUM_KEPT_GROUPS: collected.num_kept}
 
 
 def measure_speedup(trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prompt], rounds: int = 3) -> float:
@@ -174,11 +190,6 @@ def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[phase] = time.perf_counter() - start
-
-
-def _mean_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Means over the step's mini-batches, each of which is a mean of its own tokens."""
-    return {name: float(np.mean([report.metrics[name] for report in reports])) for name in reports[0].metrics}
 
 
 def _train_timings(reports: Sequence[StepReport]) -> dict[str, float]:

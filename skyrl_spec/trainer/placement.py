@@ -16,7 +16,6 @@ import ray
 
 from skyrl_spec.config import Config, RunError
 from skyrl_spec.megatron.worker import PolicyWorker
-from skyrl_spec.model_spec import ModelSpec
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.rollout.speculative import build_speculative_config
@@ -54,7 +53,7 @@ def _remove(directory: str, patience_s: float = 5.0) -> None:
         time.sleep(0.1)
 
 
-def engine_settings(config: Config, spec: ModelSpec) -> EngineSettings:
+def engine_settings(config: Config) -> EngineSettings:
     """``generator.inference_engine`` with everything decided."""
     engine, device = config.generator.inference_engine, config.trainer.placement.device
     longest = max(
@@ -62,7 +61,7 @@ def engine_settings(config: Config, spec: ModelSpec) -> EngineSettings:
         for sampling in (config.generator.sampling_params, config.generator.eval_sampling_params)
     )
     return EngineSettings(
-        model_path=str(spec.path),
+        model_path=config.trainer.policy.model.path,
         dtype=engine.dtype or config.trainer.policy.megatron_config.dtype,
         device=device,
         tensor_parallel_size=engine.tensor_parallel_size,

@@ -22,13 +22,24 @@ class RolloutSampler:
 
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
-        self._num_calls = 0
+        self._num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
 
-    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int) -> list[Group]:
+    def sample_for_training(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """A batch of groups; its seed depends on how many came before, and on no evaluation."""
+        self._num_train_calls += 1
+        generator, seed = self._config.generator, self._config.trainer.seed
+        return self._sample(
+            prompts, generator.sampling_params, generator.n_samples_per_prompt, seed * 1_000_003 + self._num_train_calls
+        )
+
+    def sample_for_evaluation(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Groups sampled as ``generator.eval_sampling_params`` says, every time with the same seed."""
+        generator = self._config.generator
+        return self._sample(prompts, generator.eval_sampling_params, generator.eval_n_samples_per_prompt, seed=0)
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
         """``n`` scored rollouts a prompt; adds to ``num_tokens`` and ``generate_s``."""
-        self._num_calls += 1
-        seed = self._config.trainer.seed * 1_000_003 + self._num_calls
         start = time.perf_counter()
         generations = self._engines.generate(list(prompts), sampling, n, seed)
         self.generate_s += time.perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from skyrl_spec.validation import parallel_layout
 
 # What the shell reports for a process that a signal ended.
 _SIGNAL_EXIT = 128
+# Seconds that a run may take to end before a further signal ends it at once.
+_PATIENCE_S = 10.0
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -31,13 +34,15 @@ class Interrupted(Exception):  # noqa: N818
 
 
 class SignalWatch:
-    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread and are remembered; a second one ends the process.
+    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread, once, and are remembered.
 
     Remembered, because what an exception becomes inside a C extension's call (Ray's, here) is not ours to decide.
+    Further signals (``make`` and ``timeout`` send two) do not disturb the way out, until it has taken too long.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._received_s = 0.0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -46,14 +51,17 @@ class SignalWatch:
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            # On the way out ours stay: Ray's own would raise in the middle of its shutdown.
+            if self.received is None:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
     def _handle(self, signum: int, _frame: object) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._received_s = signum, time.monotonic()
+            raise Interrupted
+        if time.monotonic() - self._received_s > _PATIENCE_S:
             os._exit(_SIGNAL_EXIT + signum)
-        self.received = signum
-        raise Interrupted
 
 
 def run_training(config: Config, *, verbose: bool = False) -> int:
@@ -119,7 +127,7 @@ def _train_on_cluster(
 
     run_dir = Path(config.trainer.run_dir)
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
-    settings = engine_settings(config, spec)
+    settings = engine_settings(config)
     # Ray puts handlers of its own in place of ours when it starts.
     with ray_session(verbose), watch.installed(), _plain_errors():
         engines, policy = start_actors(config, settings, steps * updates * config.trainer.update_epochs_per_batch)
@@ -153,7 +161,7 @@ def _train_on_cluster(
         finally:
             engines.shutdown()
     records = read_metrics(run_dir / "metrics.jsonl")
-    console.summary(records, run_dir, speedup=speedup, next_commands=[])
+    console.summary(records, run_dir, speedup=speedup, next_commands=_next_commands(config, run_dir))
 
 
 def num_steps(config: Config, stream: PromptStream) -> int:
@@ -166,7 +174,7 @@ def num_steps(config: Config, stream: PromptStream) -> int:
 def _load_data(config: Config, spec: ModelSpec) -> tuple[Any, PromptStream, list[Prompt]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(spec.path)
+    tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
@@ -232,6 +240,17 @@ def _facts(config: Config, spec: ModelSpec, stream: PromptStream, steps: int) ->
     }
 
 
+def _next_commands(config: Config, run_dir: Path) -> list[str]:
+    """What one would type after this run."""
+    if not config.trainer.save_final_model:
+        return []
+    serve = f"vllm serve {run_dir}/model"
+    if config.trainer.mtp.enabled:
+        draft = f'{{"method": "mtp", "num_speculative_tokens": {config.trainer.mtp.num_speculative_tokens}}}'
+        serve += f" --speculative-config '{draft}'"
+    return [serve, f"skyrl-spec train ... trainer.policy.model.path={run_dir}/model   (goes on from its weights)"]
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """What an actor raised reaches the user as itself, without Ray's wrapping; a dead actor as one line."""
@@ -240,7 +259,8 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split())[:300]
+        # What it died of is the last line; a traceback comes before.
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:300]
         raise RunError(f"an engine or worker died ({reason}); -v shows what it printed") from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ConfigError | RunError):

@@ -26,6 +26,7 @@ from skyrl_spec.megatron import parallel
 from skyrl_spec.megatron.attention import SdpaAttention
 from skyrl_spec.megatron.model import document_mask, transformer_config
 from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.metrics.values import values
 from skyrl_spec.model_spec import load_spec
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
@@ -68,7 +69,7 @@ def _train(rank: int, device: str, path: Path, folder: Path, tp: int, options: d
     modules = {"policy": trainer.model} | ({"draft": trainer.draft.draft.module} if trainer.draft is not None else {})
     record: dict[str, Any] = {"metrics": [], "gradients": []}
     for step in range(NUM_STEPS):
-        record["metrics"].append(trainer.train_mini_batch(make_batch(seed=step)).metrics)
+        record["metrics"].append(values(trainer.train_mini_batch(make_batch(seed=step)).metrics))
         # The buffer still holds what the optimizer used: summed and clipped.
         record["gradients"].append({which: _copy(module, "main_grad") for which, module in modules.items()})
     record["weights"] = {which: _copy(module, "data") for which, module in modules.items()}

@@ -16,6 +16,7 @@ from tiny_checkpoints import make_batch, make_config, write_checkpoint
 from skyrl_spec.megatron import parallel
 from skyrl_spec.megatron.conversion import export_weights
 from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.metrics.values import values
 from skyrl_spec.model_spec import load_spec
 
 # fp32, sums in another order.
@@ -39,12 +40,12 @@ def _train(rank: int, path: Path, out: Path, tp: int, options: dict[str, Any], n
     record: dict[str, Any] = {"metrics": [], "gradients": []}
     for step in range(num_steps):
         batch = make_batch(seed=step)
-        sums, _ = trainer.forward_backward(batch)
+        sums = trainer.forward_backward(batch)
         whiches = ("policy", "draft") if trainer.draft is not None else ("policy",)
         # The distributed optimizer leaves a rank the sum of its own shard alone.
         if not options.get("distributed"):
             record["gradients"].append({which: _gradients(trainer, which) for which in whiches})
-        record["metrics"].append(trainer._reduce(sums) | trainer.optimizer_step())
+        record["metrics"].append(values(trainer._reduce(sums) | trainer.optimizer_step()))
     record["weights"] = {which: dict(trainer.export(which)) for which in whiches}  # type: ignore[arg-type]
     record["rng"] = torch.get_rng_state()
     if rank == 0:
