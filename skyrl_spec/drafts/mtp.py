@@ -158,4 +158,4 @@ def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPred
         module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )
     with compat.megatron_device(parallel.device):
-        return MultiTokenPredictionBlock(config=config, spec=spec).to(parallel.device)
+        return MultiTokenPredictionBlock(config=config, spec=spec).to(parallel.device, config.params_dtype)

@@ -30,6 +30,10 @@ class SdpaAttention(nn.Module):
     ) -> Tensor:
         """``[S, B, H*d]``."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHd, key_SBGd, value_SBGd))
+        shares_keys = query.shape[1] != key.shape[1]
+        if shares_keys and attention_mask is not None:
+            # With a mask *and* shared keys no kernel is left that does without the [S, S] scores.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         out_BHSd = F.scaled_dot_product_attention(
             query,
             key,
@@ -37,6 +41,6 @@ class SdpaAttention(nn.Module):
             attn_mask=None if attention_mask is None else ~attention_mask,
             is_causal=attention_mask is None,
             scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=shares_keys and attention_mask is None,
         )
         return out_BHSd.permute(2, 0, 1, 3).flatten(2)

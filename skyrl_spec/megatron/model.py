@@ -126,7 +126,8 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
         )
-        return model.to(parallel.device)
+        # Megatron's plain norms know no dtype and would stay fp32.
+        return model.to(parallel.device, config.params_dtype)
 
 
 def document_mask(segment_ids_BS: Tensor) -> Tensor | None:

@@ -99,8 +99,7 @@ class PolicyTrainer:
                 self.config.trainer.micro_train_batch_size_per_gpu,
             )
         ]
-        with self._draft_clock:
-            draft_denominator = self._draft_denominator(micros)
+        draft_denominator = self._draft_denominator(micros)
         sums = torch.zeros(len(POLICY_SUMS) + 1 + 5, dtype=torch.float64, device=self.parallel.device)
         self.policy.zero_grad()
         if self.draft is not None:
@@ -226,9 +225,10 @@ class PolicyTrainer:
         """Supervised draft tokens of the mini-batch over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
         if self.draft is not None:
-            for micro in micros:
-                total += self.draft.draft.num_targets(micro.targets)
-            dist.all_reduce(total, group=self.parallel.dp_group)
+            with self._draft_clock:
+                for micro in micros:
+                    total += self.draft.draft.num_targets(micro.targets)
+                dist.all_reduce(total, group=self.parallel.dp_group)
         return total
 
     def _capture(self) -> AbstractContextManager[Captured | None]:

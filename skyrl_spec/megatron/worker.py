@@ -55,6 +55,7 @@ class PolicyWorker:
             device=device,
             init_method=init_method,
         )
+        torch.manual_seed(self._config.trainer.seed)
         spec = load_spec(self._config.trainer.policy.model.path)
         self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps)
 

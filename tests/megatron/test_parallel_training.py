@@ -34,6 +34,7 @@ def _gradients(trainer: PolicyTrainer, which: str) -> dict[str, torch.Tensor]:
 
 
 def _train(rank: int, path: Path, out: Path, tp: int, options: dict[str, Any], num_steps: int) -> None:
+    torch.manual_seed(0)
     config = make_config(path, tp=tp, **options)
     ranks = parallel.lay_out(tp, torch.device("cpu"))
     trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
