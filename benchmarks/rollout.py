@@ -24,6 +24,7 @@ from skyrl_spec.config import SamplingConfig
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.trainer.placement import ray_session
 from skyrl_spec.types import Generation, SpecCounters
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "arithmetic_mtp"
@@ -122,9 +123,8 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
 
-    ray.init(include_dashboard=False, log_to_driver=False)
-    results = run(args)
-    ray.shutdown()
+    with ray_session(verbose=False):
+        results = run(args)
     print(f"| rollouts | tokens/s without | tokens/s with, k={args.k} | ratio (range) | mean acceptance length |")
     print("|---:|---:|---:|---:|---:|")
     for batch_size, result in results.items():

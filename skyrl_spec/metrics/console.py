@@ -68,6 +68,10 @@ class ConsoleWriter:
             self._print(lines)
         self._started_s = time.monotonic()
 
+    def note(self, text: str) -> None:
+        """A line that is no metric."""
+        self._print(text, style="dim")
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._first_step is None and names.AVG_RAW_REWARD not in values:
             # The evaluation before the first step is no part of a step's time.

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,35 +87,46 @@ def run_training(config: Config, *, verbose: bool = False) -> int:
         raise
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, for how long."""
+
+    config: Config
+    spec: ModelSpec
+    tokenizer: Any
+    stream: PromptStream
+    eval_prompts: list[Prompt]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run's numbers and samples go."""
+
+    run_dir: Path
+    console: ConsoleWriter
+    writers: list[MetricsWriter]
+    samples: SamplesWriter
+
+    def on_step(self, step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
+        for writer in self.writers:
+            writer.write(step, values)
+        self.samples.write(step, rollouts)
+
+
 def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
-    spec = load_spec(config.trainer.policy.model.path)
-    tokenizer, stream, eval_prompts = _load_data(config, spec)
-    steps = num_steps(config, stream)
+    task = _load_task(config)
     run_dir = Path(config.trainer.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    console = ConsoleWriter(steps)
-    with _writers(config, run_dir, console) as (writers, samples):
-        console.start(_facts(config, spec, stream, steps))
-        _train_on_cluster(
-            config, spec, tokenizer, stream, eval_prompts, steps, writers, samples, console, verbose, watch
-        )
+    with _open_output(config, run_dir, task.steps) as output:
+        output.console.start(_facts(task))
+        output.console.note("starting engines and workers (-v shows what they print)")
+        _train_on_cluster(task, output, verbose, watch)
 
 
-def _train_on_cluster(
-    config: Config,
-    spec: ModelSpec,
-    tokenizer: Any,
-    stream: PromptStream,
-    eval_prompts: list[Prompt],
-    steps: int,
-    writers: list[MetricsWriter],
-    samples: SamplesWriter,
-    console: ConsoleWriter,
-    verbose: bool,
-    watch: SignalWatch,
-) -> None:
-    # Ray, torch and vLLM are imported once everything that can be refused has been.
+def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
+    # Ray and torch are imported once everything that can be refused has been.
     from skyrl_spec.sync.weights import WeightSync
     from skyrl_spec.trainer.loop import Trainer, measure_speedup
     from skyrl_spec.trainer.placement import (
@@ -125,43 +137,36 @@ def _train_on_cluster(
         sync_backend,
     )
 
-    run_dir = Path(config.trainer.run_dir)
+    config, settings = task.config, engine_settings(task.config)
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
-    settings = engine_settings(config)
+    speedup = None
     # Ray puts handlers of its own in place of ours when it starts.
     with ray_session(verbose), watch.installed(), _plain_errors():
-        engines, policy = start_actors(config, settings, steps * updates * config.trainer.update_epochs_per_batch)
-        sync = WeightSync(
-            policy.handles, engines.handles, backend=sync_backend(config), has_draft=config.trainer.mtp.enabled
-        )
-        trainer = Trainer(
-            config,
-            tokenizer=tokenizer,
-            stream=stream,
-            eval_prompts=eval_prompts,
-            engines=engines,
-            policy=policy,
-            sync=sync,
-        )
-
-        def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
-            for writer in writers:
-                writer.write(step, values)
-            samples.write(step, rollouts)
-
+        engines, policy = start_actors(config, settings, task.steps * updates * config.trainer.update_epochs_per_batch)
         try:
-            trainer.run(steps, on_step)
+            has_draft = config.trainer.mtp.enabled
+            sync = WeightSync(policy.handles, engines.handles, backend=sync_backend(config), has_draft=has_draft)
+            trainer = Trainer(
+                config,
+                tokenizer=task.tokenizer,
+                stream=task.stream,
+                eval_prompts=task.eval_prompts,
+                engines=engines,
+                policy=policy,
+                sync=sync,
+            )
+            trainer.run(task.steps, output.on_step)
             if config.trainer.save_final_model:
-                policy.save_hf((run_dir / "model").resolve())
-            speedup = None
-            if config.trainer.measure_speedup and config.trainer.mtp.enabled:
+                policy.save_hf((output.run_dir / "model").resolve())
+            if config.trainer.measure_speedup and has_draft:
                 plain = start_plain_engine(config, settings)
-                speedup = measure_speedup(trainer, plain, (eval_prompts or stream.next_batch())[:16])
+                speedup = measure_speedup(trainer, plain, (task.eval_prompts or task.stream.next_batch())[:16])
                 plain.shutdown()
         finally:
             engines.shutdown()
-    records = read_metrics(run_dir / "metrics.jsonl")
-    console.summary(records, run_dir, speedup=speedup, next_commands=_next_commands(config, run_dir))
+    records = read_metrics(output.run_dir / "metrics.jsonl")
+    commands = _next_commands(config, output.run_dir)
+    output.console.summary(records, output.run_dir, speedup=speedup, next_commands=commands)
 
 
 def num_steps(config: Config, stream: PromptStream) -> int:
@@ -171,16 +176,17 @@ def num_steps(config: Config, stream: PromptStream) -> int:
     return steps if limit is None else min(steps, limit)
 
 
-def _load_data(config: Config, spec: ModelSpec) -> tuple[Any, PromptStream, list[Prompt]]:
+def _load_task(config: Config) -> Task:
     from transformers import AutoTokenizer
 
+    spec = load_spec(config.trainer.policy.model.path)
     tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
     check_environments([*train, *validation], config.environment)
     stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
-    return tokenizer, stream, validation
+    return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream))
 
 
 def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str) -> list[Prompt]:
@@ -199,10 +205,8 @@ def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str
 
 
 @contextmanager
-def _writers(
-    config: Config, run_dir: Path, console: ConsoleWriter
-) -> Iterator[tuple[list[MetricsWriter], SamplesWriter]]:
-    trainer = config.trainer
+def _open_output(config: Config, run_dir: Path, num_steps: int) -> Iterator[Output]:
+    trainer, console = config.trainer, ConsoleWriter(num_steps)
     samples = SamplesWriter(run_dir / "samples.jsonl")
     writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl")]
     if "console" in trainer.logger:
@@ -213,17 +217,17 @@ def _writers(
 
             settings = OmegaConf.to_container(OmegaConf.structured(config))
             writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))  # type: ignore[arg-type]
-        yield writers, samples
+        yield Output(run_dir, console, writers, samples)
     finally:
         samples.close()
-        for writer in writers:
+        for writer in {console, *writers}:
             writer.close()
 
 
-def _facts(config: Config, spec: ModelSpec, stream: PromptStream, steps: int) -> dict[str, str]:
+def _facts(task: Task) -> dict[str, str]:
     """What the start-up panel says."""
-    trainer, generator = config.trainer, config.generator
-    _, tp, dp = parallel_layout(config)
+    spec, trainer, generator = task.spec, task.config.trainer, task.config.generator
+    _, tp, dp = parallel_layout(task.config)
     draft = "none"
     if trainer.mtp.enabled:
         unroll = trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
@@ -235,7 +239,7 @@ def _facts(config: Config, spec: ModelSpec, stream: PromptStream, steps: int) ->
         "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
-        "steps": f"{steps} ({stream.steps_per_epoch} an epoch)",
+        "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
         "run": trainer.run_dir,
     }
 

@@ -229,7 +229,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         ("trainer.run_dir=", "rows.jsonl is a file", "choose another"),
     ),
     "no GPU": (
-        lambda _: ["trainer.placement.device=cuda"],
+        lambda _: ["trainer.placement.device=cuda", "trainer.measure_speedup=false"],
         ("trainer.placement.device=cuda: no CUDA device is visible", "set it to cpu"),
     ),
 }

@@ -190,13 +190,24 @@ RULES = {
     "trainer.policy.optimizer_config.scheduler=cosine trainer.policy.optimizer_config.min_lr=1": (
         "trainer.policy.optimizer_config.min_lr=1.0"
     ),
+    "trainer.policy.optimizer_config.min_lr=1": "trainer.policy.optimizer_config.min_lr=1.0: must be at most",
+    "trainer.policy.megatron_config.recompute_activations=true": (
+        "trainer.policy.megatron_config.recompute_activations=true: Megatron recomputes on cuda alone"
+    ),
+    "trainer.placement.device=cuda": "trainer.measure_speedup=true: needs an engine more",
+    "trainer.algorithm.use_tis=true generator.sampling_params.top_p=0.9": (
+        "trainer.algorithm.use_tis=true: compares log-probs of the whole distribution"
+    ),
+    "generator.inference_engine.speculative_config={method:ngram,num_speculative_tokens:2}": (
+        "generator.inference_engine.speculative_config={'method': 'ngram', 'num_speculative_tokens': 2}: must be of"
+    ),
     "trainer.policy.megatron_config.dtype=fp16": "trainer.policy.megatron_config.dtype=fp16: must be fp32 or bf16",
     "trainer.policy.megatron_config.tensor_model_parallel_size=2 trainer.placement.policy_num_gpus_per_node=3": (
         "trainer.policy.megatron_config.tensor_model_parallel_size=2: must divide the 3 policy workers"
     ),
     "trainer.policy.model.path=''": "trainer.policy.model.path='': no model is named",
     "trainer.placement.device=tpu": "trainer.placement.device=tpu: must be cpu or cuda",
-    "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=32: times generator.n_samples",
+    "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=16: times generator.n_samples",
     "trainer.algorithm.advantage_estimator=gae": "trainer.algorithm.advantage_estimator=gae",
     "trainer.algorithm.loss_reduction=mean": "trainer.algorithm.loss_reduction=mean",
     "trainer.algorithm.dynamic_sampling.type=replace": "trainer.algorithm.dynamic_sampling.type=replace",
