@@ -121,6 +121,7 @@ def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
     (run_dir / "config.yaml").write_text(to_yaml(config))
     with _open_output(config, run_dir, task.steps) as output:
         output.console.start(_facts(task))
+        _warn_of_truncation(config)
         output.console.note("starting engines and workers (-v shows what they print)")
         _train_on_cluster(task, output, verbose, watch)
 
@@ -242,6 +243,18 @@ def _facts(task: Task) -> dict[str, str]:
         "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
         "run": trainer.run_dir,
     }
+
+
+def _warn_of_truncation(config: Config) -> None:
+    """Top-p and top-k are not applied to the trainer's distributions; what that means is said once."""
+    sampling = config.generator.sampling_params
+    if sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0:
+        print(
+            f"skyrl-spec: generator.sampling_params truncates (top_p={sampling.top_p}, top_k={sampling.top_k}, "
+            f"min_p={sampling.min_p}): log-probs and the draft's teacher are of the whole distribution, so "
+            "policy/rollout_train_logprobs_abs_diff_mean has a floor and acceptance may be lower",
+            file=sys.stderr,
+        )
 
 
 def _next_commands(config: Config, run_dir: Path) -> list[str]:
