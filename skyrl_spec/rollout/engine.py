@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -86,8 +86,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     """
     require_exact_rejection(settings.speculative_config)
     args: dict[str, Any] = {
-        # Resolved where the engine runs: another node has a cache of its own.
-        "model": str(model_directory(settings.model_path)),
+        "model": settings.model_path,
         "dtype": _DTYPES[settings.dtype],
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": context_len(settings),
@@ -118,6 +117,8 @@ class RolloutEngine:
     """A vLLM engine in this process. On CPU a process holds one engine and trains nothing: vLLM takes its threads."""
 
     def __init__(self, settings: EngineSettings):
+        # Resolved where the engine runs: another node has a cache of its own.
+        settings = replace(settings, model_path=str(model_directory(settings.model_path)))
         args = engine_args(settings)
         os.environ.update(engine_environment(settings))
         if settings.device == "cpu" and settings.num_threads is not None:
