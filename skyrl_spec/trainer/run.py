@@ -261,7 +261,8 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
     """What one would type after this run."""
     if not config.trainer.save_final_model:
         return []
-    serve = f"vllm serve {run_dir}/model"
+    # `vllm serve`, in the form that vLLM's CPU build has as well.
+    serve = f"python -m vllm.entrypoints.openai.api_server --model {run_dir}/model"
     if config.trainer.mtp.enabled:
         draft = f'{{"method": "mtp", "num_speculative_tokens": {config.trainer.mtp.num_speculative_tokens}}}'
         serve += f" --speculative-config '{draft}'"
