@@ -130,7 +130,12 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(tmp_path: Path) -> Non
 
 def test_a_run_without_a_draft_is_the_same_run_less_the_draft(tmp_path: Path) -> None:
     overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.mtp.enabled=false", "trainer.eval_before_train=false"]
-    _, records = finish(tmp_path / "run", *overrides)
+    # Sums of six terms do not fit; each file's are counted and said once.
+    overrides += ["trainer.max_prompt_length=13"]
+    output, records = finish(tmp_path / "run", *overrides)
+    for setting in ("data.train_data", "data.val_data"):
+        assert output.count(f"skyrl-spec: {setting}: ") == 1
+    assert output.count("prompts are longer than trainer.max_prompt_length=13 tokens and are skipped") == 2
     assert records[0].keys() == expected_keys(load_config(overrides), 0)
     assert not [key for record in records for key in record if "draft" in key]
 
