@@ -1,10 +1,15 @@
-"""Tiny models of the MiMo architecture with random weights, and exact computations to hold engines against."""
+"""Tiny models with random weights, and exact computations to hold engines against.
+
+``write_tiny_model``: MiMo with its MTP head. ``write_tiny_qwen3`` and ``write_tiny_dflash``: a target, and its draft.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray
 import scipy.stats
@@ -13,7 +18,7 @@ from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from skyrl_spec.config import SamplingConfig
 from skyrl_spec.types import Generation
@@ -28,6 +33,9 @@ PROMPT = [5, 17, 42, 8, 3]
 # Longer than two blocks of vLLM's cache on CPU (128 tokens); with a draft the last cached block is computed again.
 LONG_PROMPT = [(7 * index + 2) % (VOCAB_SIZE - 2) + 2 for index in range(300)]
 MTP = {"method": "mtp", "num_speculative_tokens": 3}
+BLOCK_SIZE = 4
+MASK_TOKEN = VOCAB_SIZE - 1
+ROPE_THETA = 10000.0
 
 
 def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
@@ -61,14 +69,137 @@ def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
     weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in layer.items()}
     if tied:
         del weights["lm_head.weight"]
+    extra = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "attention_bias": True}
+    _write(path, config.to_dict() | extra | {"model_type": "qwen2"}, weights)
+    _write_tokenizer(path)
+    return path
+
+
+def write_tiny_qwen3(path: Path, seed: int, tied: bool = False, num_layers: int = 6, hidden_size: int = 64) -> Path:
+    """A Qwen3 target with random weights, norms too.
+
+    The first coordinate of every embedding is the same, and the output weights of some tokens lean towards it: these
+    are likelier whatever came before, which a draft with random layers knows as well. The mask's embedding is this
+    coordinate alone.
+    """
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
+    model = Qwen3ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2 if tied else 1.0)
+    model.model.embed_tokens.weight.data[:, 0] = 0.8 if tied else 4.0
+    model.model.embed_tokens.weight.data[MASK_TOKEN, 1:] = 0.0
+    if not tied:
+        torch.nn.init.normal_(model.lm_head.weight, std=0.25)
+        torch.nn.init.normal_(model.lm_head.weight.data[:, 0], std=0.5)
+    weights = {name: _random_norm(name, tensor) for name, tensor in model.state_dict().items()}
+    if tied:
+        del weights["lm_head.weight"]
+    _write(path, config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}, weights)
+    _write_tokenizer(path)
+    return path
+
+
+def write_tiny_dflash(
+    path: Path,
+    target: Path,
+    seed: int,
+    num_layers: int = 2,
+    block_size: int = BLOCK_SIZE,
+    target_layer_ids: Sequence[int] | None = None,
+    **changes: Any,
+) -> Path:
+    """A DFlash draft of ``target`` with random weights, norms too. ``changes``: other entries of its config.json."""
+    torch.manual_seed(1000 + seed)
+    of_target = json.loads((target / "config.json").read_text())
+    depth, hidden_size = of_target["num_hidden_layers"], of_target["hidden_size"]
+    layer_ids = list(target_layer_ids or default_target_layer_ids(depth, num_layers))
+    config = {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "vocab_size": of_target["vocab_size"],
+        "hidden_size": hidden_size,
+        "intermediate_size": 80,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        # Unlike the target's, so that neither is taken for the other.
+        "rope_theta": 5000.0,
+        "max_position_embeddings": of_target["max_position_embeddings"],
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "block_size": block_size,
+        "num_target_layers": depth,
+        "dflash_config": {"mask_token_id": MASK_TOKEN, "target_layer_ids": layer_ids, "causal": False},
+        **changes,
+    }
+    query_size, key_size = config["num_attention_heads"] * 32, config["num_key_value_heads"] * 32
+    shapes = {
+        "fc.weight": (hidden_size, len(layer_ids) * hidden_size),
+        "hidden_norm.weight": (hidden_size,),
+        "norm.weight": (hidden_size,),
+    }
+    for layer in range(num_layers):
+        of_layer = {
+            "input_layernorm": (hidden_size,),
+            "post_attention_layernorm": (hidden_size,),
+            "self_attn.q_proj": (query_size, hidden_size),
+            "self_attn.k_proj": (key_size, hidden_size),
+            "self_attn.v_proj": (key_size, hidden_size),
+            "self_attn.o_proj": (hidden_size, query_size),
+            "self_attn.q_norm": (32,),
+            "self_attn.k_norm": (32,),
+            "mlp.gate_proj": (80, hidden_size),
+            "mlp.up_proj": (80, hidden_size),
+            "mlp.down_proj": (hidden_size, 80),
+        }
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    weights = {name: _random_norm(name, 0.15 * torch.randn(shape)) for name, shape in shapes.items()}
+    _write(path, config, weights)
+    return path
+
+
+def default_target_layer_ids(depth: int, num_ids: int) -> list[int]:
+    """Evenly from layer 1 to the third from the end of ``depth`` layers."""
+    if num_ids == 1:
+        return [depth // 2]
+    return [round(1 + index * (depth - 4) / (num_ids - 1)) for index in range(num_ids)]
+
+
+def dflash(path: Path, num_speculative_tokens: int = BLOCK_SIZE - 1) -> dict[str, Any]:
+    """vLLM's ``speculative_config`` of a DFlash draft."""
+    return {"method": "dflash", "model": str(path), "num_speculative_tokens": num_speculative_tokens}
+
+
+def _random_norm(name: str, tensor: Tensor) -> Tensor:
+    return 1 + 0.1 * torch.randn_like(tensor) if name.endswith("norm.weight") else tensor
+
+
+def _write(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     path.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
-    extra = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "attention_bias": True}
-    extra |= {"rope_theta": 10000.0, "dtype": "float32", "eos_token_id": EOS_TOKEN, "bos_token_id": None}
-    (path / "config.json").write_text(json.dumps(config.to_dict() | extra | {"model_type": "qwen2"}))
+    common = {"rope_theta": ROPE_THETA, "dtype": "float32", "eos_token_id": EOS_TOKEN, "bos_token_id": None}
+    (path / "config.json").write_text(json.dumps(common | config))
+
+
+def _write_tokenizer(path: Path) -> None:
     backend = Tokenizer(models.WordLevel({f"<{token}>": token for token in range(VOCAB_SIZE)}, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"<{EOS_TOKEN}>", unk_token="<0>").save_pretrained(path)
-    return path
 
 
 def split_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -81,7 +212,12 @@ def split_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @torch.no_grad()
 def exact_logprobs(path: Path, token_ids: list[list[int]], sampling: SamplingConfig) -> Tensor:
     """``[B, S, V]`` log-probs of the distribution to sample from after each token, in float64 from a HF forward."""
-    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(path)).eval()
+    # The MiMo architecture is none of transformers', but its trunk is Qwen2's.
+    is_qwen3 = json.loads((path / "config.json").read_text())["model_type"] == "qwen3"
+    if is_qwen3:
+        model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(path)).eval()
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(path)).eval()
     model.load_state_dict(split_weights(path)[0], strict=not model.config.tie_word_embeddings)
     logits = model(torch.tensor(token_ids)).logits.double() / (sampling.temperature or 1.0)
     if sampling.top_k > 0:
