@@ -137,9 +137,33 @@ class MtpConfig:
 
 @dataclass
 class DflashConfig:
-    """The DFlash block-diffusion draft. Not trainable yet: enabling it is refused."""
+    """A DFlash block-diffusion draft, trained with the policy in every step. None: what the draft at ``path`` says."""
 
     enabled: bool = False
+    # A Hugging Face draft directory to start from. None: from scratch, with the target's width, heads and RoPE.
+    path: str | None = None
+    # From scratch: 5 layers.
+    num_layers: int | None = None
+    # Slots of a block: the last sampled token and the drafted ones. From scratch: 16.
+    block_size: int | None = None
+    # None: block_size - 1.
+    num_speculative_tokens: int | None = None
+    # Target layers whose outputs the draft sees, 0-based, ascending. From scratch: spread evenly over the target.
+    target_layer_ids: list[int] | None = None
+    # From scratch: the tokenizer's mask token, else the first row of the vocabulary that no token uses.
+    mask_token_id: int | None = None
+    # Blocks a sequence is trained on in a step, begun at response tokens drawn at random.
+    anchors_per_sequence: int = 128
+    # "soft_ce", "topk_soft_ce" or "hard_ce".
+    loss_type: str = "soft_ce"
+    loss_topk: int = 32
+    # Drafted token i of a block counts exp(-(i - 1) / gamma). None: 4, 5, 7 for blocks of 8, 10, 16; else half a block.
+    loss_decay_gamma: float | None = None
+    # Tokens whose logits exist at a time.
+    loss_chunk_size: int = 1024
+    # Written into the config.json of an exported draft, e.g. {rope_type: yarn, factor: 4.0}; training is without.
+    export_rope_scaling: dict[str, Any] | None = None
+    optimizer_config: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
 
 
 @dataclass

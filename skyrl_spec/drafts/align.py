@@ -24,9 +24,8 @@ def chain_mask(loss_mask_BS: Tensor, segment_ids_BS: Tensor, num_depths: int) ->
     """Bool ``[K, B, S]``: entry ``[d-1, b, p]`` says that depth d is supervised at target position p.
 
     It is where every token from the chain's first, t+1, to the drafted one, p+1, is a trained response token of base
-    t's
-    own document. Those are the chains an engine drafts: it starts from a sampled token (t+1), and a draft counts only
-    if all before it were accepted. Prompt, padding and observation tokens are never drafted from nor to.
+    t's own document. Those are the chains an engine drafts: it starts from a sampled token (t+1), and a draft counts
+    only if all before it were accepted. Prompt, padding and observation tokens are never drafted from nor to.
     """
     label_BS = shift_right(loss_mask_BS, -1)
     label_segment_BS = shift_right(segment_ids_BS, -1)

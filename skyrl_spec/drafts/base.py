@@ -6,7 +6,10 @@ Shapes: T tokens, B batch, S sequence, D hidden, v this rank's vocabulary shard,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -14,6 +17,8 @@ from torch import Tensor
 
 from skyrl_spec.megatron.capture import CapturePoint
 from skyrl_spec.megatron.conversion import Rule
+from skyrl_spec.metrics import names
+from skyrl_spec.types import Metric, Metrics
 
 
 @dataclass(frozen=True)
@@ -28,24 +33,64 @@ class Targets:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The policy's own distribution of the same forward pass, detached: ``softmax(hidden W^T / temperature)``."""
+    """The policy as it is now, detached: its distribution of the same forward pass, and its embedding.
+
+    The distribution is ``softmax(hidden W^T / temperature)``.
+    """
 
     hidden_SBD: Tensor
     output_weight_vD: Tensor
+    # Token ids of any shape -> their rows of the embedding; on all tensor-parallel ranks together.
+    embed: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which draft tokens of a micro-batch are supervised; a draft adds what it needs to know of them."""
+
+    targets: Targets
+    # What they count together (float64 scalar): this rank's part of the loss's denominator.
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class DraftSums:
-    """Sums of a micro-batch (float64 scalars, no gradient), divided once they are added up over all ranks."""
+    """Sums of a micro-batch (float64, no gradient), divided once they are added up over all ranks.
+
+    Of K drafted tokens each: how many are supervised, and at how many the draft's favourite is the policy's. A chain is
+    K drafted tokens in a row, all supervised.
+    """
 
     loss: Tensor
-    top1_agreements: Tensor
-    num_targets: Tensor
+    top1_agreements_K: Tensor
+    num_targets_K: Tensor
     accepted_lengths: Tensor
     num_chains: Tensor
 
-    def stack(self) -> Tensor:
-        return torch.stack([self.loss, self.top1_agreements, self.num_targets, self.accepted_lengths, self.num_chains])
+    def flat(self) -> Tensor:
+        """All of it, ``[2 K + 3]``."""
+        scalars = torch.stack([self.loss, self.accepted_lengths, self.num_chains])
+        return torch.cat([scalars, self.top1_agreements_K, self.num_targets_K])
+
+
+def num_sums(num_speculative: int) -> int:
+    """Length of ``DraftSums.flat``."""
+    return 3 + 2 * num_speculative
+
+
+def draft_metrics(sums: list[float]) -> Metrics:
+    """The metrics of summed ``DraftSums.flat``."""
+    loss, lengths, num_chains, *positions = sums
+    num_positions = len(positions) // 2
+    top1, num_targets = positions[:num_positions], positions[num_positions:]
+    metrics = {
+        names.DRAFT_LOSS: Metric(loss, 1),
+        names.DRAFT_TOP1: Metric(sum(top1), sum(num_targets)),
+        names.PREDICTED_ACCEPTANCE_LENGTH: Metric(lengths, num_chains),
+    }
+    for position in range(num_positions):
+        metrics[names.draft_top1_pos(position + 1)] = Metric(top1[position], num_targets[position])
+    return metrics
 
 
 class Draft(ABC):
@@ -54,19 +99,27 @@ class Draft(ABC):
     module: MegatronModule
     # Names and layout in which vLLM loads the draft.
     rules: list[Rule]
+    # The checkpoint directory that holds the draft's tensors: the policy's own, or the draft's.
+    source: Path
     # The trunk tensors that ``loss`` wants.
     capture_points: tuple[CapturePoint, ...]
+    # Drafted tokens of a chain, K.
+    num_positions: int
 
     @abstractmethod
-    def num_targets(self, targets: Targets) -> Tensor:
-        """How many draft tokens of the batch are supervised (float64 scalar): this rank's part of the denominator."""
+    def plan(self, targets: Targets) -> Plan:
+        """What is supervised in a micro-batch. Once for each: a plan may be drawn at random."""
 
     @abstractmethod
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, denominator: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
         """This micro-batch's part of the loss, already divided by the global ``denominator``, and its sums.
 
         Gradient reaches the parameters of ``module`` alone. Without a supervised token the loss is a zero that is
         still connected to them.
         """
+
+    def hf_config(self, dtype: torch.dtype) -> dict[str, Any] | None:
+        """``config.json`` of the exported draft, if it has a directory of its own."""
+        return None

@@ -1,11 +1,9 @@
 """Attention of an MTP head that is unrolled on its own output, as vLLM runs it.
 
 vLLM caches the head's keys of depth 1 for every position. A chain that starts at base t continues in the slots t+1,
-t+2, …
-of that cache, over the entries it finds there. So the query of depth d sees the depth-1 keys of positions <= t and
-the keys
-of its own chain (depths 2 … d), and nothing else. Depths share the depth-1 keys: the cost is linear in depth, where
-rolling the sequence would compute (another function) over all keys of all depths.
+t+2, … of that cache, over the entries it finds there. So the query of depth d sees the depth-1 keys of positions <= t
+and the keys of its own chain (depths 2 … d), and nothing else. Depths share the depth-1 keys: the cost is linear in
+depth, where rolling the sequence would compute (another function) over all keys of all depths.
 
 Shapes follow Megatron: S sequence, B batch, H query heads, G key heads, d head size.
 """

@@ -2,14 +2,13 @@
 
 Conventions are MiMo's as vLLM serves it (``model_executor/models/mimo_mtp.py``): the head gets the trunk's hidden state
 *before* the final norm and the embedding of the next token; the embedding at position 0 of a document is zeroed; its
-output,
-after its own final norm, goes to the policy's output head and is the hidden state of the next depth. Depth d of base t
-has rotary position t+d-1 and attends as ``chain_attention`` says.
+output, after its own final norm, goes to the policy's output head and is the hidden state of the next depth. Depth d of
+base t has rotary position t+d-1 and attends as ``chain_attention`` says.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
@@ -25,18 +24,25 @@ from torch import Tensor
 
 from skyrl_spec.config import ConfigError, MtpConfig
 from skyrl_spec.drafts.align import accepted_lengths, chain_mask, document_starts
-from skyrl_spec.drafts.base import Draft, DraftSums, Targets, Teacher
+from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.capture import CapturePoint
-from skyrl_spec.megatron.conversion import HfTensors, load_weights, mtp_rules
+from skyrl_spec.megatron.conversion import mtp_rules
 from skyrl_spec.megatron.model import layer_spec
 from skyrl_spec.megatron.parallel import Parallel
 from skyrl_spec.model_spec import ModelSpec
 
 TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "input")
 EMBEDDING = CapturePoint("embedding", "output")
+
+
+@dataclass(frozen=True)
+class MtpPlan(Plan):
+    """``mask_KBS``: depth d is supervised at target position p (``align.chain_mask``)."""
+
+    mask_KBS: Tensor
 
 
 class MtpDraft(Draft):
@@ -53,19 +59,16 @@ class MtpDraft(Draft):
                 "use a model that has one or set trainer.mtp.enabled=false"
             )
         self.config, self.spec, self.parallel, self.temperature = config, spec, parallel, temperature
-        self.num_depths = config.unroll_steps or config.num_speculative_tokens
+        self.num_positions = config.unroll_steps or config.num_speculative_tokens
         self.module = _build_block(trunk, parallel)
         self.rules = mtp_rules(spec)
+        self.source = spec.path
         self._rotary = RotaryEmbedding(
             spec.head_dim,
             rotary_percent=1.0,
             rotary_base=spec.rope_theta,
             use_cpu_initialization=parallel.device.type == "cpu",
         )
-
-    def load(self, tensors: HfTensors) -> None:
-        """Start from the checkpoint's head."""
-        load_weights(self.module, self.rules, tensors, self.parallel)
 
     def forward(self, trunk_SBD: Tensor, embeds_SBD: Tensor, targets: Targets) -> list[Tensor]:
         """Output of each depth ``[S, B, D]``: ``out[d-1][t]`` drafts token t+d+1.
@@ -75,11 +78,11 @@ class MtpDraft(Draft):
         layer = self.module.layers[0]
         attention: ChainAttention = layer.transformer_layer.self_attention.core_attention
         seq_len = trunk_SBD.shape[0]
-        rotary = self._rotary(seq_len + self.num_depths)
+        rotary = self._rotary(seq_len + self.num_positions)
         starts_SB1 = document_starts(targets.segment_ids).t()[..., None]
         hidden_SBD, outputs = trunk_SBD, []
         attention.reset()
-        for depth in range(1, self.num_depths + 1):
+        for depth in range(1, self.num_positions + 1):
             next_embeds_SBD = torch.roll(embeds_SBD, -depth, dims=0)
             if depth == 1:
                 next_embeds_SBD = next_embeds_SBD.masked_fill(starts_SB1, 0.0)
@@ -95,14 +98,16 @@ class MtpDraft(Draft):
         attention.reset()
         return outputs
 
-    def num_targets(self, targets: Targets) -> Tensor:
-        return self._mask(targets).sum().double()
+    def plan(self, targets: Targets) -> MtpPlan:
+        mask_KBS = chain_mask(targets.loss_mask, targets.segment_ids, self.num_positions)
+        return MtpPlan(targets, mask_KBS.sum().double(), mask_KBS)
 
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, denominator: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
-        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], targets)
-        mask_KBS = self._mask(targets)
+        assert isinstance(plan, MtpPlan)
+        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], plan.targets)
+        mask_KBS = plan.mask_KBS
         # Depth 1 is supervised wherever a deeper one is, so its target positions hold all.
         batch_T, position_T = mask_KBS[0].nonzero(as_tuple=True)
         mask_KT = mask_KBS[:, batch_T, position_T]
@@ -120,22 +125,19 @@ class MtpDraft(Draft):
             group=self.parallel.tp_group,
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
-            labels_T=targets.token_ids[batch_T, position_T + 1],
+            labels_T=plan.targets.token_ids[batch_T, position_T + 1],
         )
         accept_prob_KBS = torch.zeros(mask_KBS.shape, device=mask_KBS.device)
         accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.float()
         lengths, num_chains = accepted_lengths(accept_prob_KBS, mask_KBS)
         sums = DraftSums(
             loss=result.loss.detach().double(),
-            top1_agreements=(result.top1_KT & mask_KT).sum().double(),
-            num_targets=mask_KT.sum().double(),
+            top1_agreements_K=(result.top1_KT & mask_KT).sum(dim=1).double(),
+            num_targets_K=mask_KT.sum(dim=1).double(),
             accepted_lengths=lengths,
             num_chains=num_chains,
         )
         return result.loss, sums
-
-    def _mask(self, targets: Targets) -> Tensor:
-        return chain_mask(targets.loss_mask, targets.segment_ids, self.num_depths)
 
 
 class _Constant:

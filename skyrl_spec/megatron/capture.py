@@ -20,13 +20,28 @@ class CapturePoint:
 
 
 class Captured:
-    """What the last forward pass left, until it is taken."""
+    """What the last forward pass left, until it is taken.
+
+    It listens only while it is told to: where activations are recomputed, hooks run again in the backward pass, and
+    what they brought then would stay alive.
+    """
 
     def __init__(self) -> None:
         self._tensors: dict[CapturePoint, Tensor] = {}
+        self._is_listening = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around a forward pass."""
+        self._is_listening = True
+        try:
+            yield
+        finally:
+            self._is_listening = False
 
     def put(self, point: CapturePoint, tensor: Tensor) -> None:
-        self._tensors[point] = tensor.detach()
+        if self._is_listening:
+            self._tensors[point] = tensor.detach()
 
     def take(self) -> dict[CapturePoint, Tensor]:
         """The captured tensors ``[S, B, D]``, without gradient; afterwards nothing here keeps them alive."""

@@ -132,28 +132,38 @@ def mtp_rules(spec: ModelSpec) -> list[Rule]:
     ]
 
 
-class HfTensors:
-    """The safetensors files of a checkpoint directory, read tensor by tensor."""
+def dflash_rules(layers: ModelSpec) -> list[Rule]:
+    """A DFlash draft: no embedding and no output head, which are the policy's."""
+    return [
+        plain("fc.weight", "fc.weight", 0),
+        plain("hidden_norm.weight", "hidden_norm.weight", None),
+        *(
+            rule
+            for layer in range(layers.num_layers)
+            for rule in layer_rules(f"layers.{layer}.", f"layers.{layer}.", layers)
+        ),
+        plain("norm.weight", "norm.weight", None),
+    ]
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+
+class HfTensors:
+    """The safetensors files of a checkpoint directory, read tensor by tensor; ``setting`` is what named it."""
+
+    def __init__(self, directory: Path, setting: str = "trainer.policy.model.path"):
+        self.directory, self.setting = directory, setting
         self._files: dict[str, Path] = {}
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
         if not self._files:
-            raise ConfigError(
-                f"trainer.policy.model.path={directory}: has no *.safetensors; convert the checkpoint to safetensors"
-            )
+            raise ConfigError(f"{setting}={directory}: has no *.safetensors; convert the checkpoint to safetensors")
 
     def names(self) -> list[str]:
         return list(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise ConfigError(
-                f"trainer.policy.model.path={self.directory}: has no tensor {name}; the checkpoint is incomplete"
-            )
+            raise ConfigError(f"{self.setting}={self.directory}: has no tensor {name}; the checkpoint is incomplete")
         with safe_open(self._files[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 
@@ -175,7 +185,7 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
             shard = canonical.reshape(parameter.shape)
         except RuntimeError as error:
             raise ConfigError(
-                f"trainer.policy.model.path={tensors.directory}: {', '.join(rule.hf)} does not have the shape that "
+                f"{tensors.setting}={tensors.directory}: {', '.join(rule.hf)} does not have the shape that "
                 f"config.json says ({error}); the checkpoint does not match its config.json"
             ) from None
         with torch.no_grad():

@@ -104,6 +104,11 @@ class PolicyModel(GPTModel):
             rotary_pos_emb=self.rotary_pos_emb(input_ids.shape[1]),
         )
 
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the current embedding, ``[..., D]``, without gradient; collective over tensor parallelism."""
+        return self.embedding.word_embeddings(token_ids)
+
     def output_weight_vD(self) -> Tensor:
         """This rank's rows of the output head (the embedding itself where they are tied)."""
         if self.share_embeddings_and_output_weights:

@@ -1,11 +1,9 @@
 """A rank's policy, draft and reference: forward, one optimizer step, export. The Ray actor around it is ``worker``.
 
 A mini-batch goes through Megatron's schedule micro-batch by micro-batch. In each, the policy's forward pass leaves
-detached
-trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs the
-policy's
-backward pass. Gradients are summed over data parallelism and both optimizers step, one after the other, knowing nothing
-of each other.
+detached trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs
+the policy's backward pass. Gradients are summed over data parallelism and both optimizers step, one after the other,
+knowing nothing of each other. With a frozen policy (warm-up of a draft) only the draft's half happens.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from skyrl_spec.config import Config
 from skyrl_spec.data.packing import assemble, micro_batch_rows, micro_batches, shard
-from skyrl_spec.drafts.base import Draft, Teacher
+from skyrl_spec.drafts.base import Draft, Plan, Teacher, draft_metrics, num_sums
 from skyrl_spec.drafts.build import build_draft
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.capture import Captured, capture
@@ -46,7 +44,15 @@ class TrainableDraft:
 class PolicyTrainer:
     """Everything one rank trains. All ranks call every method together."""
 
-    def __init__(self, config: Config, spec: ModelSpec, parallel: Parallel, total_optimizer_steps: int):
+    def __init__(
+        self,
+        config: Config,
+        spec: ModelSpec,
+        parallel: Parallel,
+        total_optimizer_steps: int,
+        *,
+        freeze_policy: bool = False,
+    ):
         self.config, self.spec, self.parallel = config, spec, parallel
         megatron = config.trainer.policy.megatron_config
         self._draft_clock = DeviceClock(parallel.device)
@@ -54,15 +60,20 @@ class PolicyTrainer:
         tensors = HfTensors(spec.path)
         self._rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
         self.model = self._load_policy(tensors)
-        self.policy = Trainable(
-            self.model,
-            self._trunk_config,
-            config.trainer.policy.optimizer_config,
-            megatron,
-            parallel,
-            total_optimizer_steps,
+        # A frozen policy needs neither gradients nor optimizer state.
+        self.policy = (
+            None
+            if freeze_policy
+            else Trainable(
+                self.model,
+                self._trunk_config,
+                config.trainer.policy.optimizer_config,
+                megatron,
+                parallel,
+                total_optimizer_steps,
+            )
         )
-        self.draft = self._load_draft(tensors, total_optimizer_steps)
+        self.draft = self._load_draft(total_optimizer_steps)
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
 
     def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
@@ -86,41 +97,55 @@ class PolicyTrainer:
         draft_s = self._draft_clock.seconds()
         return StepReport(metrics=metrics, policy_train_s=time.perf_counter() - start - draft_s, draft_train_s=draft_s)
 
+    def train_draft(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step of the draft on this rank's shard of ``batch``; the policy only runs forward."""
+        assert self.draft is not None
+        start = time.perf_counter()
+        micros = self._micros(batch)
+        plans, denominator = self._plan_draft(micros)
+        sums = self._zero_sums()
+        self.draft.trainable.zero_grad()
+        with self._capture() as captured:
+            for micro, plan in zip(micros, plans, strict=True):
+                with torch.no_grad():
+                    hidden_SBD = self._hidden(self.model, micro, captured)
+                sums += self._train_draft(captured, hidden_SBD, plan, denominator)
+        self.draft.trainable.reduce_grads()
+        dist.all_reduce(sums, group=self.parallel.dp_group)
+        metrics = draft_metrics(sums.tolist()) | self._draft_step()
+        return StepReport(metrics=metrics, draft_train_s=time.perf_counter() - start)
+
     def forward_backward(self, batch: TrainBatch) -> Tensor:
         """Leave the gradients of ``batch``, summed over all ranks, in both gradient buffers.
 
         Returns:
             This rank's sums (policy, then draft; float64).
         """
-        micros = [
-            to_device(part, self.parallel.device)
-            for part in micro_batches(
-                shard(batch, self.parallel.dp_rank, self.parallel.dp_size),
-                self.config.trainer.micro_train_batch_size_per_gpu,
-            )
-        ]
-        draft_denominator = self._draft_denominator(micros)
-        sums = torch.zeros(len(POLICY_SUMS) + 1 + 5, dtype=torch.float64, device=self.parallel.device)
+        assert self.policy is not None
+        micros = self._micros(batch)
+        with self._draft_clock:
+            plans, denominator = self._plan_draft(micros)
+        policy_sums = torch.zeros(len(POLICY_SUMS) + 1, dtype=torch.float64, device=self.parallel.device)
+        draft_sums = self._zero_sums()
         self.policy.zero_grad()
         if self.draft is not None:
             self.draft.trainable.zero_grad()
         with self._capture() as captured:
 
-            def forward_step(data: Iterator[Micro], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-                micro = next(data)
-                hidden_SBD = model(micro.targets.token_ids, micro.targets.attention_mask)
-                if self.draft is not None:
-                    assert captured is not None
+            def forward_step(
+                data: Iterator[tuple[Micro, Plan | None]], model: torch.nn.Module
+            ) -> tuple[Tensor, Callable[..., Any]]:
+                micro, plan = next(data)
+                hidden_SBD = self._hidden(model, micro, captured)
+                if plan is not None:
                     with self._draft_clock:
-                        sums[len(POLICY_SUMS) + 1 :] += self._train_draft(
-                            captured, hidden_SBD, micro, draft_denominator
-                        )
-                return hidden_SBD, lambda hidden: self._policy_loss(hidden, micro, sums)
+                        draft_sums.add_(self._train_draft(captured, hidden_SBD, plan, denominator))
+                return hidden_SBD, lambda hidden: self._policy_loss(hidden, micro, policy_sums)
 
             with compat.megatron_device(self.parallel.device):
                 get_forward_backward_func()(
                     forward_step_func=forward_step,
-                    data_iterator=iter(micros),
+                    data_iterator=iter(list(zip(micros, plans, strict=True))),
                     model=self.policy.ddp,
                     num_microbatches=len(micros),
                     seq_length=batch.token_ids.shape[1],
@@ -130,16 +155,16 @@ class PolicyTrainer:
         if self.draft is not None:
             with self._draft_clock:
                 self.draft.trainable.reduce_grads()
-        return sums
+        return torch.cat([policy_sums, draft_sums])
 
     def optimizer_step(self) -> Metrics:
         """Update policy and draft from their gradient buffers."""
+        assert self.policy is not None
         step = self.policy.step()
         metrics = {"policy/grad_norm": Metric(step.grad_norm, 1), "policy/lr": Metric(step.lr, 1)}
         if self.draft is not None:
             with self._draft_clock:
-                draft_step = self.draft.trainable.step()
-            metrics |= {"draft/grad_norm": Metric(draft_step.grad_norm, 1), "draft/lr": Metric(draft_step.lr, 1)}
+                metrics |= self._draft_step()
         return metrics
 
     def export(self, which: Which) -> Iterator[tuple[str, Tensor]]:
@@ -168,8 +193,8 @@ class PolicyTrainer:
         load_weights(model, self._rules, tensors, self.parallel)
         return model
 
-    def _load_draft(self, tensors: HfTensors, total_optimizer_steps: int) -> TrainableDraft | None:
-        built = build_draft(self.config, self.spec, self._trunk_config, tensors, self.parallel)
+    def _load_draft(self, total_optimizer_steps: int) -> TrainableDraft | None:
+        built = build_draft(self.config, self.spec, self._trunk_config, self.parallel)
         if built is None:
             return None
         draft, optimizer = built
@@ -185,8 +210,7 @@ class PolicyTrainer:
         parts = []
         for part_rows in rows:
             micro = to_device(batch.select(part_rows), self.parallel.device)
-            with compat.megatron_device(self.parallel.device):
-                hidden_SBD = model(micro.targets.token_ids, micro.targets.attention_mask)
+            hidden_SBD = self._hidden(model, micro, None)
             logprobs_BS = torch.zeros(micro.targets.token_ids.shape, device=self.parallel.device)
             logprobs_BS[micro.row_T, micro.position_T] = self._token_logprobs(
                 model, hidden_SBD, micro
@@ -213,23 +237,49 @@ class PolicyTrainer:
         # The schedule divides by nothing when it is told a number of tokens and calculate_per_token_loss is set.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
 
-    def _train_draft(self, captured: Captured, hidden_SBD: Tensor, micro: Micro, denominator: Tensor) -> Tensor:
+    def _micros(self, batch: TrainBatch) -> list[Micro]:
+        mine = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
+        rows = self.config.trainer.micro_train_batch_size_per_gpu
+        return [to_device(part, self.parallel.device) for part in micro_batches(mine, rows)]
+
+    def _hidden(self, model: torch.nn.Module, micro: Micro, captured: Captured | None) -> Tensor:
+        """The trunk's forward pass, ``[S, B, D]``, which leaves in ``captured`` what the hooks are there for."""
+        with compat.megatron_device(self.parallel.device), nullcontext() if captured is None else captured.listening():
+            return model(micro.targets.token_ids, micro.targets.attention_mask)
+
+    def _plan_draft(self, micros: list[Micro]) -> tuple[list[Plan | None], Tensor]:
+        """What the draft is supervised on in each micro-batch, and the weight of that over all ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        if self.draft is None:
+            return [None] * len(micros), total
+        plans: list[Plan | None] = []
+        for micro in micros:
+            plan = self.draft.draft.plan(micro.targets)
+            total += plan.weight
+            plans.append(plan)
+        dist.all_reduce(total, group=self.parallel.dp_group)
+        return plans, total
+
+    def _train_draft(
+        self, captured: Captured | None, hidden_SBD: Tensor, plan: Plan | None, denominator: Tensor
+    ) -> Tensor:
         """The draft's forward and backward pass on detached tensors; leaves gradients in its own buffer."""
         assert self.draft is not None
-        teacher = Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach())
-        loss, sums = self.draft.draft.loss(captured.take(), teacher, micro.targets, denominator)
+        assert captured is not None
+        assert plan is not None
+        teacher = Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
+        loss, sums = self.draft.draft.loss(captured.take(), teacher, plan, denominator)
         loss.backward()
-        return sums.stack()
+        return sums.flat()
 
-    def _draft_denominator(self, micros: list[Micro]) -> Tensor:
-        """Supervised draft tokens of the mini-batch over all ranks."""
-        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
-        if self.draft is not None:
-            with self._draft_clock:
-                for micro in micros:
-                    total += self.draft.draft.num_targets(micro.targets)
-                dist.all_reduce(total, group=self.parallel.dp_group)
-        return total
+    def _draft_step(self) -> Metrics:
+        assert self.draft is not None
+        step = self.draft.trainable.step()
+        return {"draft/grad_norm": Metric(step.grad_norm, 1), "draft/lr": Metric(step.lr, 1)}
+
+    def _zero_sums(self) -> Tensor:
+        width = 0 if self.draft is None else num_sums(self.draft.draft.num_positions)
+        return torch.zeros(width, dtype=torch.float64, device=self.parallel.device)
 
     def _capture(self) -> AbstractContextManager[Captured | None]:
         return nullcontext() if self.draft is None else capture(self.model, self.draft.draft.capture_points)
@@ -244,12 +294,7 @@ class PolicyTrainer:
             f"policy/{name}": Metric(total, num_tokens) for name, total in zip(POLICY_SUMS[1:], token_sums, strict=True)
         }
         if self.draft is not None:
-            loss, top1, num_targets, lengths, num_chains = values[len(POLICY_SUMS) + 1 :]
-            metrics |= {
-                "draft/loss": Metric(loss, 1),
-                "draft/top1_agreement": Metric(top1, num_targets),
-                "draft/predicted_acceptance_length": Metric(lengths, num_chains),
-            }
+            metrics |= draft_metrics(values[len(POLICY_SUMS) + 1 :])
         if self.reference is None:
             del metrics["policy/kl"]
         return metrics

@@ -6,6 +6,8 @@ STEP = "trainer/step"
 AVG_RAW_REWARD = "reward/avg_raw_reward"
 EVAL_SCORE = "eval/all/avg_score"
 THROUGHPUT = "vllm/train/generation_throughput_tok_s"
+DRAFT_LOSS = "draft/loss"
+DRAFT_TOP1 = "draft/top1_agreement"
 PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
 
 # With dynamic sampling alone: batches sampled for the step, and groups in them whose rewards differ.
@@ -15,7 +17,7 @@ NUM_KEPT_GROUPS = "reward/num_kept_groups"
 POLICY = tuple(f"policy/{name}" for name in ("policy_loss", "grad_norm", "entropy", "clip_ratio", "lr"))
 POLICY_KL = "policy/kl"
 LOGPROBS_DIFF = "policy/rollout_train_logprobs_abs_diff_mean"
-DRAFT = (*(f"draft/{name}" for name in ("loss", "grad_norm", "lr", "top1_agreement")), PREDICTED_ACCEPTANCE_LENGTH)
+DRAFT = (DRAFT_LOSS, "draft/grad_norm", "draft/lr", DRAFT_TOP1, PREDICTED_ACCEPTANCE_LENGTH)
 
 # In the order of a step.
 PHASES = ("generate", "fwd_logprobs", "policy_train", "draft_train", "sync_weights")
@@ -33,6 +35,11 @@ def pass_at(num_samples: int) -> str:
 
 def timing(phase: str) -> str:
     return f"timing/{phase}"
+
+
+def draft_top1_pos(position: int) -> str:
+    """Share of drafted tokens at ``position`` (from 1) whose favourite is the policy's too, in training."""
+    return f"{DRAFT_TOP1}_pos_{position}"
 
 
 def acceptance_rate(mode: str) -> str:

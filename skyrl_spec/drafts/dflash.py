@@ -1,0 +1,298 @@
+"""The DFlash block-diffusion draft, from Megatron's tensor-parallel layers, as vLLM serves it.
+
+One forward pass drafts a block: ``[x_a, MASK x K]`` at positions a … a+K, every slot seeing all of its block and the
+policy's hidden states before a. Those enter as keys and values only: the outputs of some of the policy's layers,
+concatenated, projected to one width (``fc``) and normed (``hidden_norm``), are the same context for every draft layer,
+whose own key and value weights are applied to it, without ``input_layernorm``. The final ``norm`` is followed by the
+policy's live output head; embeddings are the policy's too. Served by ``model_executor/models/qwen3_dflash.py`` of vLLM.
+
+Source: "DFlash: Block Diffusion for Flash Speculative Decoding", arXiv 2602.06036.
+
+Shapes: S sequence, B batch, D hidden, E captured layers x D, Q slots, H and G query and key heads of this rank, d head
+size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from skyrl_spec.config import DflashConfig
+from skyrl_spec.draft_spec import DflashSpec, decay_gamma, hf_config, read_dflash_spec
+from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
+from skyrl_spec.drafts.block_attention import BlockAttention, block_attention
+from skyrl_spec.drafts.blocks import Blocks, draw_blocks, position_weights
+from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
+from skyrl_spec.megatron import compat
+from skyrl_spec.megatron.capture import CapturePoint
+from skyrl_spec.megatron.conversion import dflash_rules
+from skyrl_spec.megatron.parallel import Parallel
+from skyrl_spec.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class DflashPlan(Plan):
+    blocks: Blocks
+
+
+class DflashDraft(Draft):
+    """Trains a DFlash draft on blocks drawn at random from the responses."""
+
+    def __init__(
+        self,
+        config: DflashConfig,
+        target: ModelSpec,
+        trunk: TransformerConfig,
+        parallel: Parallel,
+        temperature: float,
+        seed: int,
+    ):
+        assert config.path is not None, "a draft from scratch is written to a directory first"
+        self.config, self.parallel, self.temperature = config, parallel, temperature
+        self.source = Path(config.path)
+        self.spec = read_dflash_spec(self.source)
+        # What an engine drafts at a time is what a block is trained at.
+        self.num_positions = config.num_speculative_tokens or self.spec.block_size - 1
+        self.vocab_size = target.vocab_size
+        self.module = build_dflash(self.spec, trunk, parallel)
+        self.rules = dflash_rules(self.spec.layers)
+        self.capture_points = tuple(
+            CapturePoint(f"decoder.layers.{layer}", "output") for layer in self.spec.target_layer_ids
+        )
+        # Of its own, so that drawing anchors disturbs no other random numbers; the same on tensor-parallel ranks.
+        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + parallel.dp_rank)
+        gamma = decay_gamma(config, self.num_positions + 1)
+        self._weights_K = position_weights(self.num_positions, gamma, parallel.device)
+
+    def plan(self, targets: Targets) -> DflashPlan:
+        blocks = draw_blocks(
+            targets.loss_mask,
+            targets.segment_ids,
+            self.config.anchors_per_sequence,
+            self.num_positions,
+            self.generator,
+        )
+        return DflashPlan(targets, (blocks.supervised_BAK * self._weights_K).sum(dtype=torch.float64), blocks)
+
+    def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: DflashPlan) -> Tensor:
+        """The draft's output at every slot of ``plan``'s blocks, ``[Q, B, D]``, ready for the output head."""
+        context_SBE = torch.cat([captured[point] for point in self.capture_points], dim=-1)
+        return self.module(
+            context_SBE,
+            self._slot_embeddings(teacher, plan),
+            plan.blocks.positions_BQ().t(),
+            block_attention(plan.blocks, plan.targets.segment_ids),
+            # The last block may reach behind the row.
+            num_positions=len(context_SBE) + self.num_positions,
+        )
+
+    def loss(
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
+    ) -> tuple[Tensor, DraftSums]:
+        assert isinstance(plan, DflashPlan)
+        out_QBD = self.forward(captured, teacher, plan)
+        mask_BAK = plan.blocks.supervised_BAK
+        # T drafted tokens, each with the position that predicts it.
+        batch_T, block_T, slot_T = mask_BAK.nonzero(as_tuple=True)
+        target_T = plan.blocks.anchor_BA[batch_T, block_T] + slot_T
+        weights_T = self._weights_K[slot_T] / denominator.clamp(min=torch.finfo(torch.float32).tiny)
+        result = vocab_parallel_soft_ce(
+            out_QBD[block_T * plan.blocks.num_slots + slot_T + 1, batch_T][None],
+            teacher.hidden_SBD[target_T, batch_T],
+            teacher.output_weight_vD,
+            weights_T.to(torch.float32)[None],
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            chunk_size=self.config.loss_chunk_size,
+            group=self.parallel.tp_group,
+            loss_type=self.config.loss_type,
+            topk=self.config.loss_topk,
+            labels_T=plan.targets.token_ids[batch_T, target_T + 1],
+        )
+        accept_prob_BAK = torch.zeros(mask_BAK.shape, dtype=torch.float64, device=mask_BAK.device)
+        accept_prob_BAK[batch_T, block_T, slot_T] = result.accept_prob_KT[0].double()
+        top1_BAK = torch.zeros_like(mask_BAK)
+        top1_BAK[batch_T, block_T, slot_T] = result.top1_KT[0]
+        # Supervised to the last slot means to all before it.
+        is_complete_BA = mask_BAK[..., -1]
+        lengths_BA = 1.0 + accept_prob_BAK.cumprod(dim=2).sum(dim=2)
+        sums = DraftSums(
+            loss=result.loss.detach().double(),
+            top1_agreements_K=top1_BAK.sum(dim=(0, 1)).double(),
+            num_targets_K=mask_BAK.sum(dim=(0, 1)).double(),
+            accepted_lengths=lengths_BA[is_complete_BA].sum(),
+            num_chains=is_complete_BA.sum().double(),
+        )
+        return result.loss, sums
+
+    def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        return hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
+
+    def _slot_embeddings(self, teacher: Teacher, plan: DflashPlan) -> Tensor:
+        """``[Q, B, D]``: the anchor's token, then mask tokens."""
+        blocks = plan.blocks
+        anchor_ids_BA = plan.targets.token_ids.gather(1, blocks.anchor_BA)
+        mask_id = anchor_ids_BA.new_tensor([self.spec.mask_token_id])
+        rows = teacher.embed(torch.cat([anchor_ids_BA.flatten(), mask_id]))
+        num_rows, num_anchors = anchor_ids_BA.shape
+        slots_BAsD = rows[-1].expand(num_rows, num_anchors, blocks.num_slots, -1).clone()
+        slots_BAsD[:, :, 0] = rows[:-1].view(num_rows, num_anchors, -1)
+        return slots_BAsD.flatten(1, 2).transpose(0, 1)
+
+
+class DflashAttention(MegatronModule):
+    """Attention of the slots over context and slots, with one set of key and value weights for both."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        heads, groups, self.head_dim = config.num_attention_heads, config.num_query_groups, config.kv_channels
+        options: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": False}
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size, (heads + 2 * groups) * self.head_dim, gather_output=False, **options
+        )
+        self.linear_proj = RowParallelLinear(
+            heads * self.head_dim, config.hidden_size, input_is_parallel=True, skip_bias_add=True, **options
+        )
+        # Under these names Megatron sums the norms' gradients over tensor-parallel ranks, whose heads differ.
+        self.q_layernorm = WrappedTorchNorm(config, self.head_dim, config.layernorm_epsilon)
+        self.k_layernorm = WrappedTorchNorm(config, self.head_dim, config.layernorm_epsilon)
+        self.queries_per_group = heads // groups
+
+    def forward(
+        self,
+        hidden_QBD: Tensor,
+        context_SBD: Tensor,
+        rotary_Q: Tensor,
+        rotary_S: Tensor,
+        attend: BlockAttention,
+    ) -> Tensor:
+        """``[Q, B, D]``. The gradient of ``context_SBD`` is this rank's part."""
+        query_QBHd, key_QBGd, value_QBGd = self._split(self.linear_qkv(hidden_QBD)[0], self.queries_per_group)
+        _, key_SBGd, value_SBGd = self._split(nn.functional.linear(context_SBD, self._key_value_weight()), 0)
+        query_QBHd = self._rotate(self.q_layernorm(query_QBHd), rotary_Q)
+        key_QBGd = self._rotate(self.k_layernorm(key_QBGd), rotary_Q)
+        key_SBGd = self._rotate(self.k_layernorm(key_SBGd), rotary_S)
+        out_BHQd = attend(
+            query_QBHd.permute(1, 2, 0, 3),
+            torch.cat([key_SBGd, key_QBGd]).permute(1, 2, 0, 3),
+            torch.cat([value_SBGd, value_QBGd]).permute(1, 2, 0, 3),
+            self.head_dim**-0.5,
+        )
+        return self.linear_proj(out_BHQd.permute(2, 0, 1, 3).flatten(2))[0]
+
+    def _split(self, projected: Tensor, queries_per_group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value ``[.., B, heads, d]`` of Megatron's layout: a group's queries, its key, its value."""
+        grouped = projected.unflatten(-1, (-1, queries_per_group + 2, self.head_dim))
+        query, key, value = grouped.split([queries_per_group, 1, 1], dim=-2)
+        return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
+
+    def _key_value_weight(self) -> Tensor:
+        """The rows of ``linear_qkv`` that make keys and values, ``[2 G d, D]``."""
+        weight = self.linear_qkv.weight
+        grouped = weight.view(-1, self.queries_per_group + 2, self.head_dim, weight.shape[1])
+        return grouped[:, self.queries_per_group :].reshape(-1, weight.shape[1])
+
+    def _rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, rotary, config=self.config)
+
+
+class DflashLayer(MegatronModule):
+    """Pre-norm attention and SwiGLU; parameter names are those of Megatron's transformer layer."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.input_layernorm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = DflashAttention(config)
+        self.pre_mlp_layernorm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=config.ffn_hidden_size,
+        )
+
+    def forward(self, hidden_QBD: Tensor, *attention_inputs: Any) -> Tensor:
+        """``[Q, B, D]``; ``attention_inputs`` are those of ``DflashAttention``."""
+        hidden_QBD = hidden_QBD + self.self_attention(self.input_layernorm(hidden_QBD), *attention_inputs)
+        return hidden_QBD + self.mlp(self.pre_mlp_layernorm(hidden_QBD))[0]
+
+
+class DflashModule(MegatronModule):
+    """The draft's parameters, and its forward pass from captured states and slot embeddings."""
+
+    def __init__(self, config: TransformerConfig, num_captured: int, rotary: RotaryEmbedding):
+        super().__init__(config)
+        self.fc = ColumnParallelLinear(
+            num_captured * config.hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=True,
+        )
+        self.hidden_norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.layers = nn.ModuleList([DflashLayer(config) for _ in range(config.num_layers)])
+        self.norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self._rotary = rotary
+
+    def forward(
+        self,
+        context_SBE: Tensor,
+        slots_QBD: Tensor,
+        positions_QB: Tensor,
+        attend: BlockAttention,
+        *,
+        num_positions: int,
+    ) -> Tensor:
+        """Output of every slot ``[Q, B, D]``, after the final norm."""
+        context_SBD = self.hidden_norm(self.fc(context_SBE)[0])
+        # The layers use it with weights of their own rank: the way back sums over the ranks, once for all layers.
+        context_SBD = copy_to_tensor_model_parallel_region(context_SBD)
+        rotary = self._rotary(num_positions)
+        rotary_Q, rotary_S = rotary[positions_QB, 0], rotary[: len(context_SBE)]
+        hidden_QBD = slots_QBD
+        for layer in self.layers:
+            hidden_QBD = layer(hidden_QBD, context_SBD, rotary_Q, rotary_S, attend)
+        return self.norm(hidden_QBD)
+
+
+def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel) -> DflashModule:
+    """The draft's module on this rank's device, weights not yet loaded."""
+    layers = spec.layers
+    config = replace(
+        trunk,
+        num_layers=layers.num_layers,
+        ffn_hidden_size=layers.ffn_hidden_size,
+        num_attention_heads=layers.num_heads,
+        num_query_groups=layers.num_kv_heads,
+        kv_channels=layers.head_dim,
+        layernorm_epsilon=layers.rms_norm_eps,
+        add_qkv_bias=False,
+        qk_layernorm=True,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+    )
+    with compat.megatron_device(parallel.device):
+        rotary = RotaryEmbedding(
+            layers.head_dim,
+            rotary_percent=1.0,
+            rotary_base=layers.rope_theta,
+            use_cpu_initialization=parallel.device.type == "cpu",
+        )
+        module = DflashModule(config, len(spec.target_layer_ids), rotary)
+        return module.to(parallel.device, config.params_dtype)
