@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from spawn import run_distributed
-from tiny_checkpoints import make_batch, make_config, write_checkpoint
+from tiny_checkpoints import make_batch, make_config, write_model
 
 from skyrl_spec.megatron import parallel
 from skyrl_spec.megatron.conversion import export_weights
@@ -65,16 +65,26 @@ def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tied=request.param)
+def tied(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
-def test_every_layout_gives_the_same_losses_gradients_and_weights(checkpoint: Path, tmp_path: Path) -> None:
-    single = train(checkpoint, tmp_path / "single.pt")
+@pytest.fixture(scope="module", params=["mtp", "dflash"])
+def draft(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(draft: str, tied: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("checkpoint") / "model", draft, tied=tied)
+
+
+def test_every_layout_gives_the_same_losses_gradients_and_weights(checkpoint: Path, draft: str, tmp_path: Path) -> None:
+    single = train(checkpoint, tmp_path / "single.pt", draft=draft)
     layouts = {
-        "tp2": train(checkpoint, tmp_path / "tp2.pt", tp=2),
-        "dp2": train(checkpoint, tmp_path / "dp2.pt", dp=2),
-        "dp2, distributed optimizer": train(checkpoint, tmp_path / "dist.pt", dp=2, distributed=True),
+        "tp2": train(checkpoint, tmp_path / "tp2.pt", draft=draft, tp=2),
+        "dp2": train(checkpoint, tmp_path / "dp2.pt", draft=draft, dp=2),
+        "dp2, distributed optimizer": train(checkpoint, tmp_path / "dist.pt", draft=draft, dp=2, distributed=True),
     }
     for layout, other in layouts.items():
         for mine, theirs in zip(single["metrics"], other["metrics"], strict=True):
@@ -93,11 +103,11 @@ def test_every_layout_gives_the_same_losses_gradients_and_weights(checkpoint: Pa
     [(1, 1, "fp32", False), (1, 1, "bf16", False), (2, 1, "fp32", False), (1, 2, "fp32", True)],
 )
 def test_the_draft_does_not_change_a_bit_of_the_policy(
-    checkpoint: Path, tmp_path: Path, tp: int, dp: int, dtype: str, distributed: bool
+    checkpoint: Path, draft: str, tmp_path: Path, tp: int, dp: int, dtype: str, distributed: bool
 ) -> None:
     options = {"tp": tp, "dp": dp, "dtype": dtype, "distributed": distributed}
-    with_draft = train(checkpoint, tmp_path / "on.pt", mtp=True, **options)
-    without = train(checkpoint, tmp_path / "off.pt", mtp=False, **options)
+    with_draft = train(checkpoint, tmp_path / "on.pt", draft=draft, **options)
+    without = train(checkpoint, tmp_path / "off.pt", draft=None, **options)
     for on, off in zip(with_draft["gradients"], without["gradients"], strict=True):
         for name, gradient in off["policy"].items():
             assert torch.equal(on["policy"][name], gradient), name

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from mtp_reference import MtpHead
 from safetensors.torch import save_file
+from tiny_models import write_tiny_dflash
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from skyrl_spec.config import Config
@@ -61,7 +62,22 @@ def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied:
     return path
 
 
-def make_config(path: Path, *, tp: int = 1, mtp: bool = True, dtype: str = "fp32", distributed: bool = False) -> Config:
+def write_model(path: Path, draft: str, *, tied: bool = False) -> Path:
+    """A checkpoint that ``draft`` ("mtp" or "dflash") goes with; a DFlash draft lies next to it."""
+    if draft == "mtp":
+        return write_checkpoint(path, "MiMoForCausalLM", tied=tied)
+    write_checkpoint(path, "Qwen3ForCausalLM", tied=tied)
+    write_tiny_dflash(dflash_path(path), path, seed=0, target_layer_ids=[0, 1])
+    return path
+
+
+def dflash_path(model: Path) -> Path:
+    return model.with_name("draft")
+
+
+def make_config(
+    path: Path, *, tp: int = 1, draft: str | None = "mtp", dtype: str = "fp32", distributed: bool = False
+) -> Config:
     config = Config()
     trainer = config.trainer
     trainer.policy.model.path = str(path)
@@ -72,8 +88,13 @@ def make_config(path: Path, *, tp: int = 1, mtp: bool = True, dtype: str = "fp32
     trainer.policy.megatron_config.dtype = dtype
     trainer.policy.megatron_config.use_distributed_optimizer = distributed
     trainer.placement.device = "cpu"
-    trainer.mtp.enabled = mtp
+    trainer.mtp.enabled = draft == "mtp"
     trainer.mtp.loss_chunk_size = 16
+    trainer.dflash.enabled = draft == "dflash"
+    trainer.dflash.path = str(dflash_path(path))
+    trainer.dflash.loss_chunk_size = 16
+    # Every anchor there is, so that nothing is drawn.
+    trainer.dflash.anchors_per_sequence = 1000
     trainer.logprobs_chunk_size = 16
     trainer.micro_train_batch_size_per_gpu = 3
     trainer.micro_forward_batch_size_per_gpu = 4
