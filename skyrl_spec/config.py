@@ -167,12 +167,35 @@ class DflashConfig:
 
 
 @dataclass
+class WarmupConfig:
+    """``skyrl-spec warmup-draft``: the draft is trained on the frozen policy's own responses."""
+
+    # Where it writes. None: trainer.run_dir with "_warmup" behind it.
+    run_dir: str | None = None
+    # False: go on from trainer.dflash.path, or from the checkpoint's MTP head.
+    from_scratch: bool = True
+    # Batches of trainer.train_batch_size prompts.
+    num_steps: int = 200
+    # How often a batch is trained on.
+    update_epochs_per_batch: int = 1
+    # Steps between checkpoints; 0: at the end alone.
+    ckpt_interval: int = 50
+    max_ckpts_to_keep: int = 2
+    # "latest": go on from the newest checkpoint in run_dir, if there is one.
+    resume_mode: str | None = None
+    optimizer_config: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=6e-4, scheduler="cosine", num_warmup_steps=20)
+    )
+
+
+@dataclass
 class TrainerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
     dflash: DflashConfig = field(default_factory=DflashConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     run_dir: str = "runs/default"
     seed: int = 0
     epochs: int = 1
@@ -194,7 +217,8 @@ class TrainerConfig:
     eval_before_train: bool = True
     # After the last step: tokens/s of the engine against one without a draft, same weights and prompts (CPU only).
     measure_speedup: bool = False
-    # Write policy and draft to run_dir/model at the end, as a Hugging Face checkpoint.
+    # Write the policy to run_dir/model at the end, as a Hugging Face checkpoint with its MTP head; a DFlash draft to
+    # run_dir/draft.
     save_final_model: bool = True
     # Any of "console" and "wandb"; metrics.jsonl is always written.
     logger: list[str] = field(default_factory=lambda: ["console"])
@@ -230,7 +254,7 @@ class InferenceEngineConfig:
     weight_sync_backend: str | None = None
     # Seconds for an engine to answer one batch before the run gives up on it.
     generate_timeout_s: float = 3600.0
-    # None: filled from trainer.mtp; what is given here goes to vLLM as it is.
+    # None: filled from trainer.mtp or trainer.dflash; what is given here goes to vLLM as it is.
     speculative_config: dict[str, Any] | None = None
     # Further vLLM engine arguments, passed through.
     engine_init_kwargs: dict[str, Any] = field(default_factory=dict)

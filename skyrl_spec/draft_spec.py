@@ -6,13 +6,12 @@ engines both read that directory, so they cannot disagree about it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from skyrl_spec.config import Config, ConfigError, DflashConfig, MtpConfig, TrainerConfig
-from skyrl_spec.model_spec import ModelSpec
+from skyrl_spec.model_spec import ModelSpec, model_directory, read_config
 
 _SETTING = "trainer.dflash"
 DRAFT_ARCHITECTURE = "DFlashDraftModel"
@@ -72,19 +71,19 @@ def decay_gamma(dflash: DflashConfig, block_size: int) -> float:
     return _DECAY_GAMMAS.get(block_size, block_size / 2)
 
 
-def read_dflash_spec(directory: Path) -> DflashSpec:
-    """The shape of the draft in ``directory``.
+def read_dflash_spec(path: str) -> DflashSpec:
+    """The shape of the draft in a directory, or of a hub name (downloaded where it is not cached)."""
+    directory = model_directory(path, f"{_SETTING}.path")
+    return parse_dflash_spec(directory, read_config(directory, f"{_SETTING}.path"))
+
+
+def parse_dflash_spec(directory: Path, config: dict[str, Any]) -> DflashSpec:
+    """``config.json`` of a draft.
 
     Raises:
-        ConfigError: no readable config.json of a DFlash draft, or an entry that this trainer cannot follow.
+        ConfigError: not a DFlash draft's, or an entry that this trainer cannot follow.
     """
     setting = f"{_SETTING}.path={directory}"
-    try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{setting}: no config.json there; give a draft directory, or null to start afresh") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}: config.json is unreadable ({error}); copy it again") from None
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture != DRAFT_ARCHITECTURE:
         raise ConfigError(
@@ -157,10 +156,14 @@ def fresh_dflash_spec(dflash: DflashConfig, target: ModelSpec, mask_token_id: in
     return DflashSpec(layers, dflash.block_size or DEFAULT_BLOCK_SIZE, tuple(ids), mask_token_id, target.num_layers)
 
 
-def plan_dflash(config: Config, target: ModelSpec, mask_token_id: int | None = None) -> DflashSpec:
+def plan_dflash(
+    config: Config, target: ModelSpec, found: DflashSpec | None, mask_token_id: int | None = None
+) -> DflashSpec:
     """The draft that ``trainer.dflash`` asks for, checked against its target.
 
-    ``mask_token_id`` is what ``resolve_mask_token`` found; without it (no tokenizer at hand) it is not checked.
+    Args:
+        found: what ``trainer.dflash.path`` holds; None: a draft from scratch.
+        mask_token_id: what ``resolve_mask_token`` found; without it (no tokenizer at hand) it is not checked.
 
     Raises:
         ConfigError: for the first thing that does not fit.
@@ -171,14 +174,26 @@ def plan_dflash(config: Config, target: ModelSpec, mask_token_id: int | None = N
             f"{_SETTING}.enabled=true: vLLM cannot hand the hidden states of a {target.architecture} to a draft; use "
             f"a {' or '.join(DFLASH_TARGETS)}, or trainer.mtp.enabled=true for a model with an MTP head"
         )
-    if dflash.path is None:
-        spec = fresh_dflash_spec(dflash, target, mask_token_id or 0)
-    else:
-        spec = read_dflash_spec(Path(dflash.path))
+    spec = fresh_dflash_spec(dflash, target, mask_token_id or 0) if found is None else found
+    if found is not None:
         _check_settings_agree(dflash, spec)
     _check_target_layers(dflash, spec, target)
     _check_fit(config, spec, target)
     return spec
+
+
+def decided(config: Config, spec: DflashSpec, path: str) -> Config:
+    """``config`` with everything that was left open about its DFlash draft."""
+    dflash = replace(
+        config.trainer.dflash,
+        path=path,
+        num_layers=spec.layers.num_layers,
+        block_size=spec.block_size,
+        num_speculative_tokens=config.trainer.dflash.num_speculative_tokens or spec.block_size - 1,
+        target_layer_ids=list(spec.target_layer_ids),
+        mask_token_id=spec.mask_token_id,
+    )
+    return replace(config, trainer=replace(config.trainer, dflash=dflash))
 
 
 def _check_settings_agree(dflash: DflashConfig, spec: DflashSpec) -> None:
@@ -242,15 +257,13 @@ def _check_fit(config: Config, spec: DflashSpec, target: ModelSpec) -> None:
         )
 
 
-def resolve_mask_token(dflash: DflashConfig, tokenizer: Any, vocab_size: int) -> int:
-    """The token that fills the slots to be drafted: the one set, else the tokenizer's, else the first unused row.
+def resolve_mask_token(found: int | None, tokenizer: Any, vocab_size: int) -> int:
+    """The token that fills the slots to be drafted: ``found`` if not None, else the tokenizer's, else an unused row.
 
     Raises:
         ConfigError: none is free, or the one set is the padding or end token (drafts would be garbage).
     """
-    token = dflash.mask_token_id
-    if token is None and dflash.path is not None:
-        token = read_dflash_spec(Path(dflash.path)).mask_token_id
+    token = found
     if token is None:
         token = tokenizer.mask_token_id
     if token is None:
@@ -263,6 +276,30 @@ def resolve_mask_token(dflash: DflashConfig, tokenizer: Any, vocab_size: int) ->
             "vocabulary are used; set it to a token that never occurs"
         )
     return token
+
+
+def dflash_tensor_shapes(spec: DflashSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a draft's checkpoint."""
+    layers, hidden = spec.layers, spec.layers.hidden_size
+    query, key, ffn = layers.num_heads * layers.head_dim, layers.num_kv_heads * layers.head_dim, layers.ffn_hidden_size
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "self_attn.q_norm": (layers.head_dim,),
+        "self_attn.k_norm": (layers.head_dim,),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    return {
+        "fc.weight": (hidden, len(spec.target_layer_ids) * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    } | {f"layers.{i}.{name}.weight": shape for i in range(layers.num_layers) for name, shape in of_layer.items()}
 
 
 def hf_config(spec: DflashSpec, dtype: str, rope_scaling: dict[str, Any] | None = None) -> dict[str, Any]:

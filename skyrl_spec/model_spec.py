@@ -9,6 +9,7 @@ from typing import Any
 
 from skyrl_spec.config import ConfigError
 
+_SETTING = "trainer.policy.model.path"
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
 
 
@@ -34,7 +35,7 @@ class ModelSpec:
     num_mtp_layers: int
 
 
-def model_directory(path: str) -> Path:
+def model_directory(path: str, setting: str = _SETTING) -> Path:
     """The local directory of ``path``: itself, or the snapshot of a hub name (downloaded where it is not cached).
 
     Raises:
@@ -44,9 +45,7 @@ def model_directory(path: str) -> Path:
     if directory.is_dir():
         return directory
     if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ConfigError(
-            f"trainer.policy.model.path={path}: no such directory; give a Hugging Face checkpoint directory or hub name"
-        )
+        raise ConfigError(f"{setting}={path}: no such directory; give a Hugging Face checkpoint directory or hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -55,22 +54,19 @@ def model_directory(path: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ConfigError(
-            f"trainer.policy.model.path={path}: neither a local directory nor downloadable ({reason}); "
-            "check the path or the network"
+            f"{setting}={path}: neither a local directory nor downloadable ({reason}); check the path or the network"
         ) from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, setting: str = _SETTING) -> dict[str, Any]:
     """The parsed ``config.json``."""
     file = directory / "config.json"
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(
-            f"trainer.policy.model.path={directory}: has no config.json; give a checkpoint directory"
-        ) from None
+        raise ConfigError(f"{setting}={directory}: has no config.json; give a checkpoint directory") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"trainer.policy.model.path={directory}: config.json is unreadable ({error})") from None
+        raise ConfigError(f"{setting}={directory}: config.json is unreadable ({error})") from None
 
 
 def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:

@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.data.dataset import read_rows
+from skyrl_spec.draft_spec import DflashSpec, dflash_tensor_shapes, parse_dflash_spec, plan_dflash, read_dflash_spec
 from skyrl_spec.envs.registry import check_env_class, register_custom
 from skyrl_spec.model_spec import ModelSpec, load_spec, parse_spec, read_config
 from skyrl_spec.validation import parallel_layout
 
 _MODEL = "trainer.policy.model.path"
+_DRAFT = "trainer.dflash.path"
 # What the CPU attention of vLLM can handle.
 CPU_HEAD_DIM_MULTIPLE = 32
 HUB_TIMEOUT_S = 5.0
@@ -41,6 +43,8 @@ def preflight(config: Config) -> None:
     _check_lengths(config, spec)
     if config.trainer.mtp.enabled:
         _check_mtp_head(config.trainer.policy.model.path, spec)
+    if config.trainer.dflash.enabled:
+        _check_dflash(config, spec)
     register_custom(config.environment.custom)
     check_env_class(config.environment.env_class, config.environment.custom)
     for setting, paths in (("data.train_data", config.data.train_data), ("data.val_data", config.data.val_data)):
@@ -112,12 +116,16 @@ def _num_gpus() -> int:
 
 def _read_spec(path: str) -> ModelSpec:
     """Of a hub name only config.json is read; the weights follow when the run starts."""
-    if Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+    if Path(path).exists() or not _is_hub_name(path):
         return load_spec(path)
-    return parse_spec(Path(path), _hub_config(path))
+    return parse_spec(Path(path), _hub_config(path, _MODEL))
 
 
-def _hub_config(name: str) -> dict[str, Any]:
+def _is_hub_name(path: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def _hub_config(name: str, setting: str) -> dict[str, Any]:
     """config.json from the hub's cache, else asked for once: the hub's client itself would retry for half a minute."""
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
@@ -131,7 +139,7 @@ def _hub_config(name: str) -> dict[str, Any]:
             return json.load(reply)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{_MODEL}={name}: neither a local directory nor found on the Hugging Face hub "
+            f"{setting}={name}: neither a local directory nor found on the Hugging Face hub "
             f"({str(error).splitlines()[0]}); correct it or check the network"
         ) from error
 
@@ -189,17 +197,41 @@ def _check_mtp_head(path: str, spec: ModelSpec) -> None:
         raise refuse("has no tensor named *.mtp_layers.* in its *.safetensors")
 
 
-def _tensor_names(directory: Path) -> Iterator[str]:
+def _check_dflash(config: Config, spec: ModelSpec) -> None:
+    path = config.trainer.dflash.path
+    found = None if path is None else _read_dflash_spec(path)
+    draft = plan_dflash(config, spec, found)
+    tp = parallel_layout(config).tp
+    if draft.layers.num_heads % tp or draft.layers.num_kv_heads % tp or draft.layers.ffn_hidden_size % tp:
+        raise ConfigError(
+            f"trainer.policy.megatron_config.tensor_model_parallel_size={tp}: must divide the draft's "
+            f"{draft.layers.num_heads} heads, {draft.layers.num_kv_heads} key-value heads and "
+            f"{draft.layers.ffn_hidden_size} feed-forward columns; choose a divisor"
+        )
+    if path is not None and Path(path).is_dir():
+        missing = dflash_tensor_shapes(draft).keys() - set(_tensor_names(Path(path), _DRAFT))
+        if missing:
+            raise ConfigError(f"{_DRAFT}={path}: has no tensor {min(missing)}; the draft is incomplete, copy it again")
+
+
+def _read_dflash_spec(path: str) -> DflashSpec:
+    """As ``_read_spec``: of a hub name only config.json."""
+    if Path(path).exists() or not _is_hub_name(path):
+        return read_dflash_spec(path)
+    return parse_dflash_spec(Path(path), _hub_config(path, _DRAFT))
+
+
+def _tensor_names(directory: Path, setting: str = _MODEL) -> Iterator[str]:
     """From the headers of ``*.safetensors``."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{_MODEL}={directory}: has no *.safetensors; give a complete checkpoint directory")
+        raise ConfigError(f"{setting}={directory}: has no *.safetensors; give a complete checkpoint directory")
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
                 yield from tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{_MODEL}={directory}: {file.name} cannot be read ({error}); copy it again") from error
+            raise ConfigError(f"{setting}={directory}: {file.name} cannot be read ({error}); copy it again") from error
 
 
 def _check_rows(setting: str, path: str, custom: dict[str, str]) -> None:

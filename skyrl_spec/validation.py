@@ -48,7 +48,7 @@ PROBABILITY = Range(0, 1, high_open=True)
 
 _ENGINE = "generator.inference_engine"
 _MEGATRON = "trainer.policy.megatron_config"
-_OPTIMIZERS = ("trainer.policy.optimizer_config", "trainer.mtp.optimizer_config")
+_OPTIMIZERS = tuple(f"trainer.{part}.optimizer_config" for part in ("policy", "mtp", "dflash", "warmup"))
 _SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
 
 # None is allowed wherever the schema allows it, and means what the schema says.
@@ -69,6 +69,19 @@ RANGES: dict[str, Range] = {
     "trainer.mtp.unroll_steps": FROM_ONE,
     "trainer.mtp.loss_topk": FROM_ONE,
     "trainer.mtp.loss_chunk_size": FROM_ONE,
+    "trainer.dflash.num_layers": FROM_ONE,
+    # The sampled token and a drafted one.
+    "trainer.dflash.block_size": Range(2),
+    "trainer.dflash.num_speculative_tokens": FROM_ONE,
+    "trainer.dflash.mask_token_id": NOT_NEGATIVE,
+    "trainer.dflash.anchors_per_sequence": FROM_ONE,
+    "trainer.dflash.loss_topk": FROM_ONE,
+    "trainer.dflash.loss_decay_gamma": POSITIVE,
+    "trainer.dflash.loss_chunk_size": FROM_ONE,
+    "trainer.warmup.num_steps": FROM_ONE,
+    "trainer.warmup.update_epochs_per_batch": FROM_ONE,
+    "trainer.warmup.ckpt_interval": NOT_NEGATIVE,
+    "trainer.warmup.max_ckpts_to_keep": FROM_ONE,
     # The seeds of torch and vLLM are 64 bits wide, numpy's of old are 32.
     "trainer.seed": Range(0, 2**32 - 1),
     "trainer.epochs": FROM_ONE,
@@ -112,6 +125,7 @@ for _sampling in _SAMPLINGS:
     }
 
 _DTYPES = ("fp32", "bf16")
+_LOSS_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce")
 CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.placement.device": ("cpu", "cuda"),
     f"{_MEGATRON}.dtype": _DTYPES,
@@ -120,7 +134,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.algorithm.advantage_estimator": ("grpo",),
     "trainer.algorithm.loss_reduction": ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"),
     "trainer.algorithm.dynamic_sampling.type": ("filter",),
-    "trainer.mtp.loss_type": ("soft_ce", "topk_soft_ce", "hard_ce"),
+    "trainer.mtp.loss_type": _LOSS_TYPES,
+    "trainer.dflash.loss_type": _LOSS_TYPES,
+    "trainer.warmup.resume_mode": ("latest",),
 } | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
 LOGGERS = ("console", "wandb")
 # Which transports reach the engines of a device.
@@ -193,12 +209,6 @@ def _check_drafts(trainer: TrainerConfig) -> None:
         "trainer.dflash.enabled",
         "true",
         "one draft at a time, and trainer.mtp.enabled is true as well; turn one of them off",
-    )
-    _require(
-        not trainer.dflash.enabled,
-        "trainer.dflash.enabled",
-        "true",
-        "the DFlash draft cannot be trained yet; leave it false, and use trainer.mtp.enabled=true for a draft",
     )
 
 
@@ -316,21 +326,35 @@ def _check_engine(config: Config) -> None:
         engine.engine_init_kwargs.get("speculative_config"),
         f"belongs in {_ENGINE}.speculative_config; move it there",
     )
-    user = engine.speculative_config
+    _check_user_speculation(config.trainer, engine.speculative_config)
+    speculative = build_speculative_config(config.trainer, engine.speculative_config)
+    for setting in _SAMPLINGS:
+        require_exact_sampling(_get(config, setting), speculative, setting)
+
+
+def _check_user_speculation(trainer: TrainerConfig, user: dict[str, Any] | None) -> None:
+    """A draft that is trained is the one the engines run; the rest of vLLM's settings is the user's."""
+    if user is None:
+        return
+    setting = f"{_ENGINE}.speculative_config"
+    num_tokens = user.get("num_speculative_tokens", 1)
     _require(
-        not config.trainer.mtp.enabled or user is None or (user.get("method") == "mtp" and "model" not in user),
-        f"{_ENGINE}.speculative_config",
+        isinstance(num_tokens, int) and num_tokens >= 1,
+        f"{setting}.num_speculative_tokens",
+        num_tokens,
+        "must be an integer of at least 1; change it",
+    )
+    _require(
+        not trainer.mtp.enabled or (user.get("method") == "mtp" and "model" not in user),
+        setting,
         user,
         "must be of method mtp, without model, while trainer.mtp.enabled trains that head; change it or turn mtp off",
     )
-    speculative = build_speculative_config(config.trainer.mtp, engine.speculative_config)
-    if speculative is not None:
-        num_tokens = speculative.get("num_speculative_tokens", 1)
-        _require(
-            isinstance(num_tokens, int) and num_tokens >= 1,
-            f"{_ENGINE}.speculative_config.num_speculative_tokens",
-            num_tokens,
-            "must be an integer of at least 1; change it",
-        )
-    for setting in _SAMPLINGS:
-        require_exact_sampling(_get(config, setting), speculative, setting)
+    _require(
+        not trainer.dflash.enabled
+        or (user.get("method") == "dflash" and user.keys().isdisjoint(("model", "num_speculative_tokens"))),
+        setting,
+        user,
+        "must be of method dflash, without model and num_speculative_tokens (trainer.dflash has them), while "
+        "trainer.dflash.enabled trains that draft; change it or turn dflash off",
+    )

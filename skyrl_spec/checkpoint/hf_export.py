@@ -1,10 +1,13 @@
-"""Policy and draft as a Hugging Face checkpoint directory."""
+"""Policy and draft as Hugging Face checkpoint directories, which transformers and vLLM load."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -12,49 +15,93 @@ from torch import Tensor
 
 from skyrl_spec.megatron.conversion import HfTensors
 from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.model_spec import read_config
+from skyrl_spec.types import Which
 
 # Everything that is no weight and no config.json is copied as it is: tokenizer, chat template, generation config.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-def save_hf(trainer: PolicyTrainer, directory: Path) -> None:
-    """Write the current policy and draft below ``directory``; all ranks take part, rank 0 writes.
+def save_hf(trainer: PolicyTrainer, run_dir: Path) -> None:
+    """Write ``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own.
 
-    Tensors of the source checkpoint that are not trained here (further MTP layers, say) are carried over. Dtype is the
-    training dtype, and ``config.json`` says so. The directory appears under its name when it is complete.
+    An MTP head is a part of the policy's checkpoint. All ranks take part, rank 0 writes; a directory appears under its
+    name when it is complete.
     """
-    weights: dict[str, Tensor] = {}
-    if trainer.parallel.dp_rank == 0:
-        for which in ("policy", "draft") if trainer.draft is not None else ("policy",):
-            for name, tensor in trainer.export(which):
-                if trainer.parallel.rank == 0:
-                    weights[name] = tensor.cpu().clone()
+    draft = None if trainer.draft is None else trainer.draft.draft
+    has_own_directory = draft is not None and draft.source != trainer.spec.path
+    in_model: list[Which] = ["policy"] if draft is None or has_own_directory else ["policy", "draft"]
+    _save_model(trainer, in_model, run_dir / "model")
+    if has_own_directory:
+        save_draft(trainer, run_dir)
+
+
+def save_draft(trainer: PolicyTrainer, run_dir: Path) -> None:
+    """The draft alone: ``run_dir/draft``, or ``run_dir/model`` with the policy it is a part of."""
+    assert trainer.draft is not None
+    draft = trainer.draft.draft
+    if draft.source == trainer.spec.path:
+        _save_model(trainer, ["draft"], run_dir / "model")
+        return
+    weights = _gather(trainer, ["draft"])
+    if trainer.parallel.rank == 0:
+        config = draft.hf_config(_dtype(trainer))
+        assert config is not None
+        with _complete(run_dir / "draft") as directory:
+            save_torch_state_dict(weights, directory)
+            _write_config(directory, config)
+
+
+def _save_model(trainer: PolicyTrainer, whiches: list[Which], target: Path) -> None:
+    """The policy's checkpoint with what is trained here; the rest (further MTP layers, a frozen trunk) as it came.
+
+    Dtype is the training dtype, and ``config.json`` says so.
+    """
+    weights = _gather(trainer, whiches)
     if trainer.parallel.rank != 0:
         return
-    source, dtype = trainer.spec.path, next(trainer.model.parameters()).dtype
+    source, dtype = trainer.spec.path, _dtype(trainer)
     untouched = HfTensors(source)
     for name in untouched.names():
         if name not in weights:
             weights[name] = untouched[name].to(dtype)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_torch_state_dict(weights, partial)
-    _write_config(source, partial, dtype)
-    for file in source.iterdir():
-        if (
-            file.is_file()
-            and file.suffix not in _NOT_COPIED
-            and file.name not in ("config.json",)
-            and "safetensors" not in file.name
-        ):
-            shutil.copy2(file, partial / file.name)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
-
-
-def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    config = json.loads((source / "config.json").read_text())
+    config = read_config(source)
     name = str(dtype).removeprefix("torch.")
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
-    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with _complete(target) as directory:
+        save_torch_state_dict(weights, directory)
+        _write_config(directory, config)
+        for file in source.iterdir():
+            is_weights = file.suffix in _NOT_COPIED or "safetensors" in file.name
+            if file.is_file() and not is_weights and file.name != "config.json":
+                shutil.copy2(file, directory / file.name)
+
+
+def _gather(trainer: PolicyTrainer, whiches: list[Which]) -> dict[str, Tensor]:
+    """Full tensors by HF name, on rank 0; empty elsewhere."""
+    weights: dict[str, Tensor] = {}
+    if trainer.parallel.dp_rank == 0:
+        for which in whiches:
+            for name, tensor in trainer.export(which):
+                if trainer.parallel.rank == 0:
+                    weights[name] = tensor.cpu().clone()
+    return weights
+
+
+def _dtype(trainer: PolicyTrainer) -> torch.dtype:
+    return next(trainer.model.parameters()).dtype
+
+
+@contextmanager
+def _complete(target: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when it is full."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _write_config(directory: Path, config: dict[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -15,7 +15,6 @@ size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +63,8 @@ class DflashDraft(Draft):
     ):
         assert config.path is not None, "a draft from scratch is written to a directory first"
         self.config, self.parallel, self.temperature = config, parallel, temperature
-        self.source = Path(config.path)
-        self.spec = read_dflash_spec(self.source)
+        self.spec = read_dflash_spec(config.path)
+        self.source = self.spec.layers.path
         # What an engine drafts at a time is what a block is trained at.
         self.num_positions = config.num_speculative_tokens or self.spec.block_size - 1
         self.vocab_size = target.vocab_size

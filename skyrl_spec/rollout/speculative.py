@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skyrl_spec.config import ConfigError, MtpConfig, SamplingConfig
+from skyrl_spec.config import ConfigError, SamplingConfig, TrainerConfig
 
 _SETTING = "generator.inference_engine.speculative_config"
 
@@ -19,17 +19,20 @@ _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def build_speculative_config(mtp: MtpConfig, user: dict[str, Any] | None) -> dict[str, Any] | None:
-    """vLLM's ``speculative_config``: the user's as it is, else the MTP head's if it is enabled, else None.
+def build_speculative_config(trainer: TrainerConfig, user: dict[str, Any] | None) -> dict[str, Any] | None:
+    """vLLM's ``speculative_config``: the user's as it is, else that of the draft that is trained, else None.
 
+    A DFlash draft's directory and number of tokens are added to the user's: ``trainer.dflash`` decides them.
     Raises ``ConfigError`` if the user's is not exact.
     """
-    if user is not None:
-        require_exact_rejection(user)
-        return user
-    if mtp.enabled:
-        return {"method": "mtp", "num_speculative_tokens": mtp.num_speculative_tokens}
-    return None
+    require_exact_rejection(user)
+    if trainer.dflash.enabled:
+        dflash = trainer.dflash
+        decided = {"model": dflash.path, "num_speculative_tokens": dflash.num_speculative_tokens}
+        return (user or {"method": "dflash"}) | decided
+    if user is None and trainer.mtp.enabled:
+        return {"method": "mtp", "num_speculative_tokens": trainer.mtp.num_speculative_tokens}
+    return user
 
 
 def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:

@@ -10,6 +10,7 @@ what it was sampled with.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,23 +19,26 @@ from skyrl_spec.types import Versions, Which
 
 
 class WeightSync:
-    """Carries the workers' weights to the engines, over Ray's object store or vLLM's GPU transfer."""
+    """Carries the workers' weights to the engines, over Ray's object store or vLLM's GPU transfer.
 
-    def __init__(self, workers: list[Any], engines: list[Any], *, backend: str, has_draft: bool):
+    ``whiches``: what is trained, in the order it is sent; what is frozen stays at version 0.
+    """
+
+    def __init__(self, workers: list[Any], engines: list[Any], *, backend: str, whiches: list[Which]):
         self._workers, self._engines, self._backend = workers, engines, backend
-        self._whiches: list[Which] = ["policy", "draft"] if has_draft else ["policy"]
+        self.whiches = whiches
         self.versions = Versions()
         if backend == "ray":
             ray.get([engine.init_weight_transfer_engine.remote({}) for engine in engines])
         else:
             address = ray.get(workers[0].address.remote())
-            ray.get([worker.connect.remote(engines, self._whiches, address) for worker in workers])
+            ray.get([worker.connect.remote(engines, self.whiches, address) for worker in workers])
 
     def sync(self) -> int:
         """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""
-        num_bytes = sum(self._send(which) for which in self._whiches)
-        version = self.versions.policy + 1
-        self.versions = Versions(policy=version, draft=version if "draft" in self._whiches else 0)
+        num_bytes = sum(self._send(which) for which in self.whiches)
+        version = 1 + max(self.versions.policy, self.versions.draft)
+        self.versions = replace(self.versions, **dict.fromkeys(self.whiches, version))
         self._all("reset_prefix_cache")
         self._all("set_versions", self.versions)
         return num_bytes

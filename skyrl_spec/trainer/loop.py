@@ -76,20 +76,16 @@ class Trainer:
         start = time.perf_counter()
         timings: dict[str, float] = {}
         speculation = SpeculationMeter(self.engines, "train")
-        with _timed(timings, "generate"):
+        with timed(timings, "generate"):
             collected, throughput = self._sample_groups()
         values = reward_metrics(collected.sampled, self.config.generator.n_samples_per_prompt)
         values |= speculation.metrics() | {names.THROUGHPUT: throughput}
         values |= self._sampling_metrics(collected)
         rollouts = [rollout for group in collected.groups for rollout in group]
         if rollouts:
-            batch = self._build_batch(collected.groups)
-            with _timed(timings, "fwd_logprobs"):
-                batch = self.policy.forward_logprobs(batch)
-            reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch)]
+            reports = self._train(self._build_batch(collected.groups), timings)
             values |= metric_values(merge(*(report.metrics for report in reports)))
-            timings |= _train_timings(reports)
-            with _timed(timings, "sync_weights"):
+            with timed(timings, "sync_weights"):
                 values |= {names.SYNC_BYTES: self.sync.sync()}
         values |= self._versions()
         timings["step"] = time.perf_counter() - start
@@ -107,6 +103,15 @@ class Trainer:
             for rollout in group
         ]
         return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> list[StepReport]:
+        """All optimizer steps that ``batch`` is for; adds the phases' seconds to ``timings``."""
+        with timed(timings, "fwd_logprobs"):
+            batch = self.policy.forward_logprobs(batch)
+        num_epochs = self.config.trainer.update_epochs_per_batch
+        reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch, num_epochs)]
+        timings |= _train_timings(reports)
+        return reports
 
     def _sample_groups(self) -> tuple[Collected, float]:
         """The groups of one train batch, and the tokens per second they were generated with."""
@@ -135,9 +140,9 @@ class Trainer:
             max_response_length=sampling.max_generate_length,
         )
 
-    def _mini_batches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
+    def _mini_batches(self, batch: TrainBatch, num_epochs: int) -> Iterator[TrainBatch]:
         trainer, generator = self.config.trainer, self.config.generator
-        for _ in range(trainer.update_epochs_per_batch):
+        for _ in range(num_epochs):
             yield from mini_batches(
                 batch,
                 trainer.policy_mini_batch_size * generator.n_samples_per_prompt,
@@ -148,7 +153,7 @@ class Trainer:
     def _versions(self) -> dict[str, float]:
         versions = self.sync.versions
         metrics: dict[str, float] = {names.POLICY_VERSION: versions.policy}
-        return metrics | ({names.DRAFT_VERSION: versions.draft} if versions.draft else {})
+        return metrics | ({names.DRAFT_VERSION: versions.draft} if "draft" in self.sync.whiches else {})
 
     def _sampling_metrics(self, collected: Collected) -> dict[str, float]:
         """What dynamic sampling took; said aloud, once, where it did not fill the batch."""
@@ -171,7 +176,7 @@ def measure_speedup(trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prom
 
     ``plain`` is brought to the same weights first, by the same protocol.
     """
-    WeightSync(trainer.policy.handles, plain.handles, backend="ray", has_draft=False).sync()
+    WeightSync(trainer.policy.handles, plain.handles, backend="ray", whiches=["policy"]).sync()
     sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain)
     ratios = []
     # The first round warms both up.
@@ -186,7 +191,7 @@ def measure_speedup(trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prom
 
 
 @contextmanager
-def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[phase] = time.perf_counter() - start

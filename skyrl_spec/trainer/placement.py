@@ -72,7 +72,7 @@ def engine_settings(config: Config) -> EngineSettings:
         enable_prefix_caching=engine.enable_prefix_caching,
         enforce_eager=engine.enforce_eager,
         seed=config.trainer.seed,
-        speculative_config=build_speculative_config(config.trainer.mtp, engine.speculative_config),
+        speculative_config=build_speculative_config(config.trainer, engine.speculative_config),
         weight_sync_backend=sync_backend(config),
         num_threads=max(1, _num_cores() // engine.num_engines) if device == "cpu" else None,
         engine_init_kwargs=engine.engine_init_kwargs,

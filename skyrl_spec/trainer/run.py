@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,12 +17,20 @@ from skyrl_spec.compose import to_yaml
 from skyrl_spec.config import Config, ConfigError, RunError
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.draft_spec import (
+    decided,
+    describe_draft,
+    plan_dflash,
+    read_dflash_spec,
+    resolve_mask_token,
+    trained_draft,
+)
 from skyrl_spec.envs.registry import register_custom
 from skyrl_spec.envs.rewards import check_environments
 from skyrl_spec.metrics.console import ConsoleWriter
 from skyrl_spec.metrics.writers import JsonlWriter, MetricsWriter, SamplesWriter, WandbWriter, read_metrics
 from skyrl_spec.model_spec import ModelSpec, load_spec
-from skyrl_spec.types import Prompt, Rollout
+from skyrl_spec.types import Prompt, Rollout, Which
 from skyrl_spec.validation import parallel_layout
 
 # What the shell reports for a process that a signal ended.
@@ -116,6 +125,7 @@ class Output:
 
 def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
     task = _load_task(config)
+    config = task.config
     run_dir = Path(config.trainer.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
@@ -145,8 +155,9 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
     with ray_session(verbose), watch.installed(), _plain_errors():
         engines, policy = start_actors(config, settings, task.steps * updates * config.trainer.update_epochs_per_batch)
         try:
-            has_draft = config.trainer.mtp.enabled
-            sync = WeightSync(policy.handles, engines.handles, backend=sync_backend(config), has_draft=has_draft)
+            has_draft = trained_draft(config.trainer) is not None
+            whiches: list[Which] = ["policy", "draft"] if has_draft else ["policy"]
+            sync = WeightSync(policy.handles, engines.handles, backend=sync_backend(config), whiches=whiches)
             trainer = Trainer(
                 config,
                 tokenizer=task.tokenizer,
@@ -158,7 +169,7 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
             )
             trainer.run(task.steps, output.on_step)
             if config.trainer.save_final_model:
-                policy.save_hf((output.run_dir / "model").resolve())
+                policy.save_hf(output.run_dir.resolve())
             if config.trainer.measure_speedup and has_draft:
                 plain = start_plain_engine(config, settings)
                 speedup = measure_speedup(trainer, plain, (task.eval_prompts or task.stream.next_batch())[:16])
@@ -182,12 +193,32 @@ def _load_task(config: Config) -> Task:
 
     spec = load_spec(config.trainer.policy.model.path)
     tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+    config = _decide_draft(config, spec, tokenizer)
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
     check_environments([*train, *validation], config.environment)
     stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
     return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream))
+
+
+def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any) -> Config:
+    """``config`` with nothing left open about its draft; a DFlash draft from scratch is written to run_dir first."""
+    dflash = config.trainer.dflash
+    if not dflash.enabled:
+        return config
+    found = None if dflash.path is None else read_dflash_spec(dflash.path)
+    known = dflash.mask_token_id if found is None else found.mask_token_id
+    mask_token_id = resolve_mask_token(known, tokenizer, spec.vocab_size)
+    draft = plan_dflash(config, spec, found, mask_token_id)
+    path = dflash.path
+    if path is None:
+        from skyrl_spec.checkpoint.fresh import write_fresh_dflash
+
+        directory = (Path(config.trainer.run_dir) / "draft_start").resolve()
+        write_fresh_dflash(draft, directory, config.trainer.policy.megatron_config.dtype, config.trainer.seed)
+        path = str(directory)
+    return decided(config, draft, path)
 
 
 def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str) -> list[Prompt]:
@@ -229,13 +260,9 @@ def _facts(task: Task) -> dict[str, str]:
     """What the start-up panel says."""
     spec, trainer, generator = task.spec, task.config.trainer, task.config.generator
     _, tp, dp = parallel_layout(task.config)
-    draft = "none"
-    if trainer.mtp.enabled:
-        unroll = trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
-        draft = f"MTP head, k={trainer.mtp.num_speculative_tokens}, trained {unroll} deep, {trainer.mtp.loss_type}"
     return {
         "model": f"{spec.path} ({spec.architecture}, {spec.num_layers} layers x {spec.hidden_size})",
-        "draft": draft,
+        "draft": describe_draft(trainer),
         "policy": f"{trainer.placement.device}, TP {tp} x DP {dp}, {trainer.policy.megatron_config.dtype}",
         "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
@@ -261,12 +288,24 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
     """What one would type after this run."""
     if not config.trainer.save_final_model:
         return []
-    # `vllm serve`, in the form that vLLM's CPU build has as well.
-    serve = f"python -m vllm.entrypoints.openai.api_server --model {run_dir}/model"
-    if config.trainer.mtp.enabled:
-        draft = f'{{"method": "mtp", "num_speculative_tokens": {config.trainer.mtp.num_speculative_tokens}}}'
-        serve += f" --speculative-config '{draft}'"
-    return [serve, f"skyrl-spec train ... trainer.policy.model.path={run_dir}/model   (goes on from its weights)"]
+    policy, draft = f"{run_dir}/model", f"{run_dir}/draft"
+    go_on = f"skyrl-spec train ... trainer.policy.model.path={policy}"
+    if config.trainer.dflash.enabled:
+        go_on += f" trainer.dflash.path={draft}"
+    return [serve_command(config, policy, draft), f"{go_on}   (goes on from these weights)"]
+
+
+def serve_command(config: Config, policy: str, draft: str) -> str:
+    """What serves policy and draft: `vllm serve`, in the form that vLLM's CPU build has as well."""
+    trainer = config.trainer
+    command = f"python -m vllm.entrypoints.openai.api_server --model {policy}"
+    speculative: dict[str, Any] = {}
+    if trainer.mtp.enabled:
+        speculative = {"method": "mtp", "num_speculative_tokens": trainer.mtp.num_speculative_tokens}
+    elif trainer.dflash.enabled:
+        num_tokens = trainer.dflash.num_speculative_tokens
+        speculative = {"method": "dflash", "model": draft, "num_speculative_tokens": num_tokens}
+    return f"{command} --speculative-config '{json.dumps(speculative)}'" if speculative else command
 
 
 @contextmanager
