@@ -1,4 +1,4 @@
-"""What vLLM 0.32 needs to sample right on CPU: one function for each fault, with its reason and when it can go.
+"""What vLLM 0.32 needs to compute what it should: one function for each fault, with its reason and when it can go.
 
 ``register`` is the ``vllm.general_plugins`` entry point, so every process of vLLM runs it before its workers start.
 """
@@ -82,15 +82,102 @@ def mend_reload_of_tied_output_weights() -> None:
     reload.finalize_layerwise_reload = finalize_layerwise_reload
 
 
+def mend_context_keys_of_later_layers() -> None:
+    """Norms the context keys of each layer of a DFlash draft with that layer's weight.
+
+    vLLM norms the keys of all layers in one call, with a row of weights for each. Its CPU kernel knows of one row: the
+    keys of every layer are normed with the weight of the first.
+    Remove when tests/rollout/test_dflash_compat.py::test_context_keys_are_wrong_without_the_mend fails.
+    """
+    from vllm import _custom_ops
+    from vllm.model_executor.models import qwen3_dflash
+
+    draft_class: Any = qwen3_dflash.DFlashQwen3Model
+    _require(draft_class, "_normalize_context_k", mend_context_keys_of_later_layers)
+
+    def _normalize_context_k(self: Any, all_k: Tensor) -> Tensor:
+        normed = torch.empty_like(all_k)
+        for normed_k, k, weight in zip(normed, all_k, self._k_norm_weights, strict=True):
+            _custom_ops.rms_norm(normed_k, k, weight, self._rms_norm_eps)
+        return normed
+
+    draft_class._normalize_context_k = _normalize_context_k
+
+
+def mend_context_projection_of_packed_weights() -> None:
+    """Projects the context of a DFlash draft with its layers themselves, not with a copy of their weights.
+
+    On CPU a linear layer packs its weights and empties ``weight``. The copy, made of ``weight`` before that, cannot be
+    made again when a weight update ends. Without it vLLM asks the layers, as it does with quantized ones.
+    Remove when tests/rollout/test_dflash_compat.py::test_an_update_breaks_the_draft_without_the_mend fails for it.
+    """
+    from vllm.model_executor.models import qwen3_dflash
+
+    draft_class: Any = qwen3_dflash.DFlashQwen3Model
+    _require(draft_class, "_build_context_kv_buffers", mend_context_projection_of_packed_weights)
+    upstream = draft_class._build_context_kv_buffers
+
+    def _build_context_kv_buffers(self: Any, layers_attn: list[torch.nn.Module], has_bias: bool) -> None:
+        upstream(self, layers_attn, has_bias)
+        self._fused_kv_weight = self._fused_kv_bias = None
+
+    draft_class._build_context_kv_buffers = _build_context_kv_buffers
+
+
+def mend_reload_of_context_buffers() -> None:
+    """Builds what a DFlash draft projects its context with when a weight update ends, and not in the middle of it.
+
+    These are copies of parameters, and references to some. ``load_weights`` builds them, but in a weight update the
+    parameters of layers that wait for tensors, and the RoPE table, are without values then. So the next draft fails or
+    is computed with old weights. The new values go into the tensors that are there, which a CUDA graph may point to.
+    Remove when tests/rollout/test_dflash_compat.py::test_an_update_breaks_the_draft_without_the_mend fails for it.
+    """
+    from vllm.model_executor.model_loader import reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.models import qwen3_dflash
+
+    draft_class: Any = qwen3_dflash.DFlashQwen3Model
+    _require(reload, "finalize_layerwise_reload", mend_reload_of_context_buffers)
+    _require(draft_class, "_build_fused_kv_buffers", mend_reload_of_context_buffers)
+    upstream_finalize = reload.finalize_layerwise_reload
+    upstream_build = draft_class._build_fused_kv_buffers
+
+    def _build_fused_kv_buffers(self: Any) -> None:
+        # Attention layers keep this from the beginning of an update to its end.
+        if all(get_layerwise_info(layer).kernel_tensors is None for layer in self.modules()):
+            upstream_build(self)
+
+    @torch.inference_mode()
+    def rebuild(draft: torch.nn.Module) -> None:
+        tensors = {name: value for name, value in vars(draft).items() if isinstance(value, Tensor)}
+        upstream_build(draft)
+        for name, tensor in tensors.items():
+            built = getattr(draft, name)
+            if built is not None and built.shape == tensor.shape:
+                setattr(draft, name, tensor.copy_(built))
+
+    def finalize_layerwise_reload(model: torch.nn.Module, model_config: Any) -> None:
+        upstream_finalize(model, model_config)
+        for module in model.modules():
+            if isinstance(module, draft_class):
+                rebuild(module)
+
+    draft_class._build_fused_kv_buffers = _build_fused_kv_buffers
+    reload.finalize_layerwise_reload = finalize_layerwise_reload
+
+
+MENDS: tuple[Callable[[], None], ...] = (mend_reload_of_context_buffers,)
 CPU_MENDS: tuple[Callable[[], None], ...] = (
     mend_sampling_parameter_expansion,
     mend_top_k_of_no_tokens,
     mend_reload_of_tied_output_weights,
+    mend_context_keys_of_later_layers,
+    mend_context_projection_of_packed_weights,
 )
 
 
-def register(cpu_mends: Sequence[Callable[[], None]] = CPU_MENDS) -> None:
-    """Tells vLLM of the weight engine and, on CPU, applies the mends. Only a process's first call does anything."""
+def register(mends: Sequence[Callable[[], None]] = MENDS, cpu_mends: Sequence[Callable[[], None]] = CPU_MENDS) -> None:
+    """Tells vLLM of the weight engine and applies the mends. Only a process's first call does anything."""
     global _registered
     if _registered:
         return
@@ -101,14 +188,13 @@ def register(cpu_mends: Sequence[Callable[[], None]] = CPU_MENDS) -> None:
     WeightTransferEngineFactory.register_engine(
         WEIGHT_ENGINE, "skyrl_spec.rollout.weight_engine", "RayWeightTransferEngine"
     )
-    if current_platform.is_cpu():
-        for mend in cpu_mends:
-            mend()
+    for mend in (*mends, *(cpu_mends if current_platform.is_cpu() else ())):
+        mend()
 
 
-def _require(module: Any, name: str, mend: Callable[[], None]) -> None:
-    """A mend of something that is gone must be looked at, not skipped."""
-    if not hasattr(module, name):
+def _require(owner: Any, name: str, mend: Callable[[], None]) -> None:
+    """A mend of something that is gone must be looked at, not skipped. ``owner``: a module or a class."""
+    if not hasattr(owner, name):
         raise RuntimeError(
-            f"{module.__name__}.{name} is gone from vLLM: adapt or remove skyrl_spec.rollout.compat.{mend.__name__}"
+            f"{owner.__name__}.{name} is gone from vLLM: adapt or remove skyrl_spec.rollout.compat.{mend.__name__}"
         )

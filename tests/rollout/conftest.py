@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ray
 from ray.actor import ActorHandle
-from tiny_models import MAX_MODEL_LEN, MTP, write_tiny_model
+from recording import DflashRecordingEngine
+from tiny_models import MAX_MODEL_LEN, MTP, dflash, write_tiny_dflash, write_tiny_model, write_tiny_qwen3
 
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
@@ -23,6 +24,15 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         write_tiny_model(root / f"w{seed}", seed)
         write_tiny_model(root / f"tied{seed}", seed, tied=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def dflash_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Targets ``t0`` and ``t1`` with DFlash drafts ``d0`` and ``d1`` (unlike weights)."""
+    root = tmp_path_factory.mktemp("dflash_models")
+    for seed in (0, 1):
+        write_tiny_dflash(root / f"d{seed}", write_tiny_qwen3(root / f"t{seed}", seed), seed)
     return root
 
 
@@ -59,3 +69,13 @@ def start_engine(ray_cluster: None, base_settings: EngineSettings) -> Iterator[C
 def engine(start_engine: Callable[..., ActorHandle]) -> ActorHandle:
     """Serves ``w0`` with its MTP head; tests leave its weights as they are."""
     return start_engine()
+
+
+@pytest.fixture(scope="session")
+def dflash_engine(start_engine: Callable[..., ActorHandle], dflash_dir: Path) -> ActorHandle:
+    """Serves ``t0`` with ``d0``; tests leave its weights as they are."""
+    return start_engine(
+        DflashRecordingEngine,
+        model_path=str(dflash_dir / "t0"),
+        speculative_config=dflash(dflash_dir / "d0"),
+    )

@@ -15,7 +15,7 @@ from skyrl_spec.rollout.engine import RolloutEngine
 
 @dataclass
 class DraftedBlock:
-    """The position of a block's first token, and the drafter's logits ``[K, V]`` of the K tokens after it."""
+    """The position of a block's first token, as vLLM has it, and the drafter's logits ``[K, V]`` of the K after it."""
 
     anchor: int
     logits: Tensor
@@ -23,25 +23,27 @@ class DraftedBlock:
 
 @dataclass
 class DraftedResponse:
-    """A greedy response to a prompt, and the blocks that were drafted for it, in order."""
+    """A greedy response with its prompt, and the blocks that were drafted for it, in order.
+
+    Where the prompt comes in chunks there is a block behind each; vLLM drops its drafts.
+    """
 
     token_ids: list[int]
     blocks: list[DraftedBlock]
 
 
-@ray.remote
-class DflashRecordingEngine(RolloutEngine):
+class DflashRecorder(RolloutEngine):
     """An engine that keeps the logits of its DFlash drafter."""
 
     def draft(self, prompt: list[int], num_tokens: int) -> DraftedResponse:
         """A greedy response of ``num_tokens`` to ``prompt``, alone in its batch."""
-        model = self._runner().drafter.model
-        recorded: list[Tensor] = []
-        original = model.compute_logits
+        drafter = self._runner().drafter
+        model, original = drafter.model, drafter.model.compute_logits
+        blocks: list[DraftedBlock] = []
 
         def compute_logits(*args: Any, **kwargs: Any) -> Tensor:
             logits = original(*args, **kwargs)
-            recorded.append(logits.clone())
+            blocks.append(DraftedBlock(int(drafter.positions[0]), logits.clone()))
             return logits
 
         model.compute_logits = compute_logits
@@ -51,30 +53,45 @@ class DflashRecordingEngine(RolloutEngine):
         finally:
             model.compute_logits = original
         token_ids = [*prompt, *response]
-        return DraftedResponse(token_ids, _blocks(recorded, token_ids, len(prompt)))
+        # The last block may start behind the response's end.
+        return DraftedResponse(token_ids, [block for block in blocks if block.anchor < len(token_ids)])
+
+    def shares_embeddings_and_head(self) -> bool:
+        """Whether the drafter's embeddings and output head are the target's own modules."""
+        target, draft = self._runner().model, self._runner().drafter.model
+        return draft.model.embed_tokens is target.model.embed_tokens and draft.lm_head is target.lm_head
+
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens taken from the prefix cache so far."""
+        (hits,) = [metric for metric in self._llm.get_metrics() if metric.name == "vllm:prefix_cache_hits"]
+        return hits.value
+
+    def context_buffers(self) -> dict[str, tuple[str, int]]:
+        """Device and address of the drafter's tensors that are neither parameters nor buffers of torch."""
+        attributes = vars(self._runner().drafter.model.model)
+        return {
+            name: (str(value.device), value.data_ptr())
+            for name, value in attributes.items()
+            if isinstance(value, Tensor)
+        }
 
     def _runner(self) -> Any:
         return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
-def _blocks(recorded: list[Tensor], token_ids: list[int], first_anchor: int) -> list[DraftedBlock]:
-    """The first block starts at the first sampled token; each further one behind the accepted drafts."""
-    blocks = []
-    anchor = first_anchor
-    for logits in recorded:
-        if anchor >= len(token_ids):
-            break
-        blocks.append(DraftedBlock(anchor, logits))
-        drafts = logits.argmax(-1).tolist()
-        anchor += 1
-        for draft in drafts:
-            if anchor >= len(token_ids) or draft != token_ids[anchor]:
-                break
-            anchor += 1
-    return blocks
+DflashRecordingEngine = ray.remote(DflashRecorder)
 
 
-def reference_logits(
+def largest_difference(responses: list[DraftedResponse], target: TargetReference, draft: DflashReference) -> float:
+    """Of recorded logits and the definition's, over all blocks."""
+    return max(
+        float((block.logits - _reference_logits(draft, target, response.token_ids, block)).abs().max())
+        for response in responses
+        for block in response.blocks
+    )
+
+
+def _reference_logits(
     draft: DflashReference, target: TargetReference, token_ids: list[int], block: DraftedBlock
 ) -> Tensor:
     """``[K, V]``: of ``block`` by the definition."""

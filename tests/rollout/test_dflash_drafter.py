@@ -1,4 +1,4 @@
-"""vLLM's DFlash drafter computes what the reference says."""
+"""vLLM's DFlash drafter computes what the reference says, also of prompts in chunks and of cached prefixes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ import ray
 import torch
 from dflash_reference import DflashReference, TargetReference
 from ray.actor import ActorHandle
-from recording import DflashRecordingEngine, DraftedResponse, reference_logits
+from recording import DflashRecordingEngine, DraftedResponse, largest_difference
 from tiny_models import BLOCK_SIZE, LONG_PROMPT, VOCAB_SIZE, dflash, write_tiny_dflash, write_tiny_qwen3
 
 # fp32 on two implementations.
 TOLERANCE = 1e-4
 PROMPT_LENGTHS = (1, 2, 7, 40)
 RESPONSE_LENGTH = 24
-# The default rule's, and the first and the last layer: the last one's output is taken before the final norm.
-LAYER_IDS = {"default layers": None, "first and last layer": (0, 5)}
+NUM_LAYERS = 6
 
 
-@pytest.fixture(scope="module", params=LAYER_IDS.values(), ids=LAYER_IDS.keys())
+@pytest.fixture(scope="module", params=["default layers", "first and last layer, prompts in chunks"])
 def served(
     request: pytest.FixtureRequest, start_engine: Callable[..., ActorHandle], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ActorHandle, Path, Path]:
     """(engine, target, draft)"""
+    if request.param == "default layers":
+        models = request.getfixturevalue("dflash_dir")
+        return request.getfixturevalue("dflash_engine"), models / "t0", models / "d0"
     root = tmp_path_factory.mktemp("dflash")
-    tied = request.param is not None
-    target = write_tiny_qwen3(root / "target", seed=0, tied=tied)
-    draft = write_tiny_dflash(root / "draft", target, seed=0, target_layer_ids=request.param)
-    engine = start_engine(DflashRecordingEngine, model_path=str(target), speculative_config=dflash(draft))
+    target = write_tiny_qwen3(root / "target", seed=0, tied=True, num_layers=NUM_LAYERS)
+    # The last layer's output is taken before the final norm.
+    draft = write_tiny_dflash(root / "draft", target, seed=0, target_layer_ids=(0, NUM_LAYERS - 1))
+    engine = start_engine(
+        DflashRecordingEngine,
+        model_path=str(target),
+        speculative_config=dflash(draft),
+        max_num_seqs=8,
+        engine_init_kwargs={"max_num_batched_tokens": 64},
+    )
     return engine, target, draft
 
 
@@ -42,26 +50,28 @@ def responses(served: tuple[ActorHandle, Path, Path]) -> list[DraftedResponse]:
     return ray.get([served[0].draft.remote(prompt, RESPONSE_LENGTH) for prompt in [*prompts, LONG_PROMPT[:150]]])
 
 
-def _largest_difference(responses: list[DraftedResponse], target: Path, draft: DflashReference) -> float:
-    of_target = TargetReference(target)
-    return max(
-        float((block.logits - reference_logits(draft, of_target, response.token_ids, block)).abs().max())
-        for response in responses
-        for block in response.blocks
-    )
-
-
 def test_the_drafter_computes_the_reference(
     served: tuple[ActorHandle, Path, Path], responses: list[DraftedResponse]
 ) -> None:
     _, target, draft = served
     blocks = [block for response in responses for block in response.blocks]
     assert {block.logits.shape for block in blocks} == {(BLOCK_SIZE - 1, VOCAB_SIZE)}
-    # Later blocks, also behind accepted drafts.
     assert all(len(response.blocks) > 5 for response in responses)
-    steps = [b.anchor - a.anchor for response in responses for a, b in itertools.pairwise(response.blocks)]
-    assert min(steps) == 1 < max(steps)
-    assert _largest_difference(responses, target, DflashReference(draft)) < TOLERANCE
+    assert largest_difference(responses, TargetReference(target), DflashReference(draft)) < TOLERANCE
+
+
+def test_a_block_starts_behind_the_accepted_drafts(dflash_engine: ActorHandle) -> None:
+    num_accepted = []
+    for prompt in ([9], LONG_PROMPT[:7]):
+        response = ray.get(dflash_engine.draft.remote(prompt, RESPONSE_LENGTH))
+        assert response.blocks[0].anchor == len(prompt)
+        for block, following in itertools.pairwise(response.blocks):
+            drafts = block.logits.argmax(-1).tolist()
+            sampled = response.token_ids[block.anchor + 1 :]
+            accepted = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(drafts, sampled, strict=False)))
+            assert following.anchor == block.anchor + len(accepted) + 1
+            num_accepted.append(len(accepted))
+    assert min(num_accepted) == 0 < max(num_accepted)
 
 
 @pytest.mark.parametrize("offset", [-1, 1])
@@ -70,5 +80,17 @@ def test_captured_layers_off_by_one_are_another_function(
 ) -> None:
     _, target, path = served
     draft = DflashReference(path)
-    draft.target_layer_ids = [(layer_id + offset) % 6 for layer_id in draft.target_layer_ids]
-    assert _largest_difference(responses, target, draft) > 1e-2
+    draft.target_layer_ids = [(layer_id + offset) % NUM_LAYERS for layer_id in draft.target_layer_ids]
+    assert largest_difference(responses, TargetReference(target), draft) > 1e-2
+
+
+def test_a_cached_prefix_has_the_keys_of_the_draft(served: tuple[ActorHandle, Path, Path]) -> None:
+    engine, target, draft = served
+    ray.get(engine.reset_prefix_cache.remote())
+    prompt = LONG_PROMPT[::-1]
+    # The second time with tokens of its own behind the cached prefix.
+    requests = [(prompt, 8), ([*prompt[:280], 5, 6, 7], 8)]
+    before = ray.get(engine.num_cached_tokens.remote())
+    responses = [ray.get(engine.draft.remote(*request)) for request in requests]
+    assert ray.get(engine.num_cached_tokens.remote()) - before >= 128
+    assert largest_difference(responses, TargetReference(target), DflashReference(draft)) < TOLERANCE

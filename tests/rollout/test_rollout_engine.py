@@ -16,6 +16,7 @@ from tiny_models import (
     assert_exact_logprobs,
     generate,
     second_token_p_value,
+    token_p_values,
 )
 
 from skyrl_spec.config import ConfigError, SamplingConfig
@@ -37,12 +38,20 @@ def plain_engine(start_engine: Callable[..., ActorHandle]) -> ActorHandle:
     return start_engine(speculative_config=None)
 
 
+@pytest.fixture(params=["mtp", "dflash"])
+def drafting(request: pytest.FixtureRequest) -> tuple[ActorHandle, Path]:
+    """An engine with a draft, and its target."""
+    if request.param == "mtp":
+        return request.getfixturevalue("engine"), request.getfixturevalue("models_dir") / "w0"
+    return request.getfixturevalue("dflash_engine"), request.getfixturevalue("dflash_dir") / "t0"
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
-def test_samples_come_from_the_exact_distribution(
-    engine: ActorHandle, models_dir: Path, sampling: SamplingConfig
-) -> None:
+def test_samples_come_from_the_exact_distribution(drafting: tuple[ActorHandle, Path], sampling: SamplingConfig) -> None:
+    engine, target = drafting
     before = ray.get(engine.spec_counters.remote())
-    assert second_token_p_value(engine, models_dir / "w0", sampling) > 0.001
+    # Both drafted: at the end of one block, the third one's draft counts if the second one's was accepted.
+    assert min(token_p_values(engine, target, sampling, (1, 2))) > 0.001
     drafted = ray.get(engine.spec_counters.remote()) - before
     # The draft takes part: some of its tokens are accepted, some are not.
     assert 0.1 < drafted.num_accepted_tokens_per_pos[0] / drafted.num_drafts < 0.9
@@ -72,6 +81,17 @@ def test_temperature_0_with_the_draft_equals_without(
         assert_exact_logprobs([drafted], prompt, models_dir / "w0", greedy)
 
 
+def test_temperature_0_with_a_dflash_draft_equals_without(
+    dflash_engine: ActorHandle, start_engine: Callable[..., ActorHandle], dflash_dir: Path
+) -> None:
+    plain = start_engine(model_path=str(dflash_dir / "t0"), speculative_config=None)
+    greedy = SamplingConfig(temperature=0.0, max_generate_length=24)
+    with_draft, without = generate(dflash_engine, PROMPTS, greedy), generate(plain, PROMPTS, greedy)
+    assert [[sample.token_ids for sample in group] for group in with_draft] == [
+        [sample.token_ids for sample in group] for group in without
+    ]
+
+
 def test_a_seed_fixes_each_response_whatever_else_is_in_the_batch(engine: ActorHandle) -> None:
     sampling = SamplingConfig(max_generate_length=12)
     first = generate(engine, [PROMPT, [9]], sampling, n=3, seed=5)
@@ -93,17 +113,20 @@ def test_responses_end_at_the_end_token_or_the_limit(engine: ActorHandle) -> Non
         assert sample.finish_reason == "stop" or len(sample.token_ids) == 40
 
 
-def test_responses_stay_within_the_context(engine: ActorHandle, models_dir: Path) -> None:
+def test_responses_stay_within_the_context(drafting: tuple[ActorHandle, Path]) -> None:
+    engine, target = drafting
     samples = generate(engine, [LONG_PROMPT], SamplingConfig(max_generate_length=100), n=16)[0]
     full = [sample for sample in samples if sample.finish_reason == "length"]
     assert full
     assert {len(sample.token_ids) for sample in full} == {MAX_MODEL_LEN - len(LONG_PROMPT)}
-    assert_exact_logprobs(full, LONG_PROMPT, models_dir / "w0", SamplingConfig())
+    assert_exact_logprobs(full, LONG_PROMPT, target, SamplingConfig())
     with pytest.raises(ValueError, match=f"a prompt of {MAX_MODEL_LEN} tokens fills max_model_len={MAX_MODEL_LEN}"):
         generate(engine, [[5] * MAX_MODEL_LEN], SamplingConfig())
 
 
-def test_a_response_at_its_limit_leaves_the_drafting_of_others_alone(engine: ActorHandle) -> None:
+def test_a_response_at_its_limit_leaves_the_drafting_of_others_alone(drafting: tuple[ActorHandle, Path]) -> None:
+    engine, _ = drafting
+
     def greedy_counters(prompts: list[list[int]]) -> SpecCounters:
         ray.get(engine.reset_prefix_cache.remote())
         before = ray.get(engine.spec_counters.remote())

@@ -29,7 +29,7 @@ class UnmendedEngine(RolloutEngine):
     """An engine on vLLM as it comes."""
 
     def __init__(self, settings: EngineSettings):
-        compat.register(cpu_mends=())
+        compat.register(mends=(), cpu_mends=())
         super().__init__(settings)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -12,13 +11,10 @@ import torch
 from ray.actor import ActorHandle
 from tiny_models import LONG_PROMPT, PROMPT, assert_exact_logprobs, generate, split_weights
 from torch import Tensor
+from updates import GREEDY, assert_equals_fresh, run, update
 
 from skyrl_spec.config import SamplingConfig
 from skyrl_spec.sync.payload import pack_chunks, pack_weights
-from skyrl_spec.types import Generation, SpecCounters
-
-GREEDY = SamplingConfig(temperature=0.0, max_generate_length=32)
-PROMPTS = [PROMPT, [9], [60, 61, 62], LONG_PROMPT]
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +30,10 @@ def fresh(start_engine: Callable[..., ActorHandle], models_dir: Path) -> ActorHa
     return start_engine(model_path=str(models_dir / "w1"))
 
 
-def update(engine: ActorHandle, draft: bool, payloads: Iterable[dict[str, Any]]) -> None:
-    ray.get(engine.start_weight_update.remote(draft))
-    for payload in payloads:
-        ray.get(engine.update_weights.remote(ray.put(payload)))
-    ray.get(engine.finish_weight_update.remote())
-
-
 def update_both(engine: ActorHandle, path: Path) -> None:
     for draft, weights in enumerate(split_weights(path)):
         update(engine, bool(draft), [pack_weights(weights.items())])
     ray.get(engine.reset_prefix_cache.remote())
-
-
-def run(engine: ActorHandle) -> tuple[list[Generation], SpecCounters]:
-    before = ray.get(engine.spec_counters.remote())
-    samples = [group[0] for group in generate(engine, PROMPTS, GREEDY)]
-    return samples, ray.get(engine.spec_counters.remote()) - before
-
-
-def assert_equals_fresh(engine: ActorHandle, fresh: ActorHandle) -> None:
-    """Tokens and acceptance equal, log-probs bit for bit."""
-    ray.get(fresh.reset_prefix_cache.remote())
-    (samples, counters), (expected, expected_counters) = run(engine), run(fresh)
-    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in expected]
-    assert [sample.logprobs for sample in samples] == [sample.logprobs for sample in expected]
-    assert counters == expected_counters
 
 
 def test_updated_engine_equals_a_fresh_one(updated: ActorHandle, fresh: ActorHandle, models_dir: Path) -> None:

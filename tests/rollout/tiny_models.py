@@ -237,20 +237,42 @@ def generate(
 
 
 def second_token_p_value(engine: ActorHandle, path: Path, sampling: SamplingConfig, seed: int | None = None) -> float:
-    """Chi-square p of the second token of 8,192 samples of a prompt against its exact marginal.
+    """As ``token_p_values``: the second token is the first one that drafting has a part in."""
+    return token_p_values(engine, path, sampling, (1,), seed)[0]
 
-    The first token comes of the prefill; the second is the first one that drafting has a part in. Bins expected
-    fewer than 5 times are pooled; a token that cannot be sampled makes it 0.
+
+def token_p_values(
+    engine: ActorHandle, path: Path, sampling: SamplingConfig, indices: Sequence[int], seed: int | None = None
+) -> list[float]:
+    """Chi-square p of tokens of 8,192 samples of a prompt against their exact marginals. ``indices``: 0 is the first.
+
+    Bins expected fewer than 5 times are pooled; a token that cannot be sampled makes it 0.
     """
     samples = generate(engine, [PROMPT], replace(sampling, max_generate_length=3), n=8192, seed=seed)[0]
-    second = torch.tensor([sample.token_ids[1] for sample in samples if len(sample.token_ids) > 1])
-    counts = torch.bincount(second, minlength=VOCAB_SIZE).double()
-    first = exact_logprobs(path, [PROMPT], sampling)[0, -1].exp()
-    after_first = exact_logprobs(path, [[*PROMPT, token] for token in range(VOCAB_SIZE)], sampling)[:, -1].exp()
-    # A response that ends at once has no second token.
-    first[EOS_TOKEN] = 0.0
-    expected = first @ after_first
-    expected = expected / expected.sum() * counts.sum()
+    p_values = []
+    for index in indices:
+        # A response that ends at once has no second token.
+        tokens = torch.tensor([sample.token_ids[index] for sample in samples if len(sample.token_ids) > index])
+        counts = torch.bincount(tokens, minlength=VOCAB_SIZE).double()
+        p_values.append(_chi_square_p_value(counts, _marginal(path, sampling, index)))
+    return p_values
+
+
+def _marginal(path: Path, sampling: SamplingConfig, index: int) -> Tensor:
+    """``[V]``: exact probabilities of the token at ``index`` of responses to ``PROMPT`` that are so long."""
+    prefixes, weights = [PROMPT], torch.ones(1, dtype=torch.float64)
+    for _ in range(index):
+        joint = weights[:, None] * exact_logprobs(path, prefixes, sampling)[:, -1].exp()
+        joint[:, EOS_TOKEN] = 0.0
+        rows, tokens = joint.nonzero(as_tuple=True)
+        prefixes = [[*prefixes[row], token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
+        weights = joint[rows, tokens]
+    marginal = weights @ exact_logprobs(path, prefixes, sampling)[:, -1].exp()
+    return marginal / weights.sum()
+
+
+def _chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
+    expected = probabilities * counts.sum()
     if counts[expected == 0].sum() > 0:
         return 0.0
     rare = expected < 5

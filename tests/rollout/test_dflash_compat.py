@@ -1,0 +1,74 @@
+"""The faults of vLLM with DFlash drafts that are mended, on engines without: when one is gone, so can its mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from dflash_reference import DflashReference, TargetReference
+from ray.actor import ActorHandle
+from recording import DflashRecorder, largest_difference
+from safetensors.torch import load_file
+from tiny_models import PROMPT, dflash
+from updates import update
+
+from skyrl_spec.rollout import compat
+from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.sync.payload import pack_weights
+
+# Of an empty matrix, where the weights were.
+SHAPES = "size mismatch|shapes|dimension|empty"
+
+
+@ray.remote
+class EngineWithout(DflashRecorder):
+    """An engine on vLLM with some mends left out."""
+
+    def __init__(self, settings: EngineSettings, *left_out: str):
+        every = {mend.__name__: mend for mend in (*compat.MENDS, *compat.CPU_MENDS)}
+        for name in left_out:
+            del every[name]
+        compat.register(mends=(), cpu_mends=tuple(every.values()))
+        super().__init__(settings)
+
+
+@pytest.fixture(scope="module")
+def engines_without(start_engine: Callable[..., ActorHandle], dflash_dir: Path) -> dict[str, ActorHandle]:
+    """By the mend that is left out; two faults that have nothing to do with each other share an engine."""
+
+    def start(*left_out: str) -> ActorHandle:
+        settings = {"model_path": str(dflash_dir / "t0"), "speculative_config": dflash(dflash_dir / "d0")}
+        return start_engine(EngineWithout, args=left_out, **settings)
+
+    packed, keys, buffers = (
+        "mend_context_projection_of_packed_weights",
+        "mend_context_keys_of_later_layers",
+        "mend_reload_of_context_buffers",
+    )
+    both = start(keys, buffers)
+    return {packed: start(packed), keys: both, buffers: both}
+
+
+def test_context_keys_are_wrong_without_the_mend(
+    engines_without: dict[str, ActorHandle], dflash_engine: ActorHandle, dflash_dir: Path
+) -> None:
+    target, draft = TargetReference(dflash_dir / "t0"), DflashReference(dflash_dir / "d0")
+    unmended = ray.get(engines_without["mend_context_keys_of_later_layers"].draft.remote(PROMPT, 4))
+    assert largest_difference([unmended], target, draft) > 1e-2
+    mended = ray.get(dflash_engine.draft.remote(PROMPT, 4))
+    assert largest_difference([mended], target, draft) < 1e-4
+
+
+@pytest.mark.parametrize("mend", ["mend_context_projection_of_packed_weights", "mend_reload_of_context_buffers"])
+def test_an_update_breaks_the_draft_without_the_mend(
+    engines_without: dict[str, ActorHandle], dflash_dir: Path, mend: str
+) -> None:
+    """Every weight stays what it is, and yet; test_dflash_transfer.py has the same with the mends. Last: it breaks."""
+    unmended = engines_without[mend]
+    ray.get(unmended.init_weight_transfer_engine.remote({}))
+    assert ray.get(unmended.draft.remote(PROMPT, 4)).blocks
+    update(unmended, True, [pack_weights(load_file(dflash_dir / "d0" / "model.safetensors").items())])
+    with pytest.raises(RuntimeError, match=SHAPES if mend == "mend_context_projection_of_packed_weights" else "meta"):
+        ray.get(unmended.draft.remote(PROMPT, 4))
