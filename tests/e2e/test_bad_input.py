@@ -228,6 +228,14 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda space: [f"trainer.run_dir={space.root / 'rows.jsonl' / 'run'}"],
         ("trainer.run_dir=", "rows.jsonl is a file", "choose another"),
     ),
+    "shared GPUs on CPU": (
+        lambda _: ["trainer.placement.colocate_all=true"],
+        ("trainer.placement.colocate_all=true: shares GPUs", "trainer.placement.device=cpu", "set it false"),
+    ),
+    "ipc without shared GPUs": (
+        lambda _: ["trainer.placement.device=cuda", f"{ENGINE}.weight_sync_backend=ipc"],
+        (f"{ENGINE}.weight_sync_backend=ipc: ", "must be nccl", "trainer.placement.colocate_all=true", "leave it null"),
+    ),
     "no GPU": (
         lambda _: ["trainer.placement.device=cuda", "trainer.measure_speedup=false"],
         ("trainer.placement.device=cuda: no CUDA device is visible", "set it to cpu"),
