@@ -76,6 +76,8 @@ class PlacementConfig:
     policy_num_nodes: int = 1
     # None: one model replica, that is tensor_model_parallel_size.
     policy_num_gpus_per_node: int | None = None
+    # Workers and engines share GPUs, one of each a GPU. An engine keeps its memory while the workers train.
+    colocate_all: bool = False
     # How long actors may wait to be placed and started before the run gives up.
     timeout_s: float = 600.0
 
@@ -250,7 +252,7 @@ class InferenceEngineConfig:
     max_num_seqs: int = 256
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
-    # None: "ray" on CPU, "nccl" on GPU.
+    # None: "ray" on CPU, "nccl" on GPU, "ipc" on GPUs with trainer.placement.colocate_all.
     weight_sync_backend: str | None = None
     # Seconds for an engine to answer one batch before the run gives up on it.
     generate_timeout_s: float = 3600.0

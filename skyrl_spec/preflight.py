@@ -95,7 +95,14 @@ def _check_device(config: Config) -> None:
             "set it to cpu, mend the driver or CUDA_VISIBLE_DEVICES, or join a cluster with RAY_ADDRESS"
         )
     num_workers, num_engine_gpus = parallel_layout(config).world_size, engine.num_engines * engine.tensor_parallel_size
-    if num_workers + num_engine_gpus > num_gpus:
+    if config.trainer.placement.colocate_all:
+        if num_workers > num_gpus:
+            raise ConfigError(
+                f"trainer.placement.colocate_all=true: {num_workers} policy workers, each with an engine on its GPU, "
+                f"but this machine has {num_gpus} GPUs; lower trainer.placement.policy_num_gpus_per_node and "
+                "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
+            )
+    elif num_workers + num_engine_gpus > num_gpus:
         raise ConfigError(
             f"trainer.placement.device=cuda: {num_workers} policy workers and {num_engine_gpus} GPUs of engines, but "
             f"this machine has {num_gpus}; lower trainer.placement.policy_num_gpus_per_node or "

@@ -130,7 +130,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.placement.device": ("cpu", "cuda"),
     f"{_MEGATRON}.dtype": _DTYPES,
     f"{_ENGINE}.dtype": _DTYPES,
-    f"{_ENGINE}.weight_sync_backend": ("ray", "nccl"),
+    f"{_ENGINE}.weight_sync_backend": ("ray", "nccl", "ipc"),
     "trainer.algorithm.advantage_estimator": ("grpo",),
     "trainer.algorithm.loss_reduction": ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"),
     "trainer.algorithm.dynamic_sampling.type": ("filter",),
@@ -139,8 +139,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.warmup.resume_mode": ("latest",),
 } | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
 LOGGERS = ("console", "wandb")
-# Which transports reach the engines of a device.
-SYNC_BACKENDS = {"cpu": ("ray",), "cuda": ("nccl",)}
+# An engine holds its part of a GPU all the time. The trainer needs the rest: gradients and optimizer state alone are
+# several times the weights that it shares the GPU with.
+MAX_COLOCATED_MEMORY = 0.6
 
 
 def validate(config: Config) -> None:
@@ -159,6 +160,7 @@ def validate(config: Config) -> None:
     _check_logger(config.trainer)
     _check_batches(config)
     _check_lengths(config)
+    _check_colocation(config)
     _check_engine(config)
     _check_device_settings(config)
 
@@ -180,6 +182,17 @@ def parallel_layout(config: Config) -> Layout:
         "change it or trainer.placement.policy_num_gpus_per_node",
     )
     return Layout(world_size, tp, world_size // tp)
+
+
+def sync_backend(config: Config) -> str:
+    """How weights reach the engines. Each placement has one way, so ``weight_sync_backend`` can but say the same.
+
+    vLLM's ``ipc`` engine maps memory of the GPU that both sides are on; NCCL refuses two ranks on one GPU.
+    """
+    placement = config.trainer.placement
+    if placement.device == "cpu":
+        return "ray"
+    return "ipc" if placement.colocate_all else "nccl"
 
 
 def _get(config: Any, setting: str) -> Any:
@@ -311,15 +324,49 @@ def _check_device_settings(config: Config) -> None:
     )
 
 
-def _check_engine(config: Config) -> None:
-    engine, device = config.generator.inference_engine, config.trainer.placement.device
-    backend, backends = engine.weight_sync_backend, SYNC_BACKENDS[device]
+def _check_colocation(config: Config) -> None:
+    placement, engine = config.trainer.placement, config.generator.inference_engine
+    if not placement.colocate_all:
+        return
+    setting = "trainer.placement.colocate_all"
+    _require(placement.device == "cuda", setting, "true", "shares GPUs, and trainer.placement.device=cpu; set it false")
     _require(
-        backend is None or backend in backends,
-        f"{_ENGINE}.weight_sync_backend",
-        backend,
-        f"with trainer.placement.device={device} it must be {' or '.join(backends)}; leave it null for {backends[0]}",
+        engine.tensor_parallel_size == 1,
+        f"{_ENGINE}.tensor_parallel_size",
+        engine.tensor_parallel_size,
+        f"must be 1 with {setting}: an engine shares the one GPU of its worker; set it to 1",
     )
+    num_workers = parallel_layout(config).world_size
+    _require(
+        engine.num_engines == num_workers,
+        f"{_ENGINE}.num_engines",
+        engine.num_engines,
+        f"must be {num_workers} with {setting}, one for each policy worker; change it",
+    )
+    _require(
+        engine.gpu_memory_utilization <= MAX_COLOCATED_MEMORY,
+        f"{_ENGINE}.gpu_memory_utilization",
+        engine.gpu_memory_utilization,
+        f"must be at most {MAX_COLOCATED_MEMORY} with {setting}: the trainer's weights, gradients and optimizer state "
+        "need the rest of the GPU; lower it",
+    )
+
+
+def _check_sync_backend(config: Config) -> None:
+    backend, right = config.generator.inference_engine.weight_sync_backend, sync_backend(config)
+    mends = {
+        "ray": "with trainer.placement.device=cpu it must be ray; leave it null",
+        "nccl": "with trainer.placement.device=cuda it must be nccl, unless trainer.placement.colocate_all=true puts "
+        "trainer and engine on the same GPU, as ipc needs; leave it null, or set that",
+        "ipc": "with trainer.placement.colocate_all=true it must be ipc (NCCL refuses two ranks on one GPU); "
+        "leave it null",
+    }
+    _require(backend in (None, right), f"{_ENGINE}.weight_sync_backend", backend, mends[right])
+
+
+def _check_engine(config: Config) -> None:
+    engine = config.generator.inference_engine
+    _check_sync_backend(config)
     _require(
         "speculative_config" not in engine.engine_init_kwargs,
         f"{_ENGINE}.engine_init_kwargs.speculative_config",

@@ -82,8 +82,8 @@ class PolicyWorker:
             return []
         return [(ray.put(chunk), payload_bytes(chunk)) for chunk in chunks]
 
-    def connect(self, engines: list[Any], whiches: list[Which], address: tuple[str, int]) -> None:
-        """Open vLLM's own NCCL transfer to the engines."""
+    def connect(self, backend: str, engines: list[Any], whiches: list[Which], address: tuple[str, int]) -> None:
+        """Open vLLM's own transfer to the engines, ``nccl`` or ``ipc``."""
         from skyrl_spec.rollout.sender import ExportSource, build_senders
 
         trainer = self._trainer
@@ -93,6 +93,7 @@ class PolicyWorker:
         self._senders = build_senders(
             sources,  # type: ignore[arg-type]
             engines,
+            backend=backend,
             rank=self._rank,
             tensor_parallel_size=self._config.generator.inference_engine.tensor_parallel_size,
             master_address=address[0],

@@ -1,7 +1,8 @@
-"""The trainer's side of vLLM's own GPU weight transfer (``nccl``); CPU engines get weights over Ray."""
+"""The trainer's side of vLLM's own GPU weight transfers (``nccl``, ``ipc``); CPU engines get weights over Ray."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ import ray
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
 
 class ExportSource(WeightSource):
@@ -37,7 +40,7 @@ class EnginesClient:
         self._engines, self._tp, self._draft = engines, tensor_parallel_size, draft
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Every engine gets ranks of its own in the transfer group."""
+        """Every engine gets ranks of its own in an NCCL group; ``ipc`` has none."""
         infos = [
             init_info | {"rank_offset": init_info["rank_offset"] + index * self._tp}
             if "rank_offset" in init_info
@@ -63,19 +66,42 @@ def build_senders(
     sources: dict[str, WeightSource],
     engines: list[Any],
     *,
+    backend: str,
     rank: int,
     tensor_parallel_size: int,
     master_address: str,
     master_port: int,
 ) -> dict[str, TrainerWeightTransferEngine]:
-    """A sender for each of ``sources`` ("policy", "draft"); every trainer rank calls this, rank 0 sends."""
+    """A sender for each of ``sources`` ("policy", "draft"); every trainer rank calls this, rank 0 drives the engines.
+
+    With ``nccl`` rank 0 broadcasts from its GPU, and address and port are where the ranks meet. With ``ipc`` every
+    rank, data-parallel replicas included, packs all weights on its own GPU for the engine there.
+    """
     clients = {which: EnginesClient(engines, tensor_parallel_size, draft=which == "draft") for which in sources}
+    if backend == "ipc":
+        return {which: _ipc_sender(source, clients[which], rank) for which, source in sources.items()}
     info = NCCLTrainerInitInfo(
         master_address=master_address,
         master_port=master_port,
         world_size=1 + len(engines) * tensor_parallel_size,
         rank=rank,
     )
+    return _nccl_senders(sources, clients, info)
+
+
+def _ipc_sender(source: WeightSource, client: EnginesClient, rank: int) -> TrainerWeightTransferEngine:
+    """The handshake tells the engines how weights are packed and nothing more, so policy and draft can each make it."""
+    # A tensor travels in one piece. All ranks see the same metadata, so their chunks end at the same tensors.
+    largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
+    info = IPCTrainerInitInfo(
+        packed=True, packed_buffer_size_bytes=max(largest, DEFAULT_PACKED_BUFFER_SIZE_BYTES), rank=rank
+    )
+    return IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+
+
+def _nccl_senders(
+    sources: dict[str, WeightSource], clients: dict[str, EnginesClient], info: NCCLTrainerInitInfo
+) -> dict[str, TrainerWeightTransferEngine]:
     policy = NCCLTrainerWeightTransferEngine.trainer_init(info, client=clients["policy"], source=sources["policy"])
     senders: dict[str, TrainerWeightTransferEngine] = {"policy": policy}
     if "draft" in sources:

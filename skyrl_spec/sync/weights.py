@@ -19,7 +19,7 @@ from skyrl_spec.types import Versions, Which
 
 
 class WeightSync:
-    """Carries the workers' weights to the engines, over Ray's object store or vLLM's GPU transfer.
+    """Carries the workers' weights to the engines, over Ray's object store or vLLM's GPU transfers.
 
     ``whiches``: what is trained, in the order it is sent; what is frozen stays at version 0.
     """
@@ -32,7 +32,7 @@ class WeightSync:
             ray.get([engine.init_weight_transfer_engine.remote({}) for engine in engines])
         else:
             address = ray.get(workers[0].address.remote())
-            ray.get([worker.connect.remote(engines, self.whiches, address) for worker in workers])
+            ray.get([worker.connect.remote(backend, engines, self.whiches, address) for worker in workers])
 
     def sync(self) -> int:
         """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from skyrl_spec.config import RunError, SamplingConfig
 from skyrl_spec.data.packing import gather_shards
@@ -61,8 +62,9 @@ class EngineGroup:
 class PolicyGroup:
     """All policy workers as one. A batch is put into the object store once; every rank takes its shard from there."""
 
-    def __init__(self, handles: list[Any], places: list[tuple[int, int]]):
+    def __init__(self, handles: list[Any], places: list[tuple[int, int]], gpus: PlacementGroup | None = None):
         self.handles = handles
+        self._gpus = gpus
         # The tensor-parallel rank 0 of each data-parallel rank speaks for its replica.
         self._speakers = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
 
@@ -79,3 +81,10 @@ class PolicyGroup:
 
     def save_hf(self, directory: Any) -> None:
         ray.get([worker.save_hf.remote(directory) for worker in self.handles])
+
+    def shutdown(self) -> None:
+        """End the workers and give their GPUs back. What else runs on these GPUs ends too."""
+        for handle in self.handles:
+            ray.kill(handle)
+        if self._gpus is not None:
+            remove_placement_group(self._gpus)

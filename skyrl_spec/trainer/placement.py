@@ -13,6 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from skyrl_spec.config import Config, RunError
 from skyrl_spec.megatron.worker import PolicyWorker
@@ -20,7 +27,10 @@ from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.rollout.speculative import build_speculative_config
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
-from skyrl_spec.validation import parallel_layout
+from skyrl_spec.validation import parallel_layout, sync_backend
+
+# Of a GPU that a worker and an engine share. It is how Ray counts; gpu_memory_utilization is what divides the memory.
+_GPU_SHARE = 0.5
 
 
 @contextmanager
@@ -79,57 +89,109 @@ def engine_settings(config: Config) -> EngineSettings:
     )
 
 
-def sync_backend(config: Config) -> str:
-    """``ray`` on CPU and ``nccl`` on GPU, unless the configuration names one."""
-    default = "ray" if config.trainer.placement.device == "cpu" else "nccl"
-    return config.generator.inference_engine.weight_sync_backend or default
-
-
 def start_actors(
     config: Config, settings: EngineSettings, total_optimizer_steps: int
 ) -> tuple[EngineGroup, PolicyGroup]:
-    """Start engines and workers side by side.
+    """Start engines and workers side by side; those that share GPUs one after the other.
 
     Raises:
         RunError: they were not up within ``trainer.placement.timeout_s``.
     """
     deadline = time.monotonic() + config.trainer.placement.timeout_s
-    engines = [_create_engine(settings, index) for index in range(config.generator.inference_engine.num_engines)]
-    workers = _create_workers(config)
+    gpus = reserve_gpus(config, deadline)
+    bundles = bundles_by_rank(gpus)
+    engines = [_create_engine(settings, *numbered) for numbered in enumerate(engine_options(config, settings, bundles))]
+    pings = [engine.ping.remote() for engine in engines]
+    if config.trainer.placement.colocate_all:
+        # vLLM measures the GPU's free memory while it starts, and fails or takes less where someone else changes it.
+        _get(pings, deadline, "rollout engines", config)
+    workers = _create_workers(config, worker_options(config, bundles))
     init_method = "tcp://{}:{}".format(*_get([workers[0].address.remote()], deadline, "policy workers", config)[0])
     started = [worker.start.remote(init_method, total_optimizer_steps) for worker in workers]
     _get(started, deadline, "policy workers", config)
-    _get([engine.ping.remote() for engine in engines], deadline, "rollout engines", config)
+    _get(pings, deadline, "rollout engines", config)
     places = ray.get([worker.place.remote() for worker in workers])
     timeout_s = config.generator.inference_engine.generate_timeout_s
-    return EngineGroup(engines, timeout_s), PolicyGroup(workers, places)
+    return EngineGroup(engines, timeout_s), PolicyGroup(workers, places, gpus)
 
 
 def start_plain_engine(config: Config, settings: EngineSettings) -> EngineGroup:
     """A further engine of the same build without a draft, to compare with."""
-    engine = _create_engine(replace(settings, speculative_config=None), index=0)
+    plain = replace(settings, speculative_config=None)
+    engine = _create_engine(plain, 0, actor_options(plain))
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     _get([engine.ping.remote()], deadline, "rollout engines", config)
     return EngineGroup([engine], config.generator.inference_engine.generate_timeout_s)
 
 
-def _create_engine(settings: EngineSettings, index: int) -> Any:
-    seeded = replace(settings, seed=settings.seed + index)
-    actor_class: Any = RolloutActor
-    return actor_class.options(**actor_options(seeded)).remote(seeded)
+def reserve_gpus(config: Config, deadline: float) -> PlacementGroup | None:
+    """A GPU for each policy worker, on as few nodes as Ray finds; None on CPU, where nobody asks Ray for anything.
 
+    Removing the group gives the GPUs back; Ray does it too when the driver's connection ends.
 
-def _create_workers(config: Config) -> list[Any]:
+    Raises:
+        RunError: the GPUs were not there by ``deadline`` (of ``time.monotonic``).
+    """
+    if config.trainer.placement.device == "cpu":
+        return None
     world_size, _, _ = parallel_layout(config)
-    on_cpu = config.trainer.placement.device == "cpu"
-    num_threads = max(1, _num_cores() // world_size) if on_cpu else None
+    group = placement_group([{"GPU": 1, "CPU": 1}] * world_size, strategy="PACK")
+    try:
+        _get([group.ready()], deadline, "policy workers", config)
+    except RunError:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def bundles_by_rank(group: PlacementGroup | None) -> list[PlacementGroupSchedulingStrategy]:
+    """Where each rank goes: node after node, because neighbours make up tensor-parallel groups. Empty on CPU."""
+    if group is None:
+        return []
+    node_ids: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    indices = sorted(node_ids, key=lambda index: (node_ids[index], index))
+    return [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) for index in indices]
+
+
+def engine_options(
+    config: Config, settings: EngineSettings, bundles: list[PlacementGroupSchedulingStrategy]
+) -> list[dict[str, Any]]:
+    """Ray's options for each engine: GPUs of its own, or with ``colocate_all`` a part of the same rank's worker's."""
+    options = actor_options(settings)
+    if config.trainer.placement.colocate_all:
+        return [options | {"num_gpus": _GPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
+    return [options] * config.generator.inference_engine.num_engines
+
+
+def worker_options(config: Config, bundles: list[PlacementGroupSchedulingStrategy]) -> list[dict[str, Any]]:
+    """Ray's options for each rank's worker."""
+    placement = config.trainer.placement
     environment = {"TOKENIZERS_PARALLELISM": "false"}
-    if num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(num_threads)
-    # On CPU engines and workers take turns on the same cores, so none of them asks Ray for one.
-    options = {"num_cpus": 0 if on_cpu else 1, "num_gpus": 0 if on_cpu else 1, "runtime_env": {"env_vars": environment}}
+    if placement.device == "cpu":
+        environment["OMP_NUM_THREADS"] = str(_threads_per_worker(config))
+        # On CPU engines and workers take turns on the same cores, so none of them asks Ray for one.
+        options = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
+        return [options] * parallel_layout(config).world_size
+    share = _GPU_SHARE if placement.colocate_all else 1
+    options = {"num_cpus": 1, "num_gpus": share, "runtime_env": {"env_vars": environment}}
+    return [options | {"scheduling_strategy": bundle} for bundle in bundles]
+
+
+def _create_engine(settings: EngineSettings, index: int, options: dict[str, Any]) -> Any:
+    actor_class: Any = RolloutActor
+    return actor_class.options(**options).remote(replace(settings, seed=settings.seed + index))
+
+
+def _create_workers(config: Config, options: list[dict[str, Any]]) -> list[Any]:
+    num_threads = _threads_per_worker(config) if config.trainer.placement.device == "cpu" else None
     worker_class: Any = PolicyWorker
-    return [worker_class.options(**options).remote(config, rank, world_size, num_threads) for rank in range(world_size)]
+    return [
+        worker_class.options(**own).remote(config, rank, len(options), num_threads) for rank, own in enumerate(options)
+    ]
+
+
+def _threads_per_worker(config: Config) -> int:
+    return max(1, _num_cores() // parallel_layout(config).world_size)
 
 
 def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[Any]:

@@ -31,7 +31,7 @@ from skyrl_spec.metrics.console import ConsoleWriter
 from skyrl_spec.metrics.writers import JsonlWriter, MetricsWriter, SamplesWriter, WandbWriter, read_metrics
 from skyrl_spec.model_spec import ModelSpec, load_spec
 from skyrl_spec.types import Prompt, Rollout, Which
-from skyrl_spec.validation import parallel_layout
+from skyrl_spec.validation import parallel_layout, sync_backend
 
 # What the shell reports for a process that a signal ended.
 _SIGNAL_EXIT = 128
@@ -145,7 +145,6 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
         ray_session,
         start_actors,
         start_plain_engine,
-        sync_backend,
     )
 
     config, settings = task.config, engine_settings(task.config)
@@ -176,6 +175,7 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
                 plain.shutdown()
         finally:
             engines.shutdown()
+            policy.shutdown()
     records = read_metrics(output.run_dir / "metrics.jsonl")
     commands = _next_commands(config, output.run_dir)
     output.console.summary(records, output.run_dir, speedup=speedup, next_commands=commands)

@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from skyrl_spec.compose import load_config
+from skyrl_spec.config import ConfigError
 from skyrl_spec.preflight import preflight
 from skyrl_spec.validation import validate
 
@@ -228,6 +229,14 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda space: [f"trainer.run_dir={space.root / 'rows.jsonl' / 'run'}"],
         ("trainer.run_dir=", "rows.jsonl is a file", "choose another"),
     ),
+    "shared GPUs on CPU": (
+        lambda _: ["trainer.placement.colocate_all=true"],
+        ("trainer.placement.colocate_all=true: shares GPUs", "trainer.placement.device=cpu", "set it false"),
+    ),
+    "ipc without shared GPUs": (
+        lambda _: ["trainer.placement.device=cuda", f"{ENGINE}.weight_sync_backend=ipc"],
+        (f"{ENGINE}.weight_sync_backend=ipc: ", "must be nccl", "trainer.placement.colocate_all=true", "leave it null"),
+    ),
     "no GPU": (
         lambda _: ["trainer.placement.device=cuda", "trainer.measure_speedup=false"],
         ("trainer.placement.device=cuda: no CUDA device is visible", "set it to cpu"),
@@ -240,6 +249,20 @@ def test_the_workspace_itself_is_right(workspace: Workspace) -> None:
     config = load_config(workspace.overrides)
     validate(config)
     preflight(config)
+
+
+def test_sharing_halves_the_gpus_that_are_asked_for(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load_config([*workspace.overrides, "trainer.placement.device=cuda", f"{ENGINE}.num_engines=2"])
+    config.trainer.placement.policy_num_gpus_per_node = 2
+    with pytest.raises(ConfigError, match="2 policy workers and 2 GPUs of engines, but this machine has 2"):
+        preflight(config)
+    config.trainer.placement.colocate_all = True
+    preflight(config)
+    config.trainer.placement.policy_num_gpus_per_node = 3
+    with pytest.raises(ConfigError, match=r"colocate_all=true: 3 policy workers, .* but this machine has 2 GPUs"):
+        preflight(config)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -217,27 +217,30 @@ def ask(engine: Any) -> Answers:
     )
 
 
-def ask_around_a_sync(config: Config, settings: EngineSettings, exported: Path) -> tuple[Answers, Answers]:
-    """Answers of an engine before it got the weights of ten training steps, and after; exports them too."""
+def ask_around_a_sync(config: Config, settings: EngineSettings, exported: Path) -> tuple[Answers, list[Answers]]:
+    """Answers of an engine before all got the weights of ten training steps, and of each after; exports them too."""
     engines, policy = start_actors(config, settings, total_optimizer_steps=10)
-    (engine,) = engines.handles
-    old = ask(engine)
+    old = ask(engines.handles[0])
     for _ in range(10):
         policy.train_mini_batch(make_batch(seed=0))
     sync = WeightSync(policy.handles, engines.handles, backend=settings.weight_sync_backend, has_draft=True)
     assert sync.sync() > 0
-    synced = ask(engine)
+    synced = [ask(engine) for engine in engines.handles]
     policy.save_hf(exported)
-    ray.get(engine.shutdown.remote())
-    for handle in (*engines.handles, *policy.handles):
-        ray.kill(handle)
+    engines.shutdown()
+    policy.shutdown()
     return old, synced
 
 
-def check_sync(device: str, folder: Path, backend: str) -> None:
-    """An engine that got trained weights from a worker answers, and drafts, like one that is built from them."""
-    config = make_config(bf16_checkpoint(folder / "model"), dtype="bf16")
+def check_sync(device: str, folder: Path, backend: str, num_shared: int = 0) -> None:
+    """Engines that got trained weights from workers answer, and draft, like one that is built from them.
+
+    With ``num_shared`` there are as many tensor-parallel workers, and an engine on the GPU of each.
+    """
+    config = make_config(bf16_checkpoint(folder / "model"), dtype="bf16", tp=max(1, num_shared))
     config.trainer.placement.device = device
+    config.trainer.placement.colocate_all = num_shared > 0
+    config.generator.inference_engine.num_engines = max(1, num_shared)
     config.trainer.policy.optimizer_config.lr = config.trainer.mtp.optimizer_config.lr = 1e-2
     settings = EngineSettings(
         model_path=config.trainer.policy.model.path,
@@ -250,24 +253,29 @@ def check_sync(device: str, folder: Path, backend: str) -> None:
         weight_sync_backend=backend,
         num_threads=1 if device == "cpu" else None,
     )
-    old, synced = ask_around_a_sync(config, settings, folder / "trained")
+    old, answers = ask_around_a_sync(config, settings, folder / "trained")
     built = replace(settings, model_path=str(folder / "trained"))
     actor_class: Any = RolloutActor
     fresh_engine = actor_class.options(**actor_options(built)).remote(built)
     fresh = ask(fresh_engine)
     ray.kill(fresh_engine)
-    assert synced.token_ids == fresh.token_ids != old.token_ids
-    # A stale draft would leave the tokens right and be seen here alone.
-    assert synced.counters == fresh.counters
-    assert synced.counters.num_accepted_tokens > 0, "drafts of which none is accepted tell nothing"
-    for mine, theirs in zip(synced.logprobs, fresh.logprobs, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-3)
+    for synced in answers:
+        assert synced.token_ids == fresh.token_ids != old.token_ids
+        # A stale draft would leave the tokens right and be seen here alone.
+        assert synced.counters == fresh.counters
+        assert synced.counters.num_accepted_tokens > 0, "drafts of which none is accepted tell nothing"
+        for mine, theirs in zip(synced.logprobs, fresh.logprobs, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-3)
 
 
-@needs_two
-def test_a_synced_engine_equals_a_fresh_one(tmp_path: Path, ray_cluster: None) -> None:
+@pytest.mark.parametrize(
+    ("backend", "num_shared"),
+    [pytest.param("nccl", 0, marks=needs_two), ("ipc", 1), pytest.param("ipc", 2, marks=needs_two)],
+)
+def test_a_synced_engine_equals_a_fresh_one(tmp_path: Path, ray_cluster: None, backend: str, num_shared: int) -> None:
+    """``nccl`` from another GPU, ``ipc`` on the GPU that worker and engine share."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
         pytest.skip("needs the vllm package built for CUDA; the one installed is for another device")
-    check_sync("cuda", tmp_path, "nccl")
+    check_sync("cuda", tmp_path, backend, num_shared)

@@ -10,11 +10,16 @@ import pytest
 from skyrl_spec import compose
 from skyrl_spec.compose import available, load_config, to_yaml
 from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.validation import CHOICES, RANGES, parallel_layout, validate
+from skyrl_spec.validation import CHOICES, RANGES, parallel_layout, sync_backend, validate
 
 MIMO = "experiment=mimo_7b_dapo_8gpu"
 CPU = "experiment=cpu_mtp_grpo"
 ENGINE = "generator.inference_engine"
+# On top of cpu_mtp_grpo: its one worker and one engine on one GPU.
+COLOCATED = (
+    "trainer.placement.device=cuda trainer.placement.colocate_all=true trainer.measure_speedup=false "
+    f"{ENGINE}.gpu_memory_utilization=0.5"
+)
 
 
 def test_the_promised_experiments_exist() -> None:
@@ -229,6 +234,19 @@ RULES = {
     f"{ENGINE}.gpu_memory_utilization=1.5": f"{ENGINE}.gpu_memory_utilization=1.5",
     f"{ENGINE}.weight_sync_backend=nccl": f"{ENGINE}.weight_sync_backend=nccl: with trainer.placement.device=cpu",
     f"{ENGINE}.weight_sync_backend=ray trainer.placement.device=cuda": f"{ENGINE}.weight_sync_backend=ray",
+    f"{ENGINE}.weight_sync_backend=ipc": f"{ENGINE}.weight_sync_backend=ipc: with trainer.placement.device=cpu it must",
+    f"{ENGINE}.weight_sync_backend=ipc trainer.placement.device=cuda": (
+        f"{ENGINE}.weight_sync_backend=ipc: with trainer.placement.device=cuda it must be nccl, unless "
+        "trainer.placement.colocate_all=true"
+    ),
+    f"{COLOCATED} {ENGINE}.weight_sync_backend=nccl": (
+        f"{ENGINE}.weight_sync_backend=nccl: with trainer.placement.colocate_all=true it must be ipc"
+    ),
+    "trainer.placement.colocate_all=true": "trainer.placement.colocate_all=true: shares GPUs, and trainer",
+    f"{COLOCATED} {ENGINE}.tensor_parallel_size=2": f"{ENGINE}.tensor_parallel_size=2: must be 1 with",
+    f"{COLOCATED} {ENGINE}.num_engines=2": f"{ENGINE}.num_engines=2: must be 1 with trainer.placement.colocate_all",
+    f"{COLOCATED} trainer.placement.policy_num_gpus_per_node=2": f"{ENGINE}.num_engines=1: must be 2 with",
+    f"{COLOCATED} {ENGINE}.gpu_memory_utilization=0.7": f"{ENGINE}.gpu_memory_utilization=0.7: must be at most 0.6",
     f"{ENGINE}.engine_init_kwargs.speculative_config=1": f"{ENGINE}.engine_init_kwargs.speculative_config=1",
     f"{ENGINE}.speculative_config={{method: mtp, num_speculative_tokens: 0}}": (
         f"{ENGINE}.speculative_config.num_speculative_tokens=0"
@@ -247,6 +265,23 @@ def test_rules(overrides: str) -> None:
         validate(config)
     assert str(error.value).startswith(RULES[overrides])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "backend"),
+    [
+        ([CPU], "ray"),
+        ([CPU, f"{ENGINE}.weight_sync_backend=ray"], "ray"),
+        ([MIMO, f"{ENGINE}.weight_sync_backend=null"], "nccl"),
+        ([MIMO], "nccl"),
+        ([CPU, *COLOCATED.split()], "ipc"),
+        ([CPU, *COLOCATED.split(), f"{ENGINE}.weight_sync_backend=ipc"], "ipc"),
+    ],
+)
+def test_sync_backend_follows_the_placement(overrides: list[str], backend: str) -> None:
+    config = load_config(overrides)
+    validate(config)
+    assert sync_backend(config) == backend
 
 
 def test_tables_name_settings_that_exist() -> None:

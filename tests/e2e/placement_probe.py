@@ -1,0 +1,116 @@
+"""A process of its own with a Ray of its own: two nodes that declare two GPUs each. Prints what got which, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
+
+from skyrl_spec.config import Config, RunError
+from skyrl_spec.trainer.actors import PolicyGroup
+from skyrl_spec.trainer.placement import (
+    bundles_by_rank,
+    engine_options,
+    engine_settings,
+    reserve_gpus,
+    worker_options,
+)
+
+NUM_NODES, GPUS_PER_NODE = 2, 2
+TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor is: the node, what Ray gave it there, and what CUDA would see."""
+
+    node_id: str
+    gpu_ids: list[int]
+    visible: str
+
+
+@ray.remote
+class Probe:
+    """Stands where an engine or a worker would."""
+
+    def place(self) -> Place:
+        context = ray.get_runtime_context()
+        return Place(context.get_node_id(), ray.get_gpu_ids(), os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def make_config(num_workers: int, *, colocate_all: bool) -> Config:
+    config = Config()
+    config.trainer.placement.policy_num_gpus_per_node = num_workers
+    config.trainer.placement.colocate_all = colocate_all
+    config.trainer.placement.timeout_s = TIMEOUT_S
+    config.generator.inference_engine.num_engines = num_workers
+    return config
+
+
+def places(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Of engines and workers, each in the order of its rank, started with the very options of a run."""
+    gpus = reserve_gpus(config, time.monotonic() + 60.0)
+    bundles = bundles_by_rank(gpus)
+    probe_class: Any = Probe
+    engines = [
+        probe_class.options(**options).remote() for options in engine_options(config, engine_settings(config), bundles)
+    ]
+    workers = [probe_class.options(**options).remote() for options in worker_options(config, bundles)]
+    found = {
+        name: [asdict(place) for place in ray.get([probe.place.remote() for probe in probes], timeout=60)]
+        for name, probes in (("engines", engines), ("workers", workers))
+    }
+    for engine in engines:
+        ray.kill(engine)
+    PolicyGroup(workers, [(0, 0)], gpus).shutdown()
+    return found | {"free_gpus": free_gpus()}
+
+
+def free_gpus(patience_s: float = 20.0) -> float:
+    """All of them, or what is free when the patience is over: Ray gives back in its own time."""
+    deadline = time.monotonic() + patience_s
+    while (free := ray.available_resources().get("GPU", 0.0)) < NUM_NODES * GPUS_PER_NODE:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return free
+
+
+def too_many() -> dict[str, Any]:
+    """More workers than there are GPUs."""
+    config = make_config(NUM_NODES * GPUS_PER_NODE + 1, colocate_all=True)
+    start = time.monotonic()
+    try:
+        reserve_gpus(config, start + TIMEOUT_S)
+    except RunError as error:
+        elapsed_s = time.monotonic() - start
+        states = [group["state"] for group in placement_group_table().values()]
+        return {"line": str(error), "elapsed_s": elapsed_s, "states": states}
+    return {}
+
+
+def main() -> None:
+    cluster = Cluster()
+    try:
+        for _ in range(NUM_NODES):
+            cluster.add_node(num_cpus=GPUS_PER_NODE, num_gpus=GPUS_PER_NODE, include_dashboard=False)
+        ray.init(address=cluster.address, log_to_driver=False)
+        report = {
+            "shared": places(make_config(4, colocate_all=True)),
+            "own": places(make_config(2, colocate_all=False)),
+            "too_many": too_many(),
+        }
+        print(json.dumps(report))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Which GPU every worker and engine gets from a real Ray of two nodes, which let a machine declare GPUs it lacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import placement_probe
+import pytest
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """What the probe saw. A process of its own: this one may be in the session's Ray."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    # Ray's files, the address of this cluster among them. The prefix is short: its sockets' paths are limited.
+    with tempfile.TemporaryDirectory(prefix="skyrl-", ignore_cleanup_errors=True) as directory:
+        done = subprocess.run(
+            [sys.executable, placement_probe.__file__],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=environment | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory},
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gpu(place: dict[str, Any]) -> tuple[str, int]:
+    (gpu_id,) = place["gpu_ids"]
+    # CUDA sees this GPU and no other, as device 0.
+    assert place["visible"] == str(gpu_id)
+    return place["node_id"], gpu_id
+
+
+def test_worker_and_engine_of_a_rank_share_a_gpu(report: dict[str, Any]) -> None:
+    workers = [gpu(place) for place in report["shared"]["workers"]]
+    engines = [gpu(place) for place in report["shared"]["engines"]]
+    assert workers == engines
+    assert len(set(workers)) == 4
+
+
+@pytest.mark.parametrize("layout", ["shared", "own"])
+def test_neighbours_are_on_a_node(report: dict[str, Any], layout: str) -> None:
+    nodes = [place["node_id"] for place in report[layout]["workers"]]
+    assert nodes[0::2] == nodes[1::2], "a tensor-parallel pair is scattered"
+
+
+def test_without_sharing_everyone_has_a_gpu_of_its_own(report: dict[str, Any]) -> None:
+    assert len({gpu(place) for name in ("workers", "engines") for place in report["own"][name]}) == 4
+
+
+@pytest.mark.parametrize("layout", ["shared", "own"])
+def test_gpus_are_given_back(report: dict[str, Any], layout: str) -> None:
+    assert report[layout]["free_gpus"] == 4
+
+
+def test_a_group_that_cannot_be_placed_is_one_line_by_the_deadline(report: dict[str, Any]) -> None:
+    line = report["too_many"]["line"]
+    assert line.startswith("trainer.placement.timeout_s=3: policy workers were not up in time (GPUs in the cluster: 4")
+    assert "ask for fewer GPUs" in line
+    assert "\n" not in line
+    assert placement_probe.TIMEOUT_S <= report["too_many"]["elapsed_s"] < placement_probe.TIMEOUT_S + 5
+    # Nothing waits on in the cluster.
+    assert set(report["too_many"]["states"]) == {"REMOVED"}
