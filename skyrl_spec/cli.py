@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from skyrl_spec.config import ConfigError
 
@@ -19,6 +19,7 @@ examples:
   skyrl-spec train experiment=cpu_mtp_grpo trainer.mtp.enabled=false trainer.max_training_steps=3
   skyrl-spec train experiment=cpu_mtp_dapo generator.sampling_params.temperature=0.8
   skyrl-spec train experiment=mimo_7b_dapo_8gpu --cfg job
+  skyrl-spec warmup-draft experiment=cpu_dflash_grpo
 """
 
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
     try:
-        return _train([*args.overrides, *rest], show_config=args.cfg is not None, verbose=args.verbose)
+        overrides = [*args.overrides, *rest]
+        return _run(args.command, overrides, show_config=args.cfg is not None, verbose=args.verbose)
     except ConfigError as error:
         print(f"skyrl-spec: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
@@ -52,38 +54,63 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="skyrl-spec", description=about, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"skyrl-spec {version('skyrl-spec')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    train = commands.add_parser(
+    _add_run(
+        commands,
         "train",
-        help="train a policy, and its draft with it",
-        description="Train a policy with GRPO or DAPO, and its speculative-decoding draft with it.",
+        "train a policy, and its draft with it",
+        "Train a policy with GRPO or DAPO, and its speculative-decoding draft with it.",
+    )
+    _add_run(
+        commands,
+        "warmup-draft",
+        "train a draft for a policy that stays as it is",
+        "Train a draft on the frozen policy's own responses, before reinforcement learning; trainer.warmup.* sets how.",
+    )
+    return parser
+
+
+def _add_run(commands: Any, name: str, summary: str, description: str) -> None:
+    """A command that takes a configuration."""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
         epilog=EXAMPLES,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    train.add_argument(
+    command.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
         help="experiment=NAME picks a configuration, trainer.epochs=2 and the like change it",
     )
-    train.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
-    train.add_argument("-v", "--verbose", action="store_true", help="also show what the workers and engines print")
-    return parser
+    command.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    command.add_argument("-v", "--verbose", action="store_true", help="also show what the workers and engines print")
 
 
-def _train(overrides: list[str], *, show_config: bool, verbose: bool) -> int:
+def _run(command: str, overrides: list[str], *, show_config: bool, verbose: bool) -> int:
     # hydra takes a third of a second to import, which --help and --version need not wait for.
     from skyrl_spec.compose import load_config, to_yaml
     from skyrl_spec.validation import validate
 
     config = load_config(overrides)
     validate(config)
+    is_warmup = command == "warmup-draft"
+    if is_warmup:
+        from skyrl_spec.trainer.warmup import warmup_config
+
+        config = warmup_config(config)
     if show_config:
         print(to_yaml(config), end="")
         return EXIT_OK
     from skyrl_spec.preflight import preflight
 
-    preflight(config)
+    preflight(config, may_lack_mtp_head=is_warmup and config.trainer.warmup.from_scratch)
+    if is_warmup:
+        from skyrl_spec.trainer.warmup import run_warmup
+
+        return run_warmup(config, verbose=verbose)
     from skyrl_spec.trainer.run import run_training
 
     return run_training(config, verbose=verbose)

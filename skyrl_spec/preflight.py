@@ -33,7 +33,7 @@ CPU_HEAD_DIM_MULTIPLE = 32
 HUB_TIMEOUT_S = 5.0
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config, *, may_lack_mtp_head: bool = False) -> None:
     """Raises ``ConfigError`` for the first thing outside the configuration that does not fit it."""
     _check_run_dir(config.trainer.run_dir)
     _check_wandb(config.trainer.logger)
@@ -41,7 +41,7 @@ def preflight(config: Config) -> None:
     spec = _read_spec(config.trainer.policy.model.path)
     _check_parallel_sizes(config, spec)
     _check_lengths(config, spec)
-    if config.trainer.mtp.enabled:
+    if config.trainer.mtp.enabled and not may_lack_mtp_head:
         _check_mtp_head(config.trainer.policy.model.path, spec)
     if config.trainer.dflash.enabled:
         _check_dflash(config, spec)

@@ -120,6 +120,13 @@ class Draft(ABC):
         still connected to them.
         """
 
+    def random_state(self) -> dict[str, Tensor]:
+        """What ``plan`` draws from; empty where nothing is drawn."""
+        return {}
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        """As ``random_state`` gave it; nothing where it is of a draft that draws nothing."""
+
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any] | None:
         """``config.json`` of the exported draft, if it has a directory of its own."""
         return None

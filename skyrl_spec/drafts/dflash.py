@@ -44,6 +44,9 @@ from skyrl_spec.megatron.parallel import Parallel
 from skyrl_spec.model_spec import ModelSpec
 
 
+_ANCHORS = "anchors"
+
+
 @dataclass(frozen=True)
 class DflashPlan(Plan):
     blocks: Blocks
@@ -138,6 +141,13 @@ class DflashDraft(Draft):
             num_chains=is_complete_BA.sum().double(),
         )
         return result.loss, sums
+
+    def random_state(self) -> dict[str, Tensor]:
+        return {_ANCHORS: self.generator.get_state()}
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        if _ANCHORS in state:
+            self.generator.set_state(state[_ANCHORS])
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
         return hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)

@@ -167,6 +167,14 @@ class PolicyTrainer:
                 metrics |= self._draft_step()
         return metrics
 
+    def random_state(self) -> dict[str, Tensor]:
+        """States of this rank's own generators."""
+        return {} if self.draft is None else self.draft.draft.random_state()
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        if self.draft is not None:
+            self.draft.draft.set_random_state(state)
+
     def export(self, which: Which) -> Iterator[tuple[str, Tensor]]:
         """Full tensors by HF name, in the layout vLLM loads; all ranks of a tensor-parallel group must iterate."""
         module, rules = self._exported(which)

@@ -38,7 +38,7 @@ class PolicyWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, init_method: str, total_optimizer_steps: int) -> None:
+    def start(self, init_method: str, total_optimizer_steps: int, freeze_policy: bool) -> None:
         """Join the other ranks and load policy and draft."""
         import torch
 
@@ -57,7 +57,7 @@ class PolicyWorker:
         )
         torch.manual_seed(self._config.trainer.seed)
         spec = load_spec(self._config.trainer.policy.model.path)
-        self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps)
+        self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps, freeze_policy=freeze_policy)
 
     def place(self) -> tuple[int, int]:
         """Data-parallel and tensor-parallel rank."""
@@ -68,6 +68,9 @@ class PolicyWorker:
 
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_mini_batch(batch)
+
+    def train_draft(self, batch: TrainBatch) -> StepReport:
+        return self._trainer.train_draft(batch)
 
     def export(self, which: Which) -> list[tuple[ray.ObjectRef, int]]:
         """Weights in Ray's object store, in chunks with their bytes, from rank 0; the others gather with it."""
@@ -109,8 +112,28 @@ class PolicyWorker:
         self._senders[which].send_weights()
         return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(which))
 
-    def save_hf(self, directory: Path) -> None:
-        """Write policy and draft as a Hugging Face checkpoint that vLLM loads."""
+    def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
+        """Everything that is trained, with the driver's ``extra``."""
+        from skyrl_spec.checkpoint import dist
+
+        dist.save(directory, dist.parts(self._trainer), extra, self._trainer.random_state())
+
+    def load_checkpoint(self, directory: Path) -> dict[str, Any]:
+        """Back to where the checkpoint was; returns the driver's ``extra``."""
+        from skyrl_spec.checkpoint import dist
+
+        loaded = dist.load(directory, dist.parts(self._trainer))
+        self._trainer.set_random_state(loaded.per_rank)
+        return loaded.extra
+
+    def save_hf(self, run_dir: Path) -> None:
+        """Write policy and draft as Hugging Face checkpoints that vLLM loads."""
         from skyrl_spec.checkpoint.hf_export import save_hf
 
-        save_hf(self._trainer, directory)
+        save_hf(self._trainer, run_dir)
+
+    def save_draft_hf(self, run_dir: Path) -> None:
+        """Write the draft alone."""
+        from skyrl_spec.checkpoint.hf_export import save_draft
+
+        save_draft(self._trainer, run_dir)

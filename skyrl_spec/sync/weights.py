@@ -36,9 +36,13 @@ class WeightSync:
 
     def sync(self) -> int:
         """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""
-        num_bytes = sum(self._send(which) for which in self.whiches)
         version = 1 + max(self.versions.policy, self.versions.draft)
-        self.versions = replace(self.versions, **dict.fromkeys(self.whiches, version))
+        return self.restore(replace(self.versions, **dict.fromkeys(self.whiches, version)))
+
+    def restore(self, versions: Versions) -> int:
+        """The same under given versions: the workers' weights are those of a checkpoint."""
+        num_bytes = sum(self._send(which) for which in self.whiches)
+        self.versions = versions
         self._all("reset_prefix_cache")
         self._all("set_versions", self.versions)
         return num_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -79,8 +80,26 @@ class PolicyGroup:
         ref = ray.put(batch)
         return ray.get([worker.train_mini_batch.remote(ref) for worker in self.handles])[0]
 
-    def save_hf(self, directory: Any) -> None:
-        ray.get([worker.save_hf.remote(directory) for worker in self.handles])
+    def train_draft(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step of the draft alone."""
+        ref = ray.put(batch)
+        return ray.get([worker.train_draft.remote(ref) for worker in self.handles])[0]
+
+    def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
+        """All ranks write ``directory`` together; it is there once it is complete."""
+        ray.get([worker.save_checkpoint.remote(directory, extra) for worker in self.handles])
+
+    def load_checkpoint(self, directory: Path) -> dict[str, Any]:
+        """The driver's part of the checkpoint."""
+        return ray.get([worker.load_checkpoint.remote(directory) for worker in self.handles])[0]
+
+    def save_hf(self, run_dir: Path) -> None:
+        """``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own."""
+        ray.get([worker.save_hf.remote(run_dir) for worker in self.handles])
+
+    def save_draft_hf(self, run_dir: Path) -> None:
+        """The draft alone, where ``save_hf`` would write it."""
+        ray.get([worker.save_draft_hf.remote(run_dir) for worker in self.handles])
 
     def shutdown(self) -> None:
         """End the workers and give their GPUs back. What else runs on these GPUs ends too."""

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.trainer.advantages import build_estimator, overlong_penalty
 from skyrl_spec.trainer.filters import Collected, Group, collect_groups
 from skyrl_spec.trainer.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
-from skyrl_spec.types import Prompt, Rollout, StepReport, TrainBatch
+from skyrl_spec.types import Prompt, Rollout, StepReport, TrainBatch, Versions
 
 OnStep = Callable[[int, dict[str, float], Sequence[Rollout]], None]
 
@@ -55,12 +56,12 @@ class Trainer:
         self._said_short_batch = False
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
-    def run(self, num_steps: int, on_step: OnStep) -> None:
-        """``num_steps`` steps, with an evaluation before the first, every ``eval_interval`` and after the last."""
+    def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0) -> None:
+        """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last."""
         trainer = self.config.trainer
-        if trainer.eval_before_train and self.eval_prompts:
+        if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(), [])
-        for step in range(1, num_steps + 1):
+        for step in range(steps_done + 1, num_steps + 1):
             values, rollouts = self.step()
             # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
             is_last = step == num_steps or self.stream.epoch >= trainer.epochs
@@ -70,6 +71,21 @@ class Trainer:
             on_step(step, values, rollouts)
             if is_last:
                 break
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What the driver has to know to go on after ``step``; plain data."""
+        return {
+            "step": step,
+            "stream": self.stream.state_dict(),
+            "num_train_calls": self.sampler.num_train_calls,
+            "versions": asdict(self.sync.versions),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: the workers have their weights back, the engines get them under the old versions."""
+        self.stream.load_state_dict(state["stream"])
+        self.sampler.num_train_calls = state["num_train_calls"]
+        self.sync.restore(Versions(**state["versions"]))
 
     def step(self) -> tuple[dict[str, float], list[Rollout]]:
         """One training step; returns the contract's metrics and the rollouts trained on."""
@@ -169,6 +185,16 @@ class Trainer:
                 file=sys.stderr,
             )
         return {names.NUM_SAMPLE_BATCHES: collected.num_batches, names.NUM_KEPT_GROUPS: collected.num_kept}
+
+
+class DraftWarmup(Trainer):
+    """The same step with a frozen policy: what is trained and synced is the draft."""
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> list[StepReport]:
+        num_epochs = self.config.trainer.update_epochs_per_batch
+        reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
+        timings["draft_train"] = sum(report.draft_train_s for report in reports)
+        return reports
 
 
 def measure_speedup(trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prompt], rounds: int = 3) -> float:

@@ -90,7 +90,7 @@ def engine_settings(config: Config) -> EngineSettings:
 
 
 def start_actors(
-    config: Config, settings: EngineSettings, total_optimizer_steps: int
+    config: Config, settings: EngineSettings, total_optimizer_steps: int, *, freeze_policy: bool = False
 ) -> tuple[EngineGroup, PolicyGroup]:
     """Start engines and workers side by side; those that share GPUs one after the other.
 
@@ -107,7 +107,7 @@ def start_actors(
         _get(pings, deadline, "rollout engines", config)
     workers = _create_workers(config, worker_options(config, bundles))
     init_method = "tcp://{}:{}".format(*_get([workers[0].address.remote()], deadline, "policy workers", config)[0])
-    started = [worker.start.remote(init_method, total_optimizer_steps) for worker in workers]
+    started = [worker.start.remote(init_method, total_optimizer_steps, freeze_policy) for worker in workers]
     _get(started, deadline, "policy workers", config)
     _get(pings, deadline, "rollout engines", config)
     places = ray.get([worker.place.remote() for worker in workers])

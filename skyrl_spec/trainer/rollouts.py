@@ -22,15 +22,15 @@ class RolloutSampler:
 
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
-        self._num_train_calls = 0
+        self.num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
 
     def sample_for_training(self, prompts: Sequence[Prompt]) -> list[Group]:
         """A batch of groups; its seed depends on how many came before, and on no evaluation."""
-        self._num_train_calls += 1
+        self.num_train_calls += 1
         generator, seed = self._config.generator, self._config.trainer.seed
         return self._sample(
-            prompts, generator.sampling_params, generator.n_samples_per_prompt, seed * 1_000_003 + self._num_train_calls
+            prompts, generator.sampling_params, generator.n_samples_per_prompt, seed * 1_000_003 + self.num_train_calls
         )
 
     def sample_for_evaluation(self, prompts: Sequence[Prompt]) -> list[Group]:

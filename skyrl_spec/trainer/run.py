@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,12 @@ class SignalWatch:
 
 
 def run_training(config: Config, *, verbose: bool = False) -> int:
-    """Train as ``config`` says; returns the process's exit code.
+    """Train as ``config`` says; see ``run_job``."""
+    return run_job(_train, config, verbose=verbose)
+
+
+def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *, verbose: bool) -> int:
+    """``job(config, verbose, watch)`` to its end, or to a signal; returns the process's exit code.
 
     Raises:
         ConfigError: what the user can mend, before or after processes were started (all are gone by then).
@@ -83,7 +88,7 @@ def run_training(config: Config, *, verbose: bool = False) -> int:
     watch = SignalWatch()
     try:
         with watch.installed():
-            _train(config, verbose, watch)
+            job(config, verbose, watch)
         return 0
     except Exception as error:
         if watch.received is not None:
@@ -106,6 +111,13 @@ class Task:
     stream: PromptStream
     eval_prompts: list[Prompt]
     steps: int
+    # The checkpoint (``step_N``) that it goes on from.
+    resume_from: Path | None = None
+
+    @property
+    def steps_done(self) -> int | None:
+        """None: it begins."""
+        return None if self.resume_from is None else int(self.resume_from.name.removeprefix("step_"))
 
 
 @dataclass(frozen=True)
@@ -124,15 +136,8 @@ class Output:
 
 
 def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
-    task = _load_task(config)
-    config = task.config
-    run_dir = Path(config.trainer.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    with _open_output(config, run_dir, task.steps) as output:
-        output.console.start(_facts(task))
-        _warn_of_truncation(config)
-        output.console.note("starting engines and workers (-v shows what they print)")
+    task = load_task(config)
+    with open_output(task) as output:
         _train_on_cluster(task, output, verbose, watch)
 
 
@@ -151,7 +156,7 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
     speedup = None
     # Ray puts handlers of its own in place of ours when it starts.
-    with ray_session(verbose), watch.installed(), _plain_errors():
+    with ray_session(verbose), watch.installed(), plain_errors():
         engines, policy = start_actors(config, settings, task.steps * updates * config.trainer.update_epochs_per_batch)
         try:
             has_draft = trained_draft(config.trainer) is not None
@@ -188,7 +193,7 @@ def num_steps(config: Config, stream: PromptStream) -> int:
     return steps if limit is None else min(steps, limit)
 
 
-def _load_task(config: Config) -> Task:
+def load_task(config: Config) -> Task:
     from transformers import AutoTokenizer
 
     spec = load_spec(config.trainer.policy.model.path)
@@ -237,18 +242,25 @@ def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str
 
 
 @contextmanager
-def _open_output(config: Config, run_dir: Path, num_steps: int) -> Iterator[Output]:
-    trainer, console = config.trainer, ConsoleWriter(num_steps)
-    samples = SamplesWriter(run_dir / "samples.jsonl")
-    writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl")]
+def open_output(task: Task) -> Iterator[Output]:
+    """Everything a run writes, opened, and the start-up panel shown."""
+    trainer, console = task.config.trainer, ConsoleWriter(task.steps)
+    run_dir = Path(trainer.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(task.config))
+    samples = SamplesWriter(run_dir / "samples.jsonl", task.steps_done)
+    writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl", task.steps_done)]
     if "console" in trainer.logger:
         writers.append(console)
     try:
         if "wandb" in trainer.logger:
             from omegaconf import OmegaConf
 
-            settings = OmegaConf.to_container(OmegaConf.structured(config))
+            settings = OmegaConf.to_container(OmegaConf.structured(task.config))
             writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))  # type: ignore[arg-type]
+        console.start(_facts(task))
+        _warn_of_truncation(task.config)
+        console.note("starting engines and workers (-v shows what they print)")
         yield Output(run_dir, console, writers, samples)
     finally:
         samples.close()
@@ -309,7 +321,7 @@ def serve_command(config: Config, policy: str, draft: str) -> str:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """What an actor raised reaches the user as itself, without Ray's wrapping; a dead actor as one line."""
     import ray
 

@@ -173,7 +173,7 @@ def test_trainer_engine_and_transformers_agree_before_and_after_a_sync(
     ray.get([trainer.train.remote(seed) for seed in range(3)])
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer)
-    sync = WeightSync([trainer], [engine], backend="ray", has_draft=True)
+    sync = WeightSync([trainer], [engine], backend="ray", whiches=["policy", "draft"])
     assert sync.sync() > 0
     assert sync.versions.policy == sync.versions.draft == 1
     after = _assert_agreement(engine, trainer)

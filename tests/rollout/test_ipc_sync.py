@@ -127,7 +127,7 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
     start_engine: Callable[..., ActorHandle],
     tmp_path: Path,
 ) -> None:
-    sync = WeightSync(workers, engines, backend="ipc", has_draft=True)
+    sync = WeightSync(workers, engines, backend="ipc", whiches=["policy", "draft"])
     # The second sync finds what the first one left.
     first = train_and_sync(workers, sync, engines, tmp_path / "first")
     second = train_and_sync(workers, sync, engines, tmp_path / "second")

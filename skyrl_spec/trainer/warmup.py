@@ -1,0 +1,156 @@
+"""``skyrl-spec warmup-draft``: the training step with the policy frozen.
+
+The engines answer the training prompts with the policy as it is, using the draft as far as it has come; the draft is
+trained on the responses and synced. So acceptance is measured in vLLM in every step, as it is in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from skyrl_spec.checkpoint.folders import latest, rotate
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.draft_spec import trained_draft
+from skyrl_spec.metrics.writers import read_metrics
+from skyrl_spec.trainer.run import (
+    Output,
+    SignalWatch,
+    Task,
+    load_task,
+    open_output,
+    plain_errors,
+    run_job,
+    serve_command,
+)
+from skyrl_spec.types import Rollout
+from skyrl_spec.validation import sync_backend
+
+
+def warmup_config(config: Config) -> Config:
+    """The run that a warm-up is: its folder, steps and optimizer, and nothing of the policy's objective.
+
+    Raises:
+        ConfigError: no draft is enabled.
+    """
+    trainer = config.trainer
+    if trained_draft(trainer) is None:
+        raise ConfigError(
+            "trainer.dflash.enabled=false: there is no draft to warm up; "
+            "set it to true, or trainer.mtp.enabled=true for an MTP head"
+        )
+    warmup = trainer.warmup
+    algorithm = replace(
+        trainer.algorithm,
+        use_kl_loss=False,
+        dynamic_sampling=replace(trainer.algorithm.dynamic_sampling, type=None),
+    )
+    optimizer = warmup.optimizer_config
+    return replace(
+        config,
+        trainer=replace(
+            trainer,
+            algorithm=algorithm,
+            mtp=replace(trainer.mtp, optimizer_config=optimizer),
+            dflash=replace(
+                trainer.dflash,
+                optimizer_config=optimizer,
+                path=None if warmup.from_scratch else trainer.dflash.path,
+            ),
+            # The prompts are gone through as often as it takes.
+            epochs=2**31,
+            run_dir=warmup.run_dir or f"{trainer.run_dir}_warmup",
+            run_name=f"{trainer.run_name}_warmup",
+            update_epochs_per_batch=warmup.update_epochs_per_batch,
+            measure_speedup=False,
+        ),
+    )
+
+
+def run_warmup(config: Config, *, verbose: bool = False) -> int:
+    """Warm a draft up as ``warmup_config`` made ``config``; returns the process's exit code."""
+    return run_job(_warm_up, config, verbose=verbose)
+
+
+def _warm_up(config: Config, verbose: bool, watch: SignalWatch) -> None:
+    resume_from = latest(checkpoint_root(config)) if config.trainer.warmup.resume_mode == "latest" else None
+    task = load_task(_with_fresh_head(config))
+    task = replace(task, steps=config.trainer.warmup.num_steps, resume_from=resume_from)
+    with open_output(task) as output:
+        _warm_up_on_cluster(task, output, verbose, watch)
+
+
+def _with_fresh_head(config: Config) -> Config:
+    """An MTP head from scratch is written into a copy of the policy's checkpoint, as the engines want it."""
+    trainer = config.trainer
+    if not (trainer.mtp.enabled and trainer.warmup.from_scratch):
+        return config
+    from skyrl_spec.checkpoint.fresh import write_fresh_mtp
+    from skyrl_spec.model_spec import load_spec
+
+    directory = (Path(trainer.run_dir) / "model_start").resolve()
+    write_fresh_mtp(
+        load_spec(trainer.policy.model.path), directory, trainer.policy.megatron_config.dtype, trainer.seed
+    )
+    model = replace(trainer.policy.model, path=str(directory))
+    return replace(config, trainer=replace(trainer, policy=replace(trainer.policy, model=model)))
+
+
+def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
+    from skyrl_spec.sync.weights import WeightSync
+    from skyrl_spec.trainer.loop import DraftWarmup
+    from skyrl_spec.trainer.placement import engine_settings, ray_session, start_actors
+
+    config = task.config
+    updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
+    total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
+    with ray_session(verbose), watch.installed(), plain_errors():
+        engines, policy = start_actors(config, engine_settings(config), total_steps, freeze_policy=True)
+        try:
+            sync = WeightSync(policy.handles, engines.handles, backend=sync_backend(config), whiches=["draft"])
+            trainer = DraftWarmup(
+                config,
+                tokenizer=task.tokenizer,
+                stream=task.stream,
+                eval_prompts=task.eval_prompts,
+                engines=engines,
+                policy=policy,
+                sync=sync,
+            )
+            if task.resume_from is not None:
+                trainer.load_state_dict(policy.load_checkpoint(task.resume_from))
+
+            def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
+                output.on_step(step, values, rollouts)
+                if step > 0 and _is_checkpoint_due(config, step, task.steps):
+                    directory = checkpoint_root(config) / f"step_{step}"
+                    policy.save_checkpoint(directory.resolve(), trainer.state_dict(step))
+                    rotate(checkpoint_root(config), config.trainer.warmup.max_ckpts_to_keep)
+
+            trainer.run(task.steps, on_step, steps_done=task.steps_done or 0)
+            policy.save_draft_hf(output.run_dir.resolve())
+        finally:
+            engines.shutdown()
+            policy.shutdown()
+    records = read_metrics(output.run_dir / "metrics.jsonl")
+    output.console.summary(records, output.run_dir, next_commands=_next_commands(config, output.run_dir))
+
+
+def checkpoint_root(config: Config) -> Path:
+    return Path(config.trainer.run_dir) / "checkpoints"
+
+
+def _is_checkpoint_due(config: Config, step: int, num_steps: int) -> bool:
+    interval = config.trainer.warmup.ckpt_interval
+    return step == num_steps or (interval > 0 and step % interval == 0)
+
+
+def _next_commands(config: Config, run_dir: Path) -> list[str]:
+    policy, draft = config.trainer.policy.model.path, f"{run_dir}/draft"
+    if config.trainer.mtp.enabled:
+        policy = f"{run_dir}/model"
+        train = f"skyrl-spec train ... trainer.policy.model.path={policy}"
+    else:
+        train = f"skyrl-spec train ... trainer.dflash.path={draft}"
+    return [train, serve_command(config, policy, draft)]
