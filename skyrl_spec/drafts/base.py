@@ -126,6 +126,7 @@ class Draft(ABC):
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
         """As ``random_state`` gave it; nothing where it is of a draft that draws nothing."""
+        return None
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any] | None:
         """``config.json`` of the exported draft, if it has a directory of its own."""

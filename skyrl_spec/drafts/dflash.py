@@ -43,7 +43,6 @@ from skyrl_spec.megatron.conversion import dflash_rules
 from skyrl_spec.megatron.parallel import Parallel
 from skyrl_spec.model_spec import ModelSpec
 
-
 _ANCHORS = "anchors"
 
 

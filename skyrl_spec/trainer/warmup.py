@@ -90,9 +90,7 @@ def _with_fresh_head(config: Config) -> Config:
     from skyrl_spec.model_spec import load_spec
 
     directory = (Path(trainer.run_dir) / "model_start").resolve()
-    write_fresh_mtp(
-        load_spec(trainer.policy.model.path), directory, trainer.policy.megatron_config.dtype, trainer.seed
-    )
+    write_fresh_mtp(load_spec(trainer.policy.model.path), directory, trainer.policy.megatron_config.dtype, trainer.seed)
     model = replace(trainer.policy.model, path=str(directory))
     return replace(config, trainer=replace(trainer, policy=replace(trainer.policy, model=model)))
 
