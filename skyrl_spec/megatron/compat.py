@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.distributed import checkpoint
 from torch.overrides import TorchFunctionMode
 
 
@@ -87,3 +91,20 @@ def prepare(device: torch.device) -> None:
 def megatron_device(device: torch.device) -> AbstractContextManager[Any]:
     """Around every call into Megatron that allocates: building, schedules, optimizer steps."""
     return CudaMeansCpu() if device.type == "cpu" else nullcontext()
+
+
+def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
+    """What ``dist_checkpointing.save`` writes of sharded tensors, by PyTorch's own writer and in this process.
+
+    Megatron's writer synchronizes CUDA, starts a manager process (which imports the main module again) and forks
+    writers; a Ray actor has threads, whose locks a fork may copy locked. Goes when Megatron can write without a fork.
+    """
+    for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
+        if not hasattr(torch_dist, name):
+            raise RuntimeError(f"{torch_dist.__name__}.{name} is gone: mend skyrl_spec.megatron.compat.save_sharded")
+    by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    checkpoint.save(
+        torch_dist.mcore_to_pyt_state_dict(by_key),
+        storage_writer=checkpoint.FileSystemWriter(directory, sync_files=True),
+        planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )

@@ -206,7 +206,7 @@ def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> 
 def hf_shapes(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[torch.Size]:
     """Shapes of the HF tensors of ``rule``, without any communication."""
     shard = parameter.detach().to("meta")
-    canonical = _canonical_shard(shard, rule)
+    canonical = canonical_shard(shard, rule)
     if rule.shard_axis is not None:
         canonical = torch.cat([canonical] * parallel.tp_size, dim=rule.shard_axis)
     return [tensor.shape for tensor in rule.from_canonical(canonical)]
@@ -222,7 +222,7 @@ def _mark_sharded(parameter: Tensor, dim: int) -> None:
 
 
 def _gather(shard: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
-    canonical = _canonical_shard(shard, rule)
+    canonical = canonical_shard(shard, rule)
     if rule.shard_axis is None or parallel.tp_size == 1:
         return canonical
     shards = [torch.empty_like(canonical) for _ in range(parallel.tp_size)]
@@ -230,5 +230,6 @@ def _gather(shard: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
     return torch.cat(shards, dim=rule.shard_axis)
 
 
-def _canonical_shard(shard: Tensor, rule: Rule) -> Tensor:
+def canonical_shard(shard: Tensor, rule: Rule) -> Tensor:
+    """A parameter, or something of its shape, in the canonical layout: still this rank's part along the shard axis."""
     return shard.reshape(*rule.rows, *shard.shape[1:])

@@ -58,7 +58,7 @@ class PolicyTrainer:
         self._draft_clock = DeviceClock(parallel.device)
         self._trunk_config = transformer_config(spec, megatron, parallel.device)
         tensors = HfTensors(spec.path)
-        self._rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
+        self.rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
         self.model = self._load_policy(tensors)
         # A frozen policy needs neither gradients nor optimizer state.
         self.policy = (
@@ -192,13 +192,13 @@ class PolicyTrainer:
 
     def _exported(self, which: Which) -> tuple[torch.nn.Module, list[Rule]]:
         if which == "policy":
-            return self.model, self._rules
+            return self.model, self.rules
         assert self.draft is not None
         return self.draft.draft.module, self.draft.draft.rules
 
     def _load_policy(self, tensors: HfTensors) -> PolicyModel:
         model = build_policy(self.spec, self._trunk_config, self.parallel)
-        load_weights(model, self._rules, tensors, self.parallel)
+        load_weights(model, self.rules, tensors, self.parallel)
         return model
 
     def _load_draft(self, total_optimizer_steps: int) -> TrainableDraft | None:
