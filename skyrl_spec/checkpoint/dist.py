@@ -73,7 +73,7 @@ class Loaded:
 
 def parts(trainer: PolicyTrainer) -> dict[str, Part]:
     """All that ``trainer`` trains, by name. A caller may save or load some of it."""
-    out = {"policy": Part(trainer.policy, trainer.rules)}
+    out = {} if trainer.policy is None else {"policy": Part(trainer.policy, trainer.rules)}
     if trainer.draft is not None:
         out["draft"] = Part(trainer.draft.trainable, trainer.draft.draft.rules)
     return out

@@ -6,6 +6,7 @@ trained on the responses and synced. So acceptance is measured in vLLM in every 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,8 @@ def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: Signal
                 if step > 0 and _is_checkpoint_due(config, step, task.steps):
                     directory = checkpoint_root(config) / f"step_{step}"
                     policy.save_checkpoint(directory.resolve(), trainer.state_dict(step))
-                    rotate(checkpoint_root(config), config.trainer.warmup.max_ckpts_to_keep)
+                    for failure in rotate(checkpoint_root(config), config.trainer.warmup.max_ckpts_to_keep):
+                        print(f"skyrl-spec: {failure}", file=sys.stderr)
 
             trainer.run(task.steps, on_step, steps_done=task.steps_done or 0)
             policy.save_draft_hf(output.run_dir.resolve())

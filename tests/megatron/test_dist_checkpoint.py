@@ -68,8 +68,7 @@ def _build(model: Path, layout: str, **options: Any) -> PolicyTrainer:
 
 def _train(trainer: PolicyTrainer, seeds: range) -> list[dict[str, float]]:
     return [
-        values(trainer._reduce(trainer.forward_backward(make_batch(seed))) | trainer.optimizer_step())
-        for seed in seeds
+        values(trainer._reduce(trainer.forward_backward(make_batch(seed))) | trainer.optimizer_step()) for seed in seeds
     ]
 
 
@@ -81,9 +80,7 @@ def _state(trainer: PolicyTrainer) -> dict[str, Any]:
             for kind, flat, start, _ in dist._tensors(part.trainable, parameter):
                 state[f"{name}.{key}.{kind}.{start}"] = flat.clone()
         inner = [optimizer.optimizer for optimizer in dist._optimizers(part.trainable)]
-        state[f"{name}.steps"] = [
-            int(entry["step"]) for optimizer in inner for entry in optimizer.state.values()
-        ]
+        state[f"{name}.steps"] = [int(entry["step"]) for optimizer in inner for entry in optimizer.state.values()]
         groups = [group for optimizer in inner for group in optimizer.param_groups]
         state[f"{name}.groups"] = [{key: group[key] for key in group if key != "params"} for group in groups]
         state[f"{name}.scheduler"] = part.trainable.scheduler.state_dict()
@@ -129,9 +126,12 @@ def _per_rank() -> dict[str, torch.Tensor]:
 
 
 import time, sys
-T0=time.time()
+
+T0 = time.time()
+
+
 def _tick(x):
-    print("TICK", x, round(time.time()-T0,1), file=sys.stderr, flush=True)
+    print("TICK", x, round(time.time() - T0, 1), file=sys.stderr, flush=True)
 
 
 def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
@@ -174,7 +174,7 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
 def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]]) -> None:
     """Load what another layout saved: the same full tensors, and training goes on as it did there."""
     for source, target in pairs:
-        _tick((source,target))
+        _tick((source, target))
         directory = root / source / "step_2"
         torch.manual_seed(99)
         trainer = _build(model, target)
