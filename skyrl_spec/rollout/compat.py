@@ -166,11 +166,45 @@ def mend_reload_of_context_buffers() -> None:
     reload.finalize_layerwise_reload = finalize_layerwise_reload
 
 
+def mend_rewinding_of_generators() -> None:
+    """Puts a request's random numbers back where a prompt is prefilled in parts, and a sampled token is thrown away.
+
+    vLLM moves the generator's offset back, which a CPU generator does not have: the engine dies of the first seeded
+    request whose prompt does not fit into a step. Here the state of before is kept.
+    Remove when tests/rollout/test_vllm_compat.py::test_a_prompt_in_parts_fails_without_the_mend fails.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    runner_class: Any = CPUModelRunner
+    for name in ("_sample", "_bookkeeping_sync"):
+        _require(runner_class, name, mend_rewinding_of_generators)
+    upstream_sample, upstream_bookkeeping = runner_class._sample, runner_class._bookkeeping_sync
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        discarded = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        states = {index: batch.generators[index].get_state() for index in discarded if index in batch.generators}
+        output = upstream_sample(self, *args, **kwargs)
+        for index, state in states.items():
+            batch.generators[index].set_state(state)
+        return output
+
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators, self.input_batch.generators = self.input_batch.generators, {}
+        try:
+            return upstream_bookkeeping(self, *args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
+
+    runner_class._sample, runner_class._bookkeeping_sync = _sample, _bookkeeping_sync
+
+
 MENDS: tuple[Callable[[], None], ...] = (mend_reload_of_context_buffers,)
 CPU_MENDS: tuple[Callable[[], None], ...] = (
     mend_sampling_parameter_expansion,
     mend_top_k_of_no_tokens,
     mend_reload_of_tied_output_weights,
+    mend_rewinding_of_generators,
     mend_context_keys_of_later_layers,
     mend_context_projection_of_packed_weights,
 )

@@ -78,3 +78,22 @@ def test_top_k_fails_without_the_mend(unmended: ActorHandle, mended: ActorHandle
     assert len(generate(mended, [prompt], top_k, n=4)[0]) == 4
     with pytest.raises(RuntimeError, match=r"max\(\): Expected reduction dim"):
         generate(unmended, [prompt], top_k, n=4)
+
+
+def test_a_prompt_in_parts_fails_without_the_mend(
+    start_engine: Callable[..., ActorHandle], mended: ActorHandle, models_dir: Path
+) -> None:
+    sampling = SamplingConfig(max_generate_length=8)
+    settings = {
+        "model_path": str(models_dir / "tied0"),
+        "max_model_len": MAX_POSITIONS,
+        "max_num_seqs": 4,
+        # Less than half of the prompt.
+        "engine_init_kwargs": {"max_num_batched_tokens": 128},
+    }
+    with pytest.raises(ray.exceptions.RayTaskError, match="does not use offset"):
+        generate(start_engine(UnmendedEngine, **settings), [LONG_PROMPT], sampling, seed=3)
+    whole, in_parts = (
+        generate(engine, [LONG_PROMPT], sampling, n=2, seed=3) for engine in (mended, start_engine(**settings))
+    )
+    assert [g.token_ids for g in in_parts[0]] == [g.token_ids for g in whole[0]]
