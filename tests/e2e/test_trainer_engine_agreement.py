@@ -15,7 +15,8 @@ import pytest
 import ray
 import torch
 from ray.actor import ActorHandle
-from tiny_checkpoints import make_batch, make_config, write_checkpoint
+from tiny_checkpoints import make_config, write_checkpoint
+from trainer_actor import TrainerActor
 from transformers import Qwen2ForCausalLM
 
 from skyrl_spec.config import SamplingConfig
@@ -66,68 +67,6 @@ class RecordingEngine(RolloutEngine):
         return Drafted(tokens, logits, generation.logprobs[:1])
 
 
-@ray.remote
-class Trainer:
-    """A PolicyTrainer alone in its process; called like a worker."""
-
-    def __init__(self, path: Path):
-        from skyrl_spec.megatron import parallel
-        from skyrl_spec.megatron.trainer import PolicyTrainer
-        from skyrl_spec.model_spec import load_spec
-
-        torch.set_num_threads(1)
-        config = make_config(path)
-        config.trainer.mtp.num_speculative_tokens = K
-        config.trainer.policy.optimizer_config.lr = config.trainer.mtp.optimizer_config.lr = 1e-2
-        ranks = parallel.initialize(
-            rank=0,
-            world_size=1,
-            tensor_parallel_size=1,
-            device=torch.device("cpu"),
-            init_method=f"file://{path}/store",
-        )
-        self._trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
-
-    def draft_logits(self, token_ids: list[int], base: int) -> torch.Tensor:
-        """``[K, V]``: depth d at ``base``, as the training step computes it."""
-        from skyrl_spec.drafts.base import Targets
-        from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN
-        from skyrl_spec.megatron.capture import capture
-
-        trainer = self._trainer
-        assert trainer.draft is not None
-        draft = trainer.draft.draft
-        # Depth d reads token base+d alone: what follows is padding.
-        ids = torch.tensor([[*token_ids, 0]])
-        ones = torch.ones_like(ids)
-        with torch.no_grad(), capture(trainer.model, draft.capture_points) as captured:
-            trainer.model(ids)
-            trunk = captured.take()
-            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], Targets(ids, ones, ones.bool(), None))
-            hidden = torch.stack([out[base, 0] for out in outputs])
-            return (hidden @ trainer.model.output_weight_vD().t())[:, : trainer.spec.vocab_size]
-
-    def logprob(self, token_ids: list[int]) -> float:
-        """Log-prob of the last token."""
-        with torch.no_grad():
-            hidden = self._trainer.model(torch.tensor([token_ids]))[-2, 0]
-            logits = (hidden @ self._trainer.model.output_weight_vD().t())[: self._trainer.spec.vocab_size]
-            return float(logits.log_softmax(-1)[token_ids[-1]])
-
-    def train(self, seed: int) -> None:
-        self._trainer.train_mini_batch(make_batch(seed))
-
-    def export(self, which: Any) -> list[tuple[ray.ObjectRef, int]]:
-        from skyrl_spec.sync.payload import pack_chunks, payload_bytes
-
-        return [(ray.put(chunk), payload_bytes(chunk)) for chunk in pack_chunks(self._trainer.export(which), 100_000)]
-
-    def save_hf(self, directory: Path) -> None:
-        from skyrl_spec.checkpoint.hf_export import save_hf
-
-        save_hf(self._trainer, directory)
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
@@ -144,7 +83,10 @@ def pair(
         num_threads=1,
     )
     engine = RecordingEngine.options(**actor_options(settings)).remote(settings)
-    trainer = Trainer.options(num_cpus=0).remote(path)
+    config = make_config(path)
+    config.trainer.mtp.num_speculative_tokens = K
+    config.trainer.policy.optimizer_config.lr = config.trainer.mtp.optimizer_config.lr = 1e-2
+    trainer = TrainerActor.options(num_cpus=0).remote(config, path / "store")
     yield engine, trainer
     ray.kill(engine)
     ray.kill(trainer)
@@ -156,7 +98,7 @@ def _assert_agreement(engine: ActorHandle, trainer: ActorHandle) -> list[Drafted
     for length in PROMPT_LENGTHS:
         prompt = torch.randint(2, 97, (length,), generator=generator).tolist()
         drafted = ray.get(engine.draft.remote(prompt), timeout=300)
-        logits = ray.get(trainer.draft_logits.remote(drafted.token_ids, length - 1))
+        logits = ray.get(trainer.chain_logits.remote(drafted.token_ids, length - 1))
         for depth in range(K):
             assert (drafted.logits[depth] - logits[depth]).abs().max() < TOLERANCE, (length, depth + 1)
         logprob = ray.get(trainer.logprob.remote(drafted.token_ids[: length + 1]))
@@ -179,8 +121,8 @@ def test_trainer_engine_and_transformers_agree_before_and_after_a_sync(
     after = _assert_agreement(engine, trainer)
     assert (before[0].logits - after[0].logits).abs().max() > 100 * TOLERANCE
 
-    PolicyGroup([trainer], [(0, 0)]).save_hf(tmp_path / "exported")
-    exported = Qwen2ForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+    PolicyGroup([trainer], [(0, 0)]).save_hf(tmp_path)
+    exported = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokens = after[-1].token_ids[: PROMPT_LENGTHS[-1] + 1]
     with torch.no_grad():
         logprob = exported(torch.tensor([tokens])).logits[0, -2].log_softmax(-1)[tokens[-1]]

@@ -1,0 +1,100 @@
+"""A trainer alone in its process, which tells what its draft computes; called like a worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from tiny_checkpoints import make_batch
+
+from skyrl_spec.config import Config
+
+
+@ray.remote
+class TrainerActor:
+    """A ``PolicyTrainer`` of one rank."""
+
+    def __init__(self, config: Config, store: Path):
+        from skyrl_spec.megatron import parallel
+        from skyrl_spec.megatron.trainer import PolicyTrainer
+        from skyrl_spec.model_spec import load_spec
+
+        torch.set_num_threads(1)
+        ranks = parallel.initialize(
+            rank=0,
+            world_size=1,
+            tensor_parallel_size=1,
+            device=torch.device("cpu"),
+            init_method=f"file://{store}",
+        )
+        spec = load_spec(config.trainer.policy.model.path)
+        self._trainer = PolicyTrainer(config, spec, ranks, total_optimizer_steps=10)
+
+    def chain_logits(self, token_ids: list[int], base: int) -> torch.Tensor:
+        """``[K, V]``: every depth of an MTP head at ``base``, as the training step computes it."""
+        from skyrl_spec.drafts.base import Targets
+        from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN, MtpDraft
+
+        # Depth d reads token base+d alone: what follows is padding.
+        ids = torch.tensor([[*token_ids, 0]])
+        ones = torch.ones_like(ids)
+        trunk, _ = self._forward(ids)
+        draft = self._trainer.draft.draft
+        assert isinstance(draft, MtpDraft)
+        with torch.no_grad():
+            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], Targets(ids, ones, ones.bool(), None))
+        return self._logits(torch.stack([out[base, 0] for out in outputs]))
+
+    def block_logits(self, token_ids: list[int], anchors: list[int]) -> torch.Tensor:
+        """``[A, K, V]``: a DFlash draft's blocks at ``anchors``, as the training step computes them."""
+        from skyrl_spec.drafts.base import Targets, Teacher
+        from skyrl_spec.drafts.blocks import Blocks
+        from skyrl_spec.drafts.dflash import DflashDraft, DflashPlan
+
+        trainer, ids = self._trainer, torch.tensor([token_ids])
+        ones = torch.ones_like(ids)
+        trunk, hidden_SBD = self._forward(ids)
+        draft = trainer.draft.draft
+        assert isinstance(draft, DflashDraft)
+        supervised = torch.ones(1, len(anchors), draft.num_positions, dtype=torch.bool)
+        plan = DflashPlan(
+            Targets(ids, ones, ones.bool(), None), torch.zeros(()), Blocks(torch.tensor([anchors]), supervised)
+        )
+        with torch.no_grad():
+            teacher = Teacher(hidden_SBD, trainer.model.output_weight_vD(), trainer.model.embed)
+            out_QBD = draft.forward(trunk, teacher, plan)
+        return self._logits(out_QBD[:, 0].unflatten(0, (len(anchors), -1))[:, 1:])
+
+    def logprob(self, token_ids: list[int]) -> float:
+        """Log-prob of the last token."""
+        _, hidden_SBD = self._forward(torch.tensor([token_ids]))
+        return float(self._logits(hidden_SBD[-2, 0]).log_softmax(-1)[token_ids[-1]])
+
+    def train(self, seed: int) -> None:
+        self._trainer.train_mini_batch(make_batch(seed))
+
+    def export(self, which: Any) -> list[tuple[ray.ObjectRef, int]]:
+        from skyrl_spec.sync.payload import pack_chunks, payload_bytes
+
+        return [(ray.put(chunk), payload_bytes(chunk)) for chunk in pack_chunks(self._trainer.export(which), 100_000)]
+
+    def save_hf(self, run_dir: Path) -> None:
+        from skyrl_spec.checkpoint.hf_export import save_hf
+
+        save_hf(self._trainer, run_dir)
+
+    def _forward(self, ids: torch.Tensor) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+        """What the draft captures, and the trunk's output."""
+        from skyrl_spec.megatron.capture import capture
+
+        draft = self._trainer.draft.draft
+        with torch.no_grad(), capture(self._trainer.model, draft.capture_points) as captured:
+            with captured.listening():
+                hidden_SBD = self._trainer.model(ids)
+            return captured.take(), hidden_SBD
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return (hidden @ self._trainer.model.output_weight_vD().t())[..., : self._trainer.spec.vocab_size]
