@@ -1,13 +1,17 @@
-"""What a checkpoint brings back: bitwise the same training, under the same parallel layout; the same numbers, under another.
+"""A checkpoint brings back bitwise the same training under the same parallel layout, the same numbers under another.
 
-Real PolicyTrainers on real gloo processes. A job holds several checks, since starting its processes takes longest.
+Real PolicyTrainers on real gloo processes. Starting processes takes longest by far, so one pair of them does all checks
+that can share it: alone (each a world of its own), then together.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import shutil
-from dataclasses import replace
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +48,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-distributed-bf16": {"distributed": True, "dtype": "bf16"},
 }
 
+# Saved under, loaded under.
+TO_TWO_RANKS = [
+    ("tp1", "tp2"),
+    ("tp1-distributed-bf16", "tp2-bf16"),
+    ("tp1-distributed", "dp2-distributed"),
+    ("dp2-distributed-bf16", "tp2-bf16"),
+    ("dp2-distributed", "dp2"),
+    ("tp2-bf16", "dp2-distributed-bf16"),
+]
+TO_ONE_RANK = [
+    [("tp2", "tp1"), ("dp2", "tp1"), ("dp2-distributed-bf16", "tp1-bf16")],
+    [("tp2-bf16", "tp1-bf16"), ("dp2-distributed", "tp1-distributed"), ("dp2-bf16", "tp1-distributed-bf16")],
+]
 
-@pytest.fixture(scope="module", params=["untied"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_checkpoints, "VOCAB_SIZE", VOCAB_SIZE)
         return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
@@ -125,19 +143,9 @@ def _per_rank() -> dict[str, torch.Tensor]:
     return {"generator": torch.Generator().manual_seed(torch.distributed.get_rank()).get_state()}
 
 
-import time, sys
-
-T0 = time.time()
-
-
-def _tick(x):
-    print("TICK", x, round(time.time() - T0, 1), file=sys.stderr, flush=True)
-
-
 def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
     """2 steps, save, 2 more; against: a fresh trainer, load, the same 2."""
     for layout in layouts:
-        _tick(layout)
         directory = root / layout / "step_2"
         torch.manual_seed(rank)
         trainer = _build(model, layout)
@@ -152,6 +160,8 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
         rng = torch.get_rng_state()
         metrics = _train(trainer, range(2, 4))
         trained = _state(trainer)
+        if rank == 0:
+            (root / layout / "metrics.json").write_text(json.dumps(metrics[0]))
 
         torch.manual_seed(99)
         resumed = _build(model, layout)
@@ -174,7 +184,6 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
 def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]]) -> None:
     """Load what another layout saved: the same full tensors, and training goes on as it did there."""
     for source, target in pairs:
-        _tick((source, target))
         directory = root / source / "step_2"
         torch.manual_seed(99)
         trainer = _build(model, target)
@@ -198,9 +207,10 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
             assert loaded.per_rank == {}
             assert torch.equal(torch.get_rng_state(), before)
         metrics = _train(trainer, range(2, 3))[0]
-        reference = root / source / "metrics.pt"
-        if rank == 0 and reference.exists():
-            assert metrics == pytest.approx(torch.load(reference), rel=1e-2)
+        reference = json.loads((root / source / "metrics.json").read_text())
+        # The same step, its sums in another order; ratios of tiny numbers are left out.
+        for key in ("policy/grad_norm", "policy/lr", "draft/loss", "draft/grad_norm", "draft/lr"):
+            assert metrics[key] == pytest.approx(reference[key], rel=1e-4 if "bf16" not in source else 0.05), key
         # What comes out of a resharded load can be saved, and loads as the same again.
         again = root / f"{source}-{target}" / "step_3"
         dist.save(again, dist.parts(trainer), EXTRA)
@@ -210,30 +220,152 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
         _assert_same(_state(other), state)
 
 
-@pytest.fixture(scope="module")
-def root(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+def _says(action: Callable[[], object], kind: type[Exception], *parts: str) -> None:
+    with pytest.raises(kind) as raised:
+        action()
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
 
 
-def test_resumed_training_is_bitwise_the_same_and_checkpoints_load_under_other_layouts(model: Path, root: Path) -> None:
-    singles = [layout for layout in LAYOUTS if layout.startswith("tp1")]
-    pairs = [layout for layout in LAYOUTS if not layout.startswith("tp1")]
-    run_distributed(_resume_job, 1, model, root, singles)
-    run_distributed(_resume_job, 2, model, root, pairs)
-    to_single = [
-        ("tp2", "tp1"),
-        ("tp2-bf16", "tp1-bf16"),
-        ("dp2", "tp1"),
-        ("dp2-distributed", "tp1-distributed"),
-        ("dp2-distributed-bf16", "tp1-bf16"),
-    ]
-    to_two = [
-        ("tp1", "tp2"),
-        ("tp1-distributed-bf16", "tp2-bf16"),
-        ("tp1-distributed", "dp2-distributed"),
-        ("dp2-distributed-bf16", "tp2-bf16"),
-        ("dp2-distributed", "dp2"),
-        ("tp2-bf16", "dp2-distributed-bf16"),
-    ]
-    run_distributed(_reshard_job, 1, model, root, to_single)
-    run_distributed(_reshard_job, 2, model, root, to_two)
+def _errors_job(model: Path, other_model: Path, root: Path) -> None:
+    """What a user gets wrong is one line, and nothing was changed by then."""
+    trainer = _build(model, "tp1")
+    parts, here = dist.parts(trainer), root / "errors"
+    _train(trainer, range(1))
+    dist.save(here / "step_1", parts, EXTRA)
+    dist.save(here / "step_2", {"draft": parts["draft"]}, EXTRA)
+    assert folders.contents(here / "step_2") == {"draft"}
+    state = _state(trainer)
+
+    setting = f"trainer.resume_path={here}"
+    _says(lambda: dist.load(here / "step_9", parts), ConfigError, f"{setting}/step_9: no such directory")
+    _says(lambda: dist.load(here, parts), ConfigError, f"{setting}: is no checkpoint")
+    _says(lambda: dist.load(here / "step_2", parts), ConfigError, "holds no policy (it has: draft)")
+    for name in (".metadata", "__0_0.distcp", "rank_dp0_tp0.safetensors", "common.pt", "metadata.json"):
+        broken = Path(shutil.copytree(here / "step_1", here / "step_3", dirs_exist_ok=True))
+        (broken / name).unlink()
+        _says(lambda broken=broken: dist.load(broken, parts), ConfigError, f"step_3: {name} is missing")
+    _assert_same(_state(trainer), state)
+    # Of the right size, but not what was written: this is only seen while reading.
+    shutil.copytree(here / "step_1", broken, dirs_exist_ok=True)
+    (broken / ".metadata").write_bytes(bytes((broken / ".metadata").stat().st_size))
+    _says(lambda: dist.load(broken, parts), ConfigError, "step_3: cannot be read")
+
+    bf16 = dist.parts(_build(model, "tp1-bf16"))
+    _says(lambda: dist.load(here / "step_1", bf16), ConfigError, "in fp32, this run is set to bf16", "dtype=fp32")
+    other = dist.parts(_build(other_model, "tp1"))
+    _says(lambda: dist.load(here / "step_1", other), ConfigError, "is another model", "[150, 128], here [97, 128]")
+
+    # A draft newly enabled, or dropped, or warmed up alone, by what is asked for.
+    without = _build(model, "tp1", mtp=False)
+    dist.load(here / "step_1", dist.parts(without))
+    _assert_same({key: value for key, value in state.items() if key.startswith("policy.")}, _state(without))
+    dist.save(here / "step_4", dist.parts(without), EXTRA)
+    again = _build(model, "tp1")
+    started = _state_of(again, "draft")
+    dist.load(here / "step_4", {"policy": dist.parts(again)["policy"]})
+    _assert_same({key: value for key, value in state.items() if key.startswith("policy.")}, _state_of(again, "policy"))
+    _assert_same(_state_of(again, "draft"), started)
+    dist.load(here / "step_2", {"draft": dist.parts(again)["draft"]})
+    _assert_same(_state(again), state)
+
+
+def _state_of(trainer: PolicyTrainer, name: str) -> dict[str, Any]:
+    dist._initialize_optimizer(dist.parts(trainer)[name].trainable)
+    return {key: value for key, value in _state(trainer).items() if key.startswith(f"{name}.")}
+
+
+def _full_disk_job(rank: int, model: Path, root: Path) -> None:
+    """Files of one rank cannot grow: all ranks say so, nothing half written is left, and the next save works."""
+    trainer = _build(model, "tp2")
+    parts, here = dist.parts(trainer), root / "full"
+    dist.save(here / "step_1", parts, EXTRA)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for full_rank, num_bytes in ((1, 100_000), (0, 100_000), (0, 100)):
+        if rank == full_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        _says(lambda: dist.save(here / "step_2", parts, EXTRA), RunError, "could not be written (File too large)")
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        torch.distributed.barrier()
+        assert {path.name for path in here.iterdir()} == {"step_1", "latest"}
+    dist.save(here / "step_2", parts, EXTRA)
+    assert folders.latest(here) == here / "step_2"
+    torch.distributed.barrier()
+    # Over an existing one, on all ranks together.
+    dist.save(here / "step_2", parts, EXTRA | {"step": 7})
+    assert dist.load(here / "step_2", parts).extra["step"] == 7
+
+
+def _regroup(rank: int, world_size: int, store: Path) -> None:
+    if parallel.parallel_state.is_initialized():
+        parallel.parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+def _job(rank: int, model: Path, other_model: Path, root: Path) -> None:
+    _regroup(0, 1, root / f"alone{rank}")
+    _resume_job(0, model, root, [["tp1", "tp1-bf16"], ["tp1-distributed", "tp1-distributed-bf16"]][rank])
+    if rank == 0:
+        _errors_job(model, other_model, root)
+
+    _regroup(rank, 2, root / "together")
+    _resume_job(rank, model, root, [layout for layout in LAYOUTS if not layout.startswith("tp1")])
+    _reshard_job(rank, model, root, TO_TWO_RANKS)
+    _full_disk_job(rank, model, root)
+    torch.distributed.barrier()
+
+    _regroup(0, 1, root / f"alone_again{rank}")
+    _reshard_job(0, model, root, TO_ONE_RANK[rank])
+    parallel.shutdown()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/end{rank}", rank=0, world_size=1)
+
+
+def test_resume_is_bitwise_and_resharding_and_errors(model: Path, tmp_path: Path) -> None:
+    other_model = write_checkpoint(tmp_path / "other")
+    run_distributed(_job, 2, model, other_model, tmp_path)
+
+
+def _killed_job(rank: int, model: Path, root: Path) -> None:
+    """The second save dies on rank 1 when it has written, but not yet told so, its file of tensors."""
+    trainer = _build(model, "tp2")
+    dist.save(root / "step_1", dist.parts(trainer), EXTRA)
+    real = os.fsync
+
+    def die(descriptor: int) -> None:
+        real(descriptor)
+        (root.parent / "died").touch()
+        os._exit(9)
+
+    if rank == 1:
+        os.fsync = die
+    dist.save(root / "step_2", dist.parts(trainer), EXTRA)
+
+
+def test_a_save_killed_half_way_leaves_the_old_one(model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    with pytest.raises(Exception):  # noqa: B017  (which rank is heard first is chance)
+        run_distributed(_killed_job, 2, model, root)
+    assert (tmp_path / "died").exists()
+    assert list((root / "step_2.partial").glob("*.distcp")), "it was to be half written"
+    assert folders.latest(root) == root / "step_1"
+    assert folders.read_record(root / "step_1")["extra"] == EXTRA
+    assert folders.rotate(root, keep=1) == []
+    assert {path.name for path in root.iterdir()} == {"step_1", "latest"}
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 4, 3), (4, 1, 2)])
+def test_boxes_are_the_range_in_order(shape: tuple[int, ...]) -> None:
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(numbers.numel() + 1):
+        for end in range(start, numbers.numel() + 1):
+            boxes = list(dist._boxes(start, end, shape))
+            parts = [
+                numbers[tuple(slice(c, c + n) for c, n in zip(corner, sizes, strict=True))].flatten()
+                for corner, sizes in boxes
+            ]
+            assert torch.cat([torch.empty(0, dtype=torch.int64), *parts]).tolist() == list(range(start, end))
+            assert len(boxes) <= 2 * len(shape) - 1
