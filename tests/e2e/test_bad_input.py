@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from skyrl_spec.compose import load_config
 from skyrl_spec.config import ConfigError
+from skyrl_spec.draft_spec import dflash_tensor_shapes, parse_dflash_spec
 from skyrl_spec.preflight import preflight
 from skyrl_spec.validation import validate
 
@@ -42,6 +43,15 @@ MODEL_CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "max_position_embeddings": 256,
     "num_nextn_predict_layers": 1,
+}
+DRAFT_CONFIG: dict[str, Any] = {
+    **{key: value for key, value in MODEL_CONFIG.items() if key != "num_nextn_predict_layers"},
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "block_size": 4,
+    "num_target_layers": 8,
+    "dflash_config": {"mask_token_id": 31, "target_layer_ids": [1, 5], "causal": False},
 }
 MTP_TENSOR = "model.mtp_layers.0.input_proj.weight"
 ROW = {"prompt": [{"role": "user", "content": "1+1="}], "env_class": "gsm8k"}
@@ -70,6 +80,29 @@ class Workspace:
         config = {key: value for key, value in (MODEL_CONFIG | changes).items() if value is not None}
         (directory / "config.json").write_text(json.dumps(config))
         save_file({name: np.zeros(2, np.float32) for name in tensors}, directory / "model.safetensors")
+        return directory
+
+    def dflash(self, path: Path | None = None, *, target: dict[str, Any] | None = None) -> list[str]:
+        """A DFlash draft (from scratch without ``path``) on a Qwen3 model of eight layers."""
+        of_target = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "num_nextn_predict_layers": None}
+        model = self.model(("lm_head.weight",), **(of_target | (target or {})))
+        draft = "null" if path is None else str(path)
+        return [
+            f"{PATH}={model}",
+            "trainer.mtp.enabled=false",
+            "trainer.dflash.enabled=true",
+            "trainer.dflash.num_layers=null",
+            f"trainer.dflash.path={draft}",
+        ]
+
+    def draft(self, *, without: str | None = None, **changes: Any) -> Path:
+        """A DFlash draft's directory of which only the headers are real."""
+        directory = self.root / f"draft-{uuid.uuid4().hex[:8]}"
+        directory.mkdir()
+        config = DRAFT_CONFIG | changes
+        (directory / "config.json").write_text(json.dumps(config))
+        names = dflash_tensor_shapes(parse_dflash_spec(directory, DRAFT_CONFIG)).keys() - {without}
+        save_file({name: np.zeros(2, np.float32) for name in names}, directory / "model.safetensors")
         return directory
 
     def rows(self, *rows: Any) -> Path:
@@ -228,6 +261,77 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "run directory below a file": (
         lambda space: [f"trainer.run_dir={space.root / 'rows.jsonl' / 'run'}"],
         ("trainer.run_dir=", "rows.jsonl is a file", "choose another"),
+    ),
+    "DFlash on a model that vLLM cannot capture from": (
+        lambda _: ["trainer.mtp.enabled=false", "trainer.dflash.enabled=true"],
+        ("trainer.dflash.enabled=true: vLLM cannot hand the hidden states of a MiMoForCausalLM", "Qwen3ForCausalLM"),
+    ),
+    "target layers out of range": (
+        lambda space: [*space.dflash(), "trainer.dflash.target_layer_ids=[1,8]"],
+        ("trainer.dflash.target_layer_ids=[1, 8]: must be layers of the target, 0 to 7", "change it"),
+    ),
+    "target layers not unique": (
+        lambda space: [*space.dflash(), "trainer.dflash.target_layer_ids=[1,4,4]"],
+        ("trainer.dflash.target_layer_ids=[1, 4, 4]: must be ascending, each layer once", "change it"),
+    ),
+    "target too shallow": (
+        lambda space: [*space.dflash(target={"num_hidden_layers": 5}), "trainer.dflash.num_layers=4"],
+        ("trainer.dflash.num_layers=4: a target of 5 layers is too shallow", "lower it or set target_layer_ids"),
+    ),
+    "block of one": (
+        lambda space: [*space.dflash(), "trainer.dflash.block_size=1"],
+        ("trainer.dflash.block_size=1: must be at least 2", "change it"),
+    ),
+    "more draft tokens than a block has": (
+        lambda space: [*space.dflash(space.draft()), "trainer.dflash.num_speculative_tokens=4"],
+        ("trainer.dflash.num_speculative_tokens=4: must be below the block size 4", "lower it"),
+    ),
+    "no such draft": (
+        lambda space: space.dflash(space.root / "nowhere"),
+        ("trainer.dflash.path=", "nowhere: no such directory"),
+    ),
+    "a model in place of a draft": (
+        lambda space: space.dflash(space.root / "model"),
+        ("trainer.dflash.path=", "is a MiMoForCausalLM, not a DFlashDraftModel", "give a DFlash draft"),
+    ),
+    "draft of another width": (
+        lambda space: space.dflash(space.draft(hidden_size=64)),
+        ("trainer.dflash.path=", "its hidden_size 64 is not the target's 128"),
+    ),
+    "draft of another vocabulary": (
+        lambda space: space.dflash(space.draft(vocab_size=64)),
+        ("trainer.dflash.path=", "its vocab_size 64 is not the target's 32"),
+    ),
+    "draft of a deeper target": (
+        lambda space: space.dflash(space.draft(num_target_layers=9)),
+        ("trainer.dflash.path=", "for a target of 9 layers, not of 8"),
+    ),
+    "draft with too few positions": (
+        lambda space: space.dflash(space.draft(max_position_embeddings=64)),
+        ("generator.sampling_params.max_generate_length", "has 64 positions", "lower one of them"),
+    ),
+    "draft that is causal": (
+        lambda space: space.dflash(space.draft(dflash_config=DRAFT_CONFIG["dflash_config"] | {"causal": True})),
+        ("trainer.dflash.path=", "dflash_config.causal", "is not supported"),
+    ),
+    "draft without a tensor": (
+        lambda space: space.dflash(space.draft(without="fc.weight")),
+        ("trainer.dflash.path=", "has no tensor fc.weight", "copy it again"),
+    ),
+    "setting that contradicts the draft": (
+        lambda space: [*space.dflash(space.draft()), "trainer.dflash.block_size=8"],
+        ("trainer.dflash.block_size=8: the draft at trainer.dflash.path=", "has 4", "leave it null"),
+    ),
+    "TP that does not divide the draft": (
+        lambda space: [
+            *space.dflash(space.draft(num_key_value_heads=1)),
+            "trainer.policy.megatron_config.tensor_model_parallel_size=2",
+        ],
+        ("tensor_model_parallel_size=2: must divide the draft's", "1 key-value heads", "choose a divisor"),
+    ),
+    "an engine with another draft": (
+        lambda space: [*space.dflash(), f"{ENGINE}.speculative_config={{method: ngram, num_speculative_tokens: 3}}"],
+        (f"{ENGINE}.speculative_config=", "must be of method dflash", "turn dflash off"),
     ),
     "shared GPUs on CPU": (
         lambda _: ["trainer.placement.colocate_all=true"],

@@ -259,7 +259,7 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
     _says(lambda: dist.load(here / "step_1", other), ConfigError, "is another model", "[150, 128], here [97, 128]")
 
     # A draft newly enabled, or dropped, or warmed up alone, by what is asked for.
-    without = _build(model, "tp1", mtp=False)
+    without = _build(model, "tp1", draft=None)
     dist.load(here / "step_1", dist.parts(without))
     _assert_same({key: value for key, value in state.items() if key.startswith("policy.")}, _state(without))
     dist.save(here / "step_4", dist.parts(without), EXTRA)

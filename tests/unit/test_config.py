@@ -23,7 +23,9 @@ COLOCATED = (
 
 
 def test_the_promised_experiments_exist() -> None:
-    assert {"cpu_mtp_grpo", "cpu_mtp_dapo", "mimo_7b_dapo_8gpu"} <= set(available("experiment"))
+    assert {"cpu_mtp_grpo", "cpu_mtp_dapo", "cpu_dflash_grpo", "mimo_7b_dapo_8gpu", "qwen3_8b_dflash_dapo_8gpu"} <= set(
+        available("experiment")
+    )
 
 
 @pytest.mark.parametrize("experiment", available("experiment"))
@@ -103,7 +105,7 @@ COMPOSITION_ERRORS = {
     "hydra.run.dir=x": "hydra.run.dir: unknown setting",
     "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists them all",
     "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
-    "experiment=nope": "experiment=nope: no such experiment; available: cpu_mtp_dapo, cpu_mtp_grpo",
+    "experiment=nope": "experiment=nope: no such experiment; available: cpu_dflash_grpo, cpu_mtp_dapo",
     "experiment=[a,b]": "no such experiment",
     "algorithm=ppo": "algorithm=ppo: no such algorithm; available: dapo, grpo; did you mean grpo?",
     "trainer.epochs=two": "trainer.epochs: Value 'two' of type 'str'",
@@ -182,7 +184,10 @@ def test_a_file_without_its_package_line(tmp_path: Path, monkeypatch: pytest.Mon
 # Overrides on top of cpu_mtp_grpo, and the setting the line must begin with.
 RULES = {
     "trainer.dflash.enabled=true": "trainer.dflash.enabled=true: one draft at a time",
-    "trainer.dflash.enabled=true trainer.mtp.enabled=false": "trainer.dflash.enabled=true: the DFlash draft cannot",
+    "trainer.dflash.block_size=1": "trainer.dflash.block_size=1: must be at least 2",
+    "trainer.dflash.loss_type=mse": "trainer.dflash.loss_type=mse: must be soft_ce or topk_soft_ce or hard_ce",
+    "trainer.dflash.optimizer_config.lr=-1": "trainer.dflash.optimizer_config.lr=-1",
+    "trainer.warmup.resume_mode=newest": "trainer.warmup.resume_mode=newest: must be latest",
     "trainer.mtp.num_speculative_tokens=0": "trainer.mtp.num_speculative_tokens=0: must be at least 1",
     "trainer.mtp.unroll_steps=0": "trainer.mtp.unroll_steps=0",
     "trainer.mtp.loss_type=mse": "trainer.mtp.loss_type=mse: must be soft_ce or topk_soft_ce or hard_ce",

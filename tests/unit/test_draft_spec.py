@@ -1,0 +1,112 @@
+"""What is decided of a draft before anything starts, against the published rules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from skyrl_spec.compose import load_config
+from skyrl_spec.config import ConfigError, DflashConfig
+from skyrl_spec.draft_spec import (
+    decay_gamma,
+    decided,
+    default_target_layers,
+    hf_config,
+    parse_dflash_spec,
+    plan_dflash,
+    read_dflash_spec,
+    resolve_mask_token,
+    trained_draft,
+)
+from skyrl_spec.model_spec import load_spec
+from skyrl_spec.rollout.speculative import build_speculative_config
+from skyrl_spec.trainer.warmup import warmup_config
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/arithmetic_dflash"
+
+
+@pytest.mark.parametrize(
+    ("depth", "num_layers", "expected"),
+    [
+        # What the published drafts of Qwen3-4B, Qwen3-8B (36 layers) and of a 28-layer model have.
+        (36, 5, [1, 9, 17, 25, 33]),
+        (28, 5, [1, 7, 13, 19, 25]),
+        (12, 1, [6]),
+        (12, 4, [1, 4, 6, 9]),
+    ],
+)
+def test_default_target_layers(depth: int, num_layers: int, expected: list[int]) -> None:
+    assert default_target_layers(depth, num_layers) == expected
+
+
+def test_decay_gamma_follows_the_block_unless_it_is_set() -> None:
+    assert [decay_gamma(DflashConfig(), size) for size in (8, 10, 16, 12)] == [4.0, 5.0, 7.0, 6.0]
+    assert decay_gamma(DflashConfig(loss_decay_gamma=3.0), 8) == 3.0
+
+
+def _tokenizer(mask: int | None, tokens: int = 100) -> SimpleNamespace:
+    vocabulary = {f"t{index}": index for index in range(tokens)}
+    return SimpleNamespace(mask_token_id=mask, pad_token_id=0, eos_token_id=2, get_vocab=lambda: vocabulary)
+
+
+def test_mask_token_is_the_one_set_then_the_tokenizers_then_the_first_unused_row() -> None:
+    assert resolve_mask_token(50, _tokenizer(7), 128) == 50
+    assert resolve_mask_token(None, _tokenizer(7), 128) == 7
+    assert resolve_mask_token(None, _tokenizer(None), 128) == 100
+
+
+def test_mask_token_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.dflash.mask_token_id=null: .* all 100 rows .* are used; set it"):
+        resolve_mask_token(None, _tokenizer(None), 100)
+    for token in (0, 2):
+        with pytest.raises(ConfigError, match=f"mask_token_id={token}: is the padding or end token"):
+            resolve_mask_token(token, _tokenizer(None), 128)
+
+
+def test_a_fresh_draft_has_its_targets_width_and_survives_its_config_json(tmp_path: Path) -> None:
+    config = load_config(["experiment=cpu_dflash_grpo"])
+    config = replace(config, trainer=replace(config.trainer, dflash=DflashConfig(enabled=True, block_size=6)))
+    target = replace(load_spec(str(EXAMPLE / "model")), num_layers=36)
+    spec = plan_dflash(config, target, None, mask_token_id=104)
+    assert (spec.layers.hidden_size, spec.layers.num_layers, spec.block_size) == (192, 5, 6)
+    assert spec.target_layer_ids == (1, 9, 17, 25, 33)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(spec, "float32")))
+    again = read_dflash_spec(str(tmp_path))
+    assert replace(again, layers=replace(again.layers, path=spec.layers.path)) == spec
+    dflash = decided(config, spec, str(tmp_path)).trainer.dflash
+    assert (dflash.num_speculative_tokens, dflash.num_layers, dflash.mask_token_id) == (5, 5, 104)
+
+
+def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
+    spec = read_dflash_spec(str(EXAMPLE / "draft"))
+    exported = hf_config(spec, "bfloat16", {"rope_type": "yarn", "factor": 4.0})
+    assert exported["rope_scaling"]["factor"] == 4.0
+    assert exported["rope_theta"] == spec.layers.rope_theta
+    with pytest.raises(ConfigError, match=r"rope_scaling of its config\.json is not supported"):
+        parse_dflash_spec(tmp_path, exported)
+
+
+def test_engines_draft_what_is_trained() -> None:
+    trainer = load_config(["experiment=cpu_dflash_grpo", "trainer.dflash.num_speculative_tokens=7"]).trainer
+    assert trained_draft(trainer) is trainer.dflash
+    expected = {"method": "dflash", "model": trainer.dflash.path, "num_speculative_tokens": 7}
+    assert build_speculative_config(trainer, None) == expected
+    user = {"method": "dflash", "draft_sample_method": "probabilistic"}
+    assert build_speculative_config(trainer, user) == user | expected
+
+
+def test_a_warm_up_is_a_run_of_its_own() -> None:
+    overrides = ["experiment=cpu_dflash_grpo", "algorithm=dapo"]
+    warm = warmup_config(load_config(overrides)).trainer
+    assert warm.run_dir == "runs/cpu_dflash_grpo_warmup"
+    assert warm.dflash.path is None
+    assert warm.dflash.optimizer_config == warm.warmup.optimizer_config
+    assert warm.algorithm.dynamic_sampling.type is None
+    kept = warmup_config(load_config([*overrides, "trainer.warmup.from_scratch=false"])).trainer
+    assert kept.dflash.path == "examples/arithmetic_dflash/draft"
+    with pytest.raises(ConfigError, match="there is no draft to warm up"):
+        warmup_config(load_config([*overrides, "trainer.dflash.enabled=false"]))
