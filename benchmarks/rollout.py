@@ -1,7 +1,9 @@
 """Rollout throughput with and without the draft: two engines of the same build, same prompts, in turns.
 
     python benchmarks/rollout.py --model examples/arithmetic_mtp/model --k 3
+    python benchmarks/rollout.py --model examples/arithmetic_dflash/model --draft examples/arithmetic_dflash/draft --k 7
 
+The draft is the model's own MTP head, or the DFlash draft in a directory.
 Prints a Markdown table: tokens/s without and with the draft (medians over the rounds), their ratio in the same round
 (median, lowest and highest), and the mean acceptance length, by the number of rollouts generated at a time.
 """
@@ -52,7 +54,10 @@ class Result:
 
 def start_engine(args: argparse.Namespace, num_speculative_tokens: int) -> ActorHandle:
     """An engine with that many draft tokens; 0: without a draft."""
-    draft = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens} if num_speculative_tokens else None
+    draft: dict[str, Any] | None = None
+    if num_speculative_tokens:
+        method = {"method": "mtp"} if args.draft is None else {"method": "dflash", "model": str(args.draft)}
+        draft = method | {"num_speculative_tokens": num_speculative_tokens}
     settings = EngineSettings(
         model_path=str(args.model),
         dtype=args.dtype,
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> dict[int, Result]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
+    parser.add_argument("--draft", type=Path, help="a DFlash draft's directory; without it, the model's MTP head")
     parser.add_argument("--data", default=str(EXAMPLE / "data" / "validation.jsonl"), help="JSONL or parquet")
     parser.add_argument("--k", type=int, default=3, help="draft tokens")
     parser.add_argument("--rounds", type=int, default=5)
