@@ -17,7 +17,7 @@ import ray
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import make_batch, make_config, write_checkpoint
+from tiny_checkpoints import make_batch, make_config, write_checkpoint, write_model
 from torch import Tensor
 
 from skyrl_spec.config import Config, SamplingConfig
@@ -42,13 +42,15 @@ needs_two = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason=f"needs two CUDA devices; there are {torch.cuda.device_count()}"
 )
 TENSOR_PARALLEL_SIZES = [1, pytest.param(2, marks=needs_two)]
+DRAFTS = ["mtp", "dflash"]
 NUM_STEPS = 3
 
 
-def bf16_checkpoint(path: Path) -> Path:
+def bf16_checkpoint(path: Path, draft: str = "mtp") -> Path:
     """A tiny checkpoint of numbers that bf16 holds exactly, so that fp32 and bf16 train the same weights."""
-    file = write_checkpoint(path) / "model.safetensors"
-    save_file({name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}, file)
+    write_model(path, draft)
+    for file in path.parent.glob("*/model.safetensors"):
+        save_file({name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}, file)
     return path
 
 
@@ -92,10 +94,10 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def check_steps(device: str, folder: Path, tp: int) -> None:
-    path = bf16_checkpoint(folder / "model")
-    (reference,) = train("cpu", path, folder / "reference", dtype="fp32")
-    records = train(device, path, folder / "bf16", tp=tp, dtype="bf16")
+def check_steps(device: str, folder: Path, tp: int, draft: str) -> None:
+    path = bf16_checkpoint(folder / "model", draft)
+    (reference,) = train("cpu", path, folder / "reference", dtype="fp32", draft=draft)
+    records = train(device, path, folder / "bf16", tp=tp, dtype="bf16", draft=draft)
     for record in records:
         for metrics in record["metrics"]:
             assert all(math.isfinite(value) for value in metrics.values()), metrics
@@ -115,15 +117,16 @@ def check_steps(device: str, folder: Path, tp: int) -> None:
                 assert relative_error(records[0]["gradients"][0][which][name], gradient) < 5e-2, (which, name)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tp", TENSOR_PARALLEL_SIZES)
-def test_three_bf16_steps_against_fp32_on_cpu(tmp_path: Path, tp: int) -> None:
-    check_steps("cuda", tmp_path, tp)
+def test_three_bf16_steps_against_fp32_on_cpu(tmp_path: Path, tp: int, draft: str) -> None:
+    check_steps("cuda", tmp_path, tp, draft)
 
 
-def check_isolation(device: str, folder: Path, tp: int) -> None:
-    path = write_checkpoint(folder / "model")
-    with_draft = train(device, path, folder / "on", tp=tp, dtype="bf16", mtp=True)
-    without = train(device, path, folder / "off", tp=tp, dtype="bf16", mtp=False)
+def check_isolation(device: str, folder: Path, tp: int, draft: str) -> None:
+    path = write_model(folder / "model", draft)
+    with_draft = train(device, path, folder / "on", tp=tp, dtype="bf16", draft=draft)
+    without = train(device, path, folder / "off", tp=tp, dtype="bf16", draft=None)
     for on, off in zip(with_draft, without, strict=True):
         for step in range(NUM_STEPS):
             assert on["gradients"][step]["policy"].keys() == off["gradients"][step]["policy"].keys()
@@ -138,9 +141,10 @@ def check_isolation(device: str, folder: Path, tp: int) -> None:
             assert gradient.abs().max() > 0, f"the draft does not train: {name}"
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tp", TENSOR_PARALLEL_SIZES)
-def test_the_draft_does_not_change_a_bit_of_the_policy(tmp_path: Path, tp: int) -> None:
-    check_isolation("cuda", tmp_path, tp)
+def test_the_draft_does_not_change_a_bit_of_the_policy(tmp_path: Path, tp: int, draft: str) -> None:
+    check_isolation("cuda", tmp_path, tp, draft)
 
 
 NUM_DEPTHS, SEQ_LEN, BATCH, HEADS, GROUPS, HEAD_DIM = 3, 70, 2, 4, 2, 32
