@@ -67,9 +67,14 @@ def speculation_keys(mode: str, num_speculative_tokens: int) -> list[str]:
 
 
 def step_keys(
-    *, trains_draft: bool, num_speculative_tokens: int, n_samples_per_prompt: int, use_kl_loss: bool
+    *, num_trained_positions: int, num_speculative_tokens: int, n_samples_per_prompt: int, use_kl_loss: bool
 ) -> list[str]:
-    """The keys of every training step of such a run; ``num_speculative_tokens`` is 0 if the engines have no draft."""
+    """The keys of every training step of such a run.
+
+    ``num_trained_positions``: drafted tokens of a chain that the draft is trained at, 0 without one;
+    ``num_speculative_tokens``: what the engines draft, 0 if they have no draft.
+    """
+    trains_draft = num_trained_positions > 0
     phases = [phase for phase in PHASES if trains_draft or phase != "draft_train"]
     return [
         STEP,
@@ -79,6 +84,7 @@ def step_keys(
         LOGPROBS_DIFF,
         *([POLICY_KL] if use_kl_loss else []),
         *(DRAFT if trains_draft else []),
+        *(draft_top1_pos(position) for position in range(1, num_trained_positions + 1)),
         *speculation_keys("train", num_speculative_tokens),
         THROUGHPUT,
         *map(timing, phases),

@@ -19,10 +19,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
 from skyrl_spec.compose import load_config
 from skyrl_spec.config import Config
+from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.metrics import names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,11 +61,11 @@ class Run:
         return found
 
 
-def start(run_dir: Path, *overrides: str, **environment: str) -> Run:
+def start(run_dir: Path, *overrides: str, command: str = "train", **environment: str) -> Run:
     mark = uuid.uuid4().hex
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "skyrl_spec", "train", *overrides, f"trainer.run_dir={run_dir}"],
+        [sys.executable, "-m", "skyrl_spec", command, *overrides, f"trainer.run_dir={run_dir}"],
         cwd=ROOT,
         env=kept | {MARK: mark} | environment,
         stdout=subprocess.PIPE,
@@ -73,19 +75,28 @@ def start(run_dir: Path, *overrides: str, **environment: str) -> Run:
     return Run(process, run_dir, mark)
 
 
-def finish(run_dir: Path, *overrides: str, **environment: str) -> tuple[str, list[dict[str, Any]]]:
+def finish(
+    run_dir: Path, *overrides: str, command: str = "train", **environment: str
+) -> tuple[str, list[dict[str, Any]]]:
     """Run to the end; the terminal's text and ``metrics.jsonl``."""
-    run = start(run_dir, *overrides, **environment)
+    run = start(run_dir, *overrides, command=command, **environment)
     output = run.output(timeout_s=400)
     assert run.process.returncode == 0, output
     assert run.processes() == []
     return output, [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def trained_positions(config: Config) -> int:
+    draft = trained_draft(config.trainer)
+    if draft is None:
+        return 0
+    return config.trainer.mtp.unroll_steps or draft.num_speculative_tokens or config.trainer.dflash.block_size - 1
+
+
 def expected_keys(config: Config, k: int) -> set[str]:
     return set(
         names.step_keys(
-            trains_draft=config.trainer.mtp.enabled,
+            num_trained_positions=trained_positions(config),
             num_speculative_tokens=k,
             n_samples_per_prompt=config.generator.n_samples_per_prompt,
             use_kl_loss=config.trainer.algorithm.use_kl_loss,
@@ -202,3 +213,69 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, signum: signal
     assert set(os.listdir("/dev/shm")) <= shared_before
     assert list(temporary.glob("skyrl-*")) == []
     shutil.rmtree(temporary)
+
+
+def test_a_dflash_draft_trains_from_scratch_and_is_exported(tmp_path: Path) -> None:
+    scratch = ["trainer.dflash.path=null", "trainer.dflash.num_layers=1", "trainer.dflash.target_layer_ids=null"]
+    overrides = ["experiment=cpu_dflash_grpo", *SMALL, *scratch, "trainer.dflash.block_size=4"]
+    output, records = finish(tmp_path / "run", *overrides)
+    config = load_config(overrides)
+    assert records[1].keys() == expected_keys(config, 3)
+    assert [record["sync/draft_version"] for record in records[1:]] == [1, 2]
+    assert all(record["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4 for record in records[1:])
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    # The middle layer of twelve, and the first row of the vocabulary that no token uses.
+    draft = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
+    assert draft["dflash_config"] == {"mask_token_id": 104, "target_layer_ids": [6], "causal": False}
+    started, trained = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("draft_start", "draft"))
+    assert started.keys() == trained.keys()
+    assert all(not torch.equal(started[name], trained[name]) for name in started), "a tensor was not trained"
+    assert "--speculative-config" in output
+    assert f"trainer.dflash.path={tmp_path / 'run' / 'draft'}" in output
+
+
+WARMUP = [
+    *SMALL,
+    "trainer.warmup.num_steps=3",
+    "trainer.warmup.ckpt_interval=1",
+    # A schedule that does not know how long the run is.
+    "trainer.warmup.optimizer_config.scheduler=constant",
+    "trainer.eval_before_train=false",
+]
+
+
+def _without_timings(record: dict[str, Any]) -> dict[str, Any]:
+    timed = ("timing/", names.THROUGHPUT)
+    return {key: value for key, value in record.items() if not key.startswith(timed)}
+
+
+def test_a_warm_up_trains_the_draft_alone_and_resumes_bit_by_bit(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_dflash_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'whole'}"]
+    output, records = finish(tmp_path / "whole", *overrides, command="warmup-draft")
+    assert [record["trainer/step"] for record in records] == [1, 2, 3]
+    assert [record["sync/draft_version"] for record in records] == [1, 2, 3]
+    assert [record["sync/policy_version"] for record in records] == [0, 0, 0]
+    assert records[-1]["draft/loss"] < records[0]["draft/loss"]
+    assert f"trainer.dflash.path={tmp_path / 'whole' / 'draft'}" in output
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_2", "step_3"]
+
+    parts = ["experiment=cpu_dflash_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'parts'}"]
+    finish(tmp_path / "parts", *parts, "trainer.warmup.num_steps=2", command="warmup-draft")
+    _, resumed = finish(tmp_path / "parts", *parts, "trainer.warmup.resume_mode=latest", command="warmup-draft")
+    assert [record["trainer/step"] for record in resumed] == [1, 2, 3]
+    # Step 2 ends the shorter run, with an evaluation of its own.
+    assert _without_timings(resumed[2]) == _without_timings(records[2])
+    whole, again = (load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_warm_up_serves_an_mtp_head_from_scratch(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'run'}"]
+    _, records = finish(tmp_path / "run", *overrides, command="warmup-draft")
+    assert records[-1]["draft/loss"] < records[0]["draft/loss"]
+    shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert trained.keys() == shipped.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(tensor, shipped[name].float()) == ("mtp_layers" not in name), name

@@ -40,8 +40,10 @@ def test_means_are_of_sums_not_of_means() -> None:
 
 
 def test_keys_that_apply() -> None:
-    draft = names.step_keys(trains_draft=True, num_speculative_tokens=2, n_samples_per_prompt=8, use_kl_loss=True)
-    plain = names.step_keys(trains_draft=False, num_speculative_tokens=0, n_samples_per_prompt=8, use_kl_loss=False)
+    draft = names.step_keys(num_trained_positions=2, num_speculative_tokens=2, n_samples_per_prompt=8, use_kl_loss=True)
+    plain = names.step_keys(
+        num_trained_positions=0, num_speculative_tokens=0, n_samples_per_prompt=8, use_kl_loss=False
+    )
     assert len(set(draft)) == len(draft)
     assert set(draft) - set(plain) == {
         "policy/kl",
@@ -52,6 +54,8 @@ def test_keys_that_apply() -> None:
         "vllm/train/draft_num_accepted_tokens",
         "vllm/train/draft_acceptance_rate_pos_1",
         "vllm/train/draft_acceptance_rate_pos_2",
+        "draft/top1_agreement_pos_1",
+        "draft/top1_agreement_pos_2",
         "timing/draft_train",
         "sync/draft_version",
     }
