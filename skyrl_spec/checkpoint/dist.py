@@ -38,7 +38,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from skyrl_spec.checkpoint import folders
 from skyrl_spec.config import ConfigError, RunError
@@ -235,6 +235,7 @@ def _shapes(part: Part) -> dict[str, list[int]]:
 def _check(directory: Path, parts: dict[str, Part]) -> dict[str, Any]:
     """The checkpoint's record, if ``parts`` can be loaded from it."""
     record = folders.read_record(directory)
+    _check_index(directory)
     setting, there = f"trainer.resume_path={directory}", record["parts"]
     for name, part in parts.items():
         if name not in there:
@@ -258,6 +259,18 @@ def _check(directory: Path, parts: dict[str, Part]) -> dict[str, Any]:
                 f"{'+'.join(sorted(_dtypes(part)))}; set trainer.policy.megatron_config.dtype={saved['dtypes'][0]}"
             )
     return record
+
+
+def _check_index(directory: Path) -> None:
+    """Read the index of tensors on its own: within a load, PyTorch prints a traceback beside its error."""
+    try:
+        FileSystemReader(directory).read_metadata()
+    # A pickle of wrong bytes fails in any way.
+    except Exception as error:
+        raise ConfigError(
+            f"trainer.resume_path={directory}: .metadata cannot be read ({_reason(error)}); "
+            "resume from another checkpoint"
+        ) from None
 
 
 # ---- Tensors --------------------------------------------------------------------------------------------------------

@@ -105,6 +105,18 @@ def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
     by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     checkpoint.save(
         torch_dist.mcore_to_pyt_state_dict(by_key),
-        storage_writer=checkpoint.FileSystemWriter(directory, sync_files=True),
+        storage_writer=_Writer(directory, sync_files=True),
         planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
     )
+
+
+class _Writer(checkpoint.FileSystemWriter):
+    """Says why a file could not be written: ``torch.save`` raises an error of its zip format over the file's own."""
+
+    def write_data(self, plan: checkpoint.SavePlan, planner: checkpoint.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

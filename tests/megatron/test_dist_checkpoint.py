@@ -90,10 +90,13 @@ def _train(trainer: PolicyTrainer, seeds: range) -> list[dict[str, float]]:
     ]
 
 
-def _state(trainer: PolicyTrainer) -> dict[str, Any]:
-    """Everything that training changed, as this rank has it."""
+def _state(trainer: PolicyTrainer, only: str | None = None) -> dict[str, Any]:
+    """Everything that training changed, of policy and draft or ``only`` one, as this rank has it."""
     state: dict[str, Any] = {}
     for name, part in dist.parts(trainer).items():
+        if only not in (None, name):
+            continue
+        dist._initialize_optimizer(part.trainable)
         for key, parameter in part.trainable.module.named_parameters():
             for kind, flat, start, _ in dist._tensors(part.trainable, parameter):
                 state[f"{name}.{key}.{kind}.{start}"] = flat.clone()
@@ -248,10 +251,10 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
         (broken / name).unlink()
         _says(lambda broken=broken: dist.load(broken, parts), ConfigError, f"step_3: {name} is missing")
     _assert_same(_state(trainer), state)
-    # Of the right size, but not what was written: this is only seen while reading.
+    # Of the right size, but not what was written.
     shutil.copytree(here / "step_1", broken, dirs_exist_ok=True)
     (broken / ".metadata").write_bytes(bytes((broken / ".metadata").stat().st_size))
-    _says(lambda: dist.load(broken, parts), ConfigError, "step_3: cannot be read")
+    _says(lambda: dist.load(broken, parts), ConfigError, "step_3: .metadata cannot be read")
 
     bf16 = dist.parts(_build(model, "tp1-bf16"))
     _says(lambda: dist.load(here / "step_1", bf16), ConfigError, "in fp32, this run is set to bf16", "dtype=fp32")
@@ -261,20 +264,16 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
     # A draft newly enabled, or dropped, or warmed up alone, by what is asked for.
     without = _build(model, "tp1", draft=None)
     dist.load(here / "step_1", dist.parts(without))
-    _assert_same({key: value for key, value in state.items() if key.startswith("policy.")}, _state(without))
+    policy_state = {key: value for key, value in state.items() if key.startswith("policy.")}
+    _assert_same(policy_state, _state(without))
     dist.save(here / "step_4", dist.parts(without), EXTRA)
     again = _build(model, "tp1")
-    started = _state_of(again, "draft")
+    started = _state(again, "draft")
     dist.load(here / "step_4", {"policy": dist.parts(again)["policy"]})
-    _assert_same({key: value for key, value in state.items() if key.startswith("policy.")}, _state_of(again, "policy"))
-    _assert_same(_state_of(again, "draft"), started)
+    _assert_same(policy_state, _state(again, "policy"))
+    _assert_same(_state(again, "draft"), started)
     dist.load(here / "step_2", {"draft": dist.parts(again)["draft"]})
     _assert_same(_state(again), state)
-
-
-def _state_of(trainer: PolicyTrainer, name: str) -> dict[str, Any]:
-    dist._initialize_optimizer(dist.parts(trainer)[name].trainable)
-    return {key: value for key, value in _state(trainer).items() if key.startswith(f"{name}.")}
 
 
 def _full_disk_job(rank: int, model: Path, root: Path) -> None:
@@ -291,6 +290,8 @@ def _full_disk_job(rank: int, model: Path, root: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         torch.distributed.barrier()
         assert {path.name for path in here.iterdir()} == {"step_1", "latest"}
+        # The next save must not begin before both have looked.
+        torch.distributed.barrier()
     dist.save(here / "step_2", parts, EXTRA)
     assert folders.latest(here) == here / "step_2"
     torch.distributed.barrier()
@@ -326,7 +327,7 @@ def _job(rank: int, model: Path, other_model: Path, root: Path) -> None:
 
 def test_resume_is_bitwise_and_resharding_and_errors(model: Path, tmp_path: Path) -> None:
     other_model = write_checkpoint(tmp_path / "other")
-    run_distributed(_job, 2, model, other_model, tmp_path)
+    run_distributed(_job, 2, model, other_model, tmp_path, timeout_s=400.0)
 
 
 def _killed_job(rank: int, model: Path, root: Path) -> None:
@@ -348,7 +349,7 @@ def _killed_job(rank: int, model: Path, root: Path) -> None:
 def test_a_save_killed_half_way_leaves_the_old_one(model: Path, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     with pytest.raises(Exception):  # noqa: B017  (which rank is heard first is chance)
-        run_distributed(_killed_job, 2, model, root)
+        run_distributed(_killed_job, 2, model, root, timeout_s=400.0)
     assert (tmp_path / "died").exists()
     assert list((root / "step_2.partial").glob("*.distcp")), "it was to be half written"
     assert folders.latest(root) == root / "step_1"
