@@ -31,8 +31,8 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dflash_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Targets ``t0`` and ``t1`` with DFlash drafts ``d0`` and ``d1`` (unlike weights)."""
     root = tmp_path_factory.mktemp("dflash_models")
-    for seed in (0, 1):
-        write_tiny_dflash(root / f"d{seed}", write_tiny_qwen3(root / f"t{seed}", seed), seed)
+    for index, seed in enumerate((1, 2)):
+        write_tiny_dflash(root / f"d{index}", write_tiny_qwen3(root / f"t{index}", seed), seed)
     return root
 
 

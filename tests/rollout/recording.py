@@ -23,10 +23,7 @@ class DraftedBlock:
 
 @dataclass
 class DraftedResponse:
-    """A greedy response with its prompt, and the blocks that were drafted for it, in order.
-
-    Where the prompt comes in chunks there is a block behind each; vLLM drops its drafts.
-    """
+    """A greedy response with its prompt, and the blocks that were drafted for it, in order."""
 
     token_ids: list[int]
     blocks: list[DraftedBlock]
@@ -53,8 +50,9 @@ class DflashRecorder(RolloutEngine):
         finally:
             model.compute_logits = original
         token_ids = [*prompt, *response]
-        # The last block may start behind the response's end.
-        return DraftedResponse(token_ids, [block for block in blocks if block.anchor < len(token_ids)])
+        # vLLM also drafts, and drops the drafts, behind each chunk of a prompt, and behind the response's end.
+        kept = [block for block in blocks if len(prompt) <= block.anchor < len(token_ids)]
+        return DraftedResponse(token_ids, kept)
 
     def shares_embeddings_and_head(self) -> bool:
         """Whether the drafter's embeddings and output head are the target's own modules."""

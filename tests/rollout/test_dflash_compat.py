@@ -18,8 +18,11 @@ from skyrl_spec.rollout import compat
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.sync.payload import pack_weights
 
-# Of an empty matrix, where the weights were.
-SHAPES = "size mismatch|shapes|dimension|empty"
+# Multiplying with the emptied weights, and rotating with a table on the meta device.
+ERRORS = {
+    "mend_context_projection_of_packed_weights": "mat1 and mat2|size|dimension",
+    "mend_reload_of_context_buffers": "Meta tensors",
+}
 
 
 @ray.remote
@@ -61,7 +64,7 @@ def test_context_keys_are_wrong_without_the_mend(
     assert largest_difference([mended], target, draft) < 1e-4
 
 
-@pytest.mark.parametrize("mend", ["mend_context_projection_of_packed_weights", "mend_reload_of_context_buffers"])
+@pytest.mark.parametrize("mend", ERRORS)
 def test_an_update_breaks_the_draft_without_the_mend(
     engines_without: dict[str, ActorHandle], dflash_dir: Path, mend: str
 ) -> None:
@@ -70,5 +73,5 @@ def test_an_update_breaks_the_draft_without_the_mend(
     ray.get(unmended.init_weight_transfer_engine.remote({}))
     assert ray.get(unmended.draft.remote(PROMPT, 4)).blocks
     update(unmended, True, [pack_weights(load_file(dflash_dir / "d0" / "model.safetensors").items())])
-    with pytest.raises(RuntimeError, match=SHAPES if mend == "mend_context_projection_of_packed_weights" else "meta"):
+    with pytest.raises(RuntimeError, match=ERRORS[mend]):
         ray.get(unmended.draft.remote(PROMPT, 4))

@@ -76,12 +76,7 @@ def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
 
 
 def write_tiny_qwen3(path: Path, seed: int, tied: bool = False, num_layers: int = 6, hidden_size: int = 64) -> Path:
-    """A Qwen3 target with random weights, norms too.
-
-    The first coordinate of every embedding is the same, and the output weights of some tokens lean towards it: these
-    are likelier whatever came before, which a draft with random layers knows as well. The mask's embedding is this
-    coordinate alone.
-    """
+    """A Qwen3 target with random weights, drawn so that the next token depends mostly on the last one."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -95,15 +90,13 @@ def write_tiny_qwen3(path: Path, seed: int, tied: bool = False, num_layers: int 
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
-        initializer_range=0.1,
+        initializer_range=0.03,
     )
     model = Qwen3ForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2 if tied else 1.0)
-    model.model.embed_tokens.weight.data[:, 0] = 0.8 if tied else 4.0
-    model.model.embed_tokens.weight.data[MASK_TOKEN, 1:] = 0.0
+    model.model.embed_tokens.weight.data[MASK_TOKEN] *= 0.3
     if not tied:
-        torch.nn.init.normal_(model.lm_head.weight, std=0.25)
-        torch.nn.init.normal_(model.lm_head.weight.data[:, 0], std=0.5)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.4)
     weights = {name: _random_norm(name, tensor) for name, tensor in model.state_dict().items()}
     if tied:
         del weights["lm_head.weight"]
@@ -121,7 +114,11 @@ def write_tiny_dflash(
     target_layer_ids: Sequence[int] | None = None,
     **changes: Any,
 ) -> Path:
-    """A DFlash draft of ``target`` with random weights, norms too. ``changes``: other entries of its config.json."""
+    """A DFlash draft of ``target`` with random weights, drawn so that it knows of the block's first token.
+
+    The values of its first layer are mostly that token's, and come through to the output; the longer the context is,
+    the less so. ``changes``: other entries of its config.json.
+    """
     torch.manual_seed(1000 + seed)
     of_target = json.loads((target / "config.json").read_text())
     depth, hidden_size = of_target["num_hidden_layers"], of_target["hidden_size"]
@@ -164,12 +161,23 @@ def write_tiny_dflash(
             "self_attn.o_proj": (hidden_size, query_size),
             "self_attn.q_norm": (32,),
             "self_attn.k_norm": (32,),
-            "mlp.gate_proj": (80, hidden_size),
-            "mlp.up_proj": (80, hidden_size),
-            "mlp.down_proj": (hidden_size, 80),
+            "mlp.gate_proj": (config["intermediate_size"], hidden_size),
+            "mlp.up_proj": (config["intermediate_size"], hidden_size),
+            "mlp.down_proj": (hidden_size, config["intermediate_size"]),
         }
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
-    weights = {name: _random_norm(name, 0.15 * torch.randn(shape)) for name, shape in shapes.items()}
+    weights = {}
+    for name, shape in shapes.items():
+        std = 0.03 if name.startswith("layers.0.") else 0.1
+        weights[name] = _random_norm(name, std * torch.randn(shape))
+    weights["layers.0.self_attn.q_norm.weight"] *= 0.3
+    weights["hidden_norm.weight"] *= 0.1
+    mask = load_file(target / "model.safetensors")["model.embed_tokens.weight"][MASK_TOKEN]
+    mask = torch.nn.functional.normalize(mask * weights["layers.0.input_layernorm.weight"], dim=0)
+    weights["layers.0.self_attn.v_proj.weight"] += (torch.eye(hidden_size) - mask.outer(mask))[:key_size]
+    values_to_hidden = torch.eye(hidden_size, key_size).unflatten(1, (-1, 32))
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    weights["layers.0.self_attn.o_proj.weight"] += 10 * values_to_hidden.repeat_interleave(group, dim=1).flatten(1)
     _write(path, config, weights)
     return path
 
