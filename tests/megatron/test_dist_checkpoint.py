@@ -303,6 +303,8 @@ def _full_disk_job(rank: int, model: Path, root: Path) -> None:
 def _regroup(rank: int, world_size: int, store: Path) -> None:
     if parallel.parallel_state.is_initialized():
         parallel.parallel_state.destroy_model_parallel()
+    # A rank that left at once would close connections that the other is still making.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
 
@@ -317,7 +319,6 @@ def _job(rank: int, model: Path, other_model: Path, root: Path) -> None:
     _resume_job(rank, model, root, [layout for layout in LAYOUTS if not layout.startswith("tp1")])
     _reshard_job(rank, model, root, TO_TWO_RANKS)
     _full_disk_job(rank, model, root)
-    torch.distributed.barrier()
 
     _regroup(0, 1, root / f"alone_again{rank}")
     _reshard_job(0, model, root, TO_ONE_RANK[rank])
