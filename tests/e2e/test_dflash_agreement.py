@@ -36,7 +36,7 @@ K = 7
 TOLERANCE = 1e-4
 RESPONSE_LENGTH = 60
 MIN_BLOCKS = 200
-NUM_PROMPTS = 16
+NUM_PROMPTS = 80
 
 # What a user of an exported draft would write.
 PLAIN_VLLM = """
@@ -109,7 +109,6 @@ def _assert_agreement(engine: ActorHandle, trainer: ActorHandle, prompts: list[l
     num_blocks = 0
     for prompt in prompts:
         response = ray.get(engine.draft.remote(prompt, RESPONSE_LENGTH), timeout=300)
-        # The last anchor is no token the draft's context needs to hold.
         logits = ray.get(
             trainer.block_logits.remote(response.token_ids, [block.anchor for block in response.blocks]), timeout=300
         )

@@ -78,6 +78,7 @@ def pair(
         device="cpu",
         max_model_len=64,
         max_num_seqs=4,
+        enforce_eager=True,
         speculative_config={"method": "mtp", "num_speculative_tokens": K},
         weight_sync_backend="ray",
         num_threads=1,
