@@ -111,7 +111,8 @@ class DflashDraft(Draft):
         # T drafted tokens, each with the position that predicts it.
         batch_T, block_T, slot_T = mask_BAK.nonzero(as_tuple=True)
         target_T = plan.blocks.anchor_BA[batch_T, block_T] + slot_T
-        weights_T = self._weights_K[slot_T] / denominator.clamp(min=torch.finfo(torch.float32).tiny)
+        # Where anything is supervised a slot 1 is, whose weight is 1.
+        weights_T = self._weights_K[slot_T] / denominator.clamp(min=1.0)
         result = vocab_parallel_soft_ce(
             out_QBD[block_T * plan.blocks.num_slots + slot_T + 1, batch_T][None],
             teacher.hidden_SBD[target_T, batch_T],

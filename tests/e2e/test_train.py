@@ -270,8 +270,9 @@ def test_a_warm_up_trains_the_draft_alone_and_resumes_bit_by_bit(tmp_path: Path)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_a_warm_up_serves_an_mtp_head_from_scratch(tmp_path: Path) -> None:
+def test_a_warm_up_serves_an_mtp_head_from_scratch_on_two_ranks(tmp_path: Path) -> None:
     overrides = ["experiment=cpu_mtp_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'run'}"]
+    overrides += ["trainer.policy.megatron_config.tensor_model_parallel_size=2"]
     _, records = finish(tmp_path / "run", *overrides, command="warmup-draft")
     assert records[-1]["draft/loss"] < records[0]["draft/loss"]
     shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")

@@ -90,6 +90,45 @@ def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
         parse_dflash_spec(tmp_path, exported)
 
 
+def test_a_published_drafts_config_json_is_read(tmp_path: Path) -> None:
+    """Entries as the drafts on the hub have them, those that say nothing here included."""
+    config = {
+        "architectures": ["DFlashDraftModel"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": 16,
+        "bos_token_id": 151643,
+        "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+        "dtype": "bfloat16",
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "layer_types": ["full_attention"] * 5,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 5,
+        "model_type": "qwen3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 8,
+        "num_target_layers": 36,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    spec = parse_dflash_spec(tmp_path, config)
+    assert (spec.block_size, spec.mask_token_id, spec.num_target_layers) == (16, 151669, 36)
+    assert spec.target_layer_ids == tuple(default_target_layers(36, 5))
+    assert (spec.layers.head_dim, spec.layers.rope_theta) == (128, 1e6)
+
+
 def test_engines_draft_what_is_trained() -> None:
     trainer = load_config(["experiment=cpu_dflash_grpo", "trainer.dflash.num_speculative_tokens=7"]).trainer
     assert trained_draft(trainer) is trainer.dflash
