@@ -78,7 +78,8 @@ def context_len(settings: EngineSettings) -> int:
     """
     if settings.speculative_config is None:
         return settings.max_model_len
-    # The one being verified, and the next.
+    # The one being verified, and the next. DFlash's block also has a slot for the token sampled last: for it this is
+    # just enough, for MTP one position more than that.
     room = 2 * settings.speculative_config.get("num_speculative_tokens", 0)
     return min(settings.max_model_len + room, load_spec(settings.model_path).max_position_embeddings)
 
