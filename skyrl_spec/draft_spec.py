@@ -250,10 +250,12 @@ def _check_fit(config: Config, spec: DflashSpec, target: ModelSpec) -> None:
     length = config.trainer.max_prompt_length + max(
         generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length
     )
-    if spec.layers.max_position_embeddings < length:
+    # vLLM drafts nothing, and does not say so, where no two more drafts fit into the draft's positions.
+    needed = min(length + 2 * (tokens or spec.block_size - 1), target.max_position_embeddings)
+    if spec.layers.max_position_embeddings < needed:
         raise ConfigError(
-            f"generator.sampling_params.max_generate_length: with trainer.max_prompt_length a rollout has {length} "
-            f"tokens, but {where} has {spec.layers.max_position_embeddings} positions; lower one of them"
+            "generator.sampling_params.max_generate_length: with trainer.max_prompt_length and room for two drafts a "
+            f"rollout needs {needed} positions, but {where} has {spec.layers.max_position_embeddings}; lower one"
         )
 
 

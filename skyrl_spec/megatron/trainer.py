@@ -123,8 +123,7 @@ class PolicyTrainer:
         """
         assert self.policy is not None
         micros = self._micros(batch)
-        with self._draft_clock:
-            plans, denominator = self._plan_draft(micros)
+        plans, denominator = self._plan_draft(micros)
         policy_sums = torch.zeros(len(POLICY_SUMS) + 1, dtype=torch.float64, device=self.parallel.device)
         draft_sums = self._zero_sums()
         self.policy.zero_grad()
@@ -261,11 +260,12 @@ class PolicyTrainer:
         if self.draft is None:
             return [None] * len(micros), total
         plans: list[Plan | None] = []
-        for micro in micros:
-            plan = self.draft.draft.plan(micro.targets)
-            total += plan.weight
-            plans.append(plan)
-        dist.all_reduce(total, group=self.parallel.dp_group)
+        with self._draft_clock:
+            for micro in micros:
+                plan = self.draft.draft.plan(micro.targets)
+                total += plan.weight
+                plans.append(plan)
+            dist.all_reduce(total, group=self.parallel.dp_group)
         return plans, total
 
     def _train_draft(

@@ -118,12 +118,23 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     return args | settings.engine_init_kwargs
 
 
+def _with_local_models(settings: EngineSettings) -> EngineSettings:
+    """Hub names as directories, resolved where the engine runs: another node has a cache of its own.
+
+    Of a draft too: for a hub name vLLM asks the hub for a file of it each time it is given weights.
+    """
+    speculative = settings.speculative_config
+    if speculative is not None and speculative.get("model"):
+        draft = model_directory(speculative["model"], "generator.inference_engine.speculative_config.model")
+        speculative = speculative | {"model": str(draft)}
+    return replace(settings, model_path=str(model_directory(settings.model_path)), speculative_config=speculative)
+
+
 class RolloutEngine:
     """A vLLM engine in this process. On CPU a process holds one engine and trains nothing: vLLM takes its threads."""
 
     def __init__(self, settings: EngineSettings):
-        # Resolved where the engine runs: another node has a cache of its own.
-        settings = replace(settings, model_path=str(model_directory(settings.model_path)))
+        settings = _with_local_models(settings)
         args = engine_args(settings)
         os.environ.update(engine_environment(settings))
         if settings.device == "cpu" and settings.num_threads is not None:

@@ -308,7 +308,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "draft with too few positions": (
         lambda space: space.dflash(space.draft(max_position_embeddings=64)),
-        ("generator.sampling_params.max_generate_length", "has 64 positions", "lower one of them"),
+        ("generator.sampling_params.max_generate_length", "but the draft", "has 64; lower one"),
     ),
     "draft that is causal": (
         lambda space: space.dflash(space.draft(dflash_config=DRAFT_CONFIG["dflash_config"] | {"causal": True})),
