@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from skyrl_spec.config import ConfigError, MtpConfig, SamplingConfig
+from skyrl_spec.config import ConfigError, MtpConfig, SamplingConfig, TrainerConfig
 from skyrl_spec.rollout.engine import EngineSettings, engine_args
 from skyrl_spec.rollout.speculative import build_speculative_config, require_exact_rejection, require_exact_sampling
 
@@ -21,7 +21,7 @@ LOSSY = {
 def test_lossy_acceptance_is_refused(key: str) -> None:
     lossy = {"method": "mtp", "num_speculative_tokens": 3, key: LOSSY[key]}
     with pytest.raises(ConfigError, match=rf"generator\.inference_engine\.speculative_config\.{key}=.*remove the key"):
-        build_speculative_config(MtpConfig(), lossy)
+        build_speculative_config(TrainerConfig(), lossy)
     with pytest.raises(ConfigError, match=key):
         engine_args(EngineSettings("model", speculative_config=lossy))
 
@@ -39,14 +39,14 @@ def test_exact_values_are_accepted() -> None:
 
 def test_speculative_config_of_the_user_is_left_alone() -> None:
     user = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
-    assert build_speculative_config(MtpConfig(enabled=True), user) is user
+    assert build_speculative_config(TrainerConfig(mtp=MtpConfig(enabled=True)), user) is user
     assert user == {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 
 
 def test_speculative_config_follows_the_mtp_head() -> None:
-    mtp = MtpConfig(enabled=True, num_speculative_tokens=2)
-    assert build_speculative_config(mtp, None) == {"method": "mtp", "num_speculative_tokens": 2}
-    assert build_speculative_config(MtpConfig(enabled=False), None) is None
+    trainer = TrainerConfig(mtp=MtpConfig(enabled=True, num_speculative_tokens=2))
+    assert build_speculative_config(trainer, None) == {"method": "mtp", "num_speculative_tokens": 2}
+    assert build_speculative_config(TrainerConfig(), None) is None
 
 
 def test_min_p_is_refused_with_a_draft_alone() -> None:
