@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skyrl_spec.compose import to_yaml
 from skyrl_spec.config import Config, ConfigError, RunError
@@ -32,6 +32,10 @@ from skyrl_spec.metrics.writers import JsonlWriter, MetricsWriter, SamplesWriter
 from skyrl_spec.model_spec import ModelSpec, load_spec
 from skyrl_spec.types import Prompt, Rollout, Which
 from skyrl_spec.validation import parallel_layout, sync_backend
+
+if TYPE_CHECKING:
+    from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+    from skyrl_spec.trainer.loop import Trainer
 
 # What the shell reports for a process that a signal ended.
 _SIGNAL_EXIT = 128
@@ -143,7 +147,6 @@ def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
 
 def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
     # Ray and torch are imported once everything that can be refused has been.
-    from skyrl_spec.sync.weights import WeightSync
     from skyrl_spec.trainer.loop import Trainer, measure_speedup
     from skyrl_spec.trainer.placement import (
         engine_settings,
@@ -161,16 +164,7 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
         try:
             has_draft = trained_draft(config.trainer) is not None
             whiches: list[Which] = ["policy", "draft"] if has_draft else ["policy"]
-            sync = WeightSync(policy.handles, engines.handles, backend=sync_backend(config), whiches=whiches)
-            trainer = Trainer(
-                config,
-                tokenizer=task.tokenizer,
-                stream=task.stream,
-                eval_prompts=task.eval_prompts,
-                engines=engines,
-                policy=policy,
-                sync=sync,
-            )
+            trainer = make_trainer(Trainer, task, engines, policy, whiches)
             trainer.run(task.steps, output.on_step)
             if config.trainer.save_final_model:
                 policy.save_hf(output.run_dir.resolve())
@@ -184,6 +178,23 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
     records = read_metrics(output.run_dir / "metrics.jsonl")
     commands = _next_commands(config, output.run_dir)
     output.console.summary(records, output.run_dir, speedup=speedup, next_commands=commands)
+
+
+def make_trainer(
+    trainer_class: type[Trainer], task: Task, engines: EngineGroup, policy: PolicyGroup, whiches: list[Which]
+) -> Trainer:
+    """The loop over actors that are up, with the transfer of what is trained (``whiches``) opened."""
+    from skyrl_spec.sync.weights import WeightSync
+
+    return trainer_class(
+        task.config,
+        tokenizer=task.tokenizer,
+        stream=task.stream,
+        eval_prompts=task.eval_prompts,
+        engines=engines,
+        policy=policy,
+        sync=WeightSync(policy.handles, engines.handles, backend=sync_backend(task.config), whiches=whiches),
+    )
 
 
 def num_steps(config: Config, stream: PromptStream) -> int:

@@ -20,13 +20,13 @@ from skyrl_spec.trainer.run import (
     SignalWatch,
     Task,
     load_task,
+    make_trainer,
     open_output,
     plain_errors,
     run_job,
     serve_command,
 )
 from skyrl_spec.types import Rollout
-from skyrl_spec.validation import sync_backend
 
 
 def warmup_config(config: Config) -> Config:
@@ -97,7 +97,6 @@ def _with_fresh_head(config: Config) -> Config:
 
 
 def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
-    from skyrl_spec.sync.weights import WeightSync
     from skyrl_spec.trainer.loop import DraftWarmup
     from skyrl_spec.trainer.placement import engine_settings, ray_session, start_actors
 
@@ -107,16 +106,7 @@ def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: Signal
     with ray_session(verbose), watch.installed(), plain_errors():
         engines, policy = start_actors(config, engine_settings(config), total_steps, freeze_policy=True)
         try:
-            sync = WeightSync(policy.handles, engines.handles, backend=sync_backend(config), whiches=["draft"])
-            trainer = DraftWarmup(
-                config,
-                tokenizer=task.tokenizer,
-                stream=task.stream,
-                eval_prompts=task.eval_prompts,
-                engines=engines,
-                policy=policy,
-                sync=sync,
-            )
+            trainer = make_trainer(DraftWarmup, task, engines, policy, ["draft"])
             if task.resume_from is not None:
                 trainer.load_state_dict(policy.load_checkpoint(task.resume_from))
 
