@@ -106,7 +106,7 @@ def workers(ray_cluster: None, checkpoint: Path, tmp_path: Path) -> Iterator[lis
     config.trainer.policy.optimizer_config.lr = config.trainer.mtp.optimizer_config.lr = 1e-2
     actors = [IpcWorker.options(num_cpus=0).remote(config, rank, WORLD_SIZE, 1) for rank in range(WORLD_SIZE)]
     init_method = f"file://{tmp_path}/store"
-    ray.get([actor.start.remote(init_method, 10) for actor in actors], timeout=300)
+    ray.get([actor.start.remote(init_method, 10, False) for actor in actors], timeout=300)
     ray.get([actor.use.remote(f"GPU-{rank}", tmp_path) for rank, actor in enumerate(actors)])
     yield actors
     for actor in actors:
