@@ -1,7 +1,8 @@
-"""What all tests share: one local Ray, and the import paths of pytest for the processes it starts."""
+"""What all tests share: one local Ray, and how the processes begin that tests start."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,14 @@ _SHARED = ("tests/dist", "tests/megatron", "tests/rollout", "tests/e2e", "exampl
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in _SHARED)
 # Two cores: threads of engine, trainer and tests must not fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test has an account, asks a hub or joins somebody's Ray.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+for name in [name for name in os.environ if name.startswith(("WANDB_", "RAY_"))]:
+    del os.environ[name]
+# Fresh processes for tests, forked from one that has done nothing but these imports, which take seconds.
+multiprocessing.set_forkserver_preload(
+    ["skyrl_spec.trainer.run", "skyrl_spec.preflight", "skyrl_spec.checkpoint.dist", "tiny_checkpoints"]
+)
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 def run_distributed(fn: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 120.0) -> None:
-    """``fn(rank, *args)`` on ``world_size`` fresh processes, one gloo group over all of them.
+    """``fn(rank, *args)`` on ``world_size`` fresh processes (forked as in tests/conftest.py), one gloo group over all of them.
 
     ``fn`` is a module's function (it is pickled by name) and ends normally or raises.
 
@@ -27,11 +26,15 @@ def run_distributed(fn: Callable[..., None], world_size: int, *args: Any, timeou
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _child, args=(fn, world_size, Path(folder), timeout_s, args), nprocs=world_size, join=False
+            _child,
+            args=(fn, world_size, Path(folder), timeout_s, args),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + timeout_s
         try:
-            while not context.join(timeout=1.0):
+            while not context.join(timeout=0.2):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{fn.__name__} on {world_size} processes was not done after {timeout_s:.0f} s")
         except mp.ProcessRaisedException:
