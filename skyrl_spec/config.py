@@ -248,7 +248,7 @@ class InferenceEngineConfig:
     dtype: str | None = None
     gpu_memory_utilization: float = 0.8
     # GiB of KV cache on CPU engines.
-    cpu_kvcache_space: int = 1
+    cpu_kvcache_space: float = 1.0
     max_num_seqs: int = 256
     enable_prefix_caching: bool = True
     enforce_eager: bool = False

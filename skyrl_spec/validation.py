@@ -98,7 +98,7 @@ RANGES: dict[str, Range] = {
     f"{_ENGINE}.num_engines": FROM_ONE,
     f"{_ENGINE}.tensor_parallel_size": FROM_ONE,
     f"{_ENGINE}.gpu_memory_utilization": Range(0, 1, low_open=True),
-    f"{_ENGINE}.cpu_kvcache_space": FROM_ONE,
+    f"{_ENGINE}.cpu_kvcache_space": POSITIVE,
     f"{_ENGINE}.max_num_seqs": FROM_ONE,
     f"{_ENGINE}.generate_timeout_s": POSITIVE,
     "generator.n_samples_per_prompt": FROM_ONE,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _SHARED = ("tests/dist", "tests/megatron", "tests/rollout", "tests/e2e", "examples/arithmetic_mtp")
@@ -20,8 +21,20 @@ for name in [name for name in os.environ if name.startswith(("WANDB_", "RAY_"))]
     del os.environ[name]
 # Fresh processes for tests, forked from one that has done nothing but these imports, which take seconds.
 multiprocessing.set_forkserver_preload(
-    ["skyrl_spec.trainer.run", "skyrl_spec.preflight", "skyrl_spec.checkpoint.dist", "tiny_checkpoints"]
+    [
+        "skyrl_spec.trainer.run",
+        "skyrl_spec.preflight",
+        "skyrl_spec.checkpoint.dist",
+        "tiny_checkpoints",
+        "vllm.entrypoints.llm",
+        "vllm.v1.engine.llm_engine",
+        "vllm.v1.worker.cpu_worker",
+    ]
 )
+# Too late in those processes for the environment that an engine's own process begins with.
+os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+if not torch.cuda.is_available():
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")

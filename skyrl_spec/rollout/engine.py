@@ -33,7 +33,7 @@ class EngineSettings:
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.8
     # GiB; on CPU.
-    cpu_kvcache_space: int = 1
+    cpu_kvcache_space: float = 1.0
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int = 0
@@ -57,6 +57,9 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Engine and trainer take turns on the same cores, so none of them may be tied to one.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if settings.enforce_eager:
+            # A sampler's helper is compiled all the same, which takes seconds, and a C++ compiler.
+            environment["TORCH_COMPILE_DISABLE"] = "1"
         if settings.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(settings.num_threads)
     else:
@@ -107,7 +110,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
         "use_tqdm_on_load": False,
     }
     if settings.device == "cpu":
-        args["kv_cache_memory_bytes"] = settings.cpu_kvcache_space * 2**30
+        args["kv_cache_memory_bytes"] = int(settings.cpu_kvcache_space * 2**30)
     else:
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
     for key in sorted(args.keys() & settings.engine_init_kwargs.keys()):

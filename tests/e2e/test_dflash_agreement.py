@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 from ray.actor import ActorHandle
-from recording import DflashRecordingEngine
+from recording import DflashRecorder
 from trainer_actor import TrainerActor
 
 from skyrl_spec.compose import load_config
@@ -97,8 +97,9 @@ def pair(
         speculative_config={"method": "dflash", "model": config.trainer.dflash.path, "num_speculative_tokens": K},
         weight_sync_backend="ray",
         num_threads=1,
+        cpu_kvcache_space=0.25,
     )
-    engine = DflashRecordingEngine.options(**actor_options(settings)).remote(settings)
+    engine = ray.remote(DflashRecorder).options(**actor_options(settings)).remote(settings)
     trainer = TrainerActor.options(num_cpus=0).remote(config, tmp_path_factory.mktemp("trainer") / "store")
     yield engine, trainer
     ray.kill(engine)

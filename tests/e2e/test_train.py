@@ -37,6 +37,7 @@ SMALL = [
     "generator.n_samples_per_prompt=4",
     "trainer.eval_interval=2",
     "trainer.measure_speedup=false",
+    "generator.inference_engine.cpu_kvcache_space=0.25",
 ]
 
 

@@ -82,6 +82,7 @@ def pair(
         speculative_config={"method": "mtp", "num_speculative_tokens": K},
         weight_sync_backend="ray",
         num_threads=1,
+        cpu_kvcache_space=0.125,
     )
     engine = RecordingEngine.options(**actor_options(settings)).remote(settings)
     config = make_config(path)

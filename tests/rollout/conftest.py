@@ -1,20 +1,19 @@
-"""Engines that serve tiny models, each in a Ray actor: a process holds one vLLM engine."""
+"""Engines that serve tiny models. They are driven without Ray here; tests/e2e and test_ipc_sync have it around them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from ray.actor import ActorHandle
-from recording import DflashRecordingEngine
+from engine_process import EngineProcess
+from recording import DflashRecorder
 from tiny_models import MAX_MODEL_LEN, MTP, dflash, write_tiny_dflash, write_tiny_model, write_tiny_qwen3
 
-from skyrl_spec.rollout.actor import RolloutActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 
 
 @pytest.fixture(scope="session")
@@ -47,35 +46,48 @@ def base_settings(models_dir: Path) -> EngineSettings:
         weight_sync_backend="ray",
         enforce_eager=True,
         num_threads=1,
+        cpu_kvcache_space=0.125,
     )
 
 
+StartEngine = Callable[..., EngineProcess]
+
+
+@contextmanager
+def engines_from(base_settings: EngineSettings) -> Iterator[StartEngine]:
+    """Starts engines with changed settings; all end with the context, since each takes a good part of a GiB."""
+    started: list[EngineProcess] = []
+
+    def start(
+        engine_class: type[RolloutEngine] = RolloutEngine, args: tuple[Any, ...] = (), **changes: Any
+    ) -> EngineProcess:
+        started.append(EngineProcess(engine_class, replace(base_settings, **changes), *args))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for engine in started:
+            engine.end()
+
+
+@pytest.fixture(scope="module")
+def start_engine(base_settings: EngineSettings) -> Iterator[StartEngine]:
+    """Starts an engine of this module's with changed settings."""
+    with engines_from(base_settings) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def start_engine(ray_cluster: None, base_settings: EngineSettings) -> Iterator[Callable[..., ActorHandle]]:
-    """Starts an engine with changed settings, each in a process of its own."""
-    actors = []
-
-    def start(actor_class: Any = RolloutActor, args: tuple[Any, ...] = (), **changes: Any) -> ActorHandle:
-        settings = replace(base_settings, **changes)
-        actors.append(actor_class.options(**actor_options(settings)).remote(settings, *args))
-        return actors[-1]
-
-    yield start
-    for actor in actors:
-        ray.kill(actor)
-
-
-@pytest.fixture(scope="session")
-def engine(start_engine: Callable[..., ActorHandle]) -> ActorHandle:
+def engine(base_settings: EngineSettings) -> Iterator[EngineProcess]:
     """Serves ``w0`` with its MTP head; tests leave its weights as they are."""
-    return start_engine()
+    with engines_from(base_settings) as start:
+        yield start()
 
 
 @pytest.fixture(scope="session")
-def dflash_engine(start_engine: Callable[..., ActorHandle], dflash_dir: Path) -> ActorHandle:
+def dflash_engine(base_settings: EngineSettings, dflash_dir: Path) -> Iterator[EngineProcess]:
     """Serves ``t0`` with ``d0``; tests leave its weights as they are."""
-    return start_engine(
-        DflashRecordingEngine,
-        model_path=str(dflash_dir / "t0"),
-        speculative_config=dflash(dflash_dir / "d0"),
-    )
+    models = {"model_path": str(dflash_dir / "t0"), "speculative_config": dflash(dflash_dir / "d0")}
+    with engines_from(base_settings) as start:
+        yield start(DflashRecorder, **models)

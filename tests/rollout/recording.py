@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from dflash_reference import DflashReference, TargetReference
 from torch import Tensor
 
@@ -75,9 +74,6 @@ class DflashRecorder(RolloutEngine):
 
     def _runner(self) -> Any:
         return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
-
-DflashRecordingEngine = ray.remote(DflashRecorder)
 
 
 def largest_difference(responses: list[DraftedResponse], target: TargetReference, draft: DflashReference) -> float:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 from dflash_reference import DflashReference, TargetReference
-from ray.actor import ActorHandle
+from engine_process import EngineProcess
 from recording import DflashRecorder, largest_difference
 from safetensors.torch import load_file
 from tiny_models import PROMPT, dflash
@@ -25,7 +24,6 @@ ERRORS = {
 }
 
 
-@ray.remote
 class EngineWithout(DflashRecorder):
     """An engine on vLLM with some mends left out."""
 
@@ -38,10 +36,10 @@ class EngineWithout(DflashRecorder):
 
 
 @pytest.fixture(scope="module")
-def engines_without(start_engine: Callable[..., ActorHandle], dflash_dir: Path) -> dict[str, ActorHandle]:
+def engines_without(start_engine: Callable[..., EngineProcess], dflash_dir: Path) -> dict[str, EngineProcess]:
     """By the mend that is left out; two faults that have nothing to do with each other share an engine."""
 
-    def start(*left_out: str) -> ActorHandle:
+    def start(*left_out: str) -> EngineProcess:
         settings = {"model_path": str(dflash_dir / "t0"), "speculative_config": dflash(dflash_dir / "d0")}
         return start_engine(EngineWithout, args=left_out, **settings)
 
@@ -55,23 +53,23 @@ def engines_without(start_engine: Callable[..., ActorHandle], dflash_dir: Path) 
 
 
 def test_context_keys_are_wrong_without_the_mend(
-    engines_without: dict[str, ActorHandle], dflash_engine: ActorHandle, dflash_dir: Path
+    engines_without: dict[str, EngineProcess], dflash_engine: EngineProcess, dflash_dir: Path
 ) -> None:
     target, draft = TargetReference(dflash_dir / "t0"), DflashReference(dflash_dir / "d0")
-    unmended = ray.get(engines_without["mend_context_keys_of_later_layers"].draft.remote(PROMPT, 4))
+    unmended = engines_without["mend_context_keys_of_later_layers"].draft(PROMPT, 4)
     assert largest_difference([unmended], target, draft) > 1e-2
-    mended = ray.get(dflash_engine.draft.remote(PROMPT, 4))
+    mended = dflash_engine.draft(PROMPT, 4)
     assert largest_difference([mended], target, draft) < 1e-4
 
 
 @pytest.mark.parametrize("mend", ERRORS)
 def test_an_update_breaks_the_draft_without_the_mend(
-    engines_without: dict[str, ActorHandle], dflash_dir: Path, mend: str
+    engines_without: dict[str, EngineProcess], dflash_dir: Path, mend: str
 ) -> None:
     """Every weight stays what it is, and yet; test_dflash_transfer.py has the same with the mends. Last: it breaks."""
     unmended = engines_without[mend]
-    ray.get(unmended.init_weight_transfer_engine.remote({}))
-    assert ray.get(unmended.draft.remote(PROMPT, 4)).blocks
+    unmended.init_weight_transfer_engine({})
+    assert unmended.draft(PROMPT, 4).blocks
     update(unmended, True, [pack_weights(load_file(dflash_dir / "d0" / "model.safetensors").items())])
     with pytest.raises(RuntimeError, match=ERRORS[mend]):
-        ray.get(unmended.draft.remote(PROMPT, 4))
+        unmended.draft(PROMPT, 4)

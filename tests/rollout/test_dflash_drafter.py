@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from dflash_reference import DflashReference, TargetReference
-from ray.actor import ActorHandle
-from recording import DflashRecordingEngine, DraftedResponse, largest_difference
+from engine_process import EngineProcess
+from recording import DflashRecorder, DraftedResponse, largest_difference
 from tiny_models import BLOCK_SIZE, LONG_PROMPT, VOCAB_SIZE, dflash, write_tiny_dflash, write_tiny_qwen3
 
 # fp32 on two implementations.
@@ -23,8 +22,8 @@ NUM_LAYERS = 6
 
 @pytest.fixture(scope="module", params=["default layers", "first and last layer, prompts in chunks"])
 def served(
-    request: pytest.FixtureRequest, start_engine: Callable[..., ActorHandle], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ActorHandle, Path, Path]:
+    request: pytest.FixtureRequest, start_engine: Callable[..., EngineProcess], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EngineProcess, Path, Path]:
     """(engine, target, draft)"""
     if request.param == "default layers":
         models = request.getfixturevalue("dflash_dir")
@@ -34,7 +33,7 @@ def served(
     # The last layer's output is taken before the final norm.
     draft = write_tiny_dflash(root / "draft", target, seed=0, target_layer_ids=(0, NUM_LAYERS - 1))
     engine = start_engine(
-        DflashRecordingEngine,
+        DflashRecorder,
         model_path=str(target),
         speculative_config=dflash(draft),
         max_num_seqs=8,
@@ -44,14 +43,14 @@ def served(
 
 
 @pytest.fixture(scope="module")
-def responses(served: tuple[ActorHandle, Path, Path]) -> list[DraftedResponse]:
+def responses(served: tuple[EngineProcess, Path, Path]) -> list[DraftedResponse]:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
-    return ray.get([served[0].draft.remote(prompt, RESPONSE_LENGTH) for prompt in [*prompts, LONG_PROMPT[:150]]])
+    return [served[0].draft(prompt, RESPONSE_LENGTH) for prompt in [*prompts, LONG_PROMPT[:150]]]
 
 
 def test_the_drafter_computes_the_reference(
-    served: tuple[ActorHandle, Path, Path], responses: list[DraftedResponse]
+    served: tuple[EngineProcess, Path, Path], responses: list[DraftedResponse]
 ) -> None:
     _, target, draft = served
     blocks = [block for response in responses for block in response.blocks]
@@ -60,10 +59,10 @@ def test_the_drafter_computes_the_reference(
     assert largest_difference(responses, TargetReference(target), DflashReference(draft)) < TOLERANCE
 
 
-def test_a_block_starts_behind_the_accepted_drafts(dflash_engine: ActorHandle) -> None:
+def test_a_block_starts_behind_the_accepted_drafts(dflash_engine: EngineProcess) -> None:
     num_accepted = []
     for prompt in ([9], LONG_PROMPT[:7]):
-        response = ray.get(dflash_engine.draft.remote(prompt, RESPONSE_LENGTH))
+        response = dflash_engine.draft(prompt, RESPONSE_LENGTH)
         assert response.blocks[0].anchor == len(prompt)
         for block, following in itertools.pairwise(response.blocks):
             drafts = block.logits.argmax(-1).tolist()
@@ -76,7 +75,7 @@ def test_a_block_starts_behind_the_accepted_drafts(dflash_engine: ActorHandle) -
 
 @pytest.mark.parametrize("offset", [-1, 1])
 def test_captured_layers_off_by_one_are_another_function(
-    served: tuple[ActorHandle, Path, Path], responses: list[DraftedResponse], offset: int
+    served: tuple[EngineProcess, Path, Path], responses: list[DraftedResponse], offset: int
 ) -> None:
     _, target, path = served
     draft = DflashReference(path)
@@ -84,13 +83,13 @@ def test_captured_layers_off_by_one_are_another_function(
     assert largest_difference(responses, TargetReference(target), draft) > 1e-2
 
 
-def test_a_cached_prefix_has_the_keys_of_the_draft(served: tuple[ActorHandle, Path, Path]) -> None:
+def test_a_cached_prefix_has_the_keys_of_the_draft(served: tuple[EngineProcess, Path, Path]) -> None:
     engine, target, draft = served
-    ray.get(engine.reset_prefix_cache.remote())
+    engine.reset_prefix_cache()
     prompt = LONG_PROMPT[::-1]
     # The second time with tokens of its own behind the cached prefix.
     requests = [(prompt, 8), ([*prompt[:280], 5, 6, 7], 8)]
-    before = ray.get(engine.num_cached_tokens.remote())
-    responses = [ray.get(engine.draft.remote(*request)) for request in requests]
-    assert ray.get(engine.num_cached_tokens.remote()) - before >= 128
+    before = engine.num_cached_tokens()
+    responses = [engine.draft(*request) for request in requests]
+    assert engine.num_cached_tokens() - before >= 128
     assert largest_difference(responses, TargetReference(target), DflashReference(draft)) < TOLERANCE

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from dflash_reference import DflashReference, TargetReference
-from ray.actor import ActorHandle
-from recording import DflashRecordingEngine, DraftedResponse, largest_difference
+from engine_process import EngineProcess
+from recording import DflashRecorder, DraftedResponse, largest_difference
 from safetensors.torch import load_file
 from tiny_models import LONG_PROMPT, PROMPT, assert_exact_logprobs, dflash, generate
 from torch import Tensor
@@ -22,40 +21,38 @@ PROMPTS = [PROMPT, [9], LONG_PROMPT[:200]]
 
 
 @pytest.fixture(scope="module")
-def updated(dflash_engine: ActorHandle, dflash_dir: Path) -> Iterator[ActorHandle]:
+def updated(dflash_engine: EngineProcess, dflash_dir: Path) -> Iterator[EngineProcess]:
     """The engine built from ``t0`` and ``d0``; it has these again in the end."""
-    ray.get(dflash_engine.init_weight_transfer_engine.remote({}))
+    dflash_engine.init_weight_transfer_engine({})
     yield dflash_engine
     update_both(dflash_engine, dflash_dir, 0)
 
 
 @pytest.fixture(scope="module")
-def fresh(start_engine: Callable[..., ActorHandle], dflash_dir: Path) -> ActorHandle:
-    return start_engine(
-        DflashRecordingEngine, model_path=str(dflash_dir / "t1"), speculative_config=dflash(dflash_dir / "d1")
-    )
+def fresh(start_engine: Callable[..., EngineProcess], dflash_dir: Path) -> EngineProcess:
+    return start_engine(DflashRecorder, model_path=str(dflash_dir / "t1"), speculative_config=dflash(dflash_dir / "d1"))
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
     return load_file(path / "model.safetensors")
 
 
-def update_one(engine: ActorHandle, path: Path, draft: bool, max_bytes: int = 2**30, backwards: bool = False) -> None:
+def update_one(engine: EngineProcess, path: Path, draft: bool, max_bytes: int = 2**30, backwards: bool = False) -> None:
     named_tensors = sorted(weights_of(path).items(), reverse=backwards)
     update(engine, draft, pack_chunks(named_tensors, max_bytes))
-    ray.get(engine.reset_prefix_cache.remote())
+    engine.reset_prefix_cache()
 
 
-def update_both(engine: ActorHandle, models: Path, seed: int) -> None:
+def update_both(engine: EngineProcess, models: Path, seed: int) -> None:
     update_one(engine, models / f"t{seed}", draft=False)
     update_one(engine, models / f"d{seed}", draft=True)
 
 
-def draft_responses(engine: ActorHandle) -> list[DraftedResponse]:
-    return ray.get([engine.draft.remote(prompt, 12) for prompt in PROMPTS])
+def draft_responses(engine: EngineProcess) -> list[DraftedResponse]:
+    return [engine.draft(prompt, 12) for prompt in PROMPTS]
 
 
-def assert_same_engine(engine: ActorHandle, fresh: ActorHandle) -> None:
+def assert_same_engine(engine: EngineProcess, fresh: EngineProcess) -> None:
     """Tokens, acceptance, log-probs and the drafter's logits are equal bit for bit."""
     assert_equals_fresh(engine, fresh)
     for response, expected in zip(draft_responses(engine), draft_responses(fresh), strict=True):
@@ -64,9 +61,9 @@ def assert_same_engine(engine: ActorHandle, fresh: ActorHandle) -> None:
             assert torch.equal(block.logits, expected_block.logits)
 
 
-def test_updated_engine_equals_a_fresh_one(updated: ActorHandle, fresh: ActorHandle, dflash_dir: Path) -> None:
+def test_updated_engine_equals_a_fresh_one(updated: EngineProcess, fresh: EngineProcess, dflash_dir: Path) -> None:
     old_logits = draft_responses(updated)[0].blocks[0].logits
-    buffers = ray.get(updated.context_buffers.remote())
+    buffers = updated.context_buffers()
     assert {device for device, _ in buffers.values()} == {"cpu"}
     # Again and again: what one update leaves behind is what the next one finds.
     for _ in range(2):
@@ -75,13 +72,13 @@ def test_updated_engine_equals_a_fresh_one(updated: ActorHandle, fresh: ActorHan
         update_both(updated, dflash_dir, 0)
         assert torch.equal(draft_responses(updated)[0].blocks[0].logits, old_logits)
     # New values in the old places: CUDA graphs keep addresses.
-    assert ray.get(updated.context_buffers.remote()) == buffers
-    assert ray.get(updated.shares_embeddings_and_head.remote())
+    assert updated.context_buffers() == buffers
+    assert updated.shares_embeddings_and_head()
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 def test_chunked_update_equals_a_single_one(
-    updated: ActorHandle, fresh: ActorHandle, dflash_dir: Path, backwards: bool
+    updated: EngineProcess, fresh: EngineProcess, dflash_dir: Path, backwards: bool
 ) -> None:
     update_both(updated, dflash_dir, 0)
     # A tensor a chunk, nearly.
@@ -90,19 +87,19 @@ def test_chunked_update_equals_a_single_one(
     assert_same_engine(updated, fresh)
 
 
-def test_draft_update_alone_leaves_the_target_as_it_is(updated: ActorHandle, dflash_dir: Path) -> None:
+def test_draft_update_alone_leaves_the_target_as_it_is(updated: EngineProcess, dflash_dir: Path) -> None:
     update_both(updated, dflash_dir, 0)
     before, _ = run(updated)
     update_one(updated, dflash_dir / "d1", draft=True)
     after, _ = run(updated)
     assert [sample.token_ids for sample in after] == [sample.token_ids for sample in before]
     assert_exact_logprobs(generate(updated, [PROMPT], GREEDY)[0], PROMPT, dflash_dir / "t0", GREEDY)
-    assert ray.get(updated.shares_embeddings_and_head.remote())
+    assert updated.shares_embeddings_and_head()
     target, draft = TargetReference(dflash_dir / "t0"), DflashReference(dflash_dir / "d1")
     assert largest_difference(draft_responses(updated), target, draft) < 1e-4
 
 
-def test_target_update_alone_gives_the_draft_new_embeddings_and_head(updated: ActorHandle, dflash_dir: Path) -> None:
+def test_target_update_alone_gives_the_draft_new_embeddings_and_head(updated: EngineProcess, dflash_dir: Path) -> None:
     update_both(updated, dflash_dir, 0)
     update_one(updated, dflash_dir / "t1", draft=False)
     responses, draft = draft_responses(updated), DflashReference(dflash_dir / "d0")
@@ -110,14 +107,14 @@ def test_target_update_alone_gives_the_draft_new_embeddings_and_head(updated: Ac
     assert largest_difference(responses, TargetReference(dflash_dir / "t0"), draft) > 1e-2
 
 
-def test_bad_updates_name_the_tensor(updated: ActorHandle, fresh: ActorHandle, dflash_dir: Path) -> None:
+def test_bad_updates_name_the_tensor(updated: EngineProcess, fresh: EngineProcess, dflash_dir: Path) -> None:
     weights, of_target = weights_of(dflash_dir / "d1"), weights_of(dflash_dir / "t1")
     name = "layers.1.self_attn.k_proj.weight"
 
     def refuse(match: str, *named_tensors: tuple[str, Tensor]) -> None:
-        ray.get(updated.start_weight_update.remote(True))
+        updated.start_weight_update(True)
         with pytest.raises(ValueError, match=match):
-            ray.get(updated.update_weights.remote(pack_weights(named_tensors)))
+            updated.update_weights(pack_weights(named_tensors))
 
     embeddings = of_target["model.embed_tokens.weight"]
     for foreign in ("nonsense", "model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight"):
@@ -125,12 +122,12 @@ def test_bad_updates_name_the_tensor(updated: ActorHandle, fresh: ActorHandle, d
     refuse(rf"{name}: shape \[128, 64\], but the draft .* has \[64, 64\]", (name, weights[name].repeat(2, 1)))
     refuse(f"{name}: sent twice", (name, weights[name]), (name, weights[name]))
 
-    ray.get(updated.start_weight_update.remote(True))
-    ray.get(updated.update_weights.remote(pack_weights((key, weights[key]) for key in weights if key != name)))
+    updated.start_weight_update(True)
+    updated.update_weights(pack_weights((key, weights[key]) for key in weights if key != name))
     with pytest.raises(ValueError, match=f"lacks 1 tensors of the draft .*: {name}"):
-        ray.get(updated.finish_weight_update.remote())
+        updated.finish_weight_update()
     # What is missing can still be sent.
-    ray.get(updated.update_weights.remote(pack_weights([(name, weights[name])])))
-    ray.get(updated.finish_weight_update.remote())
+    updated.update_weights(pack_weights([(name, weights[name])]))
+    updated.finish_weight_update()
     update_one(updated, dflash_dir / "t1", draft=False)
     assert_same_engine(updated, fresh)

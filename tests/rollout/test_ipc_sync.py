@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import ray
 import torch
+from engine_process import EngineProcess
 from ray.actor import ActorHandle
 from safetensors.torch import load_file
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
-from tiny_models import MTP
 
 from skyrl_spec.config import SamplingConfig
 from skyrl_spec.megatron.worker import PolicyWorker
+from skyrl_spec.rollout.actor import actor_options
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.types import SpecCounters
@@ -64,6 +65,9 @@ class IpcEngine(RolloutEngine):
     def calls(self) -> list[str]:
         return self._calls
 
+    def answer(self) -> Answer:
+        return ask(self)
+
 
 class _IpcWorker(PolicyWorker.__ray_metadata__.modified_class):  # type: ignore[name-defined]
     """A real worker."""
@@ -86,18 +90,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engines(start_engine: Callable[..., ActorHandle], checkpoint: Path, tmp_path: Path) -> list[ActorHandle]:
-    return [
-        start_engine(
-            IpcEngine,
-            (f"GPU-{rank}", tmp_path),
-            model_path=str(checkpoint),
-            max_model_len=64,
-            speculative_config=MTP,
-            weight_sync_backend="ipc",
-        )
-        for rank in range(WORLD_SIZE)
-    ]
+def engines(
+    ray_cluster: None, base_settings: EngineSettings, checkpoint: Path, tmp_path: Path
+) -> Iterator[list[ActorHandle]]:
+    settings = replace(base_settings, model_path=str(checkpoint), max_model_len=64, weight_sync_backend="ipc")
+    actor_class = IpcEngine.options(**actor_options(settings))
+    actors = [actor_class.remote(settings, f"GPU-{rank}", tmp_path) for rank in range(WORLD_SIZE)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
 
 
 @pytest.fixture
@@ -113,25 +114,28 @@ def workers(ray_cluster: None, checkpoint: Path, tmp_path: Path) -> Iterator[lis
         ray.kill(actor)
 
 
-def ask(engine: ActorHandle) -> tuple[list[list[int]], list[list[float]], SpecCounters]:
+Answer = tuple[list[list[int]], list[list[float]], SpecCounters]
+
+
+def ask(engine: RolloutEngine | EngineProcess) -> Answer:
     """Greedy tokens and log-probs, and what the draft did meanwhile."""
-    before = ray.get(engine.spec_counters.remote(), timeout=300)
-    groups = ray.get(engine.generate.remote(list(PROMPTS), GREEDY, 1, 0), timeout=300)
-    counters = ray.get(engine.spec_counters.remote()) - before
+    before = engine.spec_counters()
+    groups = engine.generate(list(PROMPTS), GREEDY, 1, 0)
+    counters = engine.spec_counters() - before
     return [group[0].token_ids for group in groups], [group[0].logprobs for group in groups], counters
 
 
 def test_engines_synced_over_ipc_equal_a_fresh_one(
     engines: list[ActorHandle],
     workers: list[ActorHandle],
-    start_engine: Callable[..., ActorHandle],
+    start_engine: Callable[..., EngineProcess],
     tmp_path: Path,
 ) -> None:
     sync = WeightSync(workers, engines, backend="ipc", whiches=["policy", "draft"])
     # The second sync finds what the first one left.
     first = train_and_sync(workers, sync, engines, tmp_path / "first")
     second = train_and_sync(workers, sync, engines, tmp_path / "second")
-    fresh = ask(start_engine(model_path=str(tmp_path / "second"), max_model_len=64))
+    fresh = ask(start_engine(model_path=str(tmp_path / "second" / "model"), max_model_len=64))
     assert first == [first[0]] * WORLD_SIZE
     assert second == [fresh] * WORLD_SIZE
     assert first[0][0] != fresh[0]
@@ -147,15 +151,15 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
 
 def train_and_sync(
     workers: list[ActorHandle], sync: WeightSync, engines: list[ActorHandle], exported: Path
-) -> list[tuple[list[list[int]], list[list[float]], SpecCounters]]:
+) -> list[Answer]:
     """Five steps, a sync, and what the engines answer then; exports the weights too."""
     for _ in range(5):
         ray.get([worker.train_mini_batch.remote(make_batch(seed=0)) for worker in workers])
     num_bytes = sync.sync()
     ray.get([worker.save_hf.remote(exported) for worker in workers])
-    weights = load_file(exported / "model.safetensors")
+    weights = load_file(exported / "model" / "model.safetensors")
     assert num_bytes == sum(tensor.nbytes for tensor in weights.values())
-    return [ask(engine) for engine in engines]
+    return ray.get([engine.answer.remote() for engine in engines], timeout=300)
 
 
 def test_vllm_sends_handles_to_its_engine_process_by_pickle_alone(

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
-from ray.actor import ActorHandle
+from engine_process import EngineProcess
 from tiny_models import (
     EOS_TOKEN,
     LONG_PROMPT,
@@ -33,13 +32,13 @@ PROMPTS = [PROMPT, [9], list(range(2, 40)), [60, 61, 62]]
 
 
 @pytest.fixture(scope="module")
-def plain_engine(start_engine: Callable[..., ActorHandle]) -> ActorHandle:
+def plain_engine(start_engine: Callable[..., EngineProcess]) -> EngineProcess:
     """Serves ``w0`` without a draft."""
     return start_engine(speculative_config=None)
 
 
 @pytest.fixture(params=["mtp", "dflash"])
-def drafting(request: pytest.FixtureRequest) -> tuple[ActorHandle, Path]:
+def drafting(request: pytest.FixtureRequest) -> tuple[EngineProcess, Path]:
     """An engine with a draft, and its target."""
     if request.param == "mtp":
         return request.getfixturevalue("engine"), request.getfixturevalue("models_dir") / "w0"
@@ -47,23 +46,25 @@ def drafting(request: pytest.FixtureRequest) -> tuple[ActorHandle, Path]:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
-def test_samples_come_from_the_exact_distribution(drafting: tuple[ActorHandle, Path], sampling: SamplingConfig) -> None:
+def test_samples_come_from_the_exact_distribution(
+    drafting: tuple[EngineProcess, Path], sampling: SamplingConfig
+) -> None:
     engine, target = drafting
-    before = ray.get(engine.spec_counters.remote())
+    before = engine.spec_counters()
     # Both drafted: at the end of one block, the third one's draft counts if the second one's was accepted.
     assert min(token_p_values(engine, target, sampling, (1, 2))) > 0.001
-    drafted = ray.get(engine.spec_counters.remote()) - before
+    drafted = engine.spec_counters() - before
     # The draft takes part: some of its tokens are accepted, some are not.
     assert 0.1 < drafted.num_accepted_tokens_per_pos[0] / drafted.num_drafts < 0.9
 
 
-def test_seeded_samples_come_from_the_exact_distribution(engine: ActorHandle, models_dir: Path) -> None:
+def test_seeded_samples_come_from_the_exact_distribution(engine: EngineProcess, models_dir: Path) -> None:
     assert second_token_p_value(engine, models_dir / "w0", SamplingConfig(), seed=11) > 0.001
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_logprobs_are_of_the_distribution_sampled_from(
-    engine: ActorHandle, plain_engine: ActorHandle, models_dir: Path, sampling: SamplingConfig
+    engine: EngineProcess, plain_engine: EngineProcess, models_dir: Path, sampling: SamplingConfig
 ) -> None:
     for served_by in (engine, plain_engine):
         for prompt, samples in zip(PROMPTS, generate(served_by, PROMPTS, sampling, n=4), strict=True):
@@ -71,7 +72,7 @@ def test_logprobs_are_of_the_distribution_sampled_from(
 
 
 def test_temperature_0_with_the_draft_equals_without(
-    engine: ActorHandle, plain_engine: ActorHandle, models_dir: Path
+    engine: EngineProcess, plain_engine: EngineProcess, models_dir: Path
 ) -> None:
     greedy = SamplingConfig(temperature=0.0, max_generate_length=24)
     with_draft, without = generate(engine, PROMPTS, greedy), generate(plain_engine, PROMPTS, greedy)
@@ -82,7 +83,7 @@ def test_temperature_0_with_the_draft_equals_without(
 
 
 def test_temperature_0_with_a_dflash_draft_equals_without(
-    dflash_engine: ActorHandle, start_engine: Callable[..., ActorHandle], dflash_dir: Path
+    dflash_engine: EngineProcess, start_engine: Callable[..., EngineProcess], dflash_dir: Path
 ) -> None:
     plain = start_engine(model_path=str(dflash_dir / "t0"), speculative_config=None)
     greedy = SamplingConfig(temperature=0.0, max_generate_length=24)
@@ -92,7 +93,7 @@ def test_temperature_0_with_a_dflash_draft_equals_without(
     ]
 
 
-def test_a_seed_fixes_each_response_whatever_else_is_in_the_batch(engine: ActorHandle) -> None:
+def test_a_seed_fixes_each_response_whatever_else_is_in_the_batch(engine: EngineProcess) -> None:
     sampling = SamplingConfig(max_generate_length=12)
     first = generate(engine, [PROMPT, [9]], sampling, n=3, seed=5)
     again = generate(engine, [PROMPT, [9], [60]], sampling, n=3, seed=5)[:2]
@@ -103,7 +104,7 @@ def test_a_seed_fixes_each_response_whatever_else_is_in_the_batch(engine: ActorH
     assert len({tuple(ids) for ids in tokens[0]}) == 6
 
 
-def test_responses_end_at_the_end_token_or_the_limit(engine: ActorHandle) -> None:
+def test_responses_end_at_the_end_token_or_the_limit(engine: EngineProcess) -> None:
     samples = generate(engine, [PROMPT], SamplingConfig(temperature=1.5, max_generate_length=40), n=64)[0]
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
     for sample in samples:
@@ -113,7 +114,7 @@ def test_responses_end_at_the_end_token_or_the_limit(engine: ActorHandle) -> Non
         assert sample.finish_reason == "stop" or len(sample.token_ids) == 40
 
 
-def test_responses_stay_within_the_context(drafting: tuple[ActorHandle, Path]) -> None:
+def test_responses_stay_within_the_context(drafting: tuple[EngineProcess, Path]) -> None:
     engine, target = drafting
     samples = generate(engine, [LONG_PROMPT], SamplingConfig(max_generate_length=100), n=16)[0]
     full = [sample for sample in samples if sample.finish_reason == "length"]
@@ -124,38 +125,37 @@ def test_responses_stay_within_the_context(drafting: tuple[ActorHandle, Path]) -
         generate(engine, [[5] * MAX_MODEL_LEN], SamplingConfig())
 
 
-def test_a_response_at_its_limit_leaves_the_drafting_of_others_alone(drafting: tuple[ActorHandle, Path]) -> None:
+def test_a_response_at_its_limit_leaves_the_drafting_of_others_alone(drafting: tuple[EngineProcess, Path]) -> None:
     engine, _ = drafting
 
     def greedy_counters(prompts: list[list[int]]) -> SpecCounters:
-        ray.get(engine.reset_prefix_cache.remote())
-        before = ray.get(engine.spec_counters.remote())
+        engine.reset_prefix_cache()
+        before = engine.spec_counters()
         generate(engine, prompts, SamplingConfig(temperature=0.0, max_generate_length=40))
-        return ray.get(engine.spec_counters.remote()) - before
+        return engine.spec_counters() - before
 
     alone = [greedy_counters([prompt]) for prompt in (PROMPT, LONG_PROMPT)]
     assert greedy_counters([PROMPT, LONG_PROMPT]) == alone[0] + alone[1]
 
 
-def test_generations_carry_the_versions(plain_engine: ActorHandle) -> None:
+def test_generations_carry_the_versions(plain_engine: EngineProcess) -> None:
     short = SamplingConfig(max_generate_length=2)
     assert generate(plain_engine, [PROMPT], short)[0][0].versions == Versions()
-    ray.get(plain_engine.set_versions.remote(Versions(policy=3, draft=2)))
+    plain_engine.set_versions(Versions(policy=3, draft=2))
     assert generate(plain_engine, [PROMPT], short)[0][0].versions == Versions(3, 2)
-    assert ray.get(plain_engine.ping.remote()) == Versions(3, 2)
 
 
-def test_counters_add_up(engine: ActorHandle, plain_engine: ActorHandle) -> None:
-    before = ray.get(engine.spec_counters.remote())
+def test_counters_add_up(engine: EngineProcess, plain_engine: EngineProcess) -> None:
+    before = engine.spec_counters()
     (sample,) = generate(engine, [PROMPT], SamplingConfig(temperature=0.0, max_generate_length=21))[0]
-    counters = ray.get(engine.spec_counters.remote()) - before
+    counters = engine.spec_counters() - before
     assert sum(counters.num_accepted_tokens_per_pos) == counters.num_accepted_tokens
     assert counters.num_draft_tokens == 3 * counters.num_drafts
     # One token of the prefill, then every draft yields its accepted tokens and one more; the last may overshoot.
     assert 0 <= 1 + counters.num_drafts + counters.num_accepted_tokens - len(sample.token_ids) <= 3
-    assert ray.get(plain_engine.spec_counters.remote()) == SpecCounters()
+    assert plain_engine.spec_counters() == SpecCounters()
 
 
-def test_min_p_with_a_draft_is_refused(engine: ActorHandle) -> None:
+def test_min_p_with_a_draft_is_refused(engine: EngineProcess) -> None:
     with pytest.raises(ConfigError, match="min_p"):
         generate(engine, [PROMPT], SamplingConfig(min_p=0.1))

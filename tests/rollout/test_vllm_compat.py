@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
-from ray.actor import ActorHandle
+from engine_process import EngineProcess
 from tiny_models import (
     LONG_PROMPT,
     MAX_POSITIONS,
@@ -24,7 +23,6 @@ from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 from skyrl_spec.sync.payload import pack_weights
 
 
-@ray.remote
 class UnmendedEngine(RolloutEngine):
     """An engine on vLLM as it comes."""
 
@@ -34,18 +32,18 @@ class UnmendedEngine(RolloutEngine):
 
 
 @pytest.fixture(scope="module")
-def unmended(start_engine: Callable[..., ActorHandle], models_dir: Path) -> ActorHandle:
+def unmended(start_engine: Callable[..., EngineProcess], models_dir: Path) -> EngineProcess:
     return start_engine(UnmendedEngine, model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
 
 
 @pytest.fixture(scope="module")
-def mended(start_engine: Callable[..., ActorHandle], models_dir: Path) -> ActorHandle:
+def mended(start_engine: Callable[..., EngineProcess], models_dir: Path) -> EngineProcess:
     return start_engine(model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampling_is_wrong_without_the_mend(
-    unmended: ActorHandle, mended: ActorHandle, models_dir: Path, temperature: float
+    unmended: EngineProcess, mended: EngineProcess, models_dir: Path, temperature: float
 ) -> None:
     sampling = SamplingConfig(temperature=temperature)
     assert second_token_p_value(unmended, models_dir / "tied0", sampling) < 1e-6
@@ -53,16 +51,16 @@ def test_sampling_is_wrong_without_the_mend(
 
 
 def test_tied_output_weights_stay_old_without_the_mend(
-    unmended: ActorHandle, mended: ActorHandle, models_dir: Path
+    unmended: EngineProcess, mended: EngineProcess, models_dir: Path
 ) -> None:
     target, _ = split_weights(models_dir / "tied1")
     one_token = SamplingConfig(max_generate_length=1)
     errors = []
     for engine in (unmended, mended):
-        ray.get(engine.init_weight_transfer_engine.remote({}))
-        ray.get(engine.start_weight_update.remote(False))
-        ray.get(engine.update_weights.remote(pack_weights(target.items())))
-        ray.get(engine.finish_weight_update.remote())
+        engine.init_weight_transfer_engine({})
+        engine.start_weight_update(False)
+        engine.update_weights(pack_weights(target.items()))
+        engine.finish_weight_update()
         (sample,) = generate(engine, [PROMPT], one_token)[0]
         exact = exact_logprobs(models_dir / "tied1", [PROMPT], one_token)[0, -1, sample.token_ids[0]]
         errors.append(abs(float(exact) - sample.logprobs[0]))
@@ -70,7 +68,7 @@ def test_tied_output_weights_stay_old_without_the_mend(
     assert errors[1] < 1e-4
 
 
-def test_top_k_fails_without_the_mend(unmended: ActorHandle, mended: ActorHandle) -> None:
+def test_top_k_fails_without_the_mend(unmended: EngineProcess, mended: EngineProcess) -> None:
     """Last: the engine cannot be used afterwards."""
     # The model has no positions left to draft in.
     prompt = (LONG_PROMPT * 2)[: MAX_POSITIONS - 6]
@@ -81,7 +79,7 @@ def test_top_k_fails_without_the_mend(unmended: ActorHandle, mended: ActorHandle
 
 
 def test_a_prompt_in_parts_fails_without_the_mend(
-    start_engine: Callable[..., ActorHandle], mended: ActorHandle, models_dir: Path
+    start_engine: Callable[..., EngineProcess], mended: EngineProcess, models_dir: Path
 ) -> None:
     sampling = SamplingConfig(max_generate_length=8)
     settings = {
@@ -91,7 +89,7 @@ def test_a_prompt_in_parts_fails_without_the_mend(
         # Less than half of the prompt.
         "engine_init_kwargs": {"max_num_batched_tokens": 128},
     }
-    with pytest.raises(ray.exceptions.RayTaskError, match="does not use offset"):
+    with pytest.raises(RuntimeError, match="does not use offset"):
         generate(start_engine(UnmendedEngine, **settings), [LONG_PROMPT], sampling, seed=3)
     whole, in_parts = (
         generate(engine, [LONG_PROMPT], sampling, n=2, seed=3) for engine in (mended, start_engine(**settings))

@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import scipy.stats
 import torch
-from ray.actor import ActorHandle
+from engine_process import EngineProcess
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -239,18 +238,18 @@ def exact_logprobs(path: Path, token_ids: list[list[int]], sampling: SamplingCon
 
 
 def generate(
-    engine: ActorHandle, prompts: list[list[int]], sampling: SamplingConfig, n: int = 1, seed: int | None = None
+    engine: EngineProcess, prompts: list[list[int]], sampling: SamplingConfig, n: int = 1, seed: int | None = None
 ) -> list[list[Generation]]:
-    return ray.get(engine.generate.remote(prompts, sampling, n, seed), timeout=300)
+    return engine.generate(prompts, sampling, n, seed)
 
 
-def second_token_p_value(engine: ActorHandle, path: Path, sampling: SamplingConfig, seed: int | None = None) -> float:
+def second_token_p_value(engine: EngineProcess, path: Path, sampling: SamplingConfig, seed: int | None = None) -> float:
     """As ``token_p_values``: the second token is the first one that drafting has a part in."""
     return token_p_values(engine, path, sampling, (1,), seed)[0]
 
 
 def token_p_values(
-    engine: ActorHandle, path: Path, sampling: SamplingConfig, indices: Sequence[int], seed: int | None = None
+    engine: EngineProcess, path: Path, sampling: SamplingConfig, indices: Sequence[int], seed: int | None = None
 ) -> list[float]:
     """Chi-square p of tokens of 8,192 samples of a prompt against their exact marginals. ``indices``: 0 is the first.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import ray
-from ray.actor import ActorHandle
+from engine_process import EngineProcess
 from tiny_models import LONG_PROMPT, PROMPT, generate
 
 from skyrl_spec.config import SamplingConfig
@@ -16,22 +15,22 @@ GREEDY = SamplingConfig(temperature=0.0, max_generate_length=32)
 PROMPTS = [PROMPT, [9], [60, 61, 62], LONG_PROMPT]
 
 
-def update(engine: ActorHandle, draft: bool, payloads: Iterable[dict[str, Any]]) -> None:
-    ray.get(engine.start_weight_update.remote(draft))
+def update(engine: EngineProcess, draft: bool, payloads: Iterable[dict[str, Any]]) -> None:
+    engine.start_weight_update(draft)
     for payload in payloads:
-        ray.get(engine.update_weights.remote(ray.put(payload)))
-    ray.get(engine.finish_weight_update.remote())
+        engine.update_weights(payload)
+    engine.finish_weight_update()
 
 
-def run(engine: ActorHandle) -> tuple[list[Generation], SpecCounters]:
-    before = ray.get(engine.spec_counters.remote())
+def run(engine: EngineProcess) -> tuple[list[Generation], SpecCounters]:
+    before = engine.spec_counters()
     samples = [group[0] for group in generate(engine, PROMPTS, GREEDY)]
-    return samples, ray.get(engine.spec_counters.remote()) - before
+    return samples, engine.spec_counters() - before
 
 
-def assert_equals_fresh(engine: ActorHandle, fresh: ActorHandle) -> None:
+def assert_equals_fresh(engine: EngineProcess, fresh: EngineProcess) -> None:
     """Tokens and acceptance equal, log-probs bit for bit."""
-    ray.get(fresh.reset_prefix_cache.remote())
+    fresh.reset_prefix_cache()
     (samples, counters), (expected, expected_counters) = run(engine), run(fresh)
     assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in expected]
     assert [sample.logprobs for sample in samples] == [sample.logprobs for sample in expected]
