@@ -191,6 +191,33 @@ class WarmupConfig:
 
 
 @dataclass
+class CanaryConfig:
+    """Checks during a run that engines hold what the trainer trains, and that a draft changes nothing."""
+
+    # After syncs: trainer and engines compute the same log-probs and drafts on a few fixed prompts.
+    enabled: bool = True
+    # Every so many syncs, the first one included.
+    interval: int = 10
+    num_prompts: int = 4
+    # Sampled to each of them.
+    num_tokens: int = 16
+    # "error": a mismatch ends the run; "warn": it is said.
+    on_mismatch: str = "error"
+    # Steps between checks that generations with and without the draft are the same; 0: none. Takes an engine more
+    # (CPU only).
+    lossless_interval: int = 0
+    # Responses to each of num_prompts prompts.
+    lossless_num_samples: int = 64
+    # Probability of a false alarm of one such check.
+    lossless_level: float = 1e-4
+    # Mean |log-prob difference| of rollouts between engine and trainer that is warned of. None: 0.001 in fp32, 0.1 in
+    # bf16.
+    max_logprobs_diff: float | None = None
+    # Share of the measured acceptance length by which the predicted one may be off without a warning.
+    max_acceptance_gap: float = 0.2
+
+
+@dataclass
 class TrainerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -198,6 +225,7 @@ class TrainerConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     dflash: DflashConfig = field(default_factory=DflashConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
     run_dir: str = "runs/default"
     seed: int = 0
     epochs: int = 1

@@ -42,6 +42,34 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """One sampled response, and what an engine's draft proposed along it: A blocks of K tokens.
+
+    A block proposes tokens ``anchor + 1 ... anchor + K``, knowing those up to ``anchor``. ``draft_logprobs`` are the
+    draft's own, at temperature 1. There are no blocks without a draft.
+    """
+
+    prompt_ids: list[int]
+    generation: Generation
+    anchors: list[int]
+    drafted: list[list[int]]
+    draft_logprobs: list[list[float]]
+
+
+@dataclass(frozen=True)
+class ProposalScores:
+    """What the trainer makes of ``Proposals``, all of them one after the other.
+
+    ``policy_logprobs`` of the sampled tokens, at the sampling temperature; of the drafted tokens ``draft_logprobs``, at
+    temperature 1, and ``favourites``, what the trainer's draft would have drafted in their place.
+    """
+
+    policy_logprobs: np.ndarray  # [T] float32
+    draft_logprobs: np.ndarray  # [A, K] float32
+    favourites: np.ndarray  # [A, K] int64
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A prompt, one response and its reward. ``loss_mask`` has an entry a response token (1: trained on)."""
 

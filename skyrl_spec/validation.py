@@ -78,6 +78,15 @@ RANGES: dict[str, Range] = {
     "trainer.dflash.loss_topk": FROM_ONE,
     "trainer.dflash.loss_decay_gamma": POSITIVE,
     "trainer.dflash.loss_chunk_size": FROM_ONE,
+    "trainer.canary.interval": FROM_ONE,
+    "trainer.canary.num_prompts": FROM_ONE,
+    # A block is drafted behind the first token, and needs one more to be held against.
+    "trainer.canary.num_tokens": Range(2),
+    "trainer.canary.lossless_interval": NOT_NEGATIVE,
+    "trainer.canary.lossless_num_samples": FROM_ONE,
+    "trainer.canary.lossless_level": Range(0, 1, low_open=True, high_open=True),
+    "trainer.canary.max_logprobs_diff": POSITIVE,
+    "trainer.canary.max_acceptance_gap": POSITIVE,
     "trainer.warmup.num_steps": FROM_ONE,
     "trainer.warmup.update_epochs_per_batch": FROM_ONE,
     "trainer.warmup.ckpt_interval": NOT_NEGATIVE,
@@ -136,6 +145,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.algorithm.dynamic_sampling.type": ("filter",),
     "trainer.mtp.loss_type": _LOSS_TYPES,
     "trainer.dflash.loss_type": _LOSS_TYPES,
+    "trainer.canary.on_mismatch": ("error", "warn"),
     "trainer.warmup.resume_mode": ("latest",),
 } | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
 LOGGERS = ("console", "wandb")
@@ -307,6 +317,12 @@ def _check_device_settings(config: Config) -> None:
         f"{_MEGATRON}.recompute_activations",
         "true",
         "Megatron recomputes on cuda alone; leave it false on cpu",
+    )
+    _require(
+        trainer.canary.lossless_interval == 0 or on_cpu,
+        "trainer.canary.lossless_interval",
+        trainer.canary.lossless_interval,
+        "needs an engine more than the run has, so it is for cpu alone; set it to 0",
     )
     _require(
         not trainer.measure_speedup or on_cpu,

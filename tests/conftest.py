@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _SHARED = ("tests/dist", "tests/megatron", "tests/rollout", "tests/e2e", "examples/arithmetic_mtp")
@@ -33,8 +32,6 @@ multiprocessing.set_forkserver_preload(
 )
 # Too late in those processes for the environment that an engine's own process begins with.
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
-if not torch.cuda.is_available():
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,11 @@ class PromptStream:
         self._order = self._order_of(epoch=0)
 
     @property
+    def prompts(self) -> Sequence[Prompt]:
+        """All of them, in the order of the dataset."""
+        return self._prompts
+
+    @property
     def epoch(self) -> int:
         """Epochs completed, which is also the number of the epoch that the next batch is from."""
         return self._epoch

@@ -43,14 +43,41 @@ def document_starts(segment_ids_BS: Tensor) -> Tensor:
     return segment_ids_BS != shift_right(segment_ids_BS, 1)
 
 
-def accepted_lengths(accept_prob_KBS: Tensor, mask_KBS: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed expected acceptance length of the chains that have all K depths, and how many those are.
+def expected_acceptance(accept_prob_K: Tensor, hit_K: Tensor) -> Tensor:
+    """Probability that an engine accepts each of a chain's K drafted tokens, ``[K, ...]``, from what it sampled.
 
-    A chain's length is ``1 + a_1 + a_1 a_2 + ... + a_1 ... a_K``, where ``a_d`` is the probability that exact rejection
-    sampling accepts depth d. ``accept_prob`` and ``mask`` are by target position, as in ``chain_mask``.
+    ``accept_prob[d]`` is the policy's probability of the drafted token d, ``hit[d]`` that it is the token which was
+    sampled. An engine accepts d if it accepts all before it and then d itself; since a sampled token is the drafted one
+    just as often as exact rejection sampling accepts that, ``hit_1 ... hit_{d-1} accept_prob_d`` has the right mean.
+    (A product of probabilities alone has not: where one draft is good the next one often is.)
     """
-    num_depths = len(mask_KBS)
-    by_base = [shift_right(a, -depth) for depth, a in enumerate(accept_prob_KBS, start=1)]
-    complete_BS = shift_right(mask_KBS[-1], -num_depths)
-    expected_BS = 1.0 + torch.stack(by_base).double().cumprod(dim=0).sum(dim=0)
-    return expected_BS[complete_BS].sum(), complete_BS.sum().double()
+    reached_K = torch.cat([torch.ones_like(hit_K[:1]), hit_K[:-1]]).to(torch.float64).cumprod(dim=0)
+    return reached_K * accept_prob_K
+
+
+def chains_by_base(values_KBS: Tensor) -> Tensor:
+    """What is by target position, as in ``chain_mask``, by the chain's base: depth d moves d to the left."""
+    return torch.stack([shift_right(values_BS, -depth) for depth, values_BS in enumerate(values_KBS, start=1)])
+
+
+def drafted_bases(hit_KBS: Tensor, is_base_BS: Tensor) -> Tensor:
+    """Bool ``[B, S]``: the bases that an engine with this draft begins a chain at while it samples these very tokens.
+
+    It begins at the first base of each response (``is_base`` marks runs of possible ones), and then where the accepted
+    tokens and the one sampled behind them end: ``m`` hits in a row lead from base t to ``t + m + 1``. So it begins
+    where the draft was wrong more often than elsewhere, and what it accepts is an average over these bases alone.
+
+    ``hit`` is by base: whether depth d drafted the sampled token; False where there is none. All such ways are
+    followed at once, in log2(S) steps that double in length.
+    """
+    seq_len = is_base_BS.shape[1]
+    positions_S = torch.arange(seq_len, device=is_base_BS.device)
+    num_hits_BS = hit_KBS.long().cumprod(dim=0).sum(dim=0)
+    # One position more, from which there is no way on.
+    jump_BS = (positions_S + 1 + num_hits_BS).clamp(max=seq_len).masked_fill(~is_base_BS, seq_len)
+    jump_BS = torch.nn.functional.pad(jump_BS, (0, 1), value=seq_len)
+    begun_BS = torch.nn.functional.pad(is_base_BS & ~shift_right(is_base_BS, 1), (0, 1)).long()
+    for _ in range(seq_len.bit_length()):
+        begun_BS = begun_BS.scatter_reduce(1, jump_BS, begun_BS, "amax")
+        jump_BS = jump_BS.gather(1, jump_BS)
+    return begun_BS[:, :seq_len].bool() & is_base_BS

@@ -58,38 +58,41 @@ class DraftSums:
     """Sums of a micro-batch (float64, no gradient), divided once they are added up over all ranks.
 
     Of K drafted tokens each: how many are supervised, and at how many the draft's favourite is the policy's. A chain is
-    K drafted tokens in a row, all supervised.
+    K drafted tokens in a row, all supervised; of each of its tokens, how many chains are expected to be accepted that
+    far (``align.expected_acceptance``). Where all chains are trained, only those that an engine would have begun count
+    (``align.drafted_bases``).
     """
 
     loss: Tensor
     top1_agreements_K: Tensor
     num_targets_K: Tensor
-    accepted_lengths: Tensor
+    accepted_K: Tensor
     num_chains: Tensor
 
     def flat(self) -> Tensor:
-        """All of it, ``[2 K + 3]``."""
-        scalars = torch.stack([self.loss, self.accepted_lengths, self.num_chains])
-        return torch.cat([scalars, self.top1_agreements_K, self.num_targets_K])
+        """All of it, ``[3 K + 2]``."""
+        scalars = torch.stack([self.loss, self.num_chains])
+        return torch.cat([scalars, self.top1_agreements_K, self.num_targets_K, self.accepted_K])
 
 
 def num_sums(num_speculative: int) -> int:
     """Length of ``DraftSums.flat``."""
-    return 3 + 2 * num_speculative
+    return 2 + 3 * num_speculative
 
 
 def draft_metrics(sums: list[float]) -> Metrics:
     """The metrics of summed ``DraftSums.flat``."""
-    loss, lengths, num_chains, *positions = sums
-    num_positions = len(positions) // 2
-    top1, num_targets = positions[:num_positions], positions[num_positions:]
+    loss, num_chains, *positions = sums
+    num_positions = len(positions) // 3
+    top1, num_targets, accepted = (positions[part * num_positions :][:num_positions] for part in range(3))
     metrics = {
         names.DRAFT_LOSS: Metric(loss, 1),
         names.DRAFT_TOP1: Metric(sum(top1), sum(num_targets)),
-        names.PREDICTED_ACCEPTANCE_LENGTH: Metric(lengths, num_chains),
+        names.PREDICTED_ACCEPTANCE_LENGTH: Metric(num_chains + sum(accepted), num_chains),
     }
     for position in range(num_positions):
         metrics[names.draft_top1_pos(position + 1)] = Metric(top1[position], num_targets[position])
+        metrics[names.predicted_acceptance_pos(position + 1)] = Metric(accepted[position], num_chains)
     return metrics
 
 
@@ -118,6 +121,16 @@ class Draft(ABC):
 
         Gradient reaches the parameters of ``module`` alone. Without a supervised token the loss is a zero that is
         still connected to them.
+        """
+
+    @abstractmethod
+    def propose(
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, anchor_B: Tensor
+    ) -> Tensor:
+        """What the draft drafts behind one token of each row, as an engine does: ``[B, K, D]``, ready for the head.
+
+        Entry k is of token ``anchor + 1 + k``; a draft that feeds on its own tokens takes them from the row. Rows have
+        K tokens or more behind their anchor.
         """
 
     def random_state(self) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from skyrl_spec.config import DflashConfig
 from skyrl_spec.draft_spec import DflashSpec, decay_gamma, hf_config, read_dflash_spec
+from skyrl_spec.drafts.align import expected_acceptance
 from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
 from skyrl_spec.drafts.block_attention import BlockAttention, block_attention
 from skyrl_spec.drafts.blocks import Blocks, draw_blocks, position_weights
@@ -102,6 +103,13 @@ class DflashDraft(Draft):
             num_positions=len(context_SBE) + self.num_positions,
         )
 
+    def propose(
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, anchor_B: Tensor
+    ) -> Tensor:
+        supervised_BAK = torch.ones(len(anchor_B), 1, self.num_positions, dtype=torch.bool, device=anchor_B.device)
+        plan = DflashPlan(targets, supervised_BAK.sum().double(), Blocks(anchor_B[:, None], supervised_BAK))
+        return self.forward(captured, teacher, plan)[1:].transpose(0, 1)
+
     def loss(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
@@ -113,6 +121,7 @@ class DflashDraft(Draft):
         target_T = plan.blocks.anchor_BA[batch_T, block_T] + slot_T
         # Where anything is supervised a slot 1 is, whose weight is 1.
         weights_T = self._weights_K[slot_T] / denominator.clamp(min=1.0)
+        labels_T = plan.targets.token_ids[batch_T, target_T + 1]
         result = vocab_parallel_soft_ce(
             out_QBD[block_T * plan.blocks.num_slots + slot_T + 1, batch_T][None],
             teacher.hidden_SBD[target_T, batch_T],
@@ -124,20 +133,20 @@ class DflashDraft(Draft):
             group=self.parallel.tp_group,
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
-            labels_T=plan.targets.token_ids[batch_T, target_T + 1],
+            labels_T=labels_T,
         )
-        accept_prob_BAK = torch.zeros(mask_BAK.shape, dtype=torch.float64, device=mask_BAK.device)
-        accept_prob_BAK[batch_T, block_T, slot_T] = result.accept_prob_KT[0].double()
-        top1_BAK = torch.zeros_like(mask_BAK)
-        top1_BAK[batch_T, block_T, slot_T] = result.top1_KT[0]
+        here = (slot_T, batch_T, block_T)
+        top1_KBA, hit_KBA = mask_BAK.new_zeros((2, mask_BAK.shape[2], *mask_BAK.shape[:2]))
+        accept_prob_KBA = torch.zeros(top1_KBA.shape, dtype=torch.float64, device=mask_BAK.device)
+        accept_prob_KBA[here] = result.accept_prob_KT[0].double()
+        top1_KBA[here], hit_KBA[here] = result.top1_KT[0], result.argmax_KT[0] == labels_T
         # Supervised to the last slot means to all before it.
         is_complete_BA = mask_BAK[..., -1]
-        lengths_BA = 1.0 + accept_prob_BAK.cumprod(dim=2).sum(dim=2)
         sums = DraftSums(
             loss=result.loss.detach().double(),
-            top1_agreements_K=top1_BAK.sum(dim=(0, 1)).double(),
+            top1_agreements_K=top1_KBA.sum(dim=(1, 2)).double(),
             num_targets_K=mask_BAK.sum(dim=(0, 1)).double(),
-            accepted_lengths=lengths_BA[is_complete_BA].sum(),
+            accepted_K=expected_acceptance(accept_prob_KBA, hit_KBA)[:, is_complete_BA].sum(dim=1),
             num_chains=is_complete_BA.sum().double(),
         )
         return result.loss, sums

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from skyrl_spec.config import ConfigError, MtpConfig
-from skyrl_spec.drafts.align import accepted_lengths, chain_mask, document_starts
+from skyrl_spec.drafts.align import chain_mask, chains_by_base, document_starts, drafted_bases, expected_acceptance
 from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
@@ -102,6 +102,14 @@ class MtpDraft(Draft):
         mask_KBS = chain_mask(targets.loss_mask, targets.segment_ids, self.num_positions)
         return MtpPlan(targets, mask_KBS.sum().double(), mask_KBS)
 
+    def propose(
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, anchor_B: Tensor
+    ) -> Tensor:
+        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], targets)
+        # The base of a chain is the position whose next token is its first.
+        rows_B = torch.arange(len(anchor_B), device=anchor_B.device)
+        return torch.stack([out[anchor_B - 1, rows_B] for out in outputs], dim=1)
+
     def loss(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
@@ -114,6 +122,7 @@ class MtpDraft(Draft):
         draft_hidden_KTD = torch.stack(
             [out[(position_T - depth).clamp(min=0), batch_T] for depth, out in enumerate(outputs, start=1)]
         )
+        labels_T = plan.targets.token_ids[batch_T, position_T + 1]
         result = vocab_parallel_soft_ce(
             draft_hidden_KTD,
             teacher.hidden_SBD[position_T, batch_T],
@@ -125,17 +134,21 @@ class MtpDraft(Draft):
             group=self.parallel.tp_group,
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
-            labels_T=plan.targets.token_ids[batch_T, position_T + 1],
+            labels_T=labels_T,
         )
-        accept_prob_KBS = torch.zeros(mask_KBS.shape, device=mask_KBS.device)
-        accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.float()
-        lengths, num_chains = accepted_lengths(accept_prob_KBS, mask_KBS)
+        accept_prob_KBS = torch.zeros(mask_KBS.shape, dtype=torch.float64, device=mask_KBS.device)
+        accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.double()
+        hit_KBS = torch.zeros_like(mask_KBS)
+        hit_KBS[:, batch_T, position_T] = result.argmax_KT == labels_T
+        hit_KBS, is_trained_KBS = chains_by_base(hit_KBS), chains_by_base(mask_KBS)
+        expected_KBS = expected_acceptance(chains_by_base(accept_prob_KBS), hit_KBS)
+        is_counted_BS = is_trained_KBS[-1] & drafted_bases(hit_KBS, is_trained_KBS[0])
         sums = DraftSums(
             loss=result.loss.detach().double(),
             top1_agreements_K=(result.top1_KT & mask_KT).sum(dim=1).double(),
             num_targets_K=mask_KT.sum(dim=1).double(),
-            accepted_lengths=lengths,
-            num_chains=num_chains,
+            accepted_K=expected_KBS[:, is_counted_BS].sum(dim=1),
+            num_chains=is_counted_BS.sum().double(),
         )
         return result.loss, sums
 

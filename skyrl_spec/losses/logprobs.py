@@ -71,6 +71,23 @@ def vocab_parallel_logprobs(
     return TokenLogprobs(logprobs_T, entropy_T)
 
 
+@torch.no_grad()
+def vocab_parallel_argmax(
+    hidden_TD: Tensor, output_weight_vD: Tensor, *, vocab_size: int, chunk_size: int, group: ProcessGroup | None
+) -> Tensor:
+    """The most probable token of each position, ``[T]`` int64; the lowest id of equals. Arguments as above."""
+    shard = vocab_shard(output_weight_vD, vocab_size, group)
+    logits = ChunkLogits(shard, max(1, min(chunk_size, len(hidden_TD))), temperature=1.0)
+    buffer = logits.buffer()
+    best_2T = hidden_TD.new_zeros((2, len(hidden_TD)), dtype=logits.dtype)
+    for start in range(0, len(hidden_TD), chunk_size):
+        rows = slice(start, start + chunk_size)
+        max_c, column_c = logits.write(hidden_TD[rows], buffer).max(-1)
+        best_2T[:, rows] = torch.stack([max_c, shard.to_global(column_c, max_c.dtype)])
+    max_RT, argmax_RT = all_gather_columns(list(best_2T), shard.group)
+    return argmax_RT.gather(0, max_RT.argmax(0)[None])[0].long()
+
+
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -44,14 +44,16 @@ LOSS_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce")
 class DraftLoss(NamedTuple):
     """The loss and, for every draft and target position, what it is made of; 0 (False) where the weight is 0.
 
-    ``accept_prob_KT`` is the teacher's probability of the draft's argmax token: the probability with which exact
-    rejection sampling accepts a greedily drafted token.
+    ``argmax_KT`` is the draft's favourite, which an engine drafts, and -1 where the weight is 0. ``accept_prob_KT`` is
+    the teacher's probability of it: the probability with which exact rejection sampling accepts a greedily drafted
+    token.
     """
 
     loss: Tensor  # scalar, differentiable
     loss_KT: Tensor  # detached CE, before weighting
     accept_prob_KT: Tensor  # detached
     top1_KT: Tensor  # bool: draft argmax == teacher argmax
+    argmax_KT: Tensor  # int64
 
 
 def vocab_parallel_soft_ce(
@@ -142,7 +144,7 @@ def _loss_and_grad(
     counts_KT = weights_KT != 0
     weights_KT = weights_KT.to(logits.dtype)
     loss_KT, accept_prob_KT = torch.zeros_like(weights_KT), torch.zeros_like(weights_KT)
-    top1_KT = torch.zeros_like(counts_KT)
+    top1_KT, argmax_KT = torch.zeros_like(counts_KT), torch.full_like(counts_KT, -1, dtype=torch.int64)
     grad_KTD = torch.zeros_like(draft_hidden_KTD) if with_grad else None
     buffer = logits.buffer()
     for positions_c in chunks:
@@ -152,7 +154,8 @@ def _loss_and_grad(
             # 0 in place of what does not count: it may be NaN, which a weight of 0 would keep.
             hidden_cD = draft_hidden_KTD[here].masked_fill_(~counts_KT[here][:, None], 0)
             draft_cv = logits.write(hidden_cD, buffer)
-            loss_KT[here], accept_prob_KT[here], top1_KT[here] = _compare_(draft_cv, targets, logits.shard)
+            loss_KT[here], accept_prob_KT[here], argmax_c = _compare_(draft_cv, targets, logits.shard)
+            top1_KT[here], argmax_KT[here] = argmax_c == targets.teacher_argmax_c, argmax_c.long()
             if grad_KTD is not None:
                 dlogits_cv = logits.operand(draft_cv.sub_(targets.target_cv))
                 grad_cD = torch.mm(dlogits_cv, logits.shard.weight_vD)
@@ -161,7 +164,8 @@ def _loss_and_grad(
     if grad_KTD is not None and logits.shard.group is not None:
         dist.all_reduce(grad_KTD, group=logits.shard.group)
     loss = (weights_KT * loss_KT).sum()
-    return DraftLoss(loss, loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT), grad_KTD
+    argmax_KT.masked_fill_(~counts_KT, -1)
+    return DraftLoss(loss, loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT, argmax_KT), grad_KTD
 
 
 class _Targets(NamedTuple):
@@ -173,7 +177,7 @@ class _Targets(NamedTuple):
 
 
 def _compare_(draft_cv: Tensor, targets: _Targets, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, acceptance probability and top-1 agreement; overwrites the logits with their softmax. One collective.
+    """CE, acceptance probability and argmax id; overwrites the logits with their softmax. One collective.
 
     ``CE(p, q) = lse(logits) - sum_v p_v logits_v``
     """
@@ -187,8 +191,8 @@ def _compare_(draft_cv: Tensor, targets: _Targets, shard: VocabShard) -> tuple[T
     )
     normaliser = Normaliser.combine(max_Rc, sum_Rc)
     draft_cv.mul_(normaliser.share_Rc[shard.rank][:, None])
-    top1_c = normaliser.of_winner(argmax_Rc) == targets.teacher_argmax_c
-    return normaliser.lse_c - dot_Rc.sum(0), normaliser.of_winner(accept_prob_Rc), top1_c
+    loss_c = normaliser.lse_c - dot_Rc.sum(0)
+    return loss_c, normaliser.of_winner(accept_prob_Rc), normaliser.of_winner(argmax_Rc)
 
 
 class _Teacher:

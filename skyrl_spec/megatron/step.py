@@ -73,7 +73,7 @@ def response_logprobs(
 
 
 # The order of ``policy_loss``'s sums.
-POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl", "rollout_train_logprobs_abs_diff_mean")
+POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl")
 
 
 def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,6 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
             tokens.entropy_T.double().sum(),
             surrogate.clipped.double().sum(),
             kl_T.detach().double().sum(),
-            (old_T - rollout_T).abs().double().sum(),
             torch.tensor(float(len(loss_T)), dtype=torch.float64, device=loss.device),
         ]
     )

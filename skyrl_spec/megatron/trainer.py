@@ -9,7 +9,7 @@ knowing nothing of each other. With a frozen policy (warm-up of a draft) only th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +22,19 @@ from torch import Tensor
 
 from skyrl_spec.config import Config
 from skyrl_spec.data.packing import assemble, micro_batch_rows, micro_batches, shard
-from skyrl_spec.drafts.base import Draft, Plan, Teacher, draft_metrics, num_sums
+from skyrl_spec.drafts.base import Draft, Plan, Targets, Teacher, draft_metrics, num_sums
 from skyrl_spec.drafts.build import build_draft
+from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.capture import Captured, capture
 from skyrl_spec.megatron.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
 from skyrl_spec.megatron.model import PolicyModel, build_policy, padded_vocab_size, transformer_config
 from skyrl_spec.megatron.optim import Trainable
 from skyrl_spec.megatron.parallel import Parallel
+from skyrl_spec.megatron.proposals import BlockRows, block_rows, response_batch
 from skyrl_spec.megatron.step import POLICY_SUMS, Micro, policy_loss, response_logprobs, to_device
 from skyrl_spec.model_spec import ModelSpec
-from skyrl_spec.types import Metric, Metrics, StepReport, TrainBatch, Which
+from skyrl_spec.types import Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch, Which
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class PolicyTrainer:
         with self._capture() as captured:
             for micro, plan in zip(micros, plans, strict=True):
                 with torch.no_grad():
-                    hidden_SBD = self._hidden(self.model, micro, captured)
+                    hidden_SBD = self._hidden(self.model, micro.targets, captured)
                 sums += self._train_draft(captured, hidden_SBD, plan, denominator)
         self.draft.trainable.reduce_grads()
         dist.all_reduce(sums, group=self.parallel.dp_group)
@@ -135,7 +137,7 @@ class PolicyTrainer:
                 data: Iterator[tuple[Micro, Plan | None]], model: torch.nn.Module
             ) -> tuple[Tensor, Callable[..., Any]]:
                 micro, plan = next(data)
-                hidden_SBD = self._hidden(model, micro, captured)
+                hidden_SBD = self._hidden(model, micro.targets, captured)
                 if plan is not None:
                     with self._draft_clock:
                         draft_sums.add_(self._train_draft(captured, hidden_SBD, plan, denominator))
@@ -165,6 +167,23 @@ class PolicyTrainer:
             with self._draft_clock:
                 metrics |= self._draft_step()
         return metrics
+
+    @torch.no_grad()
+    def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
+        """What policy and draft, as they are here now, make of an engine's responses and drafted tokens.
+
+        Collective over tensor parallelism alone: data-parallel replicas are the same.
+        """
+        batch, rows_at_a_time = response_batch(proposals), self.config.trainer.micro_forward_batch_size_per_gpu
+        policy_logprobs = self._logprobs(self.model, batch)[batch.loss_mask]
+        num_positions = 0 if self.draft is None else self.draft.draft.num_positions
+        parts = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
+        if self.draft is not None:
+            with self._capture() as captured:
+                blocks = block_rows(proposals, num_positions, rows_at_a_time, self.parallel.device)
+                parts = [self._score_blocks(rows, captured) for rows in blocks] or parts
+        logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ProposalScores(policy_logprobs, logprobs, favourites)
 
     def random_state(self) -> dict[str, Tensor]:
         """States of this rank's own generators."""
@@ -217,7 +236,7 @@ class PolicyTrainer:
         parts = []
         for part_rows in rows:
             micro = to_device(batch.select(part_rows), self.parallel.device)
-            hidden_SBD = self._hidden(model, micro, None)
+            hidden_SBD = self._hidden(model, micro.targets, None)
             logprobs_BS = torch.zeros(micro.targets.token_ids.shape, device=self.parallel.device)
             logprobs_BS[micro.row_T, micro.position_T] = self._token_logprobs(
                 model, hidden_SBD, micro
@@ -249,10 +268,10 @@ class PolicyTrainer:
         rows = self.config.trainer.micro_train_batch_size_per_gpu
         return [to_device(part, self.parallel.device) for part in micro_batches(mine, rows)]
 
-    def _hidden(self, model: torch.nn.Module, micro: Micro, captured: Captured | None) -> Tensor:
+    def _hidden(self, model: torch.nn.Module, targets: Targets, captured: Captured | None) -> Tensor:
         """The trunk's forward pass, ``[S, B, D]``, which leaves in ``captured`` what the hooks are there for."""
         with compat.megatron_device(self.parallel.device), nullcontext() if captured is None else captured.listening():
-            return model(micro.targets.token_ids, micro.targets.attention_mask)
+            return model(targets.token_ids, targets.attention_mask)
 
     def _plan_draft(self, micros: list[Micro]) -> tuple[list[Plan | None], Tensor]:
         """What the draft is supervised on in each micro-batch, and the weight of that over all ranks."""
@@ -275,10 +294,34 @@ class PolicyTrainer:
         assert self.draft is not None
         assert captured is not None
         assert plan is not None
-        teacher = Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
-        loss, sums = self.draft.draft.loss(captured.take(), teacher, plan, denominator)
+        loss, sums = self.draft.draft.loss(captured.take(), self._teacher(hidden_SBD), plan, denominator)
         loss.backward()
         return sums.flat()
+
+    def _teacher(self, hidden_SBD: Tensor) -> Teacher:
+        return Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
+
+    def _score_blocks(self, rows: BlockRows, captured: Captured | None) -> tuple[np.ndarray, np.ndarray]:
+        """Of every drafted token its log-prob under this draft, and what this one drafts there, ``[R, K]``."""
+        assert self.draft is not None
+        assert captured is not None
+        hidden_SBD = self._hidden(self.model, rows.targets, captured)
+        num_positions = rows.drafted_RK.shape[1]
+        proposed_RKD = self.draft.draft.propose(
+            captured.take(), self._teacher(hidden_SBD), rows.targets, rows.anchor_R
+        )[:, :num_positions]
+        head: dict[str, Any] = {
+            "vocab_size": self.spec.vocab_size,
+            "chunk_size": self.config.trainer.logprobs_chunk_size,
+            "group": self.parallel.tp_group,
+        }
+        hidden_TD, weight_vD = proposed_RKD.flatten(0, 1), self.model.output_weight_vD()
+        logprobs_T = vocab_parallel_logprobs(
+            hidden_TD, weight_vD, rows.drafted_RK.flatten(), temperature=1.0, **head
+        ).logprobs_T
+        favourites_T = vocab_parallel_argmax(hidden_TD, weight_vD, **head)
+        shape = (-1, num_positions)
+        return logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
 
     def _draft_step(self) -> Metrics:
         assert self.draft is not None

@@ -14,7 +14,7 @@ import ray
 
 from skyrl_spec.config import Config
 from skyrl_spec.model_spec import load_spec
-from skyrl_spec.types import StepReport, TrainBatch, Which
+from skyrl_spec.types import Proposals, ProposalScores, StepReport, TrainBatch, Which
 
 
 @ray.remote
@@ -71,6 +71,9 @@ class PolicyWorker:
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_draft(batch)
+
+    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+        return self._trainer.score_proposals(proposals)
 
     def export(self, which: Which) -> list[tuple[ray.ObjectRef, int]]:
         """Weights in Ray's object store, in chunks with their bytes, from rank 0; the others gather with it."""

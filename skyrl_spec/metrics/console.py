@@ -150,9 +150,41 @@ def summary_lines(records: Sequence[Mapping[str, Any]], speedup: float | None = 
             first, last = found[0], found[-1]
             change = f"{last - first:+.{decimals}f}"
             lines.append(f"  {title:<38}{_number(first, decimals):>9}{_number(last, decimals):>9}{change:>9}")
+    lines += _canary_lines(records)
     if speedup is not None:
         lines.append(f"  {'rollout speed-up by the draft':<38}{'':>9}{f'{speedup:.2f}x':>9}")
     return lines
+
+
+def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How often trainer and engines were compared, how far they were apart, what it cost; the same of losslessness."""
+    lines = []
+    checked = [record for record in records if names.CANARY_POLICY in record]
+    if checked:
+        parts = [f"{len(checked)} checks", f"policy differs by {_worst(checked, names.CANARY_POLICY)}"]
+        if names.CANARY_DRAFT in checked[0]:
+            parts.append(f"draft by {_worst(checked, names.CANARY_DRAFT)}")
+        lines.append(f"  sync canary: {', '.join(parts)} (log-probs); {_share(records, 'canary')} of the time")
+    tested = [record for record in records if names.LOSSLESS_P_VALUE in record]
+    if tested:
+        equal = min(record[names.LOSSLESS_GREEDY] for record in tested)
+        p_value = min(record[names.LOSSLESS_P_VALUE] for record in tested)
+        lines.append(
+            f"  losslessness canary: {len(tested)} checks, {equal:.0%} of greedy responses equal, smallest p "
+            f"{p_value:.2g}; {_share(records, 'lossless')} of the time"
+        )
+    return lines
+
+
+def _worst(records: Iterable[Mapping[str, Any]], key: str) -> str:
+    # What is not finite is null.
+    values = [record[key] for record in records]
+    return "NaN" if None in values else f"{max(values):.1e}"
+
+
+def _share(records: Iterable[Mapping[str, Any]], phase: str) -> str:
+    steps = [record for record in records if names.STEP_TIME in record]
+    return f"{sum(r.get(names.timing(phase), 0.0) for r in steps) / sum(r[names.STEP_TIME] for r in steps):.1%}"
 
 
 def _last_step(records: Iterable[Mapping[str, Any]]) -> int:

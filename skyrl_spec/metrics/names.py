@@ -17,7 +17,18 @@ NUM_KEPT_GROUPS = "reward/num_kept_groups"
 POLICY = tuple(f"policy/{name}" for name in ("policy_loss", "grad_norm", "entropy", "clip_ratio", "lr"))
 POLICY_KL = "policy/kl"
 LOGPROBS_DIFF = "policy/rollout_train_logprobs_abs_diff_mean"
+LOGPROBS_DIFF_MAX = "policy/rollout_train_logprobs_abs_diff_max"
+LOGPROBS_KL = "policy/rollout_train_kl"
+LOGPROBS = (LOGPROBS_DIFF, LOGPROBS_DIFF_MAX, LOGPROBS_KL)
+ACCEPTANCE_GAP = "draft/predicted_minus_measured_acceptance_length"
 DRAFT = (DRAFT_LOSS, "draft/grad_norm", "draft/lr", DRAFT_TOP1, PREDICTED_ACCEPTANCE_LENGTH)
+
+# Of the steps whose sync was checked, and of those that were checked for losslessness.
+CANARY_POLICY = "canary/policy_logprobs_abs_diff_mean"
+CANARY_DRAFT = "canary/draft_logprobs_abs_diff_mean"
+CANARY_FAVOURITES = "canary/draft_tokens_equal"
+LOSSLESS_GREEDY = "canary/lossless_greedy_equal"
+LOSSLESS_P_VALUE = "canary/lossless_p_value"
 
 # In the order of a step.
 PHASES = ("generate", "fwd_logprobs", "policy_train", "draft_train", "sync_weights")
@@ -40,6 +51,11 @@ def timing(phase: str) -> str:
 def draft_top1_pos(position: int) -> str:
     """Share of drafted tokens at ``position`` (from 1) whose favourite is the policy's too, in training."""
     return f"{DRAFT_TOP1}_pos_{position}"
+
+
+def predicted_acceptance_pos(position: int) -> str:
+    """Share of drafts that an engine is expected to accept at least up to ``position``, by draft and policy."""
+    return f"draft/predicted_acceptance_rate_pos_{position}"
 
 
 def acceptance_rate(mode: str) -> str:
@@ -74,18 +90,19 @@ def step_keys(
     ``num_trained_positions``: drafted tokens of a chain that the draft is trained at, 0 without one;
     ``num_speculative_tokens``: what the engines draft, 0 if they have no draft.
     """
-    trains_draft = num_trained_positions > 0
+    trains_draft, trained_positions = num_trained_positions > 0, range(1, num_trained_positions + 1)
     phases = [phase for phase in PHASES if trains_draft or phase != "draft_train"]
     return [
         STEP,
         AVG_RAW_REWARD,
         pass_at(n_samples_per_prompt),
         *POLICY,
-        LOGPROBS_DIFF,
+        *LOGPROBS,
         *([POLICY_KL] if use_kl_loss else []),
         *(DRAFT if trains_draft else []),
-        *(draft_top1_pos(position) for position in range(1, num_trained_positions + 1)),
+        *(key(position) for position in trained_positions for key in (draft_top1_pos, predicted_acceptance_pos)),
         *speculation_keys("train", num_speculative_tokens),
+        *([ACCEPTANCE_GAP] if trains_draft and num_speculative_tokens else []),
         THROUGHPUT,
         *map(timing, phases),
         STEP_TIME,
@@ -93,6 +110,16 @@ def step_keys(
         *([DRAFT_VERSION] if trains_draft else []),
         SYNC_BYTES,
     ]
+
+
+def canary_keys(*, has_draft: bool) -> list[str]:
+    """What a step whose sync was checked has besides."""
+    return [CANARY_POLICY, *([CANARY_DRAFT, CANARY_FAVOURITES] if has_draft else []), timing("canary")]
+
+
+def lossless_keys() -> list[str]:
+    """What a step that was checked for losslessness has besides."""
+    return [LOSSLESS_GREEDY, LOSSLESS_P_VALUE, timing("lossless")]
 
 
 def eval_keys(num_speculative_tokens: int) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from skyrl_spec.config import ConfigError, SamplingConfig
 from skyrl_spec.model_spec import load_spec, model_directory
 from skyrl_spec.rollout.speculative import require_exact_rejection, require_exact_sampling
-from skyrl_spec.types import Generation, SpecCounters, Versions
+from skyrl_spec.types import Generation, Proposals, SpecCounters, Versions
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _COUNTERS = {counter.name for counter in fields(SpecCounters)}
@@ -109,6 +109,8 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
         "disable_log_stats": False,
         "use_tqdm_on_load": False,
     }
+    if settings.speculative_config is not None:
+        args["worker_extension_cls"] = "skyrl_spec.rollout.draft_recorder.DraftRecorder"
     if settings.device == "cpu":
         args["kv_cache_memory_bytes"] = int(settings.cpu_kvcache_space * 2**30)
     else:
@@ -131,6 +133,24 @@ def _with_local_models(settings: EngineSettings) -> EngineSettings:
         draft = model_directory(speculative["model"], "generator.inference_engine.speculative_config.model")
         speculative = speculative | {"model": str(draft)}
     return replace(settings, model_path=str(model_directory(settings.model_path)), speculative_config=speculative)
+
+
+def _anchors(prompt_length: int, response: list[int], blocks: list[list[int]]) -> list[int]:
+    """The anchor of each block that was drafted along a response; later blocks were drafted beyond its end.
+
+    The first block follows the first sampled token. A drafted token that is the sampled one was accepted, and one that
+    was rejected is never sampled in its place; so the next block's anchor is the token behind the accepted ones.
+    """
+    anchors, position = [], 0
+    for block in blocks:
+        # A block behind the last token has nothing to be held against, and is not always drafted.
+        if position + 1 >= len(response):
+            break
+        anchors.append(prompt_length + position)
+        following = response[position + 1 :]
+        matches = [drafted == sampled for drafted, sampled in zip(block, following, strict=False)]
+        position += 1 + (matches.index(False) if False in matches else len(matches))
+    return anchors
 
 
 class RolloutEngine:
@@ -195,6 +215,38 @@ class RolloutEngine:
         token_ids = list(completion.token_ids)
         logprobs = [position[token].logprob for token, position in zip(token_ids, completion.logprobs, strict=True)]
         return Generation(token_ids, logprobs, completion.finish_reason, self._versions)
+
+    def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
+        """A response to each prompt, one after the other, with what the draft proposed along it; slow.
+
+        Without a draft that has a distribution (n-gram) there are no blocks.
+        """
+        num_drafted = (self._settings.speculative_config or {}).get("num_speculative_tokens", 0)
+        if num_drafted == 0:
+            return [
+                Proposals(prompt, group[0], [], [], [])
+                for prompt, group in zip(prompts, self.generate(prompts, sampling, 1, seed), strict=True)
+            ]
+        self._llm.collective_rpc("start_recording_drafts")
+        try:
+            return [self._propose(prompt, sampling, seed, num_drafted) for prompt in prompts]
+        finally:
+            self._llm.collective_rpc("stop_recording_drafts")
+
+    def _propose(self, prompt: list[int], sampling: SamplingConfig, seed: int, num_drafted: int) -> Proposals:
+        (generation,) = self.generate([prompt], sampling, 1, seed)[0]
+        tokens, logprobs = self._llm.collective_rpc("take_recorded_drafts")[0]
+        if len(tokens) % num_drafted:
+            raise RuntimeError(f"vLLM's drafter proposed {len(tokens)} tokens, not a multiple of {num_drafted}")
+        blocks = [tokens[start : start + num_drafted] for start in range(0, len(tokens), num_drafted)]
+        anchors = _anchors(len(prompt), generation.token_ids, blocks)
+        return Proposals(
+            prompt_ids=prompt,
+            generation=generation,
+            anchors=anchors,
+            drafted=blocks[: len(anchors)],
+            draft_logprobs=[logprobs[index * num_drafted :][:num_drafted] for index in range(len(anchors))],
+        )
 
     def spec_counters(self) -> SpecCounters:
         """Drafting since the engine started; zeros without a draft."""

@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from skyrl_spec.config import RunError, SamplingConfig
 from skyrl_spec.data.packing import gather_shards
-from skyrl_spec.types import Generation, Prompt, SpecCounters, StepReport, TrainBatch
+from skyrl_spec.types import Generation, Prompt, Proposals, ProposalScores, SpecCounters, StepReport, TrainBatch
 
 
 class EngineGroup:
@@ -84,6 +84,11 @@ class PolicyGroup:
         """One optimizer step of the draft alone."""
         ref = ray.put(batch)
         return ray.get([worker.train_draft.remote(ref) for worker in self.handles])[0]
+
+    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+        """What policy and draft make of an engine's responses and drafted tokens."""
+        ref = ray.put(proposals)
+        return ray.get([worker.score_proposals.remote(ref) for worker in self.handles])[0]
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
         """All ranks write ``directory`` together; it is there once it is complete."""

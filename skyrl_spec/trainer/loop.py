@@ -2,7 +2,7 @@
 
     prompts -> engines -> scored groups (filtered, DAPO) -> advantages -> train batch
             -> log-probs before the update -> mini-batches: one optimizer step of policy and draft each
-            -> sync: policy, then draft, one version -> metrics
+            -> sync: policy, then draft, one version -> canaries -> metrics
 
 Whatever draft is trained, or none, this file does not know it: acceptance comes from the engines' counters, draft
 losses from the workers' reports.
@@ -25,10 +25,13 @@ from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import merge
 from skyrl_spec.metrics.values import values as metric_values
+from skyrl_spec.sync.canary import SyncCanary
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.trainer.advantages import build_estimator, overlong_penalty
+from skyrl_spec.trainer.fidelity import Watch, acceptance_gap, coarser_dtype, logprob_agreement, require_current
 from skyrl_spec.trainer.filters import Collected, Group, collect_groups
+from skyrl_spec.trainer.lossless import LosslessCanary, PlainEngine
 from skyrl_spec.trainer.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
 from skyrl_spec.types import Prompt, Rollout, StepReport, TrainBatch, Versions
 
@@ -48,17 +51,24 @@ class Trainer:
         engines: EngineGroup,
         policy: PolicyGroup,
         sync: WeightSync,
+        canary: SyncCanary,
+        lossless: LosslessCanary | None = None,
     ):
         self.config, self.stream, self.eval_prompts = config, stream, eval_prompts
         self.engines, self.policy, self.sync = engines, policy, sync
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.sampler = RolloutSampler(config, engines, tokenizer)
+        self.canary, self.lossless = canary, lossless
+        sampling = config.generator.sampling_params
+        self._watch = Watch(config.trainer.canary, dtype=coarser_dtype(config), temperature=sampling.temperature)
         self._said_short_batch = False
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
     def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0) -> None:
         """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last."""
         trainer = self.config.trainer
+        if trainer.canary.enabled:
+            self.canary.check(self.sync.versions)
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(), [])
         for step in range(steps_done + 1, num_steps + 1):
@@ -79,6 +89,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "num_train_calls": self.sampler.num_train_calls,
             "versions": asdict(self.sync.versions),
+            "canary": self.canary.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,6 +97,7 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.sampler.num_train_calls = state["num_train_calls"]
         self.sync.restore(Versions(**state["versions"]))
+        self.canary.load_state_dict(state["canary"])
 
     def step(self) -> tuple[dict[str, float], list[Rollout]]:
         """One training step; returns the contract's metrics and the rollouts trained on."""
@@ -99,10 +111,13 @@ class Trainer:
         values |= self._sampling_metrics(collected)
         rollouts = [rollout for group in collected.groups for rollout in group]
         if rollouts:
-            reports = self._train(self._build_batch(collected.groups), timings)
-            values |= metric_values(merge(*(report.metrics for report in reports)))
+            require_current(rollouts, self.sync.versions)
+            values |= self._train(self._build_batch(collected.groups), timings)
+            values |= acceptance_gap(values)
             with timed(timings, "sync_weights"):
                 values |= {names.SYNC_BYTES: self.sync.sync()}
+            values |= self._run_canaries(timings)
+            self._watch.look(values)
         values |= self._versions()
         timings["step"] = time.perf_counter() - start
         values |= {names.timing(phase): seconds for phase, seconds in timings.items()}
@@ -120,14 +135,25 @@ class Trainer:
         ]
         return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
 
-    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> list[StepReport]:
+    def _run_canaries(self, timings: dict[str, float]) -> dict[str, float]:
+        """What is due at this version."""
+        values: dict[str, float] = {}
+        if self.canary.is_due(self.sync.versions):
+            with timed(timings, "canary"):
+                values |= self.canary.check(self.sync.versions)
+        if self.lossless is not None and self.lossless.is_due(self.sync.versions):
+            with timed(timings, "lossless"):
+                values |= self.lossless.check(self.engines, seed=self.sync.versions.policy)
+        return values
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
         """All optimizer steps that ``batch`` is for; adds the phases' seconds to ``timings``."""
         with timed(timings, "fwd_logprobs"):
             batch = self.policy.forward_logprobs(batch)
         num_epochs = self.config.trainer.update_epochs_per_batch
         reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch, num_epochs)]
         timings |= _train_timings(reports)
-        return reports
+        return _report_values(reports) | logprob_agreement(batch)
 
     def _sample_groups(self) -> tuple[Collected, float]:
         """The groups of one train batch, and the tokens per second they were generated with."""
@@ -190,20 +216,16 @@ class Trainer:
 class DraftWarmup(Trainer):
     """The same step with a frozen policy: what is trained and synced is the draft."""
 
-    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> list[StepReport]:
+    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
         num_epochs = self.config.trainer.update_epochs_per_batch
         reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
         timings["draft_train"] = sum(report.draft_train_s for report in reports)
-        return reports
+        return _report_values(reports)
 
 
-def measure_speedup(trainer: Trainer, plain: EngineGroup, prompts: Sequence[Prompt], rounds: int = 3) -> float:
-    """Rollout tokens/s with the draft over tokens/s without, alternating on the same prompts: the median of ``rounds``.
-
-    ``plain`` is brought to the same weights first, by the same protocol.
-    """
-    WeightSync(trainer.policy.handles, plain.handles, backend="ray", whiches=["policy"]).sync()
-    sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain)
+def measure_speedup(trainer: Trainer, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 3) -> float:
+    """Median over ``rounds`` of rollout tokens/s with the draft over tokens/s without, on the same prompts by turns."""
+    sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain.updated())
     ratios = []
     # The first round warms both up.
     for seed in range(rounds + 1):
@@ -221,6 +243,10 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[phase] = time.perf_counter() - start
+
+
+def _report_values(reports: Sequence[StepReport]) -> dict[str, float]:
+    return metric_values(merge(*(report.metrics for report in reports)))
 
 
 def _train_timings(reports: Sequence[StepReport]) -> dict[str, float]:

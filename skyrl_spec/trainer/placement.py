@@ -27,6 +27,7 @@ from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.rollout.speculative import build_speculative_config
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+from skyrl_spec.trainer.lossless import PlainEngine
 from skyrl_spec.validation import parallel_layout, sync_backend
 
 # Of a GPU that a worker and an engine share. It is how Ray counts; gpu_memory_utilization is what divides the memory.
@@ -115,13 +116,13 @@ def start_actors(
     return EngineGroup(engines, timeout_s), PolicyGroup(workers, places, gpus)
 
 
-def start_plain_engine(config: Config, settings: EngineSettings) -> EngineGroup:
+def start_plain_engine(config: Config, settings: EngineSettings, policy: PolicyGroup) -> PlainEngine:
     """A further engine of the same build without a draft, to compare with."""
     plain = replace(settings, speculative_config=None)
     engine = _create_engine(plain, 0, actor_options(plain))
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     _get([engine.ping.remote()], deadline, "rollout engines", config)
-    return EngineGroup([engine], config.generator.inference_engine.generate_timeout_s)
+    return PlainEngine(EngineGroup([engine], config.generator.inference_engine.generate_timeout_s), policy.handles)
 
 
 def reserve_gpus(config: Config, deadline: float) -> PlacementGroup | None:

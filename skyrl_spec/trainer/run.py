@@ -36,6 +36,7 @@ from skyrl_spec.validation import parallel_layout, sync_backend
 if TYPE_CHECKING:
     from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
     from skyrl_spec.trainer.loop import Trainer
+    from skyrl_spec.trainer.lossless import PlainEngine
 
 # What the shell reports for a process that a signal ended.
 _SIGNAL_EXIT = 128
@@ -164,13 +165,16 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
         try:
             has_draft = trained_draft(config.trainer) is not None
             whiches: list[Which] = ["policy", "draft"] if has_draft else ["policy"]
-            trainer = make_trainer(Trainer, task, engines, policy, whiches)
+            is_checked = settings.speculative_config is not None and config.trainer.canary.lossless_interval > 0
+            plain = start_plain_engine(config, settings, policy) if is_checked else None
+            trainer = make_trainer(Trainer, task, engines, policy, whiches, plain)
             trainer.run(task.steps, output.on_step)
             if config.trainer.save_final_model:
                 policy.save_hf(output.run_dir.resolve())
             if config.trainer.measure_speedup and has_draft:
-                plain = start_plain_engine(config, settings)
-                speedup = measure_speedup(trainer, plain, (task.eval_prompts or task.stream.next_batch())[:16])
+                plain = plain or start_plain_engine(config, settings, policy)
+                speedup = measure_speedup(trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
+            if plain is not None:
                 plain.shutdown()
         finally:
             engines.shutdown()
@@ -181,19 +185,47 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
 
 
 def make_trainer(
-    trainer_class: type[Trainer], task: Task, engines: EngineGroup, policy: PolicyGroup, whiches: list[Which]
+    trainer_class: type[Trainer],
+    task: Task,
+    engines: EngineGroup,
+    policy: PolicyGroup,
+    whiches: list[Which],
+    plain: PlainEngine | None = None,
 ) -> Trainer:
-    """The loop over actors that are up, with the transfer of what is trained (``whiches``) opened."""
-    from skyrl_spec.sync.weights import WeightSync
+    """The loop over actors that are up, with the transfer of what is trained (``whiches``) opened.
 
+    ``plain``: the engine to check losslessness against, if that is to be.
+    """
+    from skyrl_spec.sync.canary import SyncCanary, fixed_prompts
+    from skyrl_spec.sync.weights import WeightSync
+    from skyrl_spec.trainer.fidelity import coarser_dtype
+    from skyrl_spec.trainer.lossless import LosslessCanary
+
+    config = task.config
+    settings, sampling, dtype = config.trainer.canary, config.generator.sampling_params, coarser_dtype(config)
+    prompts = [prompt.token_ids for prompt in task.stream.prompts]
+    canary = SyncCanary(
+        settings,
+        engines.handles,
+        policy,
+        fixed_prompts(prompts, settings.num_prompts, config.trainer.max_prompt_length),
+        temperature=sampling.temperature,
+        dtype=dtype,
+    )
+    lossless = None
+    if plain is not None:
+        few = task.stream.prompts[: settings.num_prompts]
+        lossless = LosslessCanary(settings, sampling, few, plain, exact=dtype == "fp32")
     return trainer_class(
-        task.config,
+        config,
         tokenizer=task.tokenizer,
         stream=task.stream,
         eval_prompts=task.eval_prompts,
         engines=engines,
         policy=policy,
-        sync=WeightSync(policy.handles, engines.handles, backend=sync_backend(task.config), whiches=whiches),
+        sync=WeightSync(policy.handles, engines.handles, backend=sync_backend(config), whiches=whiches),
+        canary=canary,
+        lossless=lossless,
     )
 
 

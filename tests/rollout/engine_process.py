@@ -9,6 +9,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
 
 
@@ -57,7 +59,10 @@ class EngineProcess:
 def _serve(
     connection: Connection, engine_class: type[RolloutEngine], settings: EngineSettings, args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(engine_environment(settings))
+    environment = engine_environment(settings)
+    os.environ.update(environment)
+    # Read when torch was imported, before this process began.
+    torch._dynamo.config.disable = environment.get("TORCH_COMPILE_DISABLE") == "1"
     engine = None
 
     def build() -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from skyrl_spec.drafts.align import accepted_lengths, chain_mask, document_starts, shift_right
+from skyrl_spec.drafts.align import (
+    chain_mask,
+    chains_by_base,
+    document_starts,
+    drafted_bases,
+    expected_acceptance,
+    shift_right,
+)
 
 
 def test_a_chain_starts_at_a_response_token_and_never_leaves_its_document() -> None:
@@ -38,13 +45,47 @@ def test_document_starts() -> None:
     assert document_starts(torch.tensor([[1, 1, 2, 2, 0]])).tolist() == [[True, False, True, False, True]]
 
 
-def test_accepted_length_is_the_sum_of_products_over_complete_chains() -> None:
-    segments = torch.ones(1, 5, dtype=torch.long)
-    mask = chain_mask(torch.tensor([[0, 1, 1, 1, 1]], dtype=torch.bool), segments, num_depths=2)
-    probs = torch.zeros(2, 1, 5)
-    # Bases 0 and 1 have both depths: depth 1 at target t+1, depth 2 at target t+2.
-    probs[0, 0, 1], probs[1, 0, 2] = 0.5, 0.25
-    probs[0, 0, 2], probs[1, 0, 3] = 1.0, 0.75
-    total, count = accepted_lengths(probs, mask)
-    assert count == 2
-    torch.testing.assert_close(total, torch.tensor((1 + 0.5 + 0.125) + (1 + 1.0 + 0.75), dtype=torch.float64))
+def test_a_chain_is_read_from_its_base() -> None:
+    values = torch.arange(10).view(2, 1, 5)
+    # Depth 1 of base 0 is at target position 1, depth 2 at 2.
+    assert chains_by_base(values)[:, 0, 0].tolist() == [1, 7]
+
+
+def test_expected_acceptance_is_what_rejection_sampling_accepts() -> None:
+    """A policy that sometimes is sure and sometimes not, where one good draft means that the next is good too."""
+    generator = torch.Generator().manual_seed(0)
+    num_chains, num_depths = 200_000, 3
+    # The draft proposes token 0; the policy gives it this probability throughout a chain.
+    easy = torch.rand(num_chains, generator=generator) < 0.5
+    prob = torch.where(easy, 0.95, 0.2).expand(num_depths, num_chains)
+    sampled_hit = torch.rand(num_depths, num_chains, generator=generator) < prob
+    accepted = (torch.rand(num_depths, num_chains, generator=generator) < prob).cumprod(dim=0).double().mean(dim=1)
+    expected = expected_acceptance(prob.double(), sampled_hit).mean(dim=1)
+    torch.testing.assert_close(expected, accepted, rtol=0, atol=0.005)
+    # What one might take in its place.
+    assert (prob.double().mean(dim=1).cumprod(dim=0) - accepted).abs().max() > 0.05
+
+
+def test_an_engine_begins_behind_what_it_accepted() -> None:
+    # Two responses in a row, bases 2..8 and 11..12; K is 2.
+    is_base = torch.tensor([[2 <= t <= 8 or 11 <= t <= 12 for t in range(14)]])
+    hits = torch.zeros(2, 1, 14, dtype=torch.bool)
+    hits[0, 0, [2, 4, 5, 11]] = True
+    hits[1, 0, [2, 3, 5]] = True
+    # 2 accepts both, 5 both, 8 none; 3 and 4 are never begun at; 11 accepts one, and 13 is no base.
+    assert drafted_bases(hits, is_base).nonzero()[:, 1].tolist() == [2, 5, 8, 11]
+
+
+def test_bases_are_those_of_a_walk() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = torch.rand(3, 5, 70, generator=generator) < 0.6
+    is_base = torch.zeros(5, 70, dtype=torch.bool)
+    expected = torch.zeros_like(is_base)
+    for row in range(5):
+        start, end = 3 + row, 60 - 7 * row
+        is_base[row, start:end] = True
+        position = start
+        while position < end:
+            expected[row, position] = True
+            position += 1 + int(hits[:, row, position].long().cumprod(0).sum())
+    assert torch.equal(drafted_bases(hits & is_base, is_base), expected)

@@ -77,6 +77,7 @@ def reference(
         (counts_KT * loss_KT).detach(),
         counts_KT * accept_prob_KT,
         counts_KT & (argmax_KT == p_TV.argmax(-1)),
+        argmax_KT.where(counts_KT, -1),
     )
 
 
@@ -110,6 +111,7 @@ def test_forward_and_backward_equal_the_full_vocabulary_formula(
     for got, wanted in zip(result[:3], expected[:3], strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert torch.equal(result.top1_KT, expected.top1_KT)
+    assert torch.equal(result.argmax_KT, expected.argmax_KT)
     torch.testing.assert_close(
         grad_of(result, inputs[0]), grad_of(expected, inputs[0]), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )

@@ -1,0 +1,121 @@
+"""The policy does not know that there is a draft: every bit of it is the same with the draft and without.
+
+Real PolicyTrainers on real gloo processes. Each process trains twice, compares what it has itself, and says which
+combination failed.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from spawn import run_distributed
+from tiny_checkpoints import make_batch, make_config, write_model
+
+from skyrl_spec.megatron import parallel
+from skyrl_spec.megatron.optim import Trainable
+from skyrl_spec.megatron.parallel import Parallel
+from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.metrics.values import values
+from skyrl_spec.model_spec import load_spec
+
+LAYOUTS = {"one rank": (1, 1), "tp2": (2, 1), "dp2": (1, 2), "tp2 dp2": (2, 2)}
+# Rows of a micro-batch: the eight rows of a batch in several of them, and in one.
+MICRO_BATCHES = {"accumulated": 2, "at once": 8}
+
+
+def _build(path: Path, ranks: Parallel, draft: str | None, micro_rows: int, **options: Any) -> PolicyTrainer:
+    torch.manual_seed(0)
+    config = make_config(path, tp=ranks.tp_size, draft=draft, **options)
+    config.trainer.micro_train_batch_size_per_gpu = micro_rows
+    return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+
+
+def _train(trainer: PolicyTrainer) -> dict[str, Any]:
+    """What two steps leave of the policy on this rank."""
+    assert trainer.policy is not None
+    record: dict[str, Any] = {"metrics": [], "gradients": []}
+    for step in range(2):
+        sums = trainer.forward_backward(make_batch(seed=step))
+        record["gradients"].append(_gradients(trainer.policy))
+        record["metrics"].append(values(trainer._reduce(sums) | trainer.optimizer_step()))
+    record["weights"] = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    record["optimizer"] = _optimizer_tensors(trainer.policy.optimizer)
+    record["rng"] = [torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].astype(np.int64))]
+    record["python rng"] = random.getstate()
+    return record
+
+
+def _gradients(trainable: Trainable) -> dict[str, torch.Tensor]:
+    """The whole buffer, before clipping: with a distributed optimizer also what belongs to another rank."""
+    return {name: parameter.main_grad.clone() for name, parameter in trainable.module.named_parameters()}
+
+
+def _optimizer_tensors(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """Moments and fp32 masters, in the optimizer's own order."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    found = []
+    for part in chained:
+        found += [p.detach().clone() for group in part.optimizer.param_groups for p in group["params"]]
+        states = part.optimizer.state.values()
+        found += [value.clone() for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return found
+
+
+def _assert_equal(mine: Any, theirs: Any, where: str) -> None:
+    if isinstance(theirs, torch.Tensor):
+        assert torch.equal(mine, theirs), where
+    elif isinstance(theirs, dict):
+        for key in theirs:
+            _assert_equal(mine[key], theirs[key], f"{where} {key}")
+    elif isinstance(theirs, list):
+        assert len(mine) == len(theirs), where
+        for index, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+            _assert_equal(one, other, f"{where} {index}")
+    else:
+        assert mine == theirs, where
+
+
+def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"))
+    for dtype, distributed, (name, micro_rows) in product(("fp32", "bf16"), (False, True), MICRO_BATCHES.items()):
+        where = f"{dtype}, distributed optimizer {distributed}, {name}"
+        options = {"dtype": dtype, "distributed": distributed}
+        without = _train(_build(path, ranks, None, micro_rows, **options))
+        trainer = _build(path, ranks, draft, micro_rows, **options)
+        with_draft = _train(trainer)
+        _assert_equal(with_draft, without, where)
+        assert len(without["optimizer"]) > 2 * len(without["weights"]) / max(1, ranks.dp_size), where
+        assert without["metrics"][-1]["policy/grad_norm"] > 0.01, f"{where}: clipping was to be active"
+        _check_draft_alone(trainer, where)
+
+
+def _check_draft_alone(trainer: PolicyTrainer, where: str) -> None:
+    """A step of the draft gives every parameter of its own a gradient, and none of the policy's."""
+    assert trainer.policy is not None
+    assert trainer.draft is not None
+    trainer.policy.zero_grad()
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train_draft(make_batch(seed=7))
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.main_grad.abs().max() == 0, (where, name)
+        assert parameter.grad is None, (where, name)
+        assert torch.equal(parameter, before[name]), (where, name)
+    for name, gradient in _gradients(trainer.draft.trainable).items():
+        assert gradient.abs().max() > 0, (where, name)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("draft", ["mtp", "dflash"])
+@pytest.mark.parametrize(("tp", "dp"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_draft_does_not_change_a_bit_of_the_policy(
+    tmp_path: Path, tp: int, dp: int, draft: str, tied: bool
+) -> None:
+    path = write_model(tmp_path / "model", draft, tied=tied)
+    run_distributed(_check, tp * dp, path, draft, tp, timeout_s=300.0)
