@@ -1,6 +1,8 @@
 # make train   set up if needed, then the run every other one starts from; ARGS="trainer.epochs=2" adds overrides
 # make test    set up if needed, then the tests; ARGS="-k name" chooses among them
+# make long    the tests that take minutes each: what the shipped experiments are to reach
 # make lint    formatting, lint and types
+# make faults  puts faults into a run, one at a time, and prints which check saw each (docs/fidelity.md)
 # make bench   the two benchmarks of docs/benchmarks.md
 # make clean   caches and build products; neither .venv nor runs/
 
@@ -9,7 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test long lint faults bench clean
 .DEFAULT_GOAL := train
 
 setup: $(READY)
@@ -24,10 +26,16 @@ train: setup
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
 
+long: setup
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+faults: setup
+	@PYTHONPATH=tests/fidelity $(BIN)/python tests/fidelity/faults.py
 
 bench: setup
 	@$(BIN)/python benchmarks/soft_ce.py

@@ -214,7 +214,7 @@ class CanaryConfig:
     # bf16.
     max_logprobs_diff: float | None = None
     # Share of the measured acceptance length by which the predicted one may be off without a warning.
-    max_acceptance_gap: float = 0.2
+    max_acceptance_gap: float = 0.3
 
 
 @dataclass

@@ -161,7 +161,7 @@ def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     checked = [record for record in records if names.CANARY_POLICY in record]
     if checked:
-        parts = [f"{len(checked)} checks", f"policy differs by {_worst(checked, names.CANARY_POLICY)}"]
+        parts = [f"checked {len(checked)}x", f"policy differs by {_worst(checked, names.CANARY_POLICY)}"]
         if names.CANARY_DRAFT in checked[0]:
             parts.append(f"draft by {_worst(checked, names.CANARY_DRAFT)}")
         lines.append(f"  sync canary: {', '.join(parts)} (log-probs); {_share(records, 'canary')} of the time")
@@ -170,7 +170,7 @@ def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
         equal = min(record[names.LOSSLESS_GREEDY] for record in tested)
         p_value = min(record[names.LOSSLESS_P_VALUE] for record in tested)
         lines.append(
-            f"  losslessness canary: {len(tested)} checks, {equal:.0%} of greedy responses equal, smallest p "
+            f"  losslessness canary: checked {len(tested)}x, {equal:.0%} of greedy responses equal, smallest p "
             f"{p_value:.2g}; {_share(records, 'lossless')} of the time"
         )
     return lines

@@ -151,6 +151,7 @@ def test_trainer_engine_and_a_plain_vllm_agree_before_and_after_a_sync(
     engine, trainer = pair
     _assert_agreement(engine, trainer, prompts)
     before, _ = _acceptance(engine, prompts)
+    assert before.mean_acceptance_length >= 3.5, "the shipped draft is worse than it was"
     # Random tokens and advantages: the policy becomes another one, and the draft.
     ray.get([trainer.train.remote(seed) for seed in range(2)])
     with pytest.raises(AssertionError):

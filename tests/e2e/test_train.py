@@ -77,11 +77,11 @@ def start(run_dir: Path, *overrides: str, command: str = "train", **environment:
 
 
 def finish(
-    run_dir: Path, *overrides: str, command: str = "train", **environment: str
+    run_dir: Path, *overrides: str, command: str = "train", timeout_s: float = 400, **environment: str
 ) -> tuple[str, list[dict[str, Any]]]:
     """Run to the end; the terminal's text and ``metrics.jsonl``."""
     run = start(run_dir, *overrides, command=command, **environment)
-    output = run.output(timeout_s=400)
+    output = run.output(timeout_s)
     assert run.process.returncode == 0, output
     assert run.processes() == []
     return output, [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -94,8 +94,10 @@ def trained_positions(config: Config) -> int:
     return config.trainer.mtp.unroll_steps or draft.num_speculative_tokens or config.trainer.dflash.block_size - 1
 
 
-def expected_keys(config: Config, k: int) -> set[str]:
-    return set(
+def expected_keys(config: Config, k: int, *, step: int = 1) -> set[str]:
+    """Of the first step, whose sync is checked, or of one that is not."""
+    canary = names.canary_keys(has_draft=trained_positions(config) > 0) if step == 1 else []
+    return {*canary} | set(
         names.step_keys(
             num_trained_positions=trained_positions(config),
             num_speculative_tokens=k,
@@ -107,12 +109,16 @@ def expected_keys(config: Config, k: int) -> set[str]:
 
 def test_a_run_with_a_draft_writes_what_the_contract_says(tmp_path: Path) -> None:
     overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.measure_speedup=true", "trainer.logger=[console,wandb]"]
+    overrides += ["trainer.canary.lossless_interval=1"]
     output, records = finish(tmp_path / "run", *overrides, WANDB_MODE="offline")
     config = load_config(overrides)
     assert [record["trainer/step"] for record in records] == [0, 1, 2]
     assert records[0].keys() == {names.STEP, *names.eval_keys(3)}
-    assert records[1].keys() == expected_keys(config, 3)
-    assert records[2].keys() == expected_keys(config, 3) | set(names.eval_keys(3))
+    lossless = set(names.lossless_keys())
+    assert records[1].keys() == expected_keys(config, 3) | lossless
+    assert records[2].keys() == expected_keys(config, 3, step=2) | lossless | set(names.eval_keys(3))
+    assert all(record[names.LOSSLESS_GREEDY] == 1 for record in records[1:])
+    assert records[1][names.CANARY_FAVOURITES] == 1
     for record in records:
         assert all(math.isfinite(value) for value in record.values()), record
     assert [record["sync/policy_version"] for record in records[1:]] == [1, 2]
@@ -122,6 +128,8 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(tmp_path: Path) -> Non
     assert all(2.0 < record["vllm/train/draft_mean_acceptance_length"] <= 4.0 for record in records[1:])
 
     assert "rollout speed-up by the draft" in output
+    assert "sync canary: checked 1x" in output
+    assert "losslessness canary: checked 2x, 100% of greedy responses equal" in output
     # What follows are paths and commands, which are as long as they are.
     table = output.split("\n  run ")[0]
     assert max(map(len, table.splitlines())) <= 100, "a line is wider than a terminal"
@@ -150,6 +158,7 @@ def test_a_run_without_a_draft_is_the_same_run_less_the_draft(tmp_path: Path) ->
     assert output.count("prompts are longer than trainer.max_prompt_length=13 tokens and are skipped") == 2
     assert records[0].keys() == expected_keys(load_config(overrides), 0)
     assert not [key for record in records for key in record if "draft" in key]
+    assert records[0][names.CANARY_POLICY] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -181,7 +190,7 @@ def test_dapo_on_two_ranks_with_reference_and_importance_correction(tmp_path: Pa
     _, records = finish(tmp_path / "run", *overrides)
     assert [record["trainer/step"] for record in records] == [1, 2]
     for record in records:
-        assert record.keys() >= expected_keys(load_config(overrides), 2)
+        assert record.keys() >= expected_keys(load_config(overrides), 2, step=record["trainer/step"])
         assert all(math.isfinite(value) for value in record.values()), record
     # The policy has not moved before its first update, so the first step's KL is that of later mini-batches alone.
     assert records[1]["policy/kl"] > 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess
+from faulty_engines import UnmendedEngine
 from tiny_models import (
     LONG_PROMPT,
     MAX_POSITIONS,
@@ -18,17 +19,7 @@ from tiny_models import (
 )
 
 from skyrl_spec.config import SamplingConfig
-from skyrl_spec.rollout import compat
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 from skyrl_spec.sync.payload import pack_weights
-
-
-class UnmendedEngine(RolloutEngine):
-    """An engine on vLLM as it comes."""
-
-    def __init__(self, settings: EngineSettings):
-        compat.register(mends=(), cpu_mends=())
-        super().__init__(settings)
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,40 @@ def token_p_values(
     return p_values
 
 
+def sequence_p_value(
+    engine: EngineProcess, path: Path, sampling: SamplingConfig, num_tokens: int, num_samples: int = 8192
+) -> float:
+    """Chi-square p of whole responses of at most ``num_tokens`` to a prompt against their exact joint distribution.
+
+    Responses expected fewer than 5 times are one bin.
+    """
+    sampling = replace(sampling, max_generate_length=num_tokens)
+    samples = generate(engine, [PROMPT], sampling, n=num_samples)[0]
+    probabilities = _joint(path, sampling, num_tokens, smallest=5 / num_samples)
+    bins = {sequence: index for index, sequence in enumerate(probabilities)}
+    observed = torch.zeros(len(bins) + 1, dtype=torch.float64)
+    for sample in samples:
+        observed[bins.get(tuple(sample.token_ids), len(bins))] += 1
+    expected = torch.tensor([*probabilities.values(), 1 - sum(probabilities.values())], dtype=torch.float64)
+    assert len(bins) > 50, "a few sequences tell little"
+    return _chi_square_p_value(observed, expected)
+
+
+def _joint(path: Path, sampling: SamplingConfig, num_tokens: int, smallest: float) -> dict[tuple[int, ...], float]:
+    """Exact probabilities of the responses that have at least ``smallest``."""
+    open_ones, done = {(): 1.0}, {}
+    for length in range(1, num_tokens + 1):
+        logprobs = exact_logprobs(path, [[*PROMPT, *prefix] for prefix in open_ones], sampling)[:, -1]
+        joint = torch.tensor(list(open_ones.values()), dtype=torch.float64)[:, None] * logprobs.exp()
+        rows, tokens = (joint >= smallest).nonzero(as_tuple=True)
+        prefixes = list(open_ones)
+        longer = {(*prefixes[r], t): float(joint[r, t]) for r, t in zip(rows.tolist(), tokens.tolist(), strict=True)}
+        ended = {s: p for s, p in longer.items() if s[-1] == EOS_TOKEN or length == num_tokens}
+        done |= ended
+        open_ones = {sequence: p for sequence, p in longer.items() if sequence not in ended}
+    return done
+
+
 def _marginal(path: Path, sampling: SamplingConfig, index: int) -> Tensor:
     """``[V]``: exact probabilities of the token at ``index`` of responses to ``PROMPT`` that are so long."""
     prefixes, weights = [PROMPT], torch.ones(1, dtype=torch.float64)

@@ -1,0 +1,50 @@
+"""What the shipped experiments are to reach, as their commands run them: minutes each, by ``make long``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import finish
+
+from skyrl_spec.metrics import names
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+TRAIN_ACCEPTANCE, EVAL_ACCEPTANCE = names.acceptance_length("train"), names.acceptance_length("eval")
+
+
+def series(records: list[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in records if key in record]
+
+
+def run(tmp_path: Path, experiment: str, minutes: float, command: str = "train") -> list[dict[str, Any]]:
+    start = time.monotonic()
+    where = [f"trainer.warmup.run_dir={tmp_path / 'run'}"] if command == "warmup-draft" else []
+    _, records = finish(tmp_path / "run", f"experiment={experiment}", *where, command=command, timeout_s=1700)
+    assert time.monotonic() - start < 60 * minutes
+    return records
+
+
+def test_mtp(tmp_path: Path) -> None:
+    records = run(tmp_path, "cpu_mtp_grpo", minutes=10)
+    rewards, lengths = series(records, names.EVAL_SCORE), series(records, TRAIN_ACCEPTANCE)
+    assert rewards[-1] - rewards[0] >= 0.15
+    assert lengths[-1] >= 3.0
+    assert lengths[-1] > lengths[0]
+
+
+def test_dflash(tmp_path: Path) -> None:
+    records = run(tmp_path, "cpu_dflash_grpo", minutes=12)
+    rewards, lengths = series(records, names.EVAL_SCORE), series(records, TRAIN_ACCEPTANCE)
+    assert rewards[-1] > rewards[0] + 0.1
+    # Of some thousand drafts a step, which is more than one evaluation has.
+    assert sum(lengths[-4:]) / 4 >= sum(lengths[:4]) / 4
+
+
+def test_dflash_warmup(tmp_path: Path) -> None:
+    records = run(tmp_path, "cpu_dflash_grpo", minutes=12, command="warmup-draft")
+    assert series(records, EVAL_ACCEPTANCE)[-1] >= 3.5
+    assert series(records, TRAIN_ACCEPTANCE)[0] < 1.5

@@ -1,0 +1,345 @@
+"""Faults, put into a real run one at a time, and what sees them: ``python tests/fidelity/faults.py`` prints the table.
+
+Real workers, engines and the loop around them, on the shipped models. A fault is put into one object of them and taken
+out again; before each, everything is synced and agrees.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+
+from skyrl_spec.compose import load_config
+from skyrl_spec.config import RunError, SamplingConfig
+from skyrl_spec.draft_spec import trained_draft
+from skyrl_spec.megatron.worker import PolicyWorker
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.trainer import placement
+from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+from skyrl_spec.trainer.loop import Trainer
+from skyrl_spec.trainer.run import Task, load_task, make_trainer
+from skyrl_spec.types import Generation, Versions
+
+MAX_STEPS = 3
+# Enough for every check to have its say in seconds.
+OVERRIDES = (
+    "trainer.train_batch_size=8",
+    "trainer.policy_mini_batch_size=4",
+    "generator.n_samples_per_prompt=4",
+    "generator.inference_engine.cpu_kvcache_space=0.25",
+    "generator.inference_engine.max_num_seqs=64",
+    # A prompt that the prefix cache keeps: it takes more than two blocks of 128 tokens.
+    "trainer.max_prompt_length=300",
+    "trainer.canary.interval=1",
+    "trainer.canary.on_mismatch=warn",
+)
+
+
+@ray.remote
+class FaultyEngine(RolloutEngine):
+    """A real engine that can be told to do wrong."""
+
+    fault: str | None = None
+
+    def ping(self) -> Versions:
+        return self._versions
+
+    def inject(self, fault: str | None) -> None:
+        self.fault = fault
+
+    def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
+    ) -> list[list[Generation]]:
+        if self.fault == "temperature":
+            sampling = replace(sampling, temperature=0.8 * sampling.temperature)
+        return super().generate(prompts, sampling, n, seed)
+
+    def start_weight_update(self, draft: bool) -> None:
+        self._old = {name: tensor.clone() for name, tensor in self._fused().items()} if draft else {}
+        super().start_weight_update(draft)
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        if self.fault == "stale buffers":
+            for name, tensor in self._fused().items():
+                tensor.copy_(self._old.get(name, tensor))
+
+    def _fused(self) -> dict[str, Any]:
+        """What a DFlash drafter derives from its parameters."""
+        import torch
+
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        return {
+            name: value for name, value in vars(runner.drafter.model.model).items() if isinstance(value, torch.Tensor)
+        }
+
+
+class _FaultyWorker(PolicyWorker.__ray_metadata__.modified_class):  # type: ignore[name-defined]
+    """A real worker whose draft can be given other trunk states than an engine gives it."""
+
+    def inject(self, fault: str | None) -> None:
+        from skyrl_spec.drafts import mtp
+        from skyrl_spec.megatron.capture import CapturePoint
+
+        draft = self._trainer.draft.draft
+        if not hasattr(self, "_right"):
+            self._right = draft.capture_points
+        draft.capture_points = self._right
+        mtp.TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "input")
+        if fault == "post-norm":
+            mtp.TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "output")
+            draft.capture_points = (mtp.TRUNK_HIDDEN, mtp.EMBEDDING)
+        elif fault == "shifted layers":
+            layers = [int(point.module.rsplit(".", 1)[1]) for point in self._right]
+            draft.capture_points = tuple(CapturePoint(f"decoder.layers.{layer - 1}", "output") for layer in layers)
+
+
+FaultyWorker = ray.remote(_FaultyWorker)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``inject`` puts it in; ``from_start`` ones are there before engine and trainer are first compared."""
+
+    name: str
+    draft: str
+    inject: Callable[[Trainer], None]
+    from_start: bool = False
+
+
+def in_engine(fault: str) -> Callable[[Trainer], None]:
+    return lambda trainer: ray.get([engine.inject.remote(fault) for engine in trainer.engines.handles])
+
+
+def in_worker(fault: str) -> Callable[[Trainer], None]:
+    return lambda trainer: ray.get([worker.inject.remote(fault) for worker in trainer.policy.handles])
+
+
+def skip_draft_once(trainer: Trainer) -> None:
+    send, skipped = trainer.sync._send, []
+
+    def faulty(which: Any) -> int:
+        if which == "draft" and not skipped:
+            skipped.append(which)
+            return 0
+        return send(which)
+
+    trainer.sync._send = faulty  # type: ignore[method-assign]
+
+
+def without_call(method: str) -> Callable[[Trainer], None]:
+    """The sync leaves out a call to the engines."""
+
+    def inject(trainer: Trainer) -> None:
+        call = trainer.sync._all
+
+        def faulty(name: str, *args: Any) -> None:
+            if name != method:
+                call(name, *args)
+
+        trainer.sync._all = faulty  # type: ignore[method-assign]
+
+    return inject
+
+
+Tensors = list[tuple[str, Any]]
+
+
+def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Trainer], None]:
+    """Every tensor travels alone, and ``change`` decides which do."""
+
+    def inject(trainer: Trainer) -> None:
+        call = trainer.sync._all
+
+        def faulty(name: str, *args: Any) -> None:
+            if name != "update_weights":
+                return call(name, *args)
+            payload = ray.get(args[0])
+            keys = ("dtype_names", "shapes", "arrays")
+            tensors = list(zip(payload["names"], zip(*(payload[key] for key in keys), strict=True), strict=True))
+            for tensor_name, rest in change(tensors):
+                piece = {"names": [tensor_name]} | {key: [value] for key, value in zip(keys, rest, strict=True)}
+                call(name, ray.put(piece))
+            return None
+
+        trainer.sync._all = faulty  # type: ignore[method-assign]
+
+    return inject
+
+
+def swap_layers(tensors: Tensors) -> Tensors:
+    layers = {"model.layers.3.": "model.layers.4.", "model.layers.4.": "model.layers.3."}
+
+    def swapped(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in layers.items() if name.startswith(old)), name)
+
+    return [(swapped(name), rest) for name, rest in tensors]
+
+
+def lose(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: [item for item in tensors if part not in item[0]]
+
+
+def repeat(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: [copy for item in tensors for copy in [item] * (1 + (part in item[0]))]
+
+
+def corrupt(part: str) -> Callable[[Tensors], Tensors]:
+    """A row of zeros in one tensor."""
+
+    def change(tensors: Tensors) -> Tensors:
+        changed = []
+        for name, (dtype, shape, array) in tensors:
+            if part in name:
+                array = array.copy()
+                array[0] = 0
+            changed.append((name, (dtype, shape, array)))
+        return changed
+
+    return change
+
+
+FAULTS = (
+    Fault("none", "mtp", lambda _: None),
+    Fault("the draft's sync is skipped once", "mtp", skip_draft_once),
+    Fault("two layers of the policy are swapped", "mtp", with_tensors(swap_layers)),
+    Fault("a chunk of the policy is lost", "mtp", with_tensors(lose("layers.5.mlp.down_proj"))),
+    Fault("a chunk of the policy is sent twice", "mtp", with_tensors(repeat("model.layers.5.mlp.down_proj"))),
+    Fault("a chunk of the draft is lost", "mtp", with_tensors(lose("mtp_layers.0.input_proj"))),
+    Fault("a row of the policy is corrupted", "mtp", with_tensors(corrupt("model.layers.5.mlp.up_proj"))),
+    Fault("a row of the draft is corrupted", "mtp", with_tensors(corrupt("mtp_layers.0.mlp.up_proj"))),
+    Fault("the prefix cache is kept", "mtp", without_call("reset_prefix_cache")),
+    Fault("an engine is not told its version", "mtp", without_call("set_versions")),
+    Fault("engines sample at another temperature", "mtp", in_engine("temperature")),
+    Fault("the draft is trained on normed hidden states", "mtp", in_worker("post-norm"), from_start=True),
+    Fault("none", "dflash", lambda _: None),
+    Fault("the draft's sync is skipped once", "dflash", skip_draft_once),
+    Fault("the drafter's fused buffers stay stale", "dflash", in_engine("stale buffers")),
+    Fault("captured layers are shifted by one", "dflash", in_worker("shifted layers"), from_start=True),
+)
+EXPERIMENTS = {"mtp": "cpu_mtp_grpo", "dflash": "cpu_dflash_grpo"}
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """``seen`` maps a check to the step it first saw the fault in; 0 is before the first."""
+
+    fault: Fault
+    seen: dict[str, int]
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """Actors that are up, and what they work on."""
+
+    task: Task
+    engines: EngineGroup
+    policy: PolicyGroup
+
+    def run(self, fault: Fault) -> Sighting:
+        """Everything in order, then the fault, then steps until a check has seen it."""
+        for handle in (*self.engines.handles, *self.policy.handles):
+            ray.get(handle.inject.remote(None))
+        trainer = make_trainer(Trainer, self.task, self.engines, self.policy, ["policy", "draft"])
+        trainer.sync.sync()
+        if fault.from_start:
+            fault.inject(trainer)
+        found: dict[str, int] = {}
+        lines: list[str] = []
+        for step in range(MAX_STEPS + 1):
+            text = _watched(lambda: _step(trainer, step))  # noqa: B023
+            if step == 0 and not fault.from_start:
+                fault.inject(trainer)
+            for line in text.splitlines():
+                lines.append(line)
+                for check in _checks(line):
+                    found.setdefault(check, step)
+            if found:
+                break
+        return Sighting(fault, found, lines)
+
+
+def _step(trainer: Trainer, step: int) -> None:
+    if step == 0:
+        trainer.canary.check(trainer.sync.versions)
+    else:
+        trainer.step()
+
+
+def _watched(act: Callable[[], Any]) -> str:
+    """What it says on stderr, or dies of."""
+    stderr = StringIO()
+    with redirect_stderr(stderr):
+        try:
+            act()
+        except RunError as error:
+            print(f"error: {error}", file=stderr)
+        except ray.exceptions.RayTaskError as error:
+            print(f"weight transfer: {str(error.cause).splitlines()[0]}", file=stderr)
+    return stderr.getvalue()
+
+
+def _checks(line: str) -> Iterator[str]:
+    if "sync canary" in line:
+        yield from (f"sync canary ({which})" for which in ("policy", "draft") if f"the {which} of engine" in line)
+    elif "weight transfer:" in line:
+        yield "weight transfer"
+    elif "rollout_train_logprobs_abs_diff" in line:
+        yield "log-prob agreement"
+    elif "acceptance length" in line:
+        yield "predicted acceptance"
+    elif "were sampled under" in line:
+        yield "versions"
+
+
+@contextmanager
+def rig(draft: str, run_dir: Path) -> Iterator[Rig]:
+    """Actors of a run with ``draft``; needs Ray."""
+    task = load_task(load_config([f"experiment={EXPERIMENTS[draft]}", *OVERRIDES, f"trainer.run_dir={run_dir}"]))
+    assert trained_draft(task.config.trainer) is not None
+    classes = (placement.RolloutActor, placement.PolicyWorker)
+    placement.RolloutActor, placement.PolicyWorker = FaultyEngine, FaultyWorker  # type: ignore[misc,assignment]
+    try:
+        engines, policy = placement.start_actors(task.config, placement.engine_settings(task.config), 1000)
+    finally:
+        placement.RolloutActor, placement.PolicyWorker = classes  # type: ignore[misc]
+    try:
+        yield Rig(task, engines, policy)
+    finally:
+        engines.shutdown()
+        policy.shutdown()
+
+
+def table(sightings: list[Sighting]) -> str:
+    """In Markdown."""
+    rows = ["| fault | draft | seen by | steps until seen |", "|---|---|---|---|"]
+    for sighting in sightings:
+        checks = ", ".join(sighting.seen) or "nothing"
+        steps = str(min(sighting.seen.values())) if sighting.seen else "-"
+        rows.append(f"| {sighting.fault.name} | {sighting.fault.draft} | {checks} | {steps} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    sightings = []
+    with placement.ray_session(verbose=False), TemporaryDirectory() as folder:
+        for draft in EXPERIMENTS:
+            with rig(draft, Path(folder) / draft) as running:
+                for fault in FAULTS:
+                    if fault.draft == draft:
+                        sightings.append(running.run(fault))
+                        print("\n".join(sightings[-1].lines), file=sys.stderr)
+    print(table(sightings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A draft does not change what is sampled: whole responses, against their exact distribution and against no draft.
+
+Each test is shown to have the power it needs: an engine that accepts drafts at a fixed rate fails it, and so does
+vLLM's CPU sampling as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from engine_process import EngineProcess
+from faulty_engines import LossyEngine, UnmendedEngine
+from tiny_models import LONG_PROMPT, PROMPT, generate, sequence_p_value
+
+from skyrl_spec.config import SamplingConfig
+from skyrl_spec.trainer.lossless import two_sample_p_value
+from skyrl_spec.types import Generation
+
+# A good engine fails one such test in a thousand; the seeds are fixed, so it is not chance from run to run.
+LEVEL = 1e-3
+CAUGHT = 1e-6
+SAMPLING = SamplingConfig(temperature=0.7)
+NUM_TOKENS = 4
+# Near what the tiny draft is accepted at anyway, so that it takes more than a look at the rates.
+RATES = [0.3, 0.15, 0.05]
+
+
+@pytest.fixture(scope="module")
+def lossy(start_engine: Callable[..., EngineProcess]) -> EngineProcess:
+    return start_engine(LossyEngine, (RATES,))
+
+
+@pytest.fixture(scope="module")
+def plain(start_engine: Callable[..., EngineProcess]) -> EngineProcess:
+    return start_engine(speculative_config=None)
+
+
+def test_responses_have_their_exact_joint_distribution(
+    engine: EngineProcess, plain: EngineProcess, models_dir: Path
+) -> None:
+    for candidate in (engine, plain):
+        assert sequence_p_value(candidate, models_dir / "w0", SAMPLING, NUM_TOKENS) > LEVEL
+
+
+def test_dflash_responses_have_their_exact_joint_distribution(dflash_engine: EngineProcess, dflash_dir: Path) -> None:
+    assert sequence_p_value(dflash_engine, dflash_dir / "t0", SAMPLING, NUM_TOKENS) > LEVEL
+
+
+def test_a_lossy_sampler_and_an_unmended_one_are_caught_by_it(
+    lossy: EngineProcess, start_engine: Callable[..., EngineProcess], models_dir: Path
+) -> None:
+    for candidate in (lossy, start_engine(UnmendedEngine)):
+        assert sequence_p_value(candidate, models_dir / "w0", SAMPLING, NUM_TOKENS) < CAUGHT
+
+
+def test_the_canary_tells_a_lossy_sampler_from_a_good_one(
+    engine: EngineProcess, plain: EngineProcess, lossy: EngineProcess
+) -> None:
+    # What the losslessness canary of a run compares: a few prompts, some dozens of responses to each.
+    def samples(candidate: EngineProcess, seed: int) -> Sequence[Generation]:
+        sampling = SamplingConfig(max_generate_length=24)
+        groups = generate(candidate, [PROMPT, [9], [60, 61, 62], LONG_PROMPT[:40]], sampling, n=128, seed=seed)
+        return [generation for group in groups for generation in group]
+
+    reference = samples(plain, seed=1)
+    assert two_sample_p_value(samples(engine, seed=2), reference) > LEVEL
+    assert two_sample_p_value(samples(lossy, seed=3), reference) < 1e-4
