@@ -180,11 +180,6 @@ class WarmupConfig:
     num_steps: int = 200
     # How often a batch is trained on.
     update_epochs_per_batch: int = 1
-    # Steps between checkpoints; 0: at the end alone.
-    ckpt_interval: int = 50
-    max_ckpts_to_keep: int = 2
-    # "latest": go on from the newest checkpoint in run_dir, if there is one.
-    resume_mode: str | None = None
     optimizer_config: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=6e-4, scheduler="cosine", num_warmup_steps=20)
     )
@@ -247,6 +242,15 @@ class TrainerConfig:
     eval_before_train: bool = True
     # After the last step: tokens/s of the engine against one without a draft, same weights and prompts (CPU only).
     measure_speedup: bool = False
+    # Steps between checkpoints in run_dir/checkpoints, besides one after the last; 0: only where SIGTERM stops the run.
+    ckpt_interval: int = 10
+    max_ckpts_to_keep: int = 2
+    # A checkpoint that cannot be written (no space): "error" ends the run, "warn" says so and goes on without it.
+    on_ckpt_failure: str = "error"
+    # None: from the beginning; "latest": from the newest checkpoint in run_dir, if there is one; "from_path".
+    resume_mode: str | None = None
+    # A checkpoint (RUN/checkpoints/step_N), for from_path.
+    resume_path: str | None = None
     # Write the policy to run_dir/model at the end, as a Hugging Face checkpoint with its MTP head; a DFlash draft to
     # run_dir/draft.
     save_final_model: bool = True

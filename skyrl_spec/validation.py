@@ -89,8 +89,8 @@ RANGES: dict[str, Range] = {
     "trainer.canary.max_acceptance_gap": POSITIVE,
     "trainer.warmup.num_steps": FROM_ONE,
     "trainer.warmup.update_epochs_per_batch": FROM_ONE,
-    "trainer.warmup.ckpt_interval": NOT_NEGATIVE,
-    "trainer.warmup.max_ckpts_to_keep": FROM_ONE,
+    "trainer.ckpt_interval": NOT_NEGATIVE,
+    "trainer.max_ckpts_to_keep": FROM_ONE,
     # The seeds of torch and vLLM are 64 bits wide, numpy's of old are 32.
     "trainer.seed": Range(0, 2**32 - 1),
     "trainer.epochs": FROM_ONE,
@@ -146,7 +146,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.mtp.loss_type": _LOSS_TYPES,
     "trainer.dflash.loss_type": _LOSS_TYPES,
     "trainer.canary.on_mismatch": ("error", "warn"),
-    "trainer.warmup.resume_mode": ("latest",),
+    "trainer.on_ckpt_failure": ("error", "warn"),
+    "trainer.resume_mode": ("latest", "from_path"),
 } | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
 LOGGERS = ("console", "wandb")
 # An engine holds its part of a GPU all the time. The trainer needs the rest: gradients and optimizer state alone are
@@ -258,6 +259,12 @@ def _check_paths(config: Config) -> None:
     _require(path != "", "trainer.policy.model.path", "''", f"no model is named; {start}")
     _require(data.train_data != [], "data.train_data", "[]", f"no .parquet or .jsonl file is named; {start}")
     _require(trainer.run_dir != "", "trainer.run_dir", "''", "must name a directory for what the run writes; set it")
+    _require(
+        (trainer.resume_mode == "from_path") == (trainer.resume_path is not None),
+        "trainer.resume_path",
+        trainer.resume_path,
+        f"goes with trainer.resume_mode=from_path, and that is {trainer.resume_mode}; set both or neither",
+    )
     if trainer.eval_interval > 0 or trainer.eval_before_train:
         _require(
             data.val_data != [],

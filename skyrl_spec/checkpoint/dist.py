@@ -129,8 +129,7 @@ def load(directory: Path, parts: dict[str, Part]) -> Loaded:
         dist_checkpointing.load(_sharded(parts), str(directory))
     except (CheckpointException, CheckpointingException) as error:
         raise ConfigError(
-            f"trainer.warmup.resume_mode=latest: {directory}: cannot be read ({_reason(error)}); "
-            "resume from another checkpoint"
+            f"trainer.resume_path={directory}: cannot be read ({_reason(error)}); resume from another checkpoint"
         ) from None
     for name, part in parts.items():
         described = record["parts"][name]
@@ -200,8 +199,7 @@ def _read_per_rank(directory: Path, parallel: Parallel, layout: dict[str, int]) 
         return safetensors.torch.load_file(path) if path.exists() else {}
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(
-            f"trainer.warmup.resume_mode=latest: {directory}: {path.name} cannot be read ({error}); "
-            "resume from another checkpoint"
+            f"trainer.resume_path={directory}: {path.name} cannot be read ({error}); resume from another checkpoint"
         ) from None
 
 
@@ -238,7 +236,7 @@ def _check(directory: Path, parts: dict[str, Part]) -> dict[str, Any]:
     """The checkpoint's record, if ``parts`` can be loaded from it."""
     record = folders.read_record(directory)
     _check_index(directory)
-    setting, there = f"trainer.warmup.resume_mode=latest: {directory}", record["parts"]
+    setting, there = f"trainer.resume_path={directory}", record["parts"]
     for name, part in parts.items():
         if name not in there:
             raise ConfigError(
@@ -270,7 +268,7 @@ def _check_index(directory: Path) -> None:
     # A pickle of wrong bytes fails in any way.
     except Exception as error:
         raise ConfigError(
-            f"trainer.warmup.resume_mode=latest: {directory}: .metadata cannot be read ({_reason(error)}); "
+            f"trainer.resume_path={directory}: .metadata cannot be read ({_reason(error)}); "
             "resume from another checkpoint"
         ) from None
 

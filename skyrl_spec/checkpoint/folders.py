@@ -87,7 +87,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is not there, is no checkpoint, or not complete.
     """
-    setting = f"trainer.warmup.resume_mode=latest: {directory}"
+    setting = f"trainer.resume_path={directory}"
     if not directory.is_dir():
         raise ConfigError(f"{setting}: no such directory; name a checkpoint (RUN/checkpoints/step_N)")
     try:

@@ -122,10 +122,16 @@ class PolicyWorker:
         dist.save(directory, dist.parts(self._trainer), extra, self._trainer.random_state())
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
-        """Back to where the checkpoint was; returns the driver's ``extra``."""
-        from skyrl_spec.checkpoint import dist
+        """Back to where the checkpoint was, in what it and this run both train; returns the driver's ``extra``.
 
-        loaded = dist.load(directory, dist.parts(self._trainer))
+        A draft may come or go, the policy may not.
+        """
+        from skyrl_spec.checkpoint import dist
+        from skyrl_spec.checkpoint.folders import contents
+
+        saved, mine = contents(directory), dist.parts(self._trainer)
+        both = {name: part for name, part in mine.items() if name in saved or name == "policy" or len(mine) == 1}
+        loaded = dist.load(directory, both)
         self._trainer.set_random_state(loaded.per_rank)
         return loaded.extra
 

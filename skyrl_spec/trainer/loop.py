@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,21 @@ from skyrl_spec.trainer.rollouts import RolloutSampler, SpeculationMeter, reward
 from skyrl_spec.types import Prompt, Rollout, StepReport, TrainBatch, Versions
 
 OnStep = Callable[[int, dict[str, float], Sequence[Rollout]], None]
+Shield = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The first half of a step: groups to train on, and its metrics and times so far."""
+
+    groups: list[Group]
+    values: dict[str, float]
+    timings: dict[str, float]
+    seconds: float
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group]
 
 
 class Trainer:
@@ -64,21 +79,26 @@ class Trainer:
         self._said_short_batch = False
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
-    def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0) -> None:
-        """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last."""
+    def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0, shield: Shield = nullcontext) -> None:
+        """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last.
+
+        Within ``shield`` a step must not be broken off: weights have moved, and are not yet a step's.
+        """
         trainer = self.config.trainer
         if trainer.canary.enabled:
             self.canary.check(self.sync.versions)
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(), [])
         for step in range(steps_done + 1, num_steps + 1):
-            values, rollouts = self.step()
-            # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
-            is_last = step == num_steps or self.stream.epoch >= trainer.epochs
-            due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
-            if due and self.eval_prompts:
-                values |= self.evaluate()
-            on_step(step, values, rollouts)
+            sampled = self.sample()
+            with shield():
+                values = self.train(sampled)
+                # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
+                is_last = step == num_steps or self.stream.epoch >= trainer.epochs
+                due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
+                if due and self.eval_prompts:
+                    values |= self.evaluate()
+                on_step(step, values, sampled.rollouts)
             if is_last:
                 break
 
@@ -99,8 +119,8 @@ class Trainer:
         self.sync.restore(Versions(**state["versions"]))
         self.canary.load_state_dict(state["canary"])
 
-    def step(self) -> tuple[dict[str, float], list[Rollout]]:
-        """One training step; returns the contract's metrics and the rollouts trained on."""
+    def sample(self) -> Sampled:
+        """The first half of a step: what it trains on. Nothing that is trained has moved yet."""
         start = time.perf_counter()
         timings: dict[str, float] = {}
         speculation = SpeculationMeter(self.engines, "train")
@@ -109,19 +129,23 @@ class Trainer:
         values = reward_metrics(collected.sampled, self.config.generator.n_samples_per_prompt)
         values |= speculation.metrics() | {names.THROUGHPUT: throughput}
         values |= self._sampling_metrics(collected)
-        rollouts = [rollout for group in collected.groups for rollout in group]
-        if rollouts:
-            require_current(rollouts, self.sync.versions)
-            values |= self._train(self._build_batch(collected.groups), timings)
+        return Sampled(collected.groups, values, timings, time.perf_counter() - start)
+
+    def train(self, sampled: Sampled) -> dict[str, float]:
+        """The second half: mini-batches, sync, canaries; returns the contract's metrics of the whole step."""
+        start = time.perf_counter()
+        values, timings = dict(sampled.values), dict(sampled.timings)
+        if sampled.rollouts:
+            require_current(sampled.rollouts, self.sync.versions)
+            values |= self._train(self._build_batch(sampled.groups), timings)
             values |= acceptance_gap(values)
             with timed(timings, "sync_weights"):
                 values |= {names.SYNC_BYTES: self.sync.sync()}
             values |= self._run_canaries(timings)
             self._watch.look(values)
         values |= self._versions()
-        timings["step"] = time.perf_counter() - start
-        values |= {names.timing(phase): seconds for phase, seconds in timings.items()}
-        return values, rollouts
+        timings["step"] = sampled.seconds + time.perf_counter() - start
+        return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward on the held-out prompts, sampled as ``generator.eval_sampling_params`` says (greedily)."""

@@ -57,7 +57,21 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        # The checkpoint that SIGTERM left behind.
+        self.saved: Path | None = None
         self._received_s = 0.0
+        self._is_shielded = False
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """SIGTERM, which is to save, waits for the end of the context; SIGINT does not."""
+        self._is_shielded = True
+        try:
+            yield
+        finally:
+            self._is_shielded = False
+        if self.received is not None:
+            raise Interrupted
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -74,7 +88,8 @@ class SignalWatch:
     def _handle(self, signum: int, _frame: object) -> None:
         if self.received is None:
             self.received, self._received_s = signum, time.monotonic()
-            raise Interrupted
+            if signum == signal.SIGINT or not self._is_shielded:
+                raise Interrupted
         if time.monotonic() - self._received_s > _PATIENCE_S:
             os._exit(_SIGNAL_EXIT + signum)
 
@@ -87,6 +102,8 @@ def run_training(config: Config, *, verbose: bool = False) -> int:
 def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *, verbose: bool) -> int:
     """``job(config, verbose, watch)`` to its end, or to a signal; returns the process's exit code.
 
+    That is 0 where SIGTERM (a pre-empted job) left a checkpoint to go on from.
+
     Raises:
         ConfigError: what the user can mend, before or after processes were started (all are gone by then).
     """
@@ -98,6 +115,12 @@ def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *,
     except Exception as error:
         if watch.received is not None:
             name, run_dir = signal.Signals(watch.received).name, config.trainer.run_dir
+            if watch.saved is not None:
+                go_on = "the same command with trainer.resume_mode=latest goes on"
+                print(f"skyrl-spec: {name}: saved {watch.saved}; {go_on}", file=sys.stderr)
+                return 0
+            if isinstance(error, RunError):
+                print(f"skyrl-spec: error: {error}", file=sys.stderr)
             print(f"skyrl-spec: {name}: stopped; what was measured is in {run_dir}", file=sys.stderr)
             return _SIGNAL_EXIT + watch.received
         if isinstance(error, RunError):
@@ -140,8 +163,21 @@ class Output:
         self.samples.write(step, rollouts)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A loop over actors that are up."""
+
+    trainer: Trainer
+    engines: EngineGroup
+    policy: PolicyGroup
+    # The engine without a draft, where losslessness is checked.
+    plain: PlainEngine | None
+
+
 def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
-    task = load_task(config)
+    from skyrl_spec.trainer.checkpoints import find
+
+    task = load_task(config, resume_from=find(config))
     with open_output(task) as output:
         _train_on_cluster(task, output, verbose, watch)
 
@@ -149,39 +185,70 @@ def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
 def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
     # Ray and torch are imported once everything that can be refused has been.
     from skyrl_spec.trainer.loop import Trainer, measure_speedup
-    from skyrl_spec.trainer.placement import (
-        engine_settings,
-        ray_session,
-        start_actors,
-        start_plain_engine,
-    )
+    from skyrl_spec.trainer.placement import engine_settings, start_plain_engine
+
+    trainer, speedup = task.config.trainer, None
+    has_draft = trained_draft(trainer) is not None
+    with on_cluster(task, Trainer, ["policy", "draft"] if has_draft else ["policy"], watch, verbose) as running:
+        run_steps(running, task, output, watch)
+        if trainer.save_final_model:
+            running.policy.save_hf(output.run_dir.resolve())
+        if trainer.measure_speedup and has_draft:
+            plain = running.plain or start_plain_engine(task.config, engine_settings(task.config), running.policy)
+            speedup = measure_speedup(running.trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
+            plain.shutdown()
+    records = read_metrics(output.run_dir / "metrics.jsonl")
+    commands = _next_commands(task.config, output.run_dir)
+    output.console.summary(records, output.run_dir, speedup=speedup, next_commands=commands)
+
+
+@contextmanager
+def on_cluster(
+    task: Task, trainer_class: type[Trainer], whiches: list[Which], watch: SignalWatch, verbose: bool
+) -> Iterator[Running]:
+    """Ray, engines, workers and the loop over them, back where its checkpoint was; all gone when the context ends.
+
+    ``whiches`` is what is trained; a policy that is not is frozen.
+    """
+    from skyrl_spec.trainer.checkpoints import resume
+    from skyrl_spec.trainer.placement import engine_settings, ray_session, start_actors, start_plain_engine
 
     config, settings = task.config, engine_settings(task.config)
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
-    speedup = None
+    total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
     # Ray puts handlers of its own in place of ours when it starts.
     with ray_session(verbose), watch.installed(), plain_errors():
-        engines, policy = start_actors(config, settings, task.steps * updates * config.trainer.update_epochs_per_batch)
+        engines, policy = start_actors(config, settings, total_steps, freeze_policy="policy" not in whiches)
         try:
-            has_draft = trained_draft(config.trainer) is not None
-            whiches: list[Which] = ["policy", "draft"] if has_draft else ["policy"]
-            is_checked = settings.speculative_config is not None and config.trainer.canary.lossless_interval > 0
-            plain = start_plain_engine(config, settings, policy) if is_checked else None
-            trainer = make_trainer(Trainer, task, engines, policy, whiches, plain)
-            trainer.run(task.steps, output.on_step)
-            if config.trainer.save_final_model:
-                policy.save_hf(output.run_dir.resolve())
-            if config.trainer.measure_speedup and has_draft:
-                plain = plain or start_plain_engine(config, settings, policy)
-                speedup = measure_speedup(trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
-            if plain is not None:
-                plain.shutdown()
+            checks_losslessness = settings.speculative_config is not None and config.trainer.canary.lossless_interval
+            plain = start_plain_engine(config, settings, policy) if checks_losslessness else None
+            trainer = make_trainer(trainer_class, task, engines, policy, whiches, plain)
+            if task.resume_from is not None:
+                resume(trainer, policy, task.resume_from)
+            yield Running(trainer, engines, policy, plain)
         finally:
             engines.shutdown()
             policy.shutdown()
-    records = read_metrics(output.run_dir / "metrics.jsonl")
-    commands = _next_commands(config, output.run_dir)
-    output.console.summary(records, output.run_dir, speedup=speedup, next_commands=commands)
+
+
+def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) -> None:
+    """All steps, with checkpoints; SIGTERM leaves one of the last step that was done."""
+    from skyrl_spec.trainer.checkpoints import Checkpointer
+
+    checkpointer = Checkpointer(running.trainer, running.policy)
+
+    def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
+        output.on_step(step, values, rollouts)
+        if step > 0:
+            checkpointer.after_step(step)
+
+    try:
+        running.trainer.run(task.steps, on_step, steps_done=task.steps_done or 0, shield=watch.shield)
+    except Exception:
+        if watch.received == signal.SIGTERM:
+            watch.saved = checkpointer.save_last()
+        raise
+    checkpointer.after_run()
 
 
 def make_trainer(
@@ -236,7 +303,7 @@ def num_steps(config: Config, stream: PromptStream) -> int:
     return steps if limit is None else min(steps, limit)
 
 
-def load_task(config: Config) -> Task:
+def load_task(config: Config, resume_from: Path | None = None) -> Task:
     from transformers import AutoTokenizer
 
     spec = load_spec(config.trainer.policy.model.path)
@@ -247,7 +314,7 @@ def load_task(config: Config) -> Task:
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
     check_environments([*train, *validation], config.environment)
     stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
-    return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream))
+    return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream), resume_from)
 
 
 def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any) -> Config:

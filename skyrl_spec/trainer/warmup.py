@@ -6,27 +6,24 @@ trained on the responses and synced. So acceptance is measured in vLLM in every 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from skyrl_spec.checkpoint.folders import latest, rotate
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.metrics.writers import read_metrics
+from skyrl_spec.trainer.checkpoints import find
 from skyrl_spec.trainer.run import (
     Output,
     SignalWatch,
     Task,
     load_task,
-    make_trainer,
+    on_cluster,
     open_output,
-    plain_errors,
     run_job,
+    run_steps,
     serve_command,
 )
-from skyrl_spec.types import Rollout
 
 
 def warmup_config(config: Config) -> Config:
@@ -75,9 +72,8 @@ def run_warmup(config: Config, *, verbose: bool = False) -> int:
 
 
 def _warm_up(config: Config, verbose: bool, watch: SignalWatch) -> None:
-    resume_from = latest(checkpoint_root(config)) if config.trainer.warmup.resume_mode == "latest" else None
-    task = load_task(_with_fresh_head(config))
-    task = replace(task, steps=config.trainer.warmup.num_steps, resume_from=resume_from)
+    task = load_task(_with_fresh_head(config), resume_from=find(config))
+    task = replace(task, steps=config.trainer.warmup.num_steps)
     with open_output(task) as output:
         _warm_up_on_cluster(task, output, verbose, watch)
 
@@ -98,42 +94,12 @@ def _with_fresh_head(config: Config) -> Config:
 
 def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
     from skyrl_spec.trainer.loop import DraftWarmup
-    from skyrl_spec.trainer.placement import engine_settings, ray_session, start_actors
 
-    config = task.config
-    updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
-    total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
-    with ray_session(verbose), watch.installed(), plain_errors():
-        engines, policy = start_actors(config, engine_settings(config), total_steps, freeze_policy=True)
-        try:
-            trainer = make_trainer(DraftWarmup, task, engines, policy, ["draft"])
-            if task.resume_from is not None:
-                trainer.load_state_dict(policy.load_checkpoint(task.resume_from))
-
-            def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
-                output.on_step(step, values, rollouts)
-                if step > 0 and _is_checkpoint_due(config, step, task.steps):
-                    directory = checkpoint_root(config) / f"step_{step}"
-                    policy.save_checkpoint(directory.resolve(), trainer.state_dict(step))
-                    for failure in rotate(checkpoint_root(config), config.trainer.warmup.max_ckpts_to_keep):
-                        print(f"skyrl-spec: {failure}", file=sys.stderr)
-
-            trainer.run(task.steps, on_step, steps_done=task.steps_done or 0)
-            policy.save_draft_hf(output.run_dir.resolve())
-        finally:
-            engines.shutdown()
-            policy.shutdown()
+    with on_cluster(task, DraftWarmup, ["draft"], watch, verbose) as running:
+        run_steps(running, task, output, watch)
+        running.policy.save_draft_hf(output.run_dir.resolve())
     records = read_metrics(output.run_dir / "metrics.jsonl")
-    output.console.summary(records, output.run_dir, next_commands=_next_commands(config, output.run_dir))
-
-
-def checkpoint_root(config: Config) -> Path:
-    return Path(config.trainer.run_dir) / "checkpoints"
-
-
-def _is_checkpoint_due(config: Config, step: int, num_steps: int) -> bool:
-    interval = config.trainer.warmup.ckpt_interval
-    return step == num_steps or (interval > 0 and step % interval == 0)
+    output.console.summary(records, output.run_dir, next_commands=_next_commands(task.config, output.run_dir))
 
 
 def _next_commands(config: Config, run_dir: Path) -> list[str]:

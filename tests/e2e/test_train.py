@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
-from skyrl_spec.compose import load_config
+from skyrl_spec.compose import load_config, to_yaml
 from skyrl_spec.config import Config
 from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.metrics import names
@@ -107,41 +107,49 @@ def expected_keys(config: Config, k: int, *, step: int = 1) -> set[str]:
     )
 
 
-def test_a_run_with_a_draft_writes_what_the_contract_says(tmp_path: Path) -> None:
-    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.measure_speedup=true", "trainer.logger=[console,wandb]"]
-    overrides += ["trainer.canary.lossless_interval=1"]
-    output, records = finish(tmp_path / "run", *overrides, WANDB_MODE="offline")
-    config = load_config(overrides)
-    assert [record["trainer/step"] for record in records] == [0, 1, 2]
+WHOLE = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=3"]
+ASKED = ["trainer.measure_speedup=true", "trainer.logger=[console,wandb]", "trainer.canary.lossless_interval=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[dict[str, Any]]]:
+    """A run from its beginning to its end, with everything that can be asked of it: folder, terminal, metrics."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    return run_dir, *finish(run_dir, *WHOLE, *ASKED, WANDB_MODE="offline")
+
+
+def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str, list[dict[str, Any]]]) -> None:
+    run_dir, output, records = whole
+    config = load_config(WHOLE)
+    assert [record["trainer/step"] for record in records] == [0, 1, 2, 3]
     assert records[0].keys() == {names.STEP, *names.eval_keys(3)}
     lossless = set(names.lossless_keys())
     assert records[1].keys() == expected_keys(config, 3) | lossless
-    assert records[2].keys() == expected_keys(config, 3, step=2) | lossless | set(names.eval_keys(3))
+    # The second for its interval, the third as the last.
+    for record in records[2:]:
+        assert record.keys() == expected_keys(config, 3, step=2) | lossless | set(names.eval_keys(3))
     assert all(record[names.LOSSLESS_GREEDY] == 1 for record in records[1:])
     assert records[1][names.CANARY_FAVOURITES] == 1
     for record in records:
         assert all(math.isfinite(value) for value in record.values()), record
-    assert [record["sync/policy_version"] for record in records[1:]] == [1, 2]
-    assert [record["sync/draft_version"] for record in records[1:]] == [1, 2]
+    assert [record["sync/policy_version"] for record in records[1:]] == [1, 2, 3]
+    assert [record["sync/draft_version"] for record in records[1:]] == [1, 2, 3]
     # The trainer's log-probs of the rollouts are the engine's: the same weights, both fp32.
     assert all(record["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4 for record in records[1:])
     assert all(2.0 < record["vllm/train/draft_mean_acceptance_length"] <= 4.0 for record in records[1:])
 
     assert "rollout speed-up by the draft" in output
     assert "sync canary: checked 1x" in output
-    assert "losslessness canary: checked 2x, 100% of greedy responses equal" in output
+    assert "losslessness canary: checked 3x, 100% of greedy responses equal" in output
     # What follows are paths and commands, which are as long as they are.
     table = output.split("\n  run ")[0]
     assert max(map(len, table.splitlines())) <= 100, "a line is wider than a terminal"
     assert "Warning" not in output
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert {sample["step"] for sample in samples} == {1, 2}
-    resolved = load_config([*overrides, f"trainer.run_dir={tmp_path / 'run'}"])
-    from skyrl_spec.compose import to_yaml
-
-    assert (tmp_path / "run" / "config.yaml").read_text() == to_yaml(resolved)
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*")), "wandb kept no offline run"
-    trained = Qwen2ForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).state_dict()
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {1, 2, 3}
+    assert (run_dir / "config.yaml").read_text() == to_yaml(load_config([*WHOLE, *ASKED, f"trainer.run_dir={run_dir}"]))
+    assert list((run_dir / "wandb").glob("offline-run-*")), "wandb kept no offline run"
+    trained = Qwen2ForCausalLM.from_pretrained(run_dir / "model", dtype=torch.float32).state_dict()
     shipped = Qwen2ForCausalLM.from_pretrained(
         ROOT / config.trainer.policy.model.path, dtype=torch.float32
     ).state_dict()
@@ -196,14 +204,12 @@ def test_dapo_on_two_ranks_with_reference_and_importance_correction(tmp_path: Pa
     assert records[1]["policy/kl"] > 0
 
 
-# make, timeout and CI send a signal twice: to the process group, and from the parent that got it.
-@pytest.mark.parametrize(("signum", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, signum: signal.Signals, times: int) -> None:
+def stopped(run_dir: Path, overrides: list[str], signum: signal.Signals, times: int) -> tuple[Run, str]:
+    """A run that gets a signal after its first step, ends soon, and leaves nothing behind."""
     shared_before = set(os.listdir("/dev/shm"))
     # Its own, to see all of what is left; short, for Ray's sockets.
     temporary = Path(tempfile.mkdtemp(prefix="t"))
-    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=50"]
-    run = start(tmp_path / "run", *overrides, TMPDIR=str(temporary))
+    run = start(run_dir, *overrides, TMPDIR=str(temporary))
     metrics = run.run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and '"trainer/step": 1' in metrics.read_text()):
@@ -216,13 +222,35 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, signum: signal
         time.sleep(0.1)
     output = run.output(timeout_s=60)
     assert time.monotonic() - sent < 10
-    assert run.process.returncode == 128 + signum, output
     assert "Traceback" not in output
-    assert f"skyrl-spec: {signum.name}: stopped" in output
     assert run.processes() == []
     assert set(os.listdir("/dev/shm")) <= shared_before
     assert list(temporary.glob("skyrl-*")) == []
     shutil.rmtree(temporary)
+    return run, output
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    run, output = stopped(tmp_path / "run", [*WHOLE, "trainer.max_training_steps=50"], signal.SIGINT, times=1)
+    assert run.process.returncode == 128 + signal.SIGINT, output
+    assert "skyrl-spec: SIGINT: stopped" in output
+
+
+def test_a_preempted_run_goes_on_bit_by_bit(tmp_path: Path, whole: tuple[Path, str, list[dict[str, Any]]]) -> None:
+    run_dir = tmp_path / "run"
+    # make, timeout and CI send a signal twice: to the process group, and from the parent that got it.
+    run, output = stopped(run_dir, [*WHOLE, "trainer.max_training_steps=50"], signal.SIGTERM, times=2)
+    assert run.process.returncode == 0, output
+    step = len((run_dir / "metrics.jsonl").read_text().splitlines()) - 1
+    assert f"skyrl-spec: SIGTERM: saved {run_dir}/checkpoints/step_{step}; the same command with" in output
+    # The signal may have come when the second step was past breaking off.
+    assert step in (1, 2)
+    _, records = finish(run_dir, *WHOLE, "trainer.resume_mode=latest")
+    assert [record["trainer/step"] for record in records] == [0, 1, 2, 3]
+    for mine, uninterrupted in zip(records, whole[2], strict=True):
+        assert _without_timings(mine).items() <= _without_timings(uninterrupted).items()
+    final, expected = (load_file(path / "model" / "model.safetensors") for path in (run_dir, whole[0]))
+    assert all(torch.equal(final[name], expected[name]) for name in expected)
 
 
 def test_a_dflash_draft_trains_from_scratch_and_is_exported(tmp_path: Path) -> None:
@@ -247,7 +275,7 @@ def test_a_dflash_draft_trains_from_scratch_and_is_exported(tmp_path: Path) -> N
 WARMUP = [
     *SMALL,
     "trainer.warmup.num_steps=3",
-    "trainer.warmup.ckpt_interval=1",
+    "trainer.ckpt_interval=1",
     # A schedule that does not know how long the run is.
     "trainer.warmup.optimizer_config.scheduler=constant",
     "trainer.eval_before_train=false",
@@ -271,11 +299,9 @@ def test_a_warm_up_trains_the_draft_alone_and_resumes_bit_by_bit(tmp_path: Path)
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_2", "step_3"]
 
     parts = ["experiment=cpu_dflash_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'parts'}"]
-    finish(tmp_path / "parts", *parts, "trainer.warmup.num_steps=2", command="warmup-draft")
-    _, resumed = finish(tmp_path / "parts", *parts, "trainer.warmup.resume_mode=latest", command="warmup-draft")
-    assert [record["trainer/step"] for record in resumed] == [1, 2, 3]
-    # Step 2 ends the shorter run, with an evaluation of its own.
-    assert _without_timings(resumed[2]) == _without_timings(records[2])
+    parts += ["trainer.resume_mode=from_path", f"trainer.resume_path={checkpoints / 'step_2'}"]
+    _, resumed = finish(tmp_path / "parts", *parts, command="warmup-draft")
+    assert [_without_timings(record) for record in resumed] == [_without_timings(records[2])]
     whole, again = (load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

@@ -272,7 +272,7 @@ def _step(trainer: Trainer, step: int) -> None:
     if step == 0:
         trainer.canary.check(trainer.sync.versions)
     else:
-        trainer.step()
+        trainer.train(trainer.sample())
 
 
 def _watched(act: Callable[[], Any]) -> str:

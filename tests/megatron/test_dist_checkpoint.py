@@ -242,7 +242,7 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
     assert folders.contents(here / "step_2") == {"draft"}
     state = _state(trainer)
 
-    setting = f"trainer.warmup.resume_mode=latest: {here}"
+    setting = f"trainer.resume_path={here}"
     _says(lambda: dist.load(here / "step_9", parts), ConfigError, f"{setting}/step_9: no such directory")
     _says(lambda: dist.load(here, parts), ConfigError, f"{setting}: is no checkpoint")
     _says(lambda: dist.load(here / "step_2", parts), ConfigError, "holds no policy (it has: draft)")

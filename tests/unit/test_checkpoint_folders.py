@@ -203,7 +203,7 @@ def test_errors_are_one_line(tmp_path: Path, harm: Callable[[Path], Path], says:
     with pytest.raises(ConfigError) as raised:
         folders.contents(directory)
     message = str(raised.value)
-    assert message.startswith(f"trainer.warmup.resume_mode=latest: {directory}: ")
+    assert message.startswith(f"trainer.resume_path={directory}: ")
     assert says in message
     assert "\n" not in message
 

@@ -187,7 +187,7 @@ RULES = {
     "trainer.dflash.block_size=1": "trainer.dflash.block_size=1: must be at least 2",
     "trainer.dflash.loss_type=mse": "trainer.dflash.loss_type=mse: must be soft_ce or topk_soft_ce or hard_ce",
     "trainer.dflash.optimizer_config.lr=-1": "trainer.dflash.optimizer_config.lr=-1",
-    "trainer.warmup.resume_mode=newest": "trainer.warmup.resume_mode=newest: must be latest",
+    "trainer.resume_mode=newest": "trainer.resume_mode=newest: must be latest or from_path",
     "trainer.mtp.num_speculative_tokens=0": "trainer.mtp.num_speculative_tokens=0: must be at least 1",
     "trainer.mtp.unroll_steps=0": "trainer.mtp.unroll_steps=0",
     "trainer.mtp.loss_type=mse": "trainer.mtp.loss_type=mse: must be soft_ce or topk_soft_ce or hard_ce",

@@ -1,0 +1,95 @@
+"""When a run saves, and from where it goes on. What a checkpoint holds is in ``checkpoint.dist``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skyrl_spec.checkpoint.folders import contents, latest, read_record, rotate
+from skyrl_spec.compose import to_yaml
+from skyrl_spec.config import Config, RunError
+from skyrl_spec.draft_spec import trained_draft
+
+if TYPE_CHECKING:
+    from skyrl_spec.trainer.actors import PolicyGroup
+    from skyrl_spec.trainer.loop import Trainer
+
+
+def checkpoint_root(config: Config) -> Path:
+    return Path(config.trainer.run_dir) / "checkpoints"
+
+
+def find(config: Config) -> Path | None:
+    """The checkpoint that the run goes on from; None: it begins.
+
+    Raises:
+        ConfigError: ``trainer.resume_path`` is no complete checkpoint.
+    """
+    trainer = config.trainer
+    if trainer.resume_mode == "latest":
+        return latest(checkpoint_root(config))
+    if trainer.resume_mode == "from_path":
+        assert trainer.resume_path is not None
+        read_record(Path(trainer.resume_path))
+        return Path(trainer.resume_path)
+    return None
+
+
+def resume(trainer: Trainer, policy: PolicyGroup, directory: Path) -> None:
+    """Workers, engines and the driver's state as they were; a draft that one side alone has is said."""
+    has_draft, had_draft = trained_draft(trainer.config.trainer) is not None, "draft" in contents(directory)
+    if has_draft and not had_draft:
+        print(f"skyrl-spec: {directory} has no draft: the draft starts as it is configured", file=sys.stderr)
+    if had_draft and not has_draft:
+        print(f"skyrl-spec: {directory} has a draft, which is dropped: no draft is enabled", file=sys.stderr)
+    trainer.load_state_dict(policy.load_checkpoint(directory.resolve())["trainer"])
+
+
+class Checkpointer:
+    """Knows what to save after the last step that was done, and saves it when it is due, or when the run is stopped."""
+
+    def __init__(self, trainer: Trainer, policy: PolicyGroup):
+        self._trainer, self._policy = trainer, policy
+        self._settings, self._root = trainer.config.trainer, checkpoint_root(trainer.config)
+        self._last: tuple[int, dict[str, Any]] | None = None
+        self._saved_step: int | None = None
+
+    def after_step(self, step: int) -> None:
+        """Remember the state of the step, and save it if it is due."""
+        self._last = step, {"trainer": self._trainer.state_dict(step), "config": to_yaml(self._trainer.config)}
+        interval = self._settings.ckpt_interval
+        if interval > 0 and step % interval == 0:
+            self._save_or_say()
+
+    def after_run(self) -> None:
+        """Save the last step."""
+        if self._settings.ckpt_interval > 0:
+            self._save_or_say()
+
+    def save_last(self) -> Path | None:
+        """The last step that was done; None if there was none.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._last is None:
+            return None
+        step, extra = self._last
+        directory = self._root / f"step_{step}"
+        if self._saved_step != step:
+            self._policy.save_checkpoint(directory.resolve(), extra)
+            self._saved_step = step
+            for line in rotate(self._root, self._settings.max_ckpts_to_keep):
+                print(f"skyrl-spec: {line}", file=sys.stderr)
+        return directory
+
+    def _save_or_say(self) -> None:
+        try:
+            self.save_last()
+        except Exception as error:
+            # Of a worker, it comes wrapped.
+            cause = getattr(error, "cause", error)
+            if not isinstance(cause, RunError) or self._settings.on_ckpt_failure == "error":
+                raise
+            print(f"skyrl-spec: warning: {cause}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""When a signal breaks a run off."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+
+from skyrl_spec.trainer.run import Interrupted, SignalWatch
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Those of pytest: a watch that has heard a signal keeps its own."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def act(watch: SignalWatch, signum: int, *, shielded: bool, error: Exception | None = None) -> list[str]:
+    """Get a signal in the middle of something; what of it was done."""
+    done = []
+    with watch.shield() if shielded else nullcontext():
+        try:
+            os.kill(os.getpid(), signum)
+            done.append("all of it")
+        except Interrupted:
+            return done
+        if error is not None:
+            raise error
+    return done
+
+
+def test_sigterm_waits_for_the_end_of_a_shield() -> None:
+    watch = SignalWatch()
+    with watch.installed():
+        with pytest.raises(Interrupted):
+            act(watch, signal.SIGTERM, shielded=True)
+        # It was heard: another one does not disturb the way out.
+        assert act(watch, signal.SIGTERM, shielded=False) == ["all of it"]
+    assert watch.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_breaks_off_at_once(signum: int) -> None:
+    watch = SignalWatch()
+    with watch.installed():
+        assert act(watch, signum, shielded=False) == []
+
+
+def test_sigint_does_not_wait() -> None:
+    watch = SignalWatch()
+    with watch.installed(), pytest.raises(Interrupted), watch.shield():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert watch.received == signal.SIGINT
+
+
+def test_an_error_in_a_shield_stays_what_it_is() -> None:
+    watch = SignalWatch()
+    with watch.installed(), pytest.raises(ValueError, match="of its own"):
+        act(watch, signal.SIGTERM, shielded=True, error=ValueError("of its own"))
