@@ -391,7 +391,15 @@ def _facts(task: Task) -> dict[str, str]:
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
         "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
         "run": trainer.run_dir,
-    }
+    } | _resume_fact(task)
+
+
+def _resume_fact(task: Task) -> dict[str, str]:
+    if task.resume_from is not None:
+        return {"resume": f"after step {task.steps_done}, from {task.resume_from}"}
+    if task.config.trainer.resume_mode is not None:
+        return {"resume": "no checkpoint is there yet: from the beginning"}
+    return {}
 
 
 def _warn_of_truncation(config: Config) -> None:
