@@ -255,6 +255,34 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda _: ["environment.custom.mine='no_such_module:Env'"],
         ("environment.custom.mine=no_such_module:Env: cannot be imported", "PYTHONPATH"),
     ),
+    "canary that is never due": (
+        lambda _: ["trainer.canary.interval=0"],
+        ("trainer.canary.interval=0: must be at least 1",),
+    ),
+    "canary without consequence": (
+        lambda _: ["trainer.canary.on_mismatch=ignore"],
+        ("trainer.canary.on_mismatch=ignore: must be error or warn",),
+    ),
+    "resuming from nowhere": (
+        lambda _: ["trainer.resume_mode=from_path"],
+        ("trainer.resume_path=None: goes with trainer.resume_mode=from_path", "set both or neither"),
+    ),
+    "path without resuming": (
+        lambda space: [f"trainer.resume_path={space.root}"],
+        ("goes with trainer.resume_mode=from_path, and that is None",),
+    ),
+    "checkpoint that is not there": (
+        lambda space: ["trainer.resume_mode=from_path", f"trainer.resume_path={space.root / 'step_3'}"],
+        ("step_3: no such directory", "name a checkpoint (RUN/checkpoints/step_N)"),
+    ),
+    "checkpoint that is none": (
+        lambda space: ["trainer.resume_mode=from_path", f"trainer.resume_path={space.root}"],
+        ("is no checkpoint of skyrl_spec (no checkpoint.json)",),
+    ),
+    "KV cache of nothing": (
+        lambda _: [f"{ENGINE}.cpu_kvcache_space=0"],
+        (f"{ENGINE}.cpu_kvcache_space=0.0: must be above 0",),
+    ),
     "wandb without an account": (
         lambda _: ["trainer.logger=[console,wandb]"],
         ("trainer.logger=wandb: no account is set up", "WANDB_MODE=offline"),
