@@ -29,6 +29,9 @@ class Versions:
     policy: int = 0
     draft: int = 0
 
+    def __str__(self) -> str:
+        return f"policy version {self.policy} and draft version {self.draft}"
+
 
 @dataclass(frozen=True)
 class Generation:

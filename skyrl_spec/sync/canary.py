@@ -22,8 +22,8 @@ from skyrl_spec.types import Proposals, ProposalScores, Versions, Which
 
 # Mean |difference| of log-probs that trainer and engine may have: while the engine is as it was loaded, and later on
 # if the baseline was better than that. By the coarser dtype of the two.
-_LOADED_LIMIT = {"fp32": 1e-3, "bf16": 0.2}
-_SYNCED_FLOOR = {"fp32": 1e-4, "bf16": 0.02}
+_LOADED_LIMIT = {"fp32": 1e-4, "bf16": 0.2}
+_SYNCED_FLOOR = {"fp32": 2e-5, "bf16": 0.02}
 # Other weights, other rounding.
 _BASELINE_FACTOR = 4.0
 
@@ -120,7 +120,8 @@ class SyncCanary:
     def _problems(self, index: int, answer: Sequence[Proposals], agreement: Agreement, versions: Versions) -> list[str]:
         held = {item.generation.versions for item in answer}
         if held != {versions}:
-            return [f"engine {index} says that it holds {sorted(map(str, held))}, but was given {versions}"]
+            stated = ", ".join(sorted(map(str, held)))
+            return [f"engine {index} says that it holds {stated}, but was given {versions}"]
         whiches: tuple[Which, Which] = ("policy", "draft")
         return [line for which in whiches if (line := self._difference(index, which, agreement, versions))]
 

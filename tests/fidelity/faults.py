@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -54,6 +54,10 @@ class FaultyEngine(RolloutEngine):
 
     def inject(self, fault: str | None) -> None:
         self.fault = fault
+        if fault is None:
+            # Breaks off an update that the last fault may have left open.
+            with suppress(Exception):
+                self.update_weights({"names": ["none"], "dtype_names": [], "shapes": [], "arrays": []})
 
     def generate(
         self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
@@ -290,7 +294,8 @@ def _watched(act: Callable[[], Any]) -> str:
 
 def _checks(line: str) -> Iterator[str]:
     if "sync canary" in line:
-        yield from (f"sync canary ({which})" for which in ("policy", "draft") if f"the {which} of engine" in line)
+        sides = {"policy": "the policy of engine", "draft": "the draft of engine", "version": "says that it holds"}
+        yield from (f"sync canary ({side})" for side, words in sides.items() if words in line)
     elif "weight transfer:" in line:
         yield "weight transfer"
     elif "rollout_train_logprobs_abs_diff" in line:

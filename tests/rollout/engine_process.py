@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,8 +49,12 @@ class EngineProcess:
         self._process.join()
 
     def _receive(self, method: str) -> Any:
-        if not self._connection.poll(self._timeout_s):
-            raise TimeoutError(f"{method} was not done after {self._timeout_s:.0f} s")
+        deadline = time.monotonic() + self._timeout_s
+        while not self._connection.poll(1.0):
+            if not self._process.is_alive():
+                raise RuntimeError(f"the engine died in {method}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{method} was not done after {self._timeout_s:.0f} s")
         value, error = self._connection.recv()
         if error is not None:
             raise error

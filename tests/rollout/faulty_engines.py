@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from skyrl_spec.rollout import compat, engine
+from skyrl_spec.rollout import compat
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 
 
@@ -17,11 +15,11 @@ class UnmendedEngine(RolloutEngine):
 
 
 class LossyEngine(RolloutEngine):
-    """An engine that accepts drafted tokens at a given rate, however likely the policy finds them."""
+    """An engine that accepts drafted tokens more often than it may: as if they were ``1 / leniency`` as likely."""
 
-    def __init__(self, settings: EngineSettings, acceptance_rates: list[float]):
-        lossy = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": acceptance_rates}
-        assert settings.speculative_config is not None
-        # What refuses it, in this process alone.
-        engine.require_exact_rejection = lambda _: None
-        super().__init__(replace(settings, speculative_config=settings.speculative_config | lossy))
+    def __init__(self, settings: EngineSettings, leniency: float):
+        from vllm.v1.sample import rejection_sampler
+
+        uniform = rejection_sampler.generate_uniform_probs
+        rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: leniency * uniform(*args, **kwargs)
+        super().__init__(settings)

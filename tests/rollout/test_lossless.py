@@ -1,7 +1,7 @@
 """A draft does not change what is sampled: whole responses, against their exact distribution and against no draft.
 
-Each test is shown to have the power it needs: an engine that accepts drafts at a fixed rate fails it, and so does
-vLLM's CPU sampling as it comes.
+Each test is shown to have the power it needs: an engine that accepts drafts too often fails it, and so does vLLM's CPU
+sampling as it comes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ LEVEL = 1e-3
 CAUGHT = 1e-6
 SAMPLING = SamplingConfig(temperature=0.7)
 NUM_TOKENS = 4
-# Near what the tiny draft is accepted at anyway, so that it takes more than a look at the rates.
-RATES = [0.3, 0.15, 0.05]
+LENIENCY = 0.5
 
 
 @pytest.fixture(scope="module")
 def lossy(start_engine: Callable[..., EngineProcess]) -> EngineProcess:
-    return start_engine(LossyEngine, (RATES,))
+    return start_engine(LossyEngine, (LENIENCY,))
 
 
 @pytest.fixture(scope="module")
