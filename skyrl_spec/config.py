@@ -227,6 +227,9 @@ class TrainerConfig:
     # None: until the epochs are over.
     max_training_steps: int | None = None
     update_epochs_per_batch: int = 1
+    # An optimizer skips an update whose gradient is not finite; more in a row than this end the run. Policy and draft
+    # are counted apart.
+    max_skipped_updates: int = 3
     # Prompts; times n_samples_per_prompt gives sequences.
     train_batch_size: int = 128
     policy_mini_batch_size: int = 128

@@ -96,6 +96,7 @@ RANGES: dict[str, Range] = {
     "trainer.epochs": FROM_ONE,
     "trainer.max_training_steps": FROM_ONE,
     "trainer.update_epochs_per_batch": FROM_ONE,
+    "trainer.max_skipped_updates": NOT_NEGATIVE,
     "trainer.train_batch_size": FROM_ONE,
     "trainer.policy_mini_batch_size": FROM_ONE,
     "trainer.eval_batch_size": FROM_ONE,

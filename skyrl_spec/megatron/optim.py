@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,12 +21,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from skyrl_spec.config import MegatronConfig, OptimizerConfig, RunError
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.parallel import Parallel
+from skyrl_spec.types import Metric, Metrics
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
+    """``is_skipped``: the gradient was not finite, and nothing was updated."""
+
     grad_norm: float
     lr: float
+    is_skipped: bool
+
+    def metrics(self, prefix: str) -> Metrics:
+        """The norm is that of the updates that were made."""
+        norm = Metric() if self.is_skipped else Metric(self.grad_norm, 1)
+        return {
+            f"{prefix}/grad_norm": norm,
+            f"{prefix}/lr": Metric(self.lr, 1),
+            f"{prefix}/skipped_updates": Metric(float(self.is_skipped), 1),
+        }
 
 
 class Trainable:
@@ -39,8 +53,10 @@ class Trainable:
         megatron: MegatronConfig,
         parallel: Parallel,
         total_steps: int,
+        max_skipped_updates: int,
     ):
         self.parallel = parallel
+        self._max_skipped, self._skipped_in_a_row = max_skipped_updates, 0
         self.module = module
         with compat.megatron_device(parallel.device):
             self.ddp = DistributedDataParallel(
@@ -68,22 +84,37 @@ class Trainable:
             finalize_model_grads([self.ddp], num_tokens=None)
 
     def step(self) -> OptimizerStep:
-        """Clip, update, move the schedule on.
+        """Clip, update, move the schedule on; with a gradient that is not finite, none of it.
+
+        Megatron's own ``step`` in two parts: without a gradient scaler it would update whatever the norm is. All ranks
+        see the same norm.
 
         Raises:
-            RunError: the gradient was not finite. All ranks see the same norm, so all of them raise.
+            RunError: too many updates in a row were skipped.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         with compat.megatron_device(self.parallel.device):
-            _, grad_norm, _ = self.optimizer.step()
-        # Without a gradient scaler Megatron updates whatever the norm is, so nothing can go on from here.
-        if not math.isfinite(grad_norm):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            is_skipped = not math.isfinite(grad_norm)
+            if not is_skipped:
+                self._clip(grad_norm)
+                self.optimizer.step_with_ready_grads()
+                self.scheduler.step(increment=1)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        if self._skipped_in_a_row > self._max_skipped:
             raise RunError(
-                f"the gradient norm of {type(self.module).__name__} is {grad_norm}; "
+                f"trainer.max_skipped_updates={self._max_skipped}: the gradient norm of {type(self.module).__name__} "
+                f"is {grad_norm}, and {self._skipped_in_a_row} updates in a row were skipped for that; "
                 "lower the learning rate, or look at samples.jsonl for what it was trained on"
             )
-        self.scheduler.step(increment=1)
-        return OptimizerStep(grad_norm=float(grad_norm), lr=lr)
+        return OptimizerStep(grad_norm, lr, is_skipped)
+
+    def _clip(self, grad_norm: float) -> None:
+        parts = self.optimizer.chained_optimizers if isinstance(self.optimizer, ChainedOptimizer) else [self.optimizer]
+        for part in parts:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 def _megatron_optimizer_config(

@@ -73,6 +73,7 @@ class PolicyTrainer:
                 megatron,
                 parallel,
                 total_optimizer_steps,
+                config.trainer.max_skipped_updates,
             )
         )
         self.draft = self._load_draft(total_optimizer_steps)
@@ -161,8 +162,7 @@ class PolicyTrainer:
     def optimizer_step(self) -> Metrics:
         """Update policy and draft from their gradient buffers."""
         assert self.policy is not None
-        step = self.policy.step()
-        metrics = {"policy/grad_norm": Metric(step.grad_norm, 1), "policy/lr": Metric(step.lr, 1)}
+        metrics = self.policy.step().metrics("policy")
         if self.draft is not None:
             with self._draft_clock:
                 metrics |= self._draft_step()
@@ -226,7 +226,13 @@ class PolicyTrainer:
         draft, optimizer = built
         megatron = self.config.trainer.policy.megatron_config
         trainable = Trainable(
-            draft.module, draft.module.config, optimizer, megatron, self.parallel, total_optimizer_steps
+            draft.module,
+            draft.module.config,
+            optimizer,
+            megatron,
+            self.parallel,
+            total_optimizer_steps,
+            self.config.trainer.max_skipped_updates,
         )
         return TrainableDraft(draft, trainable)
 
@@ -325,8 +331,7 @@ class PolicyTrainer:
 
     def _draft_step(self) -> Metrics:
         assert self.draft is not None
-        step = self.draft.trainable.step()
-        return {"draft/grad_norm": Metric(step.grad_norm, 1), "draft/lr": Metric(step.lr, 1)}
+        return self.draft.trainable.step().metrics("draft")
 
     def _zero_sums(self) -> Tensor:
         width = 0 if self.draft is None else num_sums(self.draft.draft.num_positions)

@@ -14,14 +14,16 @@ PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
 NUM_SAMPLE_BATCHES = "reward/num_sample_batches"
 NUM_KEPT_GROUPS = "reward/num_kept_groups"
 
-POLICY = tuple(f"policy/{name}" for name in ("policy_loss", "grad_norm", "entropy", "clip_ratio", "lr"))
+POLICY = tuple(
+    f"policy/{name}" for name in ("policy_loss", "grad_norm", "entropy", "clip_ratio", "lr", "skipped_updates")
+)
 POLICY_KL = "policy/kl"
 LOGPROBS_DIFF = "policy/rollout_train_logprobs_abs_diff_mean"
 LOGPROBS_DIFF_MAX = "policy/rollout_train_logprobs_abs_diff_max"
 LOGPROBS_KL = "policy/rollout_train_kl"
 LOGPROBS = (LOGPROBS_DIFF, LOGPROBS_DIFF_MAX, LOGPROBS_KL)
 ACCEPTANCE_GAP = "draft/predicted_minus_measured_acceptance_length"
-DRAFT = (DRAFT_LOSS, "draft/grad_norm", "draft/lr", DRAFT_TOP1, PREDICTED_ACCEPTANCE_LENGTH)
+DRAFT = (DRAFT_LOSS, "draft/grad_norm", "draft/lr", "draft/skipped_updates", DRAFT_TOP1, PREDICTED_ACCEPTANCE_LENGTH)
 
 # Of the steps whose sync was checked, and of those that were checked for losslessness.
 CANARY_POLICY = "canary/policy_logprobs_abs_diff_mean"

@@ -47,7 +47,10 @@ def test_keys_that_apply() -> None:
     assert len(set(draft)) == len(draft)
     assert set(draft) - set(plain) == {
         "policy/kl",
-        *(f"draft/{n}" for n in ("loss", "grad_norm", "lr", "top1_agreement", "predicted_acceptance_length")),
+        *(
+            f"draft/{n}"
+            for n in ("loss", "grad_norm", "lr", "skipped_updates", "top1_agreement", "predicted_acceptance_length")
+        ),
         "vllm/train/draft_acceptance_rate",
         "vllm/train/draft_mean_acceptance_length",
         "vllm/train/draft_num_draft_tokens",
