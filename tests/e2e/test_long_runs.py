@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import finish
+import torch
+from safetensors.torch import load_file
+from test_train import SMALL, WARMUP, finish, without_timings
 
 from skyrl_spec.metrics import names
 
@@ -48,3 +50,34 @@ def test_dflash_warmup(tmp_path: Path) -> None:
     records = run(tmp_path, "cpu_dflash_grpo", minutes=12, command="warmup-draft")
     assert series(records, EVAL_ACCEPTANCE)[-1] >= 3.5
     assert series(records, TRAIN_ACCEPTANCE)[0] < 1.5
+
+
+def test_a_warm_up_resumes_bit_by_bit(tmp_path: Path) -> None:
+    def overrides(name: str) -> list[str]:
+        return ["experiment=cpu_dflash_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / name}"]
+
+    _, records = finish(tmp_path / "whole", *overrides("whole"), command="warmup-draft")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_2"
+    go_on = ["trainer.resume_mode=from_path", f"trainer.resume_path={checkpoint}"]
+    _, resumed = finish(tmp_path / "parts", *overrides("parts"), *go_on, command="warmup-draft")
+    assert [without_timings(record) for record in resumed] == [without_timings(records[2])]
+    whole, again = (load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+LAYOUTS = {
+    "tp2": ["trainer.policy.megatron_config.tensor_model_parallel_size=2"],
+    "dp2": ["trainer.placement.policy_num_gpus_per_node=2"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_resumes_bit_by_bit_on_two_ranks(tmp_path: Path, layout: str) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.ckpt_interval=1", *LAYOUTS[layout]]
+    _, records = finish(tmp_path / "whole", *overrides)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_1"
+    go_on = ["trainer.resume_mode=from_path", f"trainer.resume_path={checkpoint}"]
+    _, resumed = finish(tmp_path / "parts", *overrides, *go_on)
+    assert [without_timings(record) for record in resumed] == [without_timings(records[2])]
+    whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
