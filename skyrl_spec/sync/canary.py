@@ -11,10 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import ray
 
 from skyrl_spec.config import CanaryConfig, RunError, SamplingConfig
 from skyrl_spec.metrics import names
@@ -60,14 +59,24 @@ def compare(proposals: Sequence[Proposals], scores: ProposalScores) -> Agreement
     )
 
 
+class Engines(Protocol):
+    def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
+        """What each engine answers to the same prompts."""
+        ...
+
+
+class Policy(Protocol):
+    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores: ...
+
+
 class SyncCanary:
     """Holds the fixed prompts, the baseline, and which versions agreed last."""
 
     def __init__(
         self,
         config: CanaryConfig,
-        engines: Sequence[Any],
-        policy: Any,
+        engines: Engines,
+        policy: Policy,
         prompts: list[list[int]],
         *,
         temperature: float,
@@ -102,7 +111,7 @@ class SyncCanary:
         Raises:
             RunError: they differ, and ``on_mismatch`` is "error".
         """
-        answers = ray.get([engine.propose.remote(self._prompts, self._sampling, 0) for engine in self._engines])
+        answers = self._engines.propose(self._prompts, self._sampling, seed=0)
         found = [compare(answer, self._policy.score_proposals(answer)) for answer in answers]
         problems = [
             line

@@ -47,6 +47,10 @@ class EngineGroup:
             out[index::stride] = part
         return out
 
+    def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
+        """What each engine answers to the same prompts, with what its draft proposed."""
+        return ray.get([engine.propose.remote(prompts, sampling, seed) for engine in self.handles])
+
     def spec_counters(self) -> SpecCounters:
         """Speculation since the engines started, over all of them."""
         return sum(ray.get([engine.spec_counters.remote() for engine in self.handles]), SpecCounters())

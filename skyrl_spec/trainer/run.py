@@ -273,7 +273,7 @@ def make_trainer(
     prompts = [prompt.token_ids for prompt in task.stream.prompts]
     canary = SyncCanary(
         settings,
-        engines.handles,
+        engines,
         policy,
         fixed_prompts(prompts, settings.num_prompts, config.trainer.max_prompt_length),
         temperature=sampling.temperature,

@@ -11,7 +11,6 @@ import pytest
 from skyrl_spec.config import CanaryConfig, RunError
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.engine import _anchors
-from skyrl_spec.sync import canary
 from skyrl_spec.sync.canary import Agreement, SyncCanary, compare, fixed_prompts
 from skyrl_spec.trainer.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
 from skyrl_spec.types import Generation, Prompt, Proposals, ProposalScores, Rollout, TrainBatch, Versions
@@ -30,22 +29,18 @@ TRAINER = ProposalScores(
 )
 
 
-def make_canary(monkeypatch: pytest.MonkeyPatch, scores: ProposalScores, **settings: Any) -> SyncCanary:
+def make_canary(scores: ProposalScores, **settings: Any) -> SyncCanary:
     """A canary whose engine answers ``ENGINE``, and whose trainer ``scores``."""
 
-    class Remote:
-        def remote(self, *_: Any) -> list[Proposals]:
-            return [ENGINE]
-
-    class Engine:
-        propose = Remote()
+    class Engines:
+        def propose(self, *_: Any, **__: Any) -> list[list[Proposals]]:
+            return [[ENGINE]]
 
     class Policy:
         def score_proposals(self, _: Any) -> ProposalScores:
             return scores
 
-    monkeypatch.setattr(canary.ray, "get", lambda refs: refs)
-    return SyncCanary(CanaryConfig(**settings), [Engine()], Policy(), [[1, 2]], temperature=1.0, dtype="fp32")
+    return SyncCanary(CanaryConfig(**settings), Engines(), Policy(), [[1, 2]], temperature=1.0, dtype="fp32")
 
 
 def test_agreement_is_the_mean_difference_of_each_side() -> None:
@@ -76,41 +71,41 @@ def test_a_draft_trained_less_deep_than_drafted_is_compared_as_far_as_it_goes() 
     ],
 )
 def test_a_mismatch_ends_the_run_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scores: ProposalScores, words: str
+    capsys: pytest.CaptureFixture[str], scores: ProposalScores, words: str
 ) -> None:
     with pytest.raises(RunError, match=words) as error:
-        make_canary(monkeypatch, scores).check(Versions(3, 3))
+        make_canary(scores).check(Versions(3, 3))
     assert "\n" not in str(error.value)
     assert "they never agreed" in str(error.value)
-    warned = make_canary(monkeypatch, scores, on_mismatch="warn")
+    warned = make_canary(scores, on_mismatch="warn")
     for _ in range(2):
         assert names.CANARY_POLICY in warned.check(Versions(3, 3))
     assert capsys.readouterr().err.count(words) == 1
 
 
-def test_a_synced_engine_is_held_against_the_loaded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synced_engine_is_held_against_the_loaded_one() -> None:
     # 5e-5 passes while the engine is as it was loaded, and is too much if it was better then.
     apart = replace(TRAINER, policy_logprobs=TRAINER.policy_logprobs.astype(np.float64) + 5e-5)
-    make_canary(monkeypatch, apart).check(Versions(3, 3))
-    first = make_canary(monkeypatch, TRAINER)
+    make_canary(apart).check(Versions(3, 3))
+    first = make_canary(TRAINER)
     first.check(Versions(3, 3))
-    second = make_canary(monkeypatch, apart)
+    second = make_canary(apart)
     second.load_state_dict(first.state_dict())
     with pytest.raises(RunError, match="they agreed at policy version 3 and draft version 3 last"):
         second.check(Versions(3, 3))
 
 
-def test_an_engine_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_of_another_version_is_named() -> None:
     with pytest.raises(
         RunError, match=r"engine 0 says that it holds policy version 3 .* but was given policy version 4"
     ):
-        make_canary(monkeypatch, TRAINER).check(Versions(4, 4))
+        make_canary(TRAINER).check(Versions(4, 4))
 
 
-def test_it_is_due_after_the_first_sync_and_every_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    every_fourth = make_canary(monkeypatch, TRAINER, interval=4)
+def test_it_is_due_after_the_first_sync_and_every_interval() -> None:
+    every_fourth = make_canary(TRAINER, interval=4)
     assert [v for v in range(1, 12) if every_fourth.is_due(Versions(v, v))] == [1, 5, 9]
-    assert not make_canary(monkeypatch, TRAINER, enabled=False).is_due(Versions(1, 1))
+    assert not make_canary(TRAINER, enabled=False).is_due(Versions(1, 1))
 
 
 def test_the_last_prompt_is_as_long_as_prompts_may_be() -> None:
