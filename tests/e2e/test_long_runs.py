@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import SMALL, WARMUP, finish, without_timings
+from test_train import ROOT, SMALL, WARMUP, finish, without_timings
 
+from skyrl_spec.compose import load_config
 from skyrl_spec.metrics import names
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -81,3 +82,15 @@ def test_a_run_resumes_bit_by_bit_on_two_ranks(tmp_path: Path, layout: str) -> N
     assert [without_timings(record) for record in resumed] == [without_timings(records[2])]
     whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_warm_up_serves_an_mtp_head_from_scratch_on_two_ranks(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'run'}"]
+    overrides += ["trainer.policy.megatron_config.tensor_model_parallel_size=2"]
+    _, records = finish(tmp_path / "run", *overrides, command="warmup-draft")
+    assert records[-1]["draft/loss"] < records[0]["draft/loss"]
+    shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert trained.keys() == shipped.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(tensor, shipped[name].float()) == ("mtp_layers" not in name), name

@@ -298,15 +298,3 @@ def test_a_warm_up_trains_the_draft_alone(tmp_path: Path) -> None:
     assert f"trainer.dflash.path={tmp_path / 'whole' / 'draft'}" in output
     checkpoints = tmp_path / "whole" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_2", "step_3"]
-
-
-def test_a_warm_up_serves_an_mtp_head_from_scratch_on_two_ranks(tmp_path: Path) -> None:
-    overrides = ["experiment=cpu_mtp_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'run'}"]
-    overrides += ["trainer.policy.megatron_config.tensor_model_parallel_size=2"]
-    _, records = finish(tmp_path / "run", *overrides, command="warmup-draft")
-    assert records[-1]["draft/loss"] < records[0]["draft/loss"]
-    shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")
-    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert trained.keys() == shipped.keys()
-    for name, tensor in trained.items():
-        assert torch.equal(tensor, shipped[name].float()) == ("mtp_layers" not in name), name
