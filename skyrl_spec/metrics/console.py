@@ -162,8 +162,9 @@ def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     checked = [record for record in records if names.CANARY_POLICY in record]
     if checked:
         parts = [f"checked {len(checked)}x", f"policy differs by {_worst(checked, names.CANARY_POLICY)}"]
-        if names.CANARY_DRAFT in checked[0]:
-            parts.append(f"draft by {_worst(checked, names.CANARY_DRAFT)}")
+        # A check has no drafted tokens where all responses end at once.
+        if drafted := [record for record in checked if names.CANARY_DRAFT in record]:
+            parts.append(f"draft by {_worst(drafted, names.CANARY_DRAFT)}")
         lines.append(f"  sync canary: {', '.join(parts)} (log-probs); {_share(records, 'canary')} of the time")
     tested = [record for record in records if names.LOSSLESS_P_VALUE in record]
     if tested:

@@ -23,6 +23,8 @@ from skyrl_spec.types import Proposals, ProposalScores, Versions, Which
 # if the baseline was better than that. By the coarser dtype of the two.
 _LOADED_LIMIT = {"fp32": 1e-4, "bf16": 0.2}
 _SYNCED_FLOOR = {"fp32": 2e-5, "bf16": 0.02}
+# Tokens that every vLLM prefills in one step by default: behind each part of a prompt it drafts once more.
+_LONGEST_PROMPT = 1024
 # Other weights, other rounding.
 _BASELINE_FACTOR = 4.0
 
@@ -168,6 +170,7 @@ def fixed_prompts(prompts: Sequence[list[int]], num_prompts: int, max_length: in
 
     The long one is what a prefix cache keeps: an engine whose cache outlived a sync answers it with old keys.
     """
+    max_length = min(max_length, _LONGEST_PROMPT)
     stride = max(1, len(prompts) // num_prompts)
     chosen = [prompt[:max_length] for prompt in prompts[::stride][:num_prompts]]
     long = chosen[-1]

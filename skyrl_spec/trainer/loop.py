@@ -167,7 +167,7 @@ class Trainer:
                 values |= self.canary.check(self.sync.versions)
         if self.lossless is not None and self.lossless.is_due(self.sync.versions):
             with timed(timings, "lossless"):
-                values |= self.lossless.check(self.engines, seed=self.sync.versions.policy)
+                values |= self.lossless.check(self.engines, seed=max(asdict(self.sync.versions).values()))
         return values
 
     def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:

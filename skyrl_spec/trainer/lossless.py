@@ -58,7 +58,8 @@ class LosslessCanary:
         self._plain = plain
 
     def is_due(self, versions: Versions) -> bool:
-        return versions.policy % self._config.lossless_interval == 0
+        # In a warm-up the policy stays at version 0.
+        return max(versions.policy, versions.draft) % self._config.lossless_interval == 0
 
     def check(self, drafting: EngineGroup, seed: int) -> dict[str, float]:
         """The share of prompts with equal greedy responses, and the smallest corrected p-value.

@@ -275,7 +275,7 @@ def make_trainer(
         settings,
         engines,
         policy,
-        fixed_prompts(prompts, settings.num_prompts, config.trainer.max_prompt_length),
+        fixed_prompts(prompts, settings.num_prompts, min(config.trainer.max_prompt_length, _prefill_tokens(config))),
         temperature=sampling.temperature,
         dtype=dtype,
     )
@@ -294,6 +294,12 @@ def make_trainer(
         canary=canary,
         lossless=lossless,
     )
+
+
+def _prefill_tokens(config: Config) -> int:
+    """Half of what the user lets an engine prefill in a step, if that is set: drafts take some of the rest."""
+    tokens = config.generator.inference_engine.engine_init_kwargs.get("max_num_batched_tokens")
+    return sys.maxsize if tokens is None else max(1, tokens // 2)
 
 
 def num_steps(config: Config, stream: PromptStream) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skyrl_spec.config import CanaryConfig, RunError
+from skyrl_spec.config import CanaryConfig, RunError, SamplingConfig
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.engine import _anchors
 from skyrl_spec.sync.canary import Agreement, SyncCanary, compare, fixed_prompts
 from skyrl_spec.trainer.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
+from skyrl_spec.trainer.lossless import LosslessCanary
 from skyrl_spec.types import Generation, Prompt, Proposals, ProposalScores, Rollout, TrainBatch, Versions
 
 ENGINE = Proposals(
@@ -164,3 +165,13 @@ def test_the_watch_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> N
     assert "policy/rollout_train_logprobs_abs_diff_mean is 0.1, above 0.001" in first
     assert "predicts an acceptance length of 1.00, the engines measure 3.00" in second
     assert "another temperature than 0.7" in second
+
+
+def test_a_prompt_that_engines_prefill_in_parts_is_not_asked() -> None:
+    assert len(fixed_prompts([[1] * 5000], num_prompts=1, max_length=5000)[0]) == 1024
+
+
+def test_losslessness_is_due_by_the_version_that_moves() -> None:
+    canary = LosslessCanary(CanaryConfig(lossless_interval=2), SamplingConfig(), [], None, exact=True)  # type: ignore[arg-type]
+    assert [canary.is_due(Versions(0, draft)) for draft in (1, 2, 3, 4)] == [False, True, False, True]
+    assert [canary.is_due(Versions(policy, 0)) for policy in (1, 2)] == [False, True]
