@@ -7,6 +7,7 @@ next to the field. ``validation.validate`` holds every rule that needs more than
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,12 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """What ends a run that was rightly configured (a dead actor, no place to start one); one line, exit code 1."""
+
+
+class LostActorError(RunError):
+    """An engine or a worker is gone, and the run with it; it can go on from ``checkpoint``, if one was saved."""
+
+    checkpoint: Path | None = None
 
 
 @dataclass
@@ -254,6 +261,8 @@ class TrainerConfig:
     resume_mode: str | None = None
     # A checkpoint (RUN/checkpoints/step_N), for from_path.
     resume_path: str | None = None
+    # How often a run goes on by itself from its last checkpoint (or from where it began) when a worker dies.
+    max_restarts: int = 0
     # Write the policy to run_dir/model at the end, as a Hugging Face checkpoint with its MTP head; a DFlash draft to
     # run_dir/draft.
     save_final_model: bool = True
@@ -289,8 +298,11 @@ class InferenceEngineConfig:
     enforce_eager: bool = False
     # None: "ray" on CPU, "nccl" on GPU, "ipc" on GPUs with trainer.placement.colocate_all.
     weight_sync_backend: str | None = None
-    # Seconds for an engine to answer one batch before the run gives up on it.
+    # Seconds for an engine to answer a call (one batch). One that takes longer, or dies, is restarted; where weights
+    # travel by nccl or ipc, that ends the run.
     generate_timeout_s: float = 3600.0
+    # Of all engines together, in a run.
+    max_restarts: int = 3
     # None: filled from trainer.mtp or trainer.dflash; what is given here goes to vLLM as it is.
     speculative_config: dict[str, Any] | None = None
     # Further vLLM engine arguments, passed through.
@@ -314,6 +326,10 @@ class EnvironmentConfig:
     custom: dict[str, str] = field(default_factory=dict)
     # Per env_class keyword arguments, handed to the environment as env_config.
     skyrl_gym: dict[str, Any] = field(default_factory=dict)
+    # Seconds to score one response. Where that takes longer, or raises, the response has failed: its reward is 0.
+    timeout_s: float = 60.0
+    # Share of a batch's responses that may fail so before the run ends.
+    max_failed_share: float = 0.1
 
 
 @dataclass

@@ -74,13 +74,17 @@ class ProposalScores:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt, one response and its reward. ``loss_mask`` has an entry a response token (1: trained on)."""
+    """A prompt, one response and its reward. ``loss_mask`` has an entry a response token (1: trained on).
+
+    ``error``: why the response could not be scored; it counts as failed, with reward 0.
+    """
 
     prompt: Prompt
     generation: Generation
     text: str
     reward: float
     loss_mask: list[int]
+    error: str | None = None
 
 
 @dataclass(frozen=True)

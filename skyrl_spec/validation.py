@@ -90,6 +90,7 @@ RANGES: dict[str, Range] = {
     "trainer.warmup.num_steps": FROM_ONE,
     "trainer.warmup.update_epochs_per_batch": FROM_ONE,
     "trainer.ckpt_interval": NOT_NEGATIVE,
+    "trainer.max_restarts": NOT_NEGATIVE,
     "trainer.max_ckpts_to_keep": FROM_ONE,
     # The seeds of torch and vLLM are 64 bits wide, numpy's of old are 32.
     "trainer.seed": Range(0, 2**32 - 1),
@@ -111,6 +112,9 @@ RANGES: dict[str, Range] = {
     f"{_ENGINE}.cpu_kvcache_space": POSITIVE,
     f"{_ENGINE}.max_num_seqs": FROM_ONE,
     f"{_ENGINE}.generate_timeout_s": POSITIVE,
+    f"{_ENGINE}.max_restarts": NOT_NEGATIVE,
+    "environment.timeout_s": POSITIVE,
+    "environment.max_failed_share": Range(0, 1),
     "generator.n_samples_per_prompt": FROM_ONE,
     "generator.eval_n_samples_per_prompt": FROM_ONE,
     # Rollouts at temperature 0 are all the same, and their log-probs are those of no distribution.

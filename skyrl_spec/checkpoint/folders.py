@@ -5,6 +5,7 @@
     root/step_N.replaced    the former step_N, from the moment before a new one takes its name until it is removed
     root/step_N.removing    on its way out
     root/latest             the name of the one saved last
+    root.earlier            all of this, of an earlier run in the same folder
 
 One process at a time writes below a root; any number may read.
 """
@@ -27,7 +28,7 @@ LATEST = "latest"
 FORMAT = 1
 
 _STEP = re.compile(r"step_(\d+)")
-_PARTIAL, _REPLACED, _REMOVING = ".partial", ".replaced", ".removing"
+_PARTIAL, _REPLACED, _REMOVING, _EARLIER = ".partial", ".replaced", ".removing", ".earlier"
 
 
 def latest(root: Path) -> Path | None:
@@ -70,6 +71,18 @@ def rotate(root: Path, keep: int) -> list[str]:
         except OSError as error:
             lines.append(f"{path} could not be removed ({error.strerror or error}); remove it by hand")
     return lines
+
+
+def set_aside(root: Path) -> Path | None:
+    """Move the checkpoints of an earlier run out of the way of one that begins; returns their new place, if any.
+
+    So they are neither rotated away nor taken for the new run's. Those set aside before are removed.
+    """
+    if latest(root) is None:
+        return None
+    earlier = root.with_name(root.name + _EARLIER)
+    shutil.rmtree(earlier, ignore_errors=True)
+    return root.rename(earlier)
 
 
 def contents(directory: Path) -> set[str]:

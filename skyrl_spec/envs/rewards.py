@@ -16,11 +16,17 @@ from skyrl_spec.types import Prompt
 
 @dataclass(frozen=True)
 class EnvResult:
-    """What an environment said of a response."""
+    """What an environment said of a response; ``error`` is why it could say nothing, and its reward is 0 then."""
 
     reward: float
     done: bool
     metadata: dict[str, Any]
+    error: str | None = None
+
+
+def failed(prompt: Prompt, error: str) -> EnvResult:
+    """Of a response that could not be scored."""
+    return EnvResult(0.0, done=True, metadata={}, error=f"row {prompt.uid}, env_class {prompt.env_class}: {error}")
 
 
 def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig) -> None:
@@ -46,7 +52,7 @@ def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
 
     Raises:
         ConfigError: an environment that rewrites the prompt or wants another turn.
-        RuntimeError: the environment raised, or its reward is no finite number; names the row and the environment.
+        RuntimeError: the environment raised, or its reward is no finite number.
     """
     try:
         env = _make(prompt, env_config)
@@ -55,7 +61,7 @@ def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
         env.close()
         result = EnvResult(float(output["reward"]), bool(output["done"]), dict(output["metadata"]))
     except Exception as error:
-        raise RuntimeError(f"row {prompt.uid}, env_class {prompt.env_class}: {_one_line(error)}") from error
+        raise RuntimeError(_one_line(error)) from error
     if messages != prompt.messages:
         raise ConfigError(
             f"environment.env_class={prompt.env_class}: rewrites the prompt (row {prompt.uid}), which is not supported "
@@ -67,17 +73,8 @@ def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
             "are not supported yet; use a single-turn one such as gsm8k"
         )
     if not math.isfinite(result.reward):
-        raise RuntimeError(f"row {prompt.uid}, env_class {prompt.env_class}: reward is {result.reward}")
+        raise RuntimeError(f"reward is {result.reward}")
     return result
-
-
-def score_all(prompts: Iterable[Prompt], texts: Iterable[str], environment: EnvironmentConfig) -> list[EnvResult]:
-    """``score`` of every pair, in order, and in the calling thread: graders often bound their time with a signal, which
-    Python delivers to the main thread alone. A rule-based grader takes microseconds."""
-    return [
-        score(prompt, text, environment.skyrl_gym.get(prompt.env_class, {}))
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
 
 
 def _make(prompt: Prompt, env_config: Any) -> Any:

@@ -32,6 +32,9 @@ class PolicyWorker:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._senders: dict[str, Any] = {}
 
+    def ping(self) -> None:
+        """Answers if there is anyone."""
+
     def address(self) -> tuple[str, int]:
         """This node's IP and a port that is free now."""
         with socket.socket() as probe:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 STEP = "trainer/step"
 AVG_RAW_REWARD = "reward/avg_raw_reward"
+# Responses that no environment could score.
+NUM_FAILED = "reward/num_failed"
 EVAL_SCORE = "eval/all/avg_score"
 THROUGHPUT = "vllm/train/generation_throughput_tok_s"
 DRAFT_LOSS = "draft/loss"
@@ -98,6 +100,7 @@ def step_keys(
         STEP,
         AVG_RAW_REWARD,
         pass_at(n_samples_per_prompt),
+        NUM_FAILED,
         *POLICY,
         *LOGPROBS,
         *([POLICY_KL] if use_kl_loss else []),

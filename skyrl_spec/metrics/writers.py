@@ -159,4 +159,4 @@ def _sample(step: int, rollout: Rollout) -> dict[str, Any]:
         "finish_reason": rollout.generation.finish_reason,
         "policy_version": versions.policy,
         "draft_version": versions.draft,
-    }
+    } | ({} if rollout.error is None else {"error": rollout.error})

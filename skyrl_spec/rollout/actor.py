@@ -7,16 +7,23 @@ from typing import Any
 import ray
 
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
+from skyrl_spec.sync.weights import Update, load_updates
 from skyrl_spec.types import Versions
 
 
-@ray.remote
-class RolloutActor(RolloutEngine):
+class EngineActor(RolloutEngine):
     """A ``RolloutEngine`` in a process of its own: the same methods, called remotely."""
 
     def ping(self) -> Versions:
         """Answers once the engine is built, with the weights it holds."""
         return self._versions
+
+    def load_weights(self, updates: list[Update], versions: Versions) -> None:
+        """A whole sync over Ray's object store."""
+        load_updates(self, updates, versions)
+
+
+RolloutActor = ray.remote(EngineActor)
 
 
 def actor_options(settings: EngineSettings) -> dict[str, Any]:

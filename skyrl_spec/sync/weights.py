@@ -10,12 +10,38 @@ what it was sampled with.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
 from skyrl_spec.types import Versions, Which
+
+if TYPE_CHECKING:
+    from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+
+# What is sent, and its chunks in Ray's object store.
+Update = tuple[Which, Sequence[ray.ObjectRef]]
+
+
+class Engine(Protocol):
+    def start_weight_update(self, draft: bool) -> None: ...
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+    def finish_weight_update(self) -> None: ...
+    def reset_prefix_cache(self) -> None: ...
+    def set_versions(self, versions: Versions) -> None: ...
+
+
+def load_updates(engine: Engine, updates: Iterable[Update], versions: Versions) -> None:
+    """An engine's side of a sync over the object store. On one host the arrays are mapped, not copied."""
+    for which, chunks in updates:
+        engine.start_weight_update(which == "draft")
+        for chunk in chunks:
+            engine.update_weights(ray.get(chunk))
+        engine.finish_weight_update()
+    engine.reset_prefix_cache()
+    engine.set_versions(versions)
 
 
 class WeightSync:
@@ -24,15 +50,17 @@ class WeightSync:
     ``whiches``: what is trained, in the order it is sent; what is frozen stays at version 0.
     """
 
-    def __init__(self, workers: list[Any], engines: list[Any], *, backend: str, whiches: list[Which]):
-        self._workers, self._engines, self._backend = workers, engines, backend
+    def __init__(self, policy: PolicyGroup, engines: EngineGroup, *, backend: str, whiches: list[Which]):
+        self._policy, self._engines, self._over_ray = policy, engines, backend == "ray"
         self.whiches = whiches
         self.versions = Versions()
-        if backend == "ray":
-            ray.get([engine.init_weight_transfer_engine.remote({}) for engine in engines])
+        if self._over_ray:
+            engines.all("init_weight_transfer_engine", {})
+            engines.on_replaced = self._catch_up
         else:
-            address = ray.get(workers[0].address.remote())
-            ray.get([worker.connect.remote(backend, engines, self.whiches, address) for worker in workers])
+            # Ranks of a transfer group cannot be replaced one by one.
+            engines.is_replaceable = False
+            policy.connect(backend, engines.handles, self.whiches)
 
     def sync(self) -> int:
         """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""
@@ -41,22 +69,23 @@ class WeightSync:
 
     def restore(self, versions: Versions) -> int:
         """The same under given versions: the workers' weights are those of a checkpoint."""
-        num_bytes = sum(self._send(which) for which in self.whiches)
         self.versions = versions
-        self._all("reset_prefix_cache")
-        self._all("set_versions", self.versions)
+        if self._over_ray:
+            updates, num_bytes = self._export()
+            self._engines.all("load_weights", updates, versions)
+            return num_bytes
+        num_bytes = sum(self._policy.send(which) for which in self.whiches)
+        self._engines.all("reset_prefix_cache")
+        self._engines.all("set_versions", versions)
         return num_bytes
 
-    def _send(self, which: Which) -> int:
-        if self._backend != "ray":
-            return ray.get([worker.send.remote(which) for worker in self._workers])[0]
-        chunks = ray.get([worker.export.remote(which) for worker in self._workers])[0]
-        self._all("start_weight_update", which == "draft")
-        for chunk, _ in chunks:
-            # The reference is resolved in the engine's process: on one host the arrays are mapped, not copied.
-            self._all("update_weights", chunk)
-        self._all("finish_weight_update")
-        return sum(num_bytes for _, num_bytes in chunks)
+    def _export(self) -> tuple[list[Update], int]:
+        """What there is to load, and the bytes of it."""
+        exported = [(which, self._policy.export(which)) for which in self.whiches]
+        updates: list[Update] = [(which, [chunk for chunk, _ in chunks]) for which, chunks in exported]
+        return updates, sum(num_bytes for _, chunks in exported for _, num_bytes in chunks)
 
-    def _all(self, method: str, *args: Any) -> None:
-        ray.get([getattr(engine, method).remote(*args) for engine in self._engines])
+    def _catch_up(self, engine: Any) -> None:
+        """Bring an engine that has just been built from disk to where the others are."""
+        ray.get(engine.init_weight_transfer_engine.remote({}))
+        ray.get(engine.load_weights.remote(self._export()[0], self.versions))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyrl_spec.checkpoint.folders import contents, latest, read_record, rotate
+from skyrl_spec.checkpoint.folders import contents, latest, read_record, rotate, set_aside
 from skyrl_spec.compose import to_yaml
 from skyrl_spec.config import Config, RunError
 from skyrl_spec.draft_spec import trained_draft
@@ -36,6 +36,17 @@ def find(config: Config) -> Path | None:
     return None
 
 
+def begin(config: Config) -> None:
+    """A run that begins finds its folder without the checkpoints of an earlier one."""
+    earlier = set_aside(checkpoint_root(config))
+    if earlier is not None:
+        print(
+            f"skyrl-spec: the checkpoints of an earlier run are in {earlier} now (to go on from them: move them back, "
+            "trainer.resume_mode=latest)",
+            file=sys.stderr,
+        )
+
+
 def resume(trainer: Trainer, policy: PolicyGroup, directory: Path) -> None:
     """Workers, engines and the driver's state as they were; a draft that one side alone has is said."""
     has_draft, had_draft = trained_draft(trainer.config.trainer) is not None, "draft" in contents(directory)
@@ -53,7 +64,8 @@ class Checkpointer:
         self._trainer, self._policy = trainer, policy
         self._settings, self._root = trainer.config.trainer, checkpoint_root(trainer.config)
         self._last: tuple[int, dict[str, Any]] | None = None
-        self._saved_step: int | None = None
+        # The checkpoint of this run that was saved last.
+        self.saved: Path | None = None
 
     def after_step(self, step: int) -> None:
         """Remember the state of the step, and save it if it is due."""
@@ -77,9 +89,9 @@ class Checkpointer:
             return None
         step, extra = self._last
         directory = self._root / f"step_{step}"
-        if self._saved_step != step:
+        if self.saved != directory:
             self._policy.save_checkpoint(directory.resolve(), extra)
-            self._saved_step = step
+            self.saved = directory
             for line in rotate(self._root, self._settings.max_ckpts_to_keep):
                 print(f"skyrl-spec: {line}", file=sys.stderr)
         return directory

@@ -54,7 +54,7 @@ class Sampled:
 
 
 class Trainer:
-    """Holds what a step needs; owns no process."""
+    """Holds what a step needs; ``close`` ends the process that scores, the others are not the loop's."""
 
     def __init__(
         self,
@@ -78,6 +78,9 @@ class Trainer:
         self._watch = Watch(config.trainer.canary, dtype=coarser_dtype(config), temperature=sampling.temperature)
         self._said_short_batch = False
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
+
+    def close(self) -> None:
+        self.sampler.close()
 
     def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0, shield: Shield = nullcontext) -> None:
         """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last.

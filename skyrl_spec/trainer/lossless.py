@@ -10,14 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from skyrl_spec.config import CanaryConfig, RunError, SamplingConfig
 from skyrl_spec.metrics import names
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.actors import EngineGroup
+from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.types import Generation, Prompt, Versions
 
 # Positions whose log-probs are tested one by one.
@@ -27,10 +26,10 @@ _NUM_POSITIONS = 8
 class PlainEngine:
     """A further engine that has no draft."""
 
-    def __init__(self, engines: EngineGroup, workers: list[Any]):
+    def __init__(self, engines: EngineGroup, policy: PolicyGroup):
         self._engines = engines
         # It is on the driver's machine, and there is no GPU.
-        self._sync = WeightSync(workers, engines.handles, backend="ray", whiches=["policy"])
+        self._sync = WeightSync(policy, engines, backend="ray", whiches=["policy"])
 
     def updated(self) -> EngineGroup:
         """The engine, brought to the workers' policy by the protocol that brings it to the others."""

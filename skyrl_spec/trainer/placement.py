@@ -7,9 +7,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -101,7 +102,8 @@ def start_actors(
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     gpus = reserve_gpus(config, deadline)
     bundles = bundles_by_rank(gpus)
-    engines = [_create_engine(settings, *numbered) for numbered in enumerate(engine_options(config, settings, bundles))]
+    options = engine_options(config, settings, bundles)
+    engines = [_create_engine(settings, *numbered) for numbered in enumerate(options)]
     pings = [engine.ping.remote() for engine in engines]
     if config.trainer.placement.colocate_all:
         # vLLM measures the GPU's free memory while it starts, and fails or takes less where someone else changes it.
@@ -112,17 +114,31 @@ def start_actors(
     _get(started, deadline, "policy workers", config)
     _get(pings, deadline, "rollout engines", config)
     places = ray.get([worker.place.remote() for worker in workers])
-    timeout_s = config.generator.inference_engine.generate_timeout_s
-    return EngineGroup(engines, timeout_s), PolicyGroup(workers, places, gpus)
+    policy = PolicyGroup(workers, places, gpus)
+    return _engine_group(config, engines, partial(_restart_engine, config, settings, options), policy), policy
 
 
 def start_plain_engine(config: Config, settings: EngineSettings, policy: PolicyGroup) -> PlainEngine:
     """A further engine of the same build without a draft, to compare with."""
     plain = replace(settings, speculative_config=None)
-    engine = _create_engine(plain, 0, actor_options(plain))
+    start = partial(_restart_engine, config, plain, [actor_options(plain)])
+    return PlainEngine(_engine_group(config, [start(0)], start, policy), policy)
+
+
+def _engine_group(config: Config, engines: list[Any], start: Callable[[int], Any], policy: PolicyGroup) -> EngineGroup:
+    engine = config.generator.inference_engine
+    group = EngineGroup(engines, engine.generate_timeout_s, start, engine.max_restarts)
+    # A worker that dies while engines generate is heard of then, and not after.
+    group.while_waiting = policy.check
+    return group
+
+
+def _restart_engine(config: Config, settings: EngineSettings, options: list[dict[str, Any]], index: int) -> Any:
+    """Build an engine, in place of a former one or not, and wait for it."""
+    engine = _create_engine(settings, index, options[index])
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     _get([engine.ping.remote()], deadline, "rollout engines", config)
-    return PlainEngine(EngineGroup([engine], config.generator.inference_engine.generate_timeout_s), policy.handles)
+    return engine
 
 
 def reserve_gpus(config: Config, deadline: float) -> PlacementGroup | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from skyrl_spec.config import Config, SamplingConfig
-from skyrl_spec.envs.rewards import score_all
+from skyrl_spec.config import Config, RunError, SamplingConfig
+from skyrl_spec.envs.grader import Grader
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.spec_metrics import acceptance_metrics
 from skyrl_spec.trainer.actors import EngineGroup
 from skyrl_spec.trainer.filters import Group
 from skyrl_spec.types import Generation, Prompt, Rollout
+
+# Failures of a batch that are told one by one.
+_NUM_FAILURES_TOLD = 3
 
 
 class RolloutSampler:
@@ -22,6 +26,7 @@ class RolloutSampler:
 
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
+        self._grader = Grader(config.environment)
         self.num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
 
@@ -38,6 +43,10 @@ class RolloutSampler:
         generator = self._config.generator
         return self._sample(prompts, generator.eval_sampling_params, generator.eval_n_samples_per_prompt, seed=0)
 
+    def close(self) -> None:
+        """End the process that scores."""
+        self._grader.close()
+
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
         """``n`` scored rollouts a prompt; adds to ``num_tokens`` and ``generate_s``."""
         start = time.perf_counter()
@@ -51,20 +60,43 @@ class RolloutSampler:
             (prompt, generation) for prompt, group in zip(prompts, generations, strict=True) for generation in group
         ]
         texts = self._tokenizer.batch_decode([g.token_ids for _, g in flat], skip_special_tokens=True)
-        results = score_all([prompt for prompt, _ in flat], texts, self._config.environment)
+        results = self._grader.score_all([prompt for prompt, _ in flat], texts)
+        self._tell_failures([result.error for result in results if result.error is not None], len(results))
         rollouts = [
-            Rollout(prompt, generation, text, result.reward, loss_mask=[1] * len(generation.token_ids))
+            Rollout(prompt, generation, text, result.reward, [1] * len(generation.token_ids), result.error)
             for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
         ]
         ends = np.cumsum([len(group) for group in generations])
         return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
 
+    def _tell_failures(self, errors: Sequence[str], num_responses: int) -> None:
+        """Of a batch.
+
+        Raises:
+            RunError: they are more than ``environment.max_failed_share`` of it.
+        """
+        allowed = self._config.environment.max_failed_share
+        if len(errors) > allowed * num_responses:
+            raise RunError(
+                f"environment.max_failed_share={allowed:g}: {len(errors)} of {num_responses} responses could not be "
+                f"scored, the last one of {errors[-1]}; mend the environment or the rows, or raise it"
+            )
+        for error in errors[:_NUM_FAILURES_TOLD]:
+            print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
+        if len(errors) > _NUM_FAILURES_TOLD:
+            print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_TOLD} more of this batch", file=sys.stderr)
+
 
 def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float]:
-    """Mean reward, and the share of prompts with at least one rewarded response."""
+    """Mean reward, the share of prompts with at least one rewarded response, and how many could not be scored."""
     rewards = [rollout.reward for group in groups for rollout in group]
+    num_failed = sum(rollout.error is not None for group in groups for rollout in group)
     solved = [any(rollout.reward > 0 for rollout in group) for group in groups]
-    return {names.AVG_RAW_REWARD: float(np.mean(rewards)), names.pass_at(num_samples): float(np.mean(solved))}
+    return {
+        names.AVG_RAW_REWARD: float(np.mean(rewards)),
+        names.pass_at(num_samples): float(np.mean(solved)),
+        names.NUM_FAILED: num_failed,
+    }
 
 
 class SpeculationMeter:

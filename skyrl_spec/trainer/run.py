@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_spec.compose import to_yaml
-from skyrl_spec.config import Config, ConfigError, RunError
+from skyrl_spec.config import Config, ConfigError, LostActorError, RunError
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.draft_spec import (
@@ -35,11 +36,14 @@ from skyrl_spec.validation import parallel_layout, sync_backend
 
 if TYPE_CHECKING:
     from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+    from skyrl_spec.trainer.checkpoints import Checkpointer
     from skyrl_spec.trainer.loop import Trainer
     from skyrl_spec.trainer.lossless import PlainEngine
 
 # What the shell reports for a process that a signal ended.
 _SIGNAL_EXIT = 128
+# Of a disk or folder that cannot be written any more.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 # Seconds that a run may take to end before a further signal ends it at once.
 _PATIENCE_S = 10.0
 
@@ -119,14 +123,25 @@ def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *,
                 go_on = "the same command with trainer.resume_mode=latest goes on"
                 print(f"skyrl-spec: {name}: saved {watch.saved}; {go_on}", file=sys.stderr)
                 return 0
-            if isinstance(error, RunError):
-                print(f"skyrl-spec: error: {error}", file=sys.stderr)
+            if (line := _error_line(error)) is not None:
+                print(f"skyrl-spec: error: {line}", file=sys.stderr)
             print(f"skyrl-spec: {name}: stopped; what was measured is in {run_dir}", file=sys.stderr)
             return _SIGNAL_EXIT + watch.received
-        if isinstance(error, RunError):
-            print(f"skyrl-spec: error: {error}", file=sys.stderr)
+        if (line := _error_line(error)) is not None:
+            print(f"skyrl-spec: error: {line}", file=sys.stderr)
             return 1
         raise
+
+
+def _error_line(error: Exception) -> str | None:
+    """One line for what can happen to a run that was rightly configured; None for what should not."""
+    if isinstance(error, LostActorError) and error.checkpoint is not None:
+        return f"{error}; the same command with trainer.resume_mode=latest goes on from {error.checkpoint}"
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        return f"{error.filename or 'a file of the run'}: {error.strerror}; free space, or set another trainer.run_dir"
+    return None
 
 
 @dataclass(frozen=True)
@@ -170,16 +185,36 @@ class Running:
     trainer: Trainer
     engines: EngineGroup
     policy: PolicyGroup
+    checkpointer: Checkpointer
     # The engine without a draft, where losslessness is checked.
     plain: PlainEngine | None
 
 
 def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
+    def attempt(resume_from: Path | None) -> None:
+        task = load_task(config, resume_from)
+        with open_output(task) as output:
+            _train_on_cluster(task, output, verbose, watch)
+
+    with_restarts(config, attempt)
+
+
+def with_restarts(config: Config, attempt: Callable[[Path | None], None]) -> None:
+    """``attempt``, and where it loses an actor again, ``trainer.max_restarts`` times, from the last checkpoint."""
     from skyrl_spec.trainer.checkpoints import find
 
-    task = load_task(config, resume_from=find(config))
-    with open_output(task) as output:
-        _train_on_cluster(task, output, verbose, watch)
+    resume_from, restarts_left = find(config), config.trainer.max_restarts
+    while True:
+        try:
+            attempt(resume_from)
+            return
+        except LostActorError as error:
+            if restarts_left == 0:
+                raise
+            restarts_left -= 1
+            resume_from = error.checkpoint or resume_from
+            where = resume_from or "the beginning"
+            print(f"skyrl-spec: warning: {error}; going on from {where} (trainer.max_restarts)", file=sys.stderr)
 
 
 def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
@@ -210,7 +245,7 @@ def on_cluster(
 
     ``whiches`` is what is trained; a policy that is not is frozen.
     """
-    from skyrl_spec.trainer.checkpoints import resume
+    from skyrl_spec.trainer.checkpoints import Checkpointer, resume
     from skyrl_spec.trainer.placement import engine_settings, ray_session, start_actors, start_plain_engine
 
     config, settings = task.config, engine_settings(task.config)
@@ -223,9 +258,17 @@ def on_cluster(
             checks_losslessness = settings.speculative_config is not None and config.trainer.canary.lossless_interval
             plain = start_plain_engine(config, settings, policy) if checks_losslessness else None
             trainer = make_trainer(trainer_class, task, engines, policy, whiches, plain)
-            if task.resume_from is not None:
-                resume(trainer, policy, task.resume_from)
-            yield Running(trainer, engines, policy, plain)
+            checkpointer = Checkpointer(trainer, policy)
+            try:
+                with plain_errors():
+                    if task.resume_from is not None:
+                        resume(trainer, policy, task.resume_from)
+                    yield Running(trainer, engines, policy, checkpointer, plain)
+            except LostActorError as error:
+                error.checkpoint = checkpointer.saved
+                raise
+            finally:
+                trainer.close()
         finally:
             engines.shutdown()
             policy.shutdown()
@@ -233,9 +276,7 @@ def on_cluster(
 
 def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) -> None:
     """All steps, with checkpoints; SIGTERM leaves one of the last step that was done."""
-    from skyrl_spec.trainer.checkpoints import Checkpointer
-
-    checkpointer = Checkpointer(running.trainer, running.policy)
+    checkpointer = running.checkpointer
 
     def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
         output.on_step(step, values, rollouts)
@@ -290,7 +331,7 @@ def make_trainer(
         eval_prompts=task.eval_prompts,
         engines=engines,
         policy=policy,
-        sync=WeightSync(policy.handles, engines.handles, backend=sync_backend(config), whiches=whiches),
+        sync=WeightSync(policy, engines, backend=sync_backend(config), whiches=whiches),
         canary=canary,
         lossless=lossless,
     )
@@ -360,7 +401,11 @@ def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str
 @contextmanager
 def open_output(task: Task) -> Iterator[Output]:
     """Everything a run writes, opened, and the start-up panel shown."""
+    from skyrl_spec.trainer.checkpoints import begin
+
     trainer, console = task.config.trainer, ConsoleWriter(task.steps)
+    if task.resume_from is None:
+        begin(task.config)
     run_dir = Path(trainer.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(task.config))
@@ -454,7 +499,7 @@ def plain_errors() -> Iterator[None]:
     except ray.exceptions.RayActorError as error:
         # What it died of is the last line; a traceback comes before.
         reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:300]
-        raise RunError(f"an engine or worker died ({reason}); -v shows what it printed") from None
+        raise LostActorError(f"an engine or worker died ({reason}); -v shows what it printed") from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ConfigError | RunError):
             raise error.cause from None

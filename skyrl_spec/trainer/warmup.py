@@ -12,7 +12,6 @@ from pathlib import Path
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.metrics.writers import read_metrics
-from skyrl_spec.trainer.checkpoints import find
 from skyrl_spec.trainer.run import (
     Output,
     SignalWatch,
@@ -23,6 +22,7 @@ from skyrl_spec.trainer.run import (
     run_job,
     run_steps,
     serve_command,
+    with_restarts,
 )
 
 
@@ -72,10 +72,13 @@ def run_warmup(config: Config, *, verbose: bool = False) -> int:
 
 
 def _warm_up(config: Config, verbose: bool, watch: SignalWatch) -> None:
-    task = load_task(_with_fresh_head(config), resume_from=find(config))
-    task = replace(task, steps=config.trainer.warmup.num_steps)
-    with open_output(task) as output:
-        _warm_up_on_cluster(task, output, verbose, watch)
+    def attempt(resume_from: Path | None) -> None:
+        task = load_task(_with_fresh_head(config), resume_from)
+        task = replace(task, steps=config.trainer.warmup.num_steps)
+        with open_output(task) as output:
+            _warm_up_on_cluster(task, output, verbose, watch)
+
+    with_restarts(config, attempt)
 
 
 def _with_fresh_head(config: Config) -> Config:

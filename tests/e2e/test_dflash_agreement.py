@@ -26,7 +26,7 @@ from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.rollout.actor import actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.actors import PolicyGroup
+from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.types import SpecCounters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,13 +156,14 @@ def test_trainer_engine_and_a_plain_vllm_agree_before_and_after_a_sync(
     ray.get([trainer.train.remote(seed) for seed in range(2)])
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer, prompts)
-    sync = WeightSync([trainer], [engine], backend="ray", whiches=["policy", "draft"])
+    policy = PolicyGroup([trainer], [(0, 0)])
+    sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", whiches=["policy", "draft"])
     assert sync.sync() > 0
     _assert_agreement(engine, trainer, prompts)
 
     synced, tokens = _acceptance(engine, prompts)
     assert synced.num_accepted_tokens != before.num_accepted_tokens
-    PolicyGroup([trainer], [(0, 0)]).save_hf(tmp_path)
+    policy.save_hf(tmp_path)
     plain = _plain_vllm(tmp_path / "model", tmp_path / "draft", prompts)
     assert plain["tokens"] == tokens
     assert (plain["drafts"], plain["accepted_tokens"]) == (synced.num_drafts, synced.num_accepted_tokens)

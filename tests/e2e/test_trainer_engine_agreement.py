@@ -20,10 +20,10 @@ from trainer_actor import TrainerActor
 from transformers import Qwen2ForCausalLM
 
 from skyrl_spec.config import SamplingConfig
-from skyrl_spec.rollout.actor import actor_options
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.rollout.actor import EngineActor, actor_options
+from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.actors import PolicyGroup
+from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 
 K = 4
 PROMPT_LENGTHS = (1, 2, 7, 30)
@@ -41,7 +41,7 @@ class Drafted:
 
 
 @ray.remote
-class RecordingEngine(RolloutEngine):
+class RecordingEngine(EngineActor):
     """An engine that keeps what its drafter computes."""
 
     def draft(self, prompt: list[int]) -> Drafted:
@@ -117,13 +117,14 @@ def test_trainer_engine_and_transformers_agree_before_and_after_a_sync(
     ray.get([trainer.train.remote(seed) for seed in range(3)])
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer)
-    sync = WeightSync([trainer], [engine], backend="ray", whiches=["policy", "draft"])
+    policy = PolicyGroup([trainer], [(0, 0)])
+    sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", whiches=["policy", "draft"])
     assert sync.sync() > 0
     assert sync.versions.policy == sync.versions.draft == 1
     after = _assert_agreement(engine, trainer)
     assert (before[0].logits - after[0].logits).abs().max() > 100 * TOLERANCE
 
-    PolicyGroup([trainer], [(0, 0)]).save_hf(tmp_path)
+    policy.save_hf(tmp_path)
     exported = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokens = after[-1].token_ids[: PROMPT_LENGTHS[-1] + 1]
     with torch.no_grad():

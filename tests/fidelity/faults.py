@@ -21,7 +21,7 @@ from skyrl_spec.compose import load_config
 from skyrl_spec.config import RunError, SamplingConfig
 from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.megatron.worker import PolicyWorker
-from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.actor import EngineActor
 from skyrl_spec.trainer import placement
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.trainer.loop import Trainer
@@ -43,21 +43,24 @@ OVERRIDES = (
 )
 
 
-@ray.remote
-class FaultyEngine(RolloutEngine):
+Tensors = list[tuple[str, Any]]
+
+
+class _FaultyEngine(EngineActor):
     """A real engine that can be told to do wrong."""
 
     fault: str | None = None
+    # A call that it leaves out.
+    skipped: str | None = None
+    # What becomes of the tensors that arrive; each is loaded alone then.
+    change: Callable[[Tensors], Tensors] | None = None
 
-    def ping(self) -> Versions:
-        return self._versions
-
-    def inject(self, fault: str | None) -> None:
-        self.fault = fault
-        if fault is None:
+    def inject(self, fault: str | None, skipped: str | None = None, change: Any = None) -> None:
+        self.fault, self.skipped, self.change = fault, skipped, change
+        if not (fault or skipped or change):
             # Breaks off an update that the last fault may have left open.
             with suppress(Exception):
-                self.update_weights({"names": ["none"], "dtype_names": [], "shapes": [], "arrays": []})
+                super().update_weights({"names": ["none"], "dtype_names": [], "shapes": [], "arrays": []})
 
     def generate(
         self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
@@ -70,11 +73,28 @@ class FaultyEngine(RolloutEngine):
         self._old = {name: tensor.clone() for name, tensor in self._fused().items()} if draft else {}
         super().start_weight_update(draft)
 
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if self.change is None:
+            return super().update_weights(update_info)
+        keys = ("dtype_names", "shapes", "arrays")
+        rest = zip(*(update_info[key] for key in keys), strict=True)
+        for name, values in self.change(list(zip(update_info["names"], rest, strict=True))):
+            super().update_weights({"names": [name]} | {key: [value] for key, value in zip(keys, values, strict=True)})
+        return None
+
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
         if self.fault == "stale buffers":
             for name, tensor in self._fused().items():
                 tensor.copy_(self._old.get(name, tensor))
+
+    def reset_prefix_cache(self) -> None:
+        if self.skipped != "reset_prefix_cache":
+            super().reset_prefix_cache()
+
+    def set_versions(self, versions: Versions) -> None:
+        if self.skipped != "set_versions":
+            super().set_versions(versions)
 
     def _fused(self) -> dict[str, Any]:
         """What a DFlash drafter derives from its parameters."""
@@ -84,6 +104,9 @@ class FaultyEngine(RolloutEngine):
         return {
             name: value for name, value in vars(runner.drafter.model.model).items() if isinstance(value, torch.Tensor)
         }
+
+
+FaultyEngine = ray.remote(_FaultyEngine)
 
 
 class _FaultyWorker(PolicyWorker.__ray_metadata__.modified_class):  # type: ignore[name-defined]
@@ -119,8 +142,12 @@ class Fault:
     from_start: bool = False
 
 
-def in_engine(fault: str) -> Callable[[Trainer], None]:
-    return lambda trainer: ray.get([engine.inject.remote(fault) for engine in trainer.engines.handles])
+def in_engine(fault: str | None = None, **more: Any) -> Callable[[Trainer], None]:
+    return lambda trainer: ray.get([engine.inject.remote(fault, **more) for engine in trainer.engines.handles])
+
+
+def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Trainer], None]:
+    return in_engine(change=change)
 
 
 def in_worker(fault: str) -> Callable[[Trainer], None]:
@@ -128,55 +155,16 @@ def in_worker(fault: str) -> Callable[[Trainer], None]:
 
 
 def skip_draft_once(trainer: Trainer) -> None:
-    send, skipped = trainer.sync._send, []
+    export, skipped = trainer.sync._export, []
 
-    def faulty(which: Any) -> int:
-        if which == "draft" and not skipped:
-            skipped.append(which)
-            return 0
-        return send(which)
+    def faulty() -> Any:
+        updates, num_bytes = export()
+        if skipped:
+            return updates, num_bytes
+        skipped.append("draft")
+        return [update for update in updates if update[0] != "draft"], num_bytes
 
-    trainer.sync._send = faulty  # type: ignore[method-assign]
-
-
-def without_call(method: str) -> Callable[[Trainer], None]:
-    """The sync leaves out a call to the engines."""
-
-    def inject(trainer: Trainer) -> None:
-        call = trainer.sync._all
-
-        def faulty(name: str, *args: Any) -> None:
-            if name != method:
-                call(name, *args)
-
-        trainer.sync._all = faulty  # type: ignore[method-assign]
-
-    return inject
-
-
-Tensors = list[tuple[str, Any]]
-
-
-def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Trainer], None]:
-    """Every tensor travels alone, and ``change`` decides which do."""
-
-    def inject(trainer: Trainer) -> None:
-        call = trainer.sync._all
-
-        def faulty(name: str, *args: Any) -> None:
-            if name != "update_weights":
-                return call(name, *args)
-            payload = ray.get(args[0])
-            keys = ("dtype_names", "shapes", "arrays")
-            tensors = list(zip(payload["names"], zip(*(payload[key] for key in keys), strict=True), strict=True))
-            for tensor_name, rest in change(tensors):
-                piece = {"names": [tensor_name]} | {key: [value] for key, value in zip(keys, rest, strict=True)}
-                call(name, ray.put(piece))
-            return None
-
-        trainer.sync._all = faulty  # type: ignore[method-assign]
-
-    return inject
+    trainer.sync._export = faulty  # type: ignore[method-assign]
 
 
 def swap_layers(tensors: Tensors) -> Tensors:
@@ -220,8 +208,8 @@ FAULTS = (
     Fault("a chunk of the draft is lost", "mtp", with_tensors(lose("mtp_layers.0.input_proj"))),
     Fault("a row of the policy is corrupted", "mtp", with_tensors(corrupt("model.layers.5.mlp.up_proj"))),
     Fault("a row of the draft is corrupted", "mtp", with_tensors(corrupt("mtp_layers.0.mlp.up_proj"))),
-    Fault("the prefix cache is kept", "mtp", without_call("reset_prefix_cache")),
-    Fault("an engine is not told its version", "mtp", without_call("set_versions")),
+    Fault("the prefix cache is kept", "mtp", in_engine(skipped="reset_prefix_cache")),
+    Fault("an engine is not told its version", "mtp", in_engine(skipped="set_versions")),
     Fault("engines sample at another temperature", "mtp", in_engine("temperature")),
     Fault("the draft is trained on normed hidden states", "mtp", in_worker("post-norm"), from_start=True),
     Fault("none", "dflash", lambda _: None),

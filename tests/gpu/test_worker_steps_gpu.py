@@ -227,9 +227,7 @@ def ask_around_a_sync(config: Config, settings: EngineSettings, exported: Path) 
     old = ask(engines.handles[0])
     for _ in range(10):
         policy.train_mini_batch(make_batch(seed=0))
-    sync = WeightSync(
-        policy.handles, engines.handles, backend=settings.weight_sync_backend, whiches=["policy", "draft"]
-    )
+    sync = WeightSync(policy, engines, backend=settings.weight_sync_backend, whiches=["policy", "draft"])
     assert sync.sync() > 0
     synced = [ask(engine) for engine in engines.handles]
     policy.save_hf(exported)

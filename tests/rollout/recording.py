@@ -9,7 +9,7 @@ from dflash_reference import DflashReference, TargetReference
 from torch import Tensor
 
 from skyrl_spec.config import SamplingConfig
-from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.actor import EngineActor
 
 
 @dataclass
@@ -28,7 +28,7 @@ class DraftedResponse:
     blocks: list[DraftedBlock]
 
 
-class DflashRecorder(RolloutEngine):
+class DflashRecorder(EngineActor):
     """An engine that keeps the logits of its DFlash drafter."""
 
     def draft(self, prompt: list[int], num_tokens: int) -> DraftedResponse:

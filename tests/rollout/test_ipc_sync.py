@@ -20,9 +20,10 @@ from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
 from skyrl_spec.config import SamplingConfig
 from skyrl_spec.megatron.worker import PolicyWorker
-from skyrl_spec.rollout.actor import actor_options
+from skyrl_spec.rollout.actor import EngineActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
 from skyrl_spec.sync.weights import WeightSync
+from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.types import SpecCounters
 
 # Two ranks of one model replica, and an engine on the "GPU" of each.
@@ -34,7 +35,7 @@ BUFFER_BYTES = 30_000
 
 
 @ray.remote
-class IpcEngine(RolloutEngine):
+class IpcEngine(EngineActor):
     """A real engine; notes updates of the policy as ``P``, of the draft as ``D``, chunks as ``.``, ends as ``|``."""
 
     def __init__(self, settings: EngineSettings, gpu: str, directory: Path):
@@ -131,7 +132,8 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
     start_engine: Callable[..., EngineProcess],
     tmp_path: Path,
 ) -> None:
-    sync = WeightSync(workers, engines, backend="ipc", whiches=["policy", "draft"])
+    group = EngineGroup(engines, timeout_s=300)
+    sync = WeightSync(PolicyGroup(workers, [(0, 0), (0, 1)]), group, backend="ipc", whiches=["policy", "draft"])
     # The second sync finds what the first one left.
     first = train_and_sync(workers, sync, engines, tmp_path / "first")
     second = train_and_sync(workers, sync, engines, tmp_path / "second")

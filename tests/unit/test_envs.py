@@ -15,7 +15,7 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from skyrl_spec.config import ConfigError, EnvironmentConfig
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.envs.registry import check_env_class, register_custom
-from skyrl_spec.envs.rewards import check_environments, score, score_all
+from skyrl_spec.envs.rewards import check_environments, score
 from skyrl_spec.types import Prompt
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic_mtp"
@@ -77,16 +77,15 @@ def test_a_users_gsm8k_parquet_is_loaded_and_scored(tmp_path: Path, monkeypatch:
     ).prompts
     environment = EnvironmentConfig()
     check_environments(prompts, environment)
-    right = score_all(prompts, ["40+2=42\n#### 42", "300 times 4\n#### 1,200"], environment)
+    right = [score(*pair, {}) for pair in zip(prompts, ["40+2=42\n#### 42", "300 times 4\n#### 1,200"], strict=True)]
     assert [result.reward for result in right] == [1.0, 1.0]
-    wrong = score_all(prompts, ["#### 41", "1200"], environment)
+    wrong = [score(*pair, {}) for pair in zip(prompts, ["#### 41", "1200"], strict=True)]
     assert [result.reward for result in wrong] == [0.0, 0.0]
     assert all(result.done for result in right)
 
 
 def test_custom_environments_get_their_configuration() -> None:
-    environment = EnvironmentConfig(custom=CUSTOM, skyrl_gym={"test_env_length": {"scale": 0.5}})
-    results = score_all([prompt("test_env_length")] * 2, ["abcd", ""], environment)
+    results = [score(prompt("test_env_length"), text, {"scale": 0.5}) for text in ("abcd", "")]
     assert [result.reward for result in results] == [2.0, 0.0]
     assert results[0].metadata == {"text": "abcd"}
     # Again is no error, and the name is now known.
@@ -123,11 +122,11 @@ def test_rows_that_an_environment_cannot_use_are_found_before_the_run() -> None:
         check_environments([prompt("gsm8k", data_source="x")], EnvironmentConfig())
 
 
-def test_a_reward_function_that_raises_names_the_row() -> None:
-    with pytest.raises(RuntimeError, match=r"row row-7, env_class test_env_length: KeyError: 'no grade'") as caught:
+def test_what_a_reward_function_raises_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"KeyError: 'no grade'") as caught:
         score(prompt("test_env_length"), "boom", {})
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(RuntimeError, match=r"row row-7, env_class test_env_length: reward is nan"):
+    with pytest.raises(RuntimeError, match=r"reward is nan"):
         score(prompt("test_env_length"), "nan", {})
 
 

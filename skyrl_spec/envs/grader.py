@@ -1,0 +1,125 @@
+"""Scoring in a process of its own: a reward function that raises, hangs or dies costs its own response, not the run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from skyrl_spec.config import ConfigError, EnvironmentConfig
+from skyrl_spec.envs.registry import register_custom
+from skyrl_spec.envs.rewards import EnvResult, failed, score
+from skyrl_spec.types import Prompt
+
+# Seconds that the process may take to import what it needs.
+_START_S = 120.0
+
+
+class Grader:
+    """Scores responses one after the other, in the main thread of one process: graders often bound their time with a
+    signal, which Python delivers there alone. A rule-based one takes microseconds."""
+
+    def __init__(self, environment: EnvironmentConfig):
+        self._environment = environment
+        self._start()
+
+    def score_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[EnvResult]:
+        """The results in order; of a response that could not be scored, one that says so.
+
+        Raises:
+            ConfigError: an environment that cannot be used at all (``rewards.score``).
+        """
+        pairs = list(zip(prompts, texts, strict=True))
+        results: list[EnvResult] = []
+        while len(results) < len(pairs):
+            results += self._score(pairs[len(results) :])
+        return results
+
+    def close(self) -> None:
+        """End the process; more than once does no harm."""
+        self._finalizer()
+
+    def _score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[EnvResult]:
+        """As far as one process gets; the last result may be the one that it was lost with."""
+        results: list[EnvResult] = []
+        problem = "the process that scored it died"
+        self._wait_for_start()
+        try:
+            self._connection.send(pairs)
+            for _ in pairs:
+                if not self._connection.poll(self._environment.timeout_s):
+                    problem = f"took longer than environment.timeout_s={self._environment.timeout_s:g}"
+                    break
+                answer = self._connection.recv()
+                if isinstance(answer, ConfigError):
+                    raise answer
+                results.append(answer)
+        except (EOFError, ConnectionError):
+            pass
+        if len(results) < len(pairs):
+            self.close()
+            self._start()
+            results.append(failed(pairs[len(results)][0], problem))
+        return results
+
+    def _start(self) -> None:
+        # Forked, it would have locks of Ray's threads; spawned, it has nothing.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        # Not a daemon: an environment may have processes of its own.
+        process = context.Process(target=_serve, args=(theirs, self._environment), daemon=False)
+        process.start()
+        theirs.close()
+        self._finalizer = weakref.finalize(self, _end, process, self._connection)
+        self._has_started = False
+
+    def _wait_for_start(self) -> None:
+        """So that the time it takes to import counts for no response."""
+        if self._has_started:
+            return
+        with suppress(EOFError):
+            self._has_started = self._connection.poll(_START_S) and self._connection.recv()
+        if not self._has_started:
+            raise ConfigError("environment.custom: cannot be imported in a process of its own; correct PYTHONPATH")
+
+
+def _end(process: BaseProcess, connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.join()
+
+
+def _serve(connection: Connection, environment: EnvironmentConfig) -> None:
+    """The process: batches of pairs in, a result for each out."""
+    # The run decides when it ends, at whatever signal the terminal sends to all of its processes.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    register_custom(environment.custom)
+    connection.send(True)
+    while True:
+        for prompt, text in connection.recv():
+            connection.send(_result(prompt, text, environment))
+
+
+def _result(prompt: Prompt, text: str, environment: EnvironmentConfig) -> EnvResult | ConfigError:
+    try:
+        return score(prompt, text, environment.skyrl_gym.get(prompt.env_class, {}))
+    except ConfigError as error:
+        return error
+    except RuntimeError as error:
+        return failed(prompt, str(error))
+
+
+def _end_with_parent() -> None:
+    """Also where the main thread hangs, and the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,121 @@
+"""Reward functions that raise, hang or die, in the process that scores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+
+from skyrl_spec.config import ConfigError, EnvironmentConfig
+from skyrl_spec.envs.grader import Grader
+from skyrl_spec.types import Prompt
+
+TIMEOUT_S = 1.0
+ENVIRONMENT = EnvironmentConfig(
+    custom={"test_env_moody": f"{__name__}:MoodyEnv"},
+    skyrl_gym={"test_env_moody": {"scale": 0.5}},
+    timeout_s=TIMEOUT_S,
+)
+
+
+class MoodyEnv(BaseTextEnv):
+    """Rewards the length of the text, unless the text tells it to do otherwise."""
+
+    def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
+        super().__init__()
+        self.scale = env_config.scale
+
+    def step(self, action: str) -> BaseTextEnvStepOutput:
+        if action == "raise":
+            raise KeyError("no grade")
+        if action == "hang":
+            while True:
+                pass
+        if action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "alarm":
+            # As graders do that bound their time themselves; in another thread it would be an error.
+            signal.signal(signal.SIGALRM, lambda *_: None)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            signal.pause()
+        reward = float("nan") if action == "nan" else self.scale * len(action)
+        return BaseTextEnvStepOutput(observations=[], reward=reward, done=action != "again", metadata={})
+
+
+def prompts(num: int) -> list[Prompt]:
+    return [
+        Prompt(f"row-{index}", [1], [{"role": "user", "content": "1+1="}], "test_env_moody", {}) for index in range(num)
+    ]
+
+
+@pytest.fixture
+def grader() -> Iterator[Grader]:
+    made = Grader(ENVIRONMENT)
+    yield made
+    made.close()
+
+
+def test_a_response_that_cannot_be_scored_costs_no_other_one(grader: Grader) -> None:
+    texts = ["abcd", "raise", "ab", "hang", "die", "nan", "alarm", "abcdef"]
+    results = grader.score_all(prompts(len(texts)), texts)
+    assert [result.reward for result in results] == [2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 2.5, 3.0]
+    errors = {index: result.error for index, result in enumerate(results) if result.error is not None}
+    where = {index: f"row row-{index}, env_class test_env_moody: " for index in errors}
+    assert errors == {
+        1: where[1] + "KeyError: 'no grade'",
+        3: where[3] + "took longer than environment.timeout_s=1",
+        4: where[4] + "the process that scored it died",
+        5: where[5] + "reward is nan",
+    }
+    assert [result.reward for result in grader.score_all(prompts(2), ["ab", ""])] == [1.0, 0.0]
+
+
+def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
+    with pytest.raises(ConfigError, match=r"^environment\.env_class=test_env_moody: wants another turn \(row row-1\)"):
+        grader.score_all(prompts(2), ["ab", "again"])
+
+
+def test_signals_of_the_terminal_do_not_reach_it(grader: Grader) -> None:
+    grader.score_all(prompts(1), ["ab"])
+    (process,) = scoring(psutil.Process())
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(signum)
+    assert grader.score_all(prompts(1), ["ab"])[0].error is None
+    grader.close()
+    assert not process.is_running()
+
+
+def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> None:
+    script = tmp_path / "scores.py"
+    script.write_text(
+        "from dataclasses import replace\n"
+        "from test_grader import ENVIRONMENT, prompts\n"
+        "from skyrl_spec.envs.grader import Grader\n"
+        "if __name__ == '__main__':\n"
+        "    Grader(replace(ENVIRONMENT, timeout_s=600)).score_all(prompts(1), ['hang'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, script], env=environment) as parent:
+        children: list[psutil.Process] = []
+        # It is busy once it hangs.
+        while not children or children[0].cpu_times().user < 5:
+            assert parent.poll() is None
+            time.sleep(0.1)
+            children = scoring(psutil.Process(parent.pid))
+        parent.kill()
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert gone
+    assert not alive
+
+
+def scoring(parent: psutil.Process) -> list[psutil.Process]:
+    return [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
