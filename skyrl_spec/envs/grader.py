@@ -90,9 +90,9 @@ class Grader:
 
 
 def _end(process: BaseProcess, connection: Connection) -> None:
-    connection.close()
     process.kill()
     process.join()
+    connection.close()
 
 
 def _serve(connection: Connection, environment: EnvironmentConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -143,7 +144,7 @@ class EngineGroup:
             self.handles[index] = self._start(index)
             self.on_replaced(self.handles[index])
         except (RunError, ray.exceptions.RayActorError) as error:
-            raise LostActorError(f"{what}, and could not be restarted ({_last_line(error)})") from None
+            raise LostActorError(f"{what}, and could not be restarted ({cause_of_death(error)})") from None
 
 
 class PolicyGroup:
@@ -249,7 +250,7 @@ class PolicyGroup:
                     continue
 
     def _lost(self, rank: int, error: Exception) -> LostActorError:
-        return LostActorError(f"policy worker {rank} of {len(self.handles)} died ({_last_line(error)})")
+        return LostActorError(f"policy worker {rank} of {len(self.handles)} died ({cause_of_death(error)})")
 
 
 def _answer(ref: ray.ObjectRef) -> tuple[Any, str]:
@@ -257,15 +258,16 @@ def _answer(ref: ray.ObjectRef) -> tuple[Any, str]:
     try:
         return ray.get(ref), ""
     except ray.exceptions.RayActorError as error:
-        return None, f"died ({_last_line(error)})"
+        return None, f"died ({cause_of_death(error)})"
     except ray.exceptions.RayTaskError as error:
         # vLLM's own engine process is gone, and the actor's is of no use without it.
         if type(error.cause).__name__ == "EngineDeadError":
-            return None, f"died ({_last_line(error.cause)})"
+            return None, f"died ({cause_of_death(error.cause)})"
         raise
 
 
-def _last_line(error: BaseException) -> str:
-    """What an actor died of: a traceback may come before."""
+def cause_of_death(error: BaseException) -> str:
+    """The last line of what an actor died of: a traceback may come before; of Ray's guesses at causes only the fact."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+    line = re.sub(r".*Worker exit detail: (.*?) Some common causes include.*", r"killed or crashed: \1", lines[-1])
+    return line[:200]

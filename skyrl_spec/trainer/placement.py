@@ -40,6 +40,8 @@ def ray_session(verbose: bool) -> Iterator[None]:
     """Ray for the time of a run. A local one keeps its files in a folder that is removed at the end."""
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING if verbose else logging.ERROR}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without log_to_driver Ray still prints a paragraph for every process that dies; the run says it in a line.
+    ray._private.worker._worker_logs_enabled = verbose
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         try:

@@ -494,12 +494,12 @@ def plain_errors() -> Iterator[None]:
     """What an actor raised reaches the user as itself, without Ray's wrapping; a dead actor as one line."""
     import ray
 
+    from skyrl_spec.trainer.actors import cause_of_death
+
     try:
         yield
     except ray.exceptions.RayActorError as error:
-        # What it died of is the last line; a traceback comes before.
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:300]
-        raise LostActorError(f"an engine or worker died ({reason}); -v shows what it printed") from None
+        raise LostActorError(f"an engine or worker died ({cause_of_death(error)}); -v shows what it printed") from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ConfigError | RunError):
             raise error.cause from None
