@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.config import ConfigError, RunError
 
 EXIT_OK = 0
+EXIT_RUN = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -20,6 +23,7 @@ examples:
   skyrl-spec train experiment=cpu_mtp_dapo generator.sampling_params.temperature=0.8
   skyrl-spec train experiment=mimo_7b_dapo_8gpu --cfg job
   skyrl-spec warmup-draft experiment=cpu_dflash_grpo
+  skyrl-spec export checkpoint=runs/cpu_mtp_grpo out=exported
 """
 
 
@@ -33,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown option {unknown[0]}")
     try:
         overrides = [*args.overrides, *rest]
+        if args.command == "export":
+            return _export(overrides)
         return _run(args.command, overrides, show_config=args.cfg is not None, verbose=args.verbose)
+    except RunError as error:
+        print(f"skyrl-spec: error: {error}", file=sys.stderr)
+        return EXIT_RUN
     except ConfigError as error:
         print(f"skyrl-spec: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
@@ -66,7 +75,26 @@ def _parser() -> argparse.ArgumentParser:
         "train a draft for a policy that stays as it is",
         "Train a draft on the frozen policy's own responses, before reinforcement learning; trainer.warmup.* sets how.",
     )
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="a checkpoint as a bundle that vLLM serves",
+        description="Write a checkpoint's policy and draft in the form vLLM serves, with tokenizer and README.",
+        epilog="examples:\n  skyrl-spec export checkpoint=runs/cpu_mtp_grpo/checkpoints/step_24 out=exported\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="checkpoint=DIR (a checkpoint, or a run: its newest one) and out=DIR; model=DIR and draft=DIR where the "
+        "run's starting model or draft has moved",
+    )
 
 
 def _add_run(commands: Any, name: str, summary: str, description: str) -> None:
@@ -87,6 +115,32 @@ def _add_run(commands: Any, name: str, summary: str, description: str) -> None:
     )
     command.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     command.add_argument("-v", "--verbose", action="store_true", help="also show what the workers and engines print")
+
+
+def _export(words: list[str]) -> int:
+    from pathlib import Path
+
+    given = dict.fromkeys(("checkpoint", "out", "model", "draft"), "")
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in given or not equals:
+            raise ConfigError(f"export: cannot use {word!r}; write one of {', '.join(f'{name}=DIR' for name in given)}")
+        given[key] = value
+    for key in ("checkpoint", "out"):
+        if not given[key]:
+            raise ConfigError(f"{key}='': must name a directory; write {key}=DIR")
+    out = Path(given["out"])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is there and not empty; choose another place")
+    # Megatron, which is imported once the words are right, says then, a line each, what is not installed.
+    logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore")
+    from skyrl_spec.checkpoint import bundle
+
+    source = bundle.read_source(Path(given["checkpoint"]), model=given["model"] or None, draft=given["draft"] or None)
+    target = bundle.export_bundle(source, out)
+    print(f"exported {source.directory} to {target}\nserve it   cd {target} && {bundle.serve_line(source)}")
+    return EXIT_OK
 
 
 def _run(command: str, overrides: list[str], *, show_config: bool, verbose: bool) -> int:

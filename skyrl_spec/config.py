@@ -255,6 +255,9 @@ class TrainerConfig:
     # Steps between checkpoints in run_dir/checkpoints, besides one after the last; 0: only where SIGTERM stops the run.
     ckpt_interval: int = 10
     max_ckpts_to_keep: int = 2
+    # Steps between checkpoints that are also written to run_dir/exports/step_N, as `skyrl-spec export` does; 0: none.
+    # These stay. A multiple of ckpt_interval.
+    hf_save_interval: int = 0
     # A checkpoint that cannot be written (no space): "error" ends the run, "warn" says so and goes on without it.
     on_ckpt_failure: str = "error"
     # None: from the beginning; "latest": from the newest checkpoint in run_dir, if there is one; "from_path".

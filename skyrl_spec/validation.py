@@ -91,6 +91,7 @@ RANGES: dict[str, Range] = {
     "trainer.warmup.update_epochs_per_batch": FROM_ONE,
     "trainer.ckpt_interval": NOT_NEGATIVE,
     "trainer.max_restarts": NOT_NEGATIVE,
+    "trainer.hf_save_interval": NOT_NEGATIVE,
     "trainer.max_ckpts_to_keep": FROM_ONE,
     # The seeds of torch and vLLM are 64 bits wide, numpy's of old are 32.
     "trainer.seed": Range(0, 2**32 - 1),
@@ -269,6 +270,14 @@ def _check_paths(config: Config) -> None:
         "trainer.resume_path",
         trainer.resume_path,
         f"goes with trainer.resume_mode=from_path, and that is {trainer.resume_mode}; set both or neither",
+    )
+    _require(
+        trainer.hf_save_interval == 0
+        or (trainer.ckpt_interval > 0 and trainer.hf_save_interval % trainer.ckpt_interval == 0),
+        "trainer.hf_save_interval",
+        trainer.hf_save_interval,
+        f"must be a multiple of trainer.ckpt_interval={trainer.ckpt_interval}: checkpoints are what is exported; "
+        "change one of them",
     )
     if trainer.eval_interval > 0 or trainer.eval_before_train:
         _require(

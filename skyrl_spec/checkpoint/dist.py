@@ -38,7 +38,9 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from skyrl_spec.checkpoint import folders
 from skyrl_spec.config import ConfigError, RunError
@@ -138,6 +140,19 @@ def load(directory: Path, parts: dict[str, Part]) -> Loaded:
     if per_rank:
         torch.set_rng_state(per_rank.pop(_TORCH_RNG))
     return Loaded(record["extra"], per_rank)
+
+
+def read_parameters(directory: Path, name: str, rules: list[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """Part ``name`` of a checkpoint by HF name, one parameter at a time, without a model or other ranks."""
+    reader = FileSystemReader(directory)
+    stored = reader.read_metadata().state_dict_metadata
+    for rule in rules:
+        key = _key(name, "param", rule)
+        described = stored[key]
+        assert isinstance(described, TensorStorageMetadata)
+        full = torch.empty(described.size, dtype=described.properties.dtype)
+        checkpoint.load({key: full}, storage_reader=reader, no_dist=True)
+        yield from zip(rule.hf, rule.from_canonical(full), strict=True)
 
 
 def _parallel(parts: dict[str, Part]) -> Parallel:
@@ -288,9 +303,15 @@ def _sharded(parts: dict[str, Part]) -> dict[str, ShardedTensor]:
         for rule in part.rules:
             for kind, flat, start, replica in _tensors(part.trainable, parameters[rule.megatron]):
                 place = _Place.of(rule, parameters[rule.megatron], part.trainable.parallel)
-                for index, piece in enumerate(place.pieces(f"{name}.{kind}.{rule.megatron}", flat, start, replica)):
-                    pieces[f"{name}.{kind}.{rule.megatron}.{index}"] = piece
+                key = _key(name, kind, rule)
+                for index, piece in enumerate(place.pieces(key, flat, start, replica)):
+                    pieces[f"{key}.{index}"] = piece
     return pieces
+
+
+def _key(name: str, kind: str, rule: Rule) -> str:
+    """Under which a tensor is stored, in the canonical layout: of a part, the parameter or a moment of it."""
+    return f"{name}.{kind}.{rule.megatron}"
 
 
 def _tensors(trainable: Trainable, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:

@@ -94,13 +94,13 @@ def contents(directory: Path) -> set[str]:
     return set(read_record(directory)["parts"])
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """What ``publish`` wrote about the checkpoint, checked against the files that are there.
+def read_record(directory: Path, setting: str = "trainer.resume_path") -> dict[str, Any]:
+    """What ``publish`` wrote about the checkpoint that ``setting`` names, checked against the files that are there.
 
     Raises:
         ConfigError: it is not there, is no checkpoint, or not complete.
     """
-    setting = f"trainer.resume_path={directory}"
+    setting = f"{setting}={directory}"
     if not directory.is_dir():
         raise ConfigError(f"{setting}: no such directory; name a checkpoint (RUN/checkpoints/step_N)")
     try:
@@ -112,19 +112,19 @@ def read_record(directory: Path) -> dict[str, Any]:
             f"{setting}: is no checkpoint of skyrl_spec (no {RECORD}); name one (RUN/checkpoints/step_N)"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{setting}: {RECORD} cannot be read ({error}); resume from another checkpoint") from None
+        raise ConfigError(f"{setting}: {RECORD} cannot be read ({error}); take another checkpoint") from None
     if form != FORMAT or not present:
         raise ConfigError(
             f"{setting}: {RECORD} has format {form!r}, this version reads {FORMAT}; "
-            "resume with the version that wrote it, or from another checkpoint"
+            "use the version that wrote it, or another checkpoint"
         )
     for name, size in files.items():
         try:
             found = (directory / name).stat().st_size
         except OSError:
-            raise ConfigError(f"{setting}: {name} is missing; resume from another checkpoint") from None
+            raise ConfigError(f"{setting}: {name} is missing; take another checkpoint") from None
         if found != size:
-            raise ConfigError(f"{setting}: {name} has {found} bytes, not {size}; resume from another checkpoint")
+            raise ConfigError(f"{setting}: {name} has {found} bytes, not {size}; take another checkpoint")
     return record
 
 

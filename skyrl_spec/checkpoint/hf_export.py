@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
+from skyrl_spec.config import RunError
 from skyrl_spec.megatron.conversion import HfTensors
 from skyrl_spec.megatron.trainer import PolicyTrainer
 from skyrl_spec.model_spec import read_config
@@ -45,36 +47,64 @@ def save_draft(trainer: PolicyTrainer, run_dir: Path) -> None:
         return
     weights = _gather(trainer, ["draft"])
     if trainer.parallel.rank == 0:
-        config = draft.hf_config(_dtype(trainer))
+        config = draft.hf_config(next(trainer.model.parameters()).dtype)
         assert config is not None
-        with _complete(run_dir / "draft") as directory:
-            save_torch_state_dict(weights, directory)
-            _write_config(directory, config)
+        write_draft(weights, config, run_dir / "draft")
 
 
-def _save_model(trainer: PolicyTrainer, whiches: list[Which], target: Path) -> None:
-    """The policy's checkpoint with what is trained here; the rest (further MTP layers, a frozen trunk) as it came.
+def write_model(weights: dict[str, Tensor], source: Path, dtype: torch.dtype, target: Path) -> None:
+    """``source``'s checkpoint in ``dtype`` with ``weights`` in place of its own, at ``target``.
 
-    Dtype is the training dtype, and ``config.json`` says so.
+    What ``weights`` does not have (further MTP layers, a frozen trunk) stays as it was; ``config.json`` says the dtype.
     """
-    weights = _gather(trainer, whiches)
-    if trainer.parallel.rank != 0:
-        return
-    source, dtype = trainer.spec.path, _dtype(trainer)
     untouched = HfTensors(source)
-    for name in untouched.names():
-        if name not in weights:
-            weights[name] = untouched[name].to(dtype)
+    weights = weights | {name: untouched[name].to(dtype) for name in untouched.names() if name not in weights}
     config = read_config(source)
     name = str(dtype).removeprefix("torch.")
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
-    with _complete(target) as directory:
+    with complete(target) as directory:
         save_torch_state_dict(weights, directory)
         _write_config(directory, config)
         for file in source.iterdir():
             is_weights = file.suffix in _NOT_COPIED or "safetensors" in file.name
             if file.is_file() and not is_weights and file.name != "config.json":
                 shutil.copy2(file, directory / file.name)
+
+
+def write_draft(weights: dict[str, Tensor], config: dict[str, Any], target: Path) -> None:
+    """A draft's own directory at ``target``; ``config`` is its config.json."""
+    with complete(target) as directory:
+        save_torch_state_dict(weights, directory)
+        _write_config(directory, config)
+
+
+@contextmanager
+def complete(target: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when it is full.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors has an error of its own for a full disk.
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RunError(f"{target}: could not be written ({reason}); free space or choose another place") from None
+
+
+def _save_model(trainer: PolicyTrainer, whiches: list[Which], target: Path) -> None:
+    weights = _gather(trainer, whiches)
+    if trainer.parallel.rank == 0:
+        write_model(weights, trainer.spec.path, next(trainer.model.parameters()).dtype, target)
 
 
 def _gather(trainer: PolicyTrainer, whiches: list[Which]) -> dict[str, Tensor]:
@@ -86,21 +116,6 @@ def _gather(trainer: PolicyTrainer, whiches: list[Which]) -> dict[str, Tensor]:
                 if trainer.parallel.rank == 0:
                     weights[name] = tensor.cpu().clone()
     return weights
-
-
-def _dtype(trainer: PolicyTrainer) -> torch.dtype:
-    return next(trainer.model.parameters()).dtype
-
-
-@contextmanager
-def _complete(target: Path) -> Iterator[Path]:
-    """A directory to fill, which gets its name when it is full."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
 
 
 def _write_config(directory: Path, config: dict[str, Any]) -> None:

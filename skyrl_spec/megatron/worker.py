@@ -138,6 +138,12 @@ class PolicyWorker:
         self._trainer.set_random_state(loaded.per_rank)
         return loaded.extra
 
+    def export_checkpoint(self, directory: Path, target: Path) -> None:
+        """Not collective: from the files."""
+        from skyrl_spec.checkpoint.bundle import export_bundle, read_source
+
+        export_bundle(read_source(directory), target)
+
     def save_hf(self, run_dir: Path) -> None:
         """Write policy and draft as Hugging Face checkpoints that vLLM loads."""
         from skyrl_spec.checkpoint.hf_export import save_hf

@@ -201,6 +201,10 @@ class PolicyGroup:
         """The driver's part of the checkpoint."""
         return self._all("load_checkpoint", directory)[0]
 
+    def export_checkpoint(self, directory: Path, target: Path) -> None:
+        """What ``skyrl-spec export`` does, of a checkpoint that is there: one worker reads it, the others are idle."""
+        ray.get(self.handles[0].export_checkpoint.remote(directory, target))
+
     def save_hf(self, run_dir: Path) -> None:
         """``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own."""
         self._all("save_hf", run_dir)

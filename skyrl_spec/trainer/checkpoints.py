@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +69,16 @@ class Checkpointer:
         # The checkpoint of this run that was saved last.
         self.saved: Path | None = None
 
-    def after_step(self, step: int) -> None:
-        """Remember the state of the step, and save it if it is due."""
-        self._last = step, {"trainer": self._trainer.state_dict(step), "config": to_yaml(self._trainer.config)}
+    def after_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Remember the state of the step, and its metrics, and save it if it is due."""
+        self._last = (
+            step,
+            {
+                "trainer": self._trainer.state_dict(step),
+                "config": to_yaml(self._trainer.config),
+                "metrics": {name: value for name, value in values.items() if math.isfinite(value)},
+            },
+        )
         interval = self._settings.ckpt_interval
         if interval > 0 and step % interval == 0:
             self._save_or_say()
@@ -92,6 +101,9 @@ class Checkpointer:
         if self.saved != directory:
             self._policy.save_checkpoint(directory.resolve(), extra)
             self.saved = directory
+            if self._settings.hf_save_interval and step % self._settings.hf_save_interval == 0:
+                target = self._root.with_name("exports") / directory.name
+                self._policy.export_checkpoint(directory.resolve(), target.resolve())
             for line in rotate(self._root, self._settings.max_ckpts_to_keep):
                 print(f"skyrl-spec: {line}", file=sys.stderr)
         return directory

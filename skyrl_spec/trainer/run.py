@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -31,6 +30,7 @@ from skyrl_spec.envs.rewards import check_environments
 from skyrl_spec.metrics.console import ConsoleWriter
 from skyrl_spec.metrics.writers import JsonlWriter, MetricsWriter, SamplesWriter, WandbWriter, read_metrics
 from skyrl_spec.model_spec import ModelSpec, load_spec
+from skyrl_spec.serve import serve_command
 from skyrl_spec.types import Prompt, Rollout, Which
 from skyrl_spec.validation import parallel_layout, sync_backend
 
@@ -281,7 +281,7 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
     def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
         output.on_step(step, values, rollouts)
         if step > 0:
-            checkpointer.after_step(step)
+            checkpointer.after_step(step, values)
 
     try:
         running.trainer.run(task.steps, on_step, steps_done=task.steps_done or 0, shield=watch.shield)
@@ -473,20 +473,7 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
     go_on = f"skyrl-spec train ... trainer.policy.model.path={policy}"
     if config.trainer.dflash.enabled:
         go_on += f" trainer.dflash.path={draft}"
-    return [serve_command(config, policy, draft), f"{go_on}   (goes on from these weights)"]
-
-
-def serve_command(config: Config, policy: str, draft: str) -> str:
-    """What serves policy and draft: `vllm serve`, in the form that vLLM's CPU build has as well."""
-    trainer = config.trainer
-    command = f"python -m vllm.entrypoints.openai.api_server --model {policy}"
-    speculative: dict[str, Any] = {}
-    if trainer.mtp.enabled:
-        speculative = {"method": "mtp", "num_speculative_tokens": trainer.mtp.num_speculative_tokens}
-    elif trainer.dflash.enabled:
-        num_tokens = trainer.dflash.num_speculative_tokens
-        speculative = {"method": "dflash", "model": draft, "num_speculative_tokens": num_tokens}
-    return f"{command} --speculative-config '{json.dumps(speculative)}'" if speculative else command
+    return [serve_command(config.trainer, policy, draft), f"{go_on}   (goes on from these weights)"]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.metrics.writers import read_metrics
+from skyrl_spec.serve import serve_command
 from skyrl_spec.trainer.run import (
     Output,
     SignalWatch,
@@ -21,7 +22,6 @@ from skyrl_spec.trainer.run import (
     open_output,
     run_job,
     run_steps,
-    serve_command,
     with_restarts,
 )
 
@@ -112,4 +112,4 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
         train = f"skyrl-spec train ... trainer.policy.model.path={policy}"
     else:
         train = f"skyrl-spec train ... trainer.dflash.path={draft}"
-    return [train, serve_command(config, policy, draft)]
+    return [train, serve_command(config.trainer, policy, draft)]

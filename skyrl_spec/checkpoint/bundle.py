@@ -1,0 +1,171 @@
+"""A checkpoint of a run as a bundle that vLLM serves.
+
+    out/model       the policy, with its MTP head, as a Hugging Face checkpoint with its tokenizer
+    out/draft       a DFlash draft
+    out/README.md   how it is served, and what the draft's acceptance was
+
+Tensors are read from the checkpoint's files one by one: no GPU, no other ranks, no optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from skyrl_spec.checkpoint.dist import read_parameters
+from skyrl_spec.checkpoint.folders import latest, read_record
+from skyrl_spec.checkpoint.hf_export import complete, write_draft, write_model
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.draft_spec import describe_draft, hf_config, read_dflash_spec
+from skyrl_spec.megatron.conversion import Rule, dflash_rules, mtp_rules, policy_rules
+from skyrl_spec.megatron.model import DTYPES
+from skyrl_spec.metrics import names
+from skyrl_spec.model_spec import ModelSpec, load_spec
+from skyrl_spec.serve import COMMAND, CPU_COMMAND, serve_command
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and what it was trained from; ``parts`` are what it holds, ``metrics`` those of its step."""
+
+    directory: Path
+    config: Config
+    spec: ModelSpec
+    parts: frozenset[str]
+    metrics: dict[str, float]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.trainer.policy.megatron_config.dtype]
+
+
+def read_source(directory: Path, *, model: str | None = None, draft: str | None = None) -> Source:
+    """The checkpoint at ``directory``, or the newest one of a run there.
+
+    ``model`` and ``draft`` say where the run's starting model and draft are now; None: where they were.
+
+    Raises:
+        ConfigError: no complete checkpoint, or its model is not there.
+    """
+    newest = latest(directory / "checkpoints") or latest(directory)
+    directory = newest or directory
+    record = read_record(directory, "checkpoint")
+    config = _config(record["extra"], directory)
+    config.trainer.policy.model.path = model or config.trainer.policy.model.path
+    config.trainer.dflash.path = draft or config.trainer.dflash.path
+    try:
+        spec = load_spec(config.trainer.policy.model.path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or say where it is now with model=DIR") from None
+    return Source(directory, config, spec, frozenset(record["parts"]), record["extra"].get("metrics", {}))
+
+
+def export_bundle(source: Source, target: Path) -> Path:
+    """Write the bundle, which appears at ``target`` when it is complete; returns ``target``.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    trainer = source.config.trainer
+    weights = _read(source, "policy", policy_rules(source.spec, source.spec.vocab_size))
+    if trainer.mtp.enabled:
+        weights |= _read(source, "draft", mtp_rules(source.spec))
+    with complete(target) as directory:
+        write_model(weights, source.spec.path, source.dtype, directory / "model")
+        if trainer.dflash.enabled:
+            _write_dflash(source, directory / "draft")
+        (directory / "README.md").write_text(readme(source))
+    return target
+
+
+def serve_line(source: Source, command: str | None = None) -> str:
+    """The command that serves the bundle, in its folder; without ``command``, with the vLLM that is installed."""
+    return serve_command(source.config.trainer, "./model", "./draft", command)
+
+
+def readme(source: Source) -> str:
+    """What a bundle says of itself."""
+    trainer = source.config.trainer
+    lines = [
+        f"# {trainer.run_name}, {source.directory.name}",
+        "",
+        f"- policy: `model/`, {source.spec.architecture}, {source.spec.num_layers} layers x {source.spec.hidden_size}, "
+        f"{trainer.policy.megatron_config.dtype}, trained from {trainer.policy.model.path}",
+        f"- draft: {describe_draft(trainer)}{' (`draft/`)' if trainer.dflash.enabled else ''}",
+        f"- exported from: {source.directory}",
+        "",
+        "Serve it, in this folder:",
+        "",
+        "```",
+        serve_line(source, COMMAND),
+        "```",
+        "",
+        "or, with vLLM's CPU build, which lacks this command:",
+        "",
+        "```",
+        serve_line(source, CPU_COMMAND),
+        "```",
+    ]
+    return "\n".join([*lines, *_acceptance_lines(source.metrics)]) + "\n"
+
+
+def _acceptance_lines(metrics: Mapping[str, float]) -> list[str]:
+    """A table of what vLLM measured in the checkpoint's step; nothing where nothing was drafted."""
+    modes = {"train": "training prompts, sampled", "eval": "held-out prompts, as eval_sampling_params says"}
+    measured = {mode: what for mode, what in modes.items() if names.acceptance_length(mode) in metrics}
+    if not measured:
+        return []
+    lines = [
+        "",
+        "Measured by vLLM in the step of this checkpoint (mean acceptance length is 1 + accepted / drafts):",
+        "",
+        "| on | mean acceptance length | accepted of drafted tokens | by position |",
+        "|---|---|---|---|",
+    ]
+    for mode, what in measured.items():
+        prefix = names.acceptance_rate_pos(mode, 1).removesuffix("1")
+        positions = sorted((int(key.removeprefix(prefix)), key) for key in metrics if key.startswith(prefix))
+        by_position = ", ".join(f"{metrics[key]:.2f}" for _, key in positions)
+        length, rate = metrics[names.acceptance_length(mode)], metrics[names.acceptance_rate(mode)]
+        lines.append(f"| {what} | {length:.2f} | {rate:.1%} | {by_position} |")
+    return lines
+
+
+def _read(source: Source, name: str, rules: list[Rule]) -> dict[str, Tensor]:
+    """Nothing where the part was not trained."""
+    if name not in source.parts:
+        return {}
+    # Parts of one stored tensor, or of a padded one, are views of it.
+    return {key: tensor.clone() for key, tensor in read_parameters(source.directory, name, rules)}
+
+
+def _write_dflash(source: Source, target: Path) -> None:
+    trainer = source.config.trainer
+    assert trainer.dflash.path is not None
+    try:
+        spec = read_dflash_spec(trainer.dflash.path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or say where it is now with draft=DIR") from None
+    config = hf_config(spec, str(source.dtype).removeprefix("torch."), trainer.dflash.export_rope_scaling)
+    write_draft(_read(source, "draft", dflash_rules(spec.layers)), config, target)
+
+
+def _config(extra: Mapping[str, Any], directory: Path) -> Config:
+    """The run's, resolved, as it was saved."""
+    try:
+        saved = yaml.safe_load(extra["config"])
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))  # type: ignore[return-value]
+    except (KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"checkpoint={directory}: its configuration cannot be read ({reason}); "
+            "use the version of skyrl_spec that wrote it"
+        ) from None
