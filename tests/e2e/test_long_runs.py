@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ROOT, SMALL, WARMUP, finish, without_timings
 from safetensors.torch import load_file
-from test_train import ROOT, SMALL, WARMUP, finish, without_timings
 
 from skyrl_spec.compose import load_config
 from skyrl_spec.metrics import names

@@ -1,0 +1,161 @@
+"""Whole runs of the command: started, watched, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from skyrl_spec.metrics import names
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "SKYRL_SPEC_TEST_RUN"
+# Few and short: what is tested is that the parts work together.
+SMALL = [
+    "trainer.max_training_steps=2",
+    "trainer.train_batch_size=8",
+    "trainer.policy_mini_batch_size=4",
+    "generator.n_samples_per_prompt=4",
+    "trainer.eval_interval=2",
+    "trainer.measure_speedup=false",
+    "generator.inference_engine.cpu_kvcache_space=0.25",
+]
+WHOLE = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=5", "trainer.eval_interval=5"]
+ASKED = ["trainer.measure_speedup=true", "trainer.logger=[console,wandb]", "trainer.canary.lossless_interval=2"]
+WARMUP = [
+    *SMALL,
+    "trainer.warmup.num_steps=3",
+    "trainer.ckpt_interval=1",
+    # A schedule that does not know how long the run is.
+    "trainer.warmup.optimizer_config.scheduler=constant",
+    "trainer.eval_before_train=false",
+]
+
+
+@dataclass
+class Run:
+    process: subprocess.Popen[str]
+    run_dir: Path
+    mark: str
+
+    def output(self, timeout_s: float) -> str:
+        return self.process.communicate(timeout=timeout_s)[0]
+
+    def processes(self) -> list[psutil.Process]:
+        """What the command started and is still there."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def wait_for_steps(self, num_records: int, timeout_s: float = 240) -> None:
+        """Until so many steps (and an evaluation before the first) are in ``metrics.jsonl``."""
+        deadline = time.monotonic() + timeout_s
+        while len(records_of(self.run_dir)) < num_records:
+            assert self.process.poll() is None, self.output(timeout_s=1)
+            assert time.monotonic() < deadline, f"there are no {num_records} records"
+            time.sleep(0.05)
+
+    def actor(self, doing: str, timeout_s: float = 60) -> psutil.Process:
+        """An actor of that class, or ("Class.method") once it is at that."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for process in self.processes():
+                with suppress(psutil.NoSuchProcess):
+                    if " ".join(process.cmdline()).startswith(f"ray::{doing}"):
+                        return process
+        raise AssertionError(f"no actor is {doing}")
+
+
+def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Steps in ``metrics.jsonl`` that are written to their end."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def start(run_dir: Path, *overrides: str, command: str = "train", **environment: str) -> Run:
+    mark = uuid.uuid4().hex
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skyrl_spec", command, *overrides, f"trainer.run_dir={run_dir}"],
+        cwd=ROOT,
+        env=kept | {MARK: mark} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return Run(process, run_dir, mark)
+
+
+def finish(
+    run_dir: Path, *overrides: str, command: str = "train", timeout_s: float = 400, **environment: str
+) -> tuple[str, list[dict[str, Any]]]:
+    """Run to the end; the terminal's text and ``metrics.jsonl``."""
+    run = start(run_dir, *overrides, command=command, **environment)
+    output = run.output(timeout_s)
+    assert run.process.returncode == 0, output
+    assert run.processes() == []
+    return output, records_of(run_dir)
+
+
+def stopped(
+    run_dir: Path, overrides: list[str], signum: signal.Signals, *, times: int, within_s: float
+) -> tuple[Run, str]:
+    """A run that gets a signal after its first step, ends soon, and leaves nothing behind."""
+    shared_before = set(os.listdir("/dev/shm"))
+    # Its own, to see all of what is left; short, for Ray's sockets.
+    temporary = Path(tempfile.mkdtemp(prefix="t"))
+    run = start(run_dir, *overrides, TMPDIR=str(temporary))
+    metrics = run.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and '"trainer/step": 1' in metrics.read_text()):
+        assert run.process.poll() is None, run.output(timeout_s=1)
+        assert time.monotonic() < deadline, "no step was done"
+        time.sleep(0.5)
+    sent = time.monotonic()
+    for _ in range(times):
+        run.process.send_signal(signum)
+        time.sleep(0.1)
+    output = run.output(timeout_s=60)
+    assert time.monotonic() - sent < within_s
+    assert "Traceback" not in output
+    assert run.processes() == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert list(temporary.glob("skyrl-*")) == []
+    shutil.rmtree(temporary)
+    return run, output
+
+
+def assert_same_run(run_dir: Path, expected: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Bitwise the same weights, and in each step the same metrics, as far as the run has them, timings aside."""
+    records = records_of(run_dir)
+    assert [record[names.STEP] for record in records] == [record[names.STEP] for record in expected[1]]
+    for mine, theirs in zip(records, expected[1], strict=True):
+        assert without_timings(mine).items() <= without_timings(theirs).items()
+    final, other = (load_file(path / "model" / "model.safetensors") for path in (run_dir, expected[0]))
+    assert final.keys() == other.keys()
+    assert all(torch.equal(final[name], other[name]) for name in other)
+
+
+def without_timings(record: dict[str, Any]) -> dict[str, Any]:
+    timed = ("timing/", names.THROUGHPUT)
+    return {key: value for key, value in record.items() if not key.startswith(timed)}

@@ -1,0 +1,101 @@
+"""Engines, workers and the driver are killed in whole runs, which end as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import WHOLE, Run, assert_same_run, finish, records_of, start, stopped
+
+from skyrl_spec.checkpoint.folders import latest
+
+Whole = tuple[Path, str, list[dict[str, Any]]]
+# Ray's own helpers, which wait a minute for its server before they believe that it is gone.
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+GO_ON = "the same command with trainer.resume_mode=latest goes on from"
+
+
+def test_engines_that_die_or_hang_cost_no_rollout(tmp_path: Path, whole: Whole) -> None:
+    run = start(tmp_path / "run", *WHOLE, "generator.inference_engine.generate_timeout_s=20")
+    run.wait_for_steps(2)
+    run.actor("EngineActor.generate").kill()
+    run.wait_for_steps(4)
+    run.actor("EngineActor.generate").suspend()
+    output = run.output(timeout_s=300)
+    assert run.process.returncode == 0, output
+    assert run.processes() == []
+    assert output.count("skyrl-spec: warning: rollout engine 0 died (killed or crashed: ") == 1
+    assert output.count("skyrl-spec: warning: rollout engine 0 did not answer within generator.inference_engine.") == 1
+    assert output.count("it is restarted, and its prompts are generated again") == 2
+    assert "Traceback" not in output
+    assert "(raylet)" not in output
+    assert_same_run(run.run_dir, (whole[0], whole[2]))
+
+
+def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bit(tmp_path: Path, whole: Whole) -> None:
+    run_dir = tmp_path / "run"
+    checkpoints = run_dir / "checkpoints"
+    # make, timeout and CI send a signal twice: to the process group, and from the parent that got it. The step that is
+    # under way is finished and saved.
+    endless = [*WHOLE, "trainer.max_training_steps=50"]
+    run, output = stopped(run_dir, endless, signal.SIGTERM, times=2, within_s=20)
+    assert run.process.returncode == 0, output
+    step = len(records_of(run_dir)) - 1
+    assert f"skyrl-spec: SIGTERM: saved {checkpoints}/step_{step}; the same command with" in output
+    # The signal may have come when the second step was past breaking off.
+    assert step in (1, 2)
+
+    go_on = [*WHOLE, "trainer.resume_mode=latest", "trainer.ckpt_interval=1"]
+    run = start(run_dir, *go_on)
+    run.wait_for_steps(1 + step + 1)
+    run.actor("PolicyWorker").kill()
+    killed = time.monotonic()
+    output = run.output(timeout_s=60)
+    assert time.monotonic() - killed < 30
+    assert run.process.returncode == 1, output
+    assert run.processes() == []
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if "error" in line]
+    assert line.startswith("skyrl-spec: error: policy worker 0 of 1 died (killed or crashed: ")
+    # None, if it died while it saved its first one.
+    newest = latest(checkpoints)
+    assert newest is not None
+    assert line.endswith(f"; {GO_ON} {newest}") == (newest.name != f"step_{step}")
+
+    run = start(run_dir, *go_on)
+    run.actor("PolicyWorker.start", timeout_s=120)
+    os.kill(run.process.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    run.process.wait()
+    while left(run):
+        assert time.monotonic() - killed < 20, left(run)
+        time.sleep(0.2)
+
+    finish(run_dir, *go_on)
+    assert_same_run(run_dir, (whole[0], whole[2]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_may_restart_loses_both_workers(tmp_path: Path, whole: Whole) -> None:
+    restarts = ["trainer.max_restarts=2", "trainer.ckpt_interval=2"]
+    run = start(tmp_path / "run", *WHOLE, *restarts)
+    # Before there is a checkpoint, and after.
+    for num_records in (2, 4):
+        run.wait_for_steps(num_records)
+        run.actor("PolicyWorker").kill()
+        time.sleep(5)
+    output = run.output(timeout_s=300)
+    assert run.process.returncode == 0, output
+    assert output.count("going on from the beginning (trainer.max_restarts)") == 1
+    assert output.count("checkpoints/step_2 (trainer.max_restarts)") == 1
+    assert_same_run(run.run_dir, (whole[0], whole[2]))
+
+
+def left(run: Run) -> list[str]:
+    lines = [" ".join(process.cmdline()) for process in run.processes()]
+    return [line for line in lines if not line.startswith(RAY_AGENTS)]
