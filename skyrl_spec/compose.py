@@ -101,6 +101,8 @@ def _nested(override: Override) -> dict[str, Any]:
         raise ConfigError(
             f"{key}={value}: {key} is a section; set a field of it, as in {next(_settings(hint, f'{key}.'))}=..."
         )
+    if value == "???":
+        raise ConfigError(f"{key}=???: is hydra's word for a value that is missing; give one, or null")
     if _is_list(hint) and not isinstance(value, list | NoneType) and "${" not in str(value):
         raise ConfigError(f"{key}={value}: expected a list; write '{key}=[{value}]'")
     for part in reversed(key.split(".")):

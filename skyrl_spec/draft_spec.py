@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from skyrl_spec.config import Config, ConfigError, DflashConfig, MtpConfig, TrainerConfig
-from skyrl_spec.model_spec import ModelSpec, model_directory, read_config
+from skyrl_spec.model_spec import ModelSpec, layer_tensor_shapes, model_directory, read_config
 
 _SETTING = "trainer.dflash"
 DRAFT_ARCHITECTURE = "DFlashDraftModel"
@@ -282,26 +282,15 @@ def resolve_mask_token(found: int | None, tokenizer: Any, vocab_size: int) -> in
 
 def dflash_tensor_shapes(spec: DflashSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a draft's checkpoint."""
-    layers, hidden = spec.layers, spec.layers.hidden_size
-    query, key, ffn = layers.num_heads * layers.head_dim, layers.num_kv_heads * layers.head_dim, layers.ffn_hidden_size
-    of_layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "self_attn.q_norm": (layers.head_dim,),
-        "self_attn.k_norm": (layers.head_dim,),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    return {
+    hidden = spec.layers.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (hidden, len(spec.target_layer_ids) * hidden),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
-    } | {f"layers.{i}.{name}.weight": shape for i in range(layers.num_layers) for name, shape in of_layer.items()}
+    }
+    for layer in range(spec.layers.num_layers):
+        shapes |= layer_tensor_shapes(spec.layers, f"layers.{layer}.")
+    return shapes
 
 
 def hf_config(spec: DflashSpec, dtype: str, rope_scaling: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -11,6 +11,19 @@ from skyrl_spec.config import ConfigError
 
 _SETTING = "trainer.policy.model.path"
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
+# Entries of config.json that are sizes.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "block_size",
+    "num_target_layers",
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,22 @@ def read_config(directory: Path, setting: str = _SETTING) -> dict[str, Any]:
     """The parsed ``config.json``."""
     file = directory / "config.json"
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{setting}={directory}: has no config.json; give a checkpoint directory") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}={directory}: config.json is unreadable ({error})") from None
+        raise ConfigError(f"{setting}={directory}: config.json is unreadable ({error}); copy it again") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{setting}={directory}: config.json holds no object; copy it again")
+    _check_sizes(directory, config, setting)
+    return config
+
+
+def _check_sizes(directory: Path, config: dict[str, Any], setting: str) -> None:
+    for name in _SIZES:
+        size = config.get(name)
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ConfigError(f"{setting}={directory}: {name}={size!r} in config.json is no size; copy it again")
 
 
 def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
@@ -109,6 +133,48 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
         )
     except KeyError as error:
         raise ConfigError(f"trainer.policy.model.path={directory}: config.json has no {error}; it is needed") from None
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a model's checkpoint, without its MTP head."""
+    embeddings = (spec.vocab_size, spec.hidden_size)
+    shapes = {"model.embed_tokens.weight": embeddings, "model.norm.weight": (spec.hidden_size,)}
+    for layer in range(spec.num_layers):
+        shapes |= layer_tensor_shapes(spec, f"model.layers.{layer}.")
+    return shapes if spec.tie_word_embeddings else shapes | {"lm_head.weight": embeddings}
+
+
+def mtp_tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The same of the first layer of a MiMo model's MTP head."""
+    prefix, hidden = "model.mtp_layers.0.", spec.hidden_size
+    return {
+        f"{prefix}token_layernorm.weight": (hidden,),
+        f"{prefix}hidden_layernorm.weight": (hidden,),
+        f"{prefix}input_proj.weight": (hidden, 2 * hidden),
+        f"{prefix}final_layernorm.weight": (hidden,),
+    } | layer_tensor_shapes(spec, prefix)
+
+
+def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The same of one transformer layer; ``prefix`` ends in a dot."""
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key, hidden),
+        "self_attn.v_proj.weight": (key, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    if spec.qkv_bias:
+        shapes |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", query), ("k", key), ("v", key))}
+    if spec.qk_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (spec.head_dim,) for name in "qk"}
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def _refuse_unsupported(directory: Path, config: dict[str, Any], architecture: str) -> None:

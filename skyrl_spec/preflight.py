@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -20,10 +21,10 @@ from urllib.request import Request, urlopen
 from safetensors import SafetensorError, safe_open
 
 from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.data.dataset import read_rows
+from skyrl_spec.data.dataset import read_rows, row_id
 from skyrl_spec.draft_spec import DflashSpec, dflash_tensor_shapes, parse_dflash_spec, plan_dflash, read_dflash_spec
 from skyrl_spec.envs.registry import check_env_class, register_custom
-from skyrl_spec.model_spec import ModelSpec, load_spec, parse_spec, read_config
+from skyrl_spec.model_spec import ModelSpec, load_spec, mtp_tensor_shapes, parse_spec, read_config, tensor_shapes
 from skyrl_spec.validation import parallel_layout
 
 _MODEL = "trainer.policy.model.path"
@@ -41,6 +42,7 @@ def preflight(config: Config, *, may_lack_mtp_head: bool = False) -> None:
     spec = _read_spec(config.trainer.policy.model.path)
     _check_parallel_sizes(config, spec)
     _check_lengths(config, spec)
+    _check_tensors(config.trainer.policy.model.path, _MODEL, tensor_shapes(spec))
     if config.trainer.mtp.enabled and not may_lack_mtp_head:
         _check_mtp_head(config.trainer.policy.model.path, spec)
     if config.trainer.dflash.enabled:
@@ -49,17 +51,24 @@ def preflight(config: Config, *, may_lack_mtp_head: bool = False) -> None:
     check_env_class(config.environment.env_class, config.environment.custom)
     for setting, paths in (("data.train_data", config.data.train_data), ("data.val_data", config.data.val_data)):
         for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigError(f"{setting}={path}: is named twice; name it once, and raise trainer.epochs for more")
             _check_rows(setting, path, config.environment.custom)
 
 
 def _check_run_dir(run_dir: str) -> None:
     """The directory, or the nearest one above it that exists, can be written to."""
     path = Path(run_dir).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"trainer.run_dir={run_dir}: {existing} is a file, not a directory; choose another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"trainer.run_dir={run_dir}: {existing} is not writable; choose another or change its mode")
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"trainer.run_dir={run_dir}: {existing} is a file, not a directory; choose another")
+        # Tried: modes do not tell what a read-only or full file system refuses.
+        with TemporaryDirectory(dir=existing) as folder:
+            Path(folder, path.name).write_bytes(b".")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"trainer.run_dir={run_dir}: cannot be written ({reason}); choose another place") from None
 
 
 def _check_wandb(loggers: list[str]) -> None:
@@ -200,8 +209,9 @@ def _check_mtp_head(path: str, spec: ModelSpec) -> None:
     if spec.architecture != "MiMoForCausalLM":
         raise refuse(f"is a {spec.architecture}, whose MTP head is not supported (MiMoForCausalLM's is)")
     # A hub name's weights are not here yet.
-    if Path(path).is_dir() and not any(".mtp_layers." in name for name in _tensor_names(Path(path))):
+    if Path(path).is_dir() and not any(".mtp_layers." in name for name, _ in _tensors(Path(path), _MODEL)):
         raise refuse("has no tensor named *.mtp_layers.* in its *.safetensors")
+    _check_tensors(path, _MODEL, mtp_tensor_shapes(spec))
 
 
 def _check_dflash(config: Config, spec: ModelSpec) -> None:
@@ -215,10 +225,8 @@ def _check_dflash(config: Config, spec: ModelSpec) -> None:
             f"{draft.layers.num_heads} heads, {draft.layers.num_kv_heads} key-value heads and "
             f"{draft.layers.ffn_hidden_size} feed-forward columns; choose a divisor"
         )
-    if path is not None and Path(path).is_dir():
-        missing = dflash_tensor_shapes(draft).keys() - set(_tensor_names(Path(path), _DRAFT))
-        if missing:
-            raise ConfigError(f"{_DRAFT}={path}: has no tensor {min(missing)}; the draft is incomplete, copy it again")
+    if path is not None:
+        _check_tensors(path, _DRAFT, dflash_tensor_shapes(draft))
 
 
 def _read_dflash_spec(path: str) -> DflashSpec:
@@ -228,23 +236,46 @@ def _read_dflash_spec(path: str) -> DflashSpec:
     return parse_dflash_spec(Path(path), _hub_config(path, _DRAFT))
 
 
-def _tensor_names(directory: Path, setting: str = _MODEL) -> Iterator[str]:
-    """From the headers of ``*.safetensors``."""
+def _check_tensors(path: str, setting: str, expected: dict[str, tuple[int, ...]]) -> None:
+    """That a checkpoint directory has them, in these shapes; of a hub name the weights are not here yet."""
+    if not Path(path).is_dir():
+        return
+    found = dict(_tensors(Path(path), setting))
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigError(f"{setting}={path}: has no tensor {name}; the checkpoint is incomplete, copy it again")
+        if found[name] != shape:
+            raise ConfigError(
+                f"{setting}={path}: {name} is {list(found[name])}, by config.json it should be {list(shape)}; "
+                "the weights are not those of this config.json, copy both again"
+            )
+
+
+def _tensors(directory: Path, setting: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, from the headers of ``*.safetensors``."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{setting}={directory}: has no *.safetensors; give a complete checkpoint directory")
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
-                yield from tensors.keys()
+                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
+                    yield name, tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{setting}={directory}: {file.name} cannot be read ({error}); copy it again") from error
 
 
 def _check_rows(setting: str, path: str, custom: dict[str, str]) -> None:
-    """Every row can be read and names an environment there is."""
+    """Every row can be read, names an environment there is, and has an id of its own if it has one."""
     seen: set[str] = set()
+    rows_by_id: dict[str, int] = {}
     for number, row in enumerate(read_rows(path, setting=setting), start=1):
+        uid = row_id(row)
+        if uid is not None and rows_by_id.setdefault(uid, number) != number:
+            raise ConfigError(
+                f"{setting}={path}: row {number} has the extra_info.index of row {rows_by_id[uid]} ({uid}); "
+                "drop the repetition, or number the rows anew"
+            )
         env_class = row.get("env_class")
         if env_class is not None and env_class not in seen:
             check_env_class(env_class, custom, setting=f"{setting}={path}: row {number}: env_class")

@@ -10,7 +10,11 @@ import math
 from typing import Any, NamedTuple
 
 from skyrl_spec.config import Config, ConfigError, TrainerConfig
-from skyrl_spec.rollout.speculative import build_speculative_config, require_exact_sampling
+from skyrl_spec.rollout.speculative import (
+    build_speculative_config,
+    require_exact_sampling,
+    require_other_engine_args,
+)
 
 
 class Layout(NamedTuple):
@@ -410,6 +414,7 @@ def _check_engine(config: Config) -> None:
         engine.engine_init_kwargs.get("speculative_config"),
         f"belongs in {_ENGINE}.speculative_config; move it there",
     )
+    require_other_engine_args(engine.engine_init_kwargs)
     _check_user_speculation(config.trainer, engine.speculative_config)
     speculative = build_speculative_config(config.trainer, engine.speculative_config)
     for setting in _SAMPLINGS:

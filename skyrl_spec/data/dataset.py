@@ -91,7 +91,7 @@ def load_prompts(
             token_ids = _tokenize(tokenizer, row["prompt"], f"{setting}={path}: row {index_in_file}")
             if len(token_ids) > max_prompt_length:
                 continue
-            uid = str(_extra_info(row).get("index", f"{path}:{index_in_file}"))
+            uid = row_id(row) or f"{path}:{index_in_file}"
             uid = f"{uid}#{num_rows}" if uid in uids else uid
             uids.add(uid)
             prompts.append(_prompt(uid, token_ids, row, default_env_class))
@@ -107,9 +107,11 @@ def _prompt(uid: str, token_ids: list[int], row: Row, default_env_class: str) ->
     return Prompt(uid, token_ids, row["prompt"], row.get("env_class", default_env_class), extras)
 
 
-def _extra_info(row: Row) -> Row:
+def row_id(row: Row) -> str | None:
+    """``extra_info.index``, if the row has one."""
     extra_info = row.get("extra_info")
-    return extra_info if isinstance(extra_info, dict) else {}
+    index = extra_info.get("index") if isinstance(extra_info, dict) else None
+    return None if index is None else str(index)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> list[int]:

@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl_spec.config import ConfigError, SamplingConfig
+from skyrl_spec.config import SamplingConfig
 from skyrl_spec.model_spec import load_spec, model_directory
-from skyrl_spec.rollout.speculative import require_exact_rejection, require_exact_sampling
+from skyrl_spec.rollout.speculative import (
+    OWN_ENGINE_ARGS,
+    require_exact_rejection,
+    require_exact_sampling,
+    require_other_engine_args,
+)
 from skyrl_spec.types import Generation, Proposals, SpecCounters, Versions
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -93,6 +98,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     Raises ``ConfigError`` for a lossy draft, or for an entry of ``engine_init_kwargs`` that another setting decides.
     """
     require_exact_rejection(settings.speculative_config)
+    require_other_engine_args(settings.engine_init_kwargs)
     args: dict[str, Any] = {
         "model": settings.model_path,
         "dtype": _DTYPES[settings.dtype],
@@ -115,11 +121,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
         args["kv_cache_memory_bytes"] = int(settings.cpu_kvcache_space * 2**30)
     else:
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    for key in sorted(args.keys() & settings.engine_init_kwargs.keys()):
-        raise ConfigError(
-            f"generator.inference_engine.engine_init_kwargs.{key}={settings.engine_init_kwargs[key]!r}: skyrl_spec"
-            " sets this argument itself; remove it, and use the setting of its own if there is one"
-        )
+    assert args.keys() <= OWN_ENGINE_ARGS, args.keys() - OWN_ENGINE_ARGS
     return args | settings.engine_init_kwargs
 
 

@@ -7,6 +7,27 @@ from typing import Any
 from skyrl_spec.config import ConfigError, SamplingConfig, TrainerConfig
 
 _SETTING = "generator.inference_engine.speculative_config"
+# Arguments of vLLM's engine that are set here, and so not in engine_init_kwargs.
+OWN_ENGINE_ARGS = frozenset(
+    {
+        "model",
+        "dtype",
+        "tensor_parallel_size",
+        "max_model_len",
+        "max_num_seqs",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "seed",
+        "speculative_config",
+        "weight_transfer_config",
+        "logprobs_mode",
+        "disable_log_stats",
+        "use_tqdm_on_load",
+        "worker_extension_cls",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+    }
+)
 
 # Settings of vLLM's SpeculativeConfig that decide whether rollouts come from the policy's own distribution, and the
 # values that keep it exact. "block" verification is exact on paper, but vLLM's V1 sampler, used on CPU, ignores it.
@@ -33,6 +54,15 @@ def build_speculative_config(trainer: TrainerConfig, user: dict[str, Any] | None
     if user is None and trainer.mtp.enabled:
         return {"method": "mtp", "num_speculative_tokens": trainer.mtp.num_speculative_tokens}
     return user
+
+
+def require_other_engine_args(engine_init_kwargs: dict[str, Any]) -> None:
+    """Raises ``ConfigError`` for an entry that another setting decides."""
+    for key in sorted(OWN_ENGINE_ARGS & engine_init_kwargs.keys()):
+        raise ConfigError(
+            f"generator.inference_engine.engine_init_kwargs.{key}={engine_init_kwargs[key]!r}: skyrl_spec sets this "
+            "argument itself; remove it, and use the setting of its own if there is one"
+        )
 
 
 def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from skyrl_spec.checkpoint.folders import contents, latest, read_record, rotate, set_aside
 from skyrl_spec.compose import to_yaml
-from skyrl_spec.config import Config, RunError
+from skyrl_spec.config import Config, ConfigError, RunError
 from skyrl_spec.draft_spec import trained_draft
+from skyrl_spec.model_spec import load_spec, tensor_shapes
+from skyrl_spec.types import Which
 
 if TYPE_CHECKING:
     from skyrl_spec.trainer.actors import PolicyGroup
@@ -22,20 +24,53 @@ def checkpoint_root(config: Config) -> Path:
     return Path(config.trainer.run_dir) / "checkpoints"
 
 
-def find(config: Config) -> Path | None:
-    """The checkpoint that the run goes on from; None: it begins.
+def find(config: Config, trained: Which) -> Path | None:
+    """The checkpoint that the run goes on from, which must hold ``trained``; None: it begins.
 
     Raises:
-        ConfigError: ``trainer.resume_path`` is no complete checkpoint.
+        ConfigError: ``trainer.resume_path`` is no complete checkpoint; or the one found is of other training than this.
     """
+    found = _find(config)
+    if found is not None:
+        _check_fits(config, found, trained)
+    return found
+
+
+def _find(config: Config) -> Path | None:
     trainer = config.trainer
     if trainer.resume_mode == "latest":
         return latest(checkpoint_root(config))
     if trainer.resume_mode == "from_path":
         assert trainer.resume_path is not None
-        read_record(Path(trainer.resume_path))
         return Path(trainer.resume_path)
     return None
+
+
+def _check_fits(config: Config, directory: Path, trained: Which) -> None:
+    """What the record tells already, before anything is started; ``dist.load`` looks at the rest."""
+    parts, setting = read_record(directory)["parts"], f"trainer.resume_path={directory}"
+    if trained not in parts:
+        mend = "the checkpoint is of a warm-up: export it, or go on with skyrl-spec warmup-draft"
+        raise ConfigError(
+            f"{setting}: holds no {trained}; {mend if trained == 'policy' else 'take one of a run with a draft'}"
+        )
+    policy = parts.get("policy")
+    if policy is None:
+        return
+    dtype, wanted = config.trainer.policy.megatron_config.dtype, policy["dtypes"]
+    if wanted != [dtype]:
+        raise ConfigError(
+            f"trainer.policy.megatron_config.dtype={dtype}: {setting} was trained in {'+'.join(wanted)}; "
+            f"set it to {wanted[0]}"
+        )
+    model = config.trainer.policy.model.path
+    for name, shape in tensor_shapes(load_spec(model)).items():
+        saved = policy["shapes"].get(name)
+        if saved != list(shape):
+            raise ConfigError(
+                f"trainer.policy.model.path={model}: {setting} is of another model, whose {name} is {saved}, not "
+                f"{list(shape)}; set the model it was trained from"
+            )
 
 
 def begin(config: Config) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skyrl_spec.checkpoint.folders import read_record
 from skyrl_spec.compose import to_yaml
 from skyrl_spec.config import Config, ConfigError, LostActorError, RunError
 from skyrl_spec.data.dataset import load_prompts
@@ -154,13 +155,13 @@ class Task:
     stream: PromptStream
     eval_prompts: list[Prompt]
     steps: int
-    # The checkpoint (``step_N``) that it goes on from.
+    # The checkpoint that it goes on from.
     resume_from: Path | None = None
 
     @property
     def steps_done(self) -> int | None:
         """None: it begins."""
-        return None if self.resume_from is None else int(self.resume_from.name.removeprefix("step_"))
+        return None if self.resume_from is None else read_record(self.resume_from)["extra"]["trainer"]["step"]
 
 
 @dataclass(frozen=True)
@@ -196,14 +197,14 @@ def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
         with open_output(task) as output:
             _train_on_cluster(task, output, verbose, watch)
 
-    with_restarts(config, attempt)
+    with_restarts(config, "policy", attempt)
 
 
-def with_restarts(config: Config, attempt: Callable[[Path | None], None]) -> None:
+def with_restarts(config: Config, trained: Which, attempt: Callable[[Path | None], None]) -> None:
     """``attempt``, and where it loses an actor again, ``trainer.max_restarts`` times, from the last checkpoint."""
     from skyrl_spec.trainer.checkpoints import find
 
-    resume_from, restarts_left = find(config), config.trainer.max_restarts
+    resume_from, restarts_left = find(config, trained), config.trainer.max_restarts
     while True:
         try:
             attempt(resume_from)
@@ -351,10 +352,8 @@ def num_steps(config: Config, stream: PromptStream) -> int:
 
 
 def load_task(config: Config, resume_from: Path | None = None) -> Task:
-    from transformers import AutoTokenizer
-
     spec = load_spec(config.trainer.policy.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+    tokenizer = _load_tokenizer(spec)
     config = _decide_draft(config, spec, tokenizer)
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
@@ -362,6 +361,35 @@ def load_task(config: Config, resume_from: Path | None = None) -> Task:
     check_environments([*train, *validation], config.environment)
     stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
     return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream), resume_from)
+
+
+def _load_tokenizer(spec: ModelSpec) -> Any:
+    """The model's own.
+
+    Raises:
+        ConfigError: there is none, or it has tokens that the model does not have, or no end token.
+    """
+    from transformers import AutoTokenizer
+
+    setting = f"trainer.policy.model.path={spec.path}"
+    # Without files transformers makes an empty one.
+    if not any(spec.path.glob("tokenizer*")):
+        raise ConfigError(f"{setting}: has no tokenizer; copy the tokenizer's files")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+    # Of a file that is missing or broken it raises whatever its reader does.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"{setting}: its tokenizer cannot be loaded ({reason}); copy the tokenizer's files") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= spec.vocab_size:
+        raise ConfigError(
+            f"{setting}: its tokenizer has token {largest}, the model's vocabulary ends at {spec.vocab_size - 1}; "
+            "put the model's own tokenizer there"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{setting}: its tokenizer has no end token; add eos_token to tokenizer_config.json")
+    return tokenizer
 
 
 def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,11 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import run_command
+from runs import ROOT
 from safetensors.numpy import save_file
 
+from skyrl_spec.checkpoint.folders import RECORD, begin, publish
 from skyrl_spec.compose import load_config
 from skyrl_spec.config import ConfigError
 from skyrl_spec.draft_spec import dflash_tensor_shapes, parse_dflash_spec
+from skyrl_spec.model_spec import SUPPORTED_ARCHITECTURES, mtp_tensor_shapes, parse_spec, tensor_shapes
 from skyrl_spec.preflight import preflight
 from skyrl_spec.validation import validate
 
@@ -54,7 +58,7 @@ DRAFT_CONFIG: dict[str, Any] = {
     "num_target_layers": 8,
     "dflash_config": {"mask_token_id": 31, "target_layer_ids": [1, 5], "causal": False},
 }
-MTP_TENSOR = "model.mtp_layers.0.input_proj.weight"
+LATIN_ROW = '{"prompt": [{"role": "user", "content": "Grüße"}]}'.encode("latin-1")
 ROW = {"prompt": [{"role": "user", "content": "1+1="}], "env_class": "gsm8k"}
 
 
@@ -74,19 +78,34 @@ class Workspace:
             f"trainer.run_dir={self.root / 'run'}",
         ]
 
-    def model(self, tensors: tuple[str, ...] = ("lm_head.weight", MTP_TENSOR), **changes: Any) -> Path:
-        """A model directory of which only the headers are real; a change to None takes the entry out."""
+    def model(self, *, without: str | None = None, reshaped: str | None = None, **changes: Any) -> Path:
+        """A model of zeros; a change to None takes the entry out of config.json. ``without``: tensors named so."""
         directory = self.root / f"model-{uuid.uuid4().hex[:8]}"
         directory.mkdir()
         config = {key: value for key, value in (MODEL_CONFIG | changes).items() if value is not None}
         (directory / "config.json").write_text(json.dumps(config))
-        save_file({name: np.zeros(2, np.float32) for name in tensors}, directory / "model.safetensors")
+        # Of what the changes leave right.
+        sizes = {key: changes[key] for key in ("num_hidden_layers", "head_dim") if key in changes}
+        architecture = changes.get("architectures", MODEL_CONFIG["architectures"])
+        spec = parse_spec(
+            directory,
+            MODEL_CONFIG
+            | sizes
+            | ({"architectures": architecture} if architecture[0] in SUPPORTED_ARCHITECTURES else {}),
+        )
+        shapes = tensor_shapes(spec) | mtp_tensor_shapes(spec)
+        tensors = {
+            name: np.zeros(shape, np.float32) for name, shape in shapes.items() if not (without and without in name)
+        }
+        if reshaped is not None:
+            tensors[reshaped] = tensors[reshaped][1:]
+        save_file(tensors, directory / "model.safetensors")
         return directory
 
     def dflash(self, path: Path | None = None, *, target: dict[str, Any] | None = None) -> list[str]:
         """A DFlash draft (from scratch without ``path``) on a Qwen3 model of eight layers."""
         of_target = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "num_nextn_predict_layers": None}
-        model = self.model(("lm_head.weight",), **(of_target | (target or {})))
+        model = self.model(**(of_target | (target or {})))
         draft = "null" if path is None else str(path)
         return [
             f"{PATH}={model}",
@@ -96,14 +115,44 @@ class Workspace:
             f"trainer.dflash.path={draft}",
         ]
 
-    def draft(self, *, without: str | None = None, **changes: Any) -> Path:
-        """A DFlash draft's directory of which only the headers are real."""
+    def draft(self, *, without: str | None = None, reshaped: str | None = None, **changes: Any) -> Path:
+        """A DFlash draft's directory, of zeros."""
         directory = self.root / f"draft-{uuid.uuid4().hex[:8]}"
         directory.mkdir()
         config = DRAFT_CONFIG | changes
         (directory / "config.json").write_text(json.dumps(config))
-        names = dflash_tensor_shapes(parse_dflash_spec(directory, DRAFT_CONFIG)).keys() - {without}
-        save_file({name: np.zeros(2, np.float32) for name in names}, directory / "model.safetensors")
+        shapes = dflash_tensor_shapes(parse_dflash_spec(directory, DRAFT_CONFIG))
+        tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name != without}
+        if reshaped is not None:
+            tensors[reshaped] = tensors[reshaped][1:]
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+
+    def real(self) -> list[str]:
+        """Overrides that name the shipped model and data, for what its tokenizer finds."""
+        example = ROOT / "examples" / "arithmetic_mtp"
+        return [f"{PATH}={example / 'model'}", f"data.val_data=[{example / 'data' / 'validation.jsonl'}]"]
+
+    def real_model(self, *, without: str | None = None, **tokenizer_config: Any) -> list[str]:
+        """The shipped model, copied, and with other files of the tokenizer."""
+        directory = self.root / f"model-{uuid.uuid4().hex[:8]}"
+        shutil.copytree(ROOT / "examples" / "arithmetic_mtp" / "model", directory)
+        if without is not None:
+            (directory / without).unlink()
+        if tokenizer_config:
+            file = directory / "tokenizer_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | tokenizer_config))
+        return [*self.real(), f"{PATH}={directory}"]
+
+    def checkpoint(self, *, part: str = "policy", dtypes: tuple[str, ...] = ("fp32",), **record: Any) -> Path:
+        """The record of a checkpoint without tensors, of the workspace's model."""
+        directory = self.root / f"run-{uuid.uuid4().hex[:8]}" / "checkpoints" / "step_3"
+        begin(directory)
+        spec = parse_spec(self.root / "model", MODEL_CONFIG)
+        shapes = {name: list(shape) for name, shape in tensor_shapes(spec).items()}
+        parts = {part: {"dtypes": list(dtypes), "shapes": shapes}}
+        extra = {"trainer": {"step": 3}}
+        publish(directory, {"layout": {"tp": 1, "dp": 1}, "parts": parts, "extra": extra} | record)
         return directory
 
     def rows(self, *rows: Any) -> Path:
@@ -128,6 +177,46 @@ def broken_model(space: Workspace) -> Path:
     directory = space.model()
     (directory / "model.safetensors").write_bytes(b"no header")
     return directory
+
+
+def truncated_model(space: Workspace) -> Path:
+    directory = space.model()
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return directory
+
+
+def resume(path: Path) -> list[str]:
+    return ["trainer.resume_mode=from_path", f"trainer.resume_path={path}"]
+
+
+def incomplete_checkpoint(space: Workspace) -> Path:
+    directory = space.checkpoint()
+    record = json.loads((directory / RECORD).read_text())
+    (directory / RECORD).write_text(json.dumps(record | {"files": {"__0_0.distcp": 100}}))
+    return directory
+
+
+def garbled_checkpoint(space: Workspace) -> Path:
+    directory = space.checkpoint()
+    (directory / RECORD).write_bytes(b"\x00" * 100)
+    return directory
+
+
+def broken_tokenizer(space: Workspace) -> list[str]:
+    *rest, override = space.real_model()
+    (Path(override.partition("=")[2]) / "tokenizer.json").write_text("{")
+    return [*rest, override]
+
+
+def larger_tokenizer(space: Workspace) -> list[str]:
+    *rest, override = space.real_model()
+    file = Path(override.partition("=")[2]) / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append(last | {"id": 5000, "content": "<|more|>"})
+    file.write_text(json.dumps(tokenizer))
+    return [*rest, override]
 
 
 def parquet_without_prompt(space: Workspace) -> Path:
@@ -184,7 +273,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         ("trainer.mtp.enabled=true: the model", "has no MTP head", "or trainer.mtp.enabled=false"),
     ),
     "model without the head's tensors": (
-        lambda space: [f"{PATH}={space.model(tensors=('lm_head.weight',))}"],
+        lambda space: [f"{PATH}={space.model(without='mtp_layers')}"],
         ("trainer.mtp.enabled=true: the model", "mtp_layers", "or trainer.mtp.enabled=false"),
     ),
     "model of another architecture with a head": (
@@ -369,6 +458,181 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "ipc without shared GPUs": (
         lambda _: ["trainer.placement.device=cuda", f"{ENGINE}.weight_sync_backend=ipc"],
         (f"{ENGINE}.weight_sync_backend=ipc: ", "must be nccl", "trainer.placement.colocate_all=true", "leave it null"),
+    ),
+    "dtype of its own": (
+        lambda _: ["trainer.policy.megatron_config.dtype=fp16"],
+        ("trainer.policy.megatron_config.dtype=fp16: must be fp32 or bf16", "choose one"),
+    ),
+    "sampling at temperature 0": (
+        lambda _: ["generator.sampling_params.temperature=0"],
+        ("generator.sampling_params.temperature=0.0: must be above 0",),
+    ),
+    "a number that is none": (
+        lambda _: ["trainer.policy.optimizer_config.lr=nan"],
+        ("trainer.policy.optimizer_config.lr=nan: must be at least 0",),
+    ),
+    "no nucleus": (
+        lambda _: ["generator.sampling_params.top_p=0"],
+        ("generator.sampling_params.top_p=0.0: must be above 0 and at most 1",),
+    ),
+    "top-k of none": (
+        lambda _: ["generator.sampling_params.top_k=0"],
+        ("generator.sampling_params.top_k=0: must be at least 1, or -1 for all tokens",),
+    ),
+    "min-p with a draft": (
+        lambda _: ["generator.sampling_params.min_p=0.1"],
+        ("generator.sampling_params.min_p=0.1: vLLM does not apply min_p to drafted tokens",),
+    ),
+    "one sample a prompt": (
+        lambda _: ["generator.n_samples_per_prompt=1"],
+        ("generator.n_samples_per_prompt=1: must be at least 2", "raise it"),
+    ),
+    "batches that do not divide": (
+        lambda _: ["trainer.policy_mini_batch_size=3"],
+        ("trainer.train_batch_size=32: must be a multiple of trainer.policy_mini_batch_size=3",),
+    ),
+    "learning rate that rises": (
+        lambda _: ["trainer.mtp.optimizer_config.min_lr=1"],
+        ("trainer.mtp.optimizer_config.min_lr=1.0: must be at most trainer.mtp.optimizer_config.lr", "lower it"),
+    ),
+    "three betas": (
+        lambda _: ["trainer.policy.optimizer_config.adam_betas=[0.9,0.9,0.9]"],
+        ("adam_betas=[0.9, 0.9, 0.9]: must be two numbers",),
+    ),
+    "a list that is none": (
+        lambda _: ["data.train_data=rows.jsonl"],
+        ("data.train_data=rows.jsonl: expected a list; write 'data.train_data=[rows.jsonl]'",),
+    ),
+    "a section for a value": (
+        lambda _: ["trainer.mtp=true"],
+        ("trainer.mtp=True: trainer.mtp is a section; set a field of it, as in trainer.mtp.enabled=...",),
+    ),
+    "words that are no override": (
+        lambda _: ["trainer.epochs"],
+        ("cannot read override 'trainer.epochs'; write KEY=VALUE",),
+    ),
+    "a sweep": (
+        lambda _: ["trainer.seed=1,2"],
+        ("cannot use override 'trainer.seed=1,2': settings take one value each",),
+    ),
+    "a value that is missing": (
+        lambda _: ["trainer.run_dir=???"],
+        ("trainer.run_dir=???: is hydra's word for a value that is missing",),
+    ),
+    "an engine argument that is ours": (
+        lambda _: [f"{ENGINE}.engine_init_kwargs={{max_model_len: 4096}}"],
+        (f"{ENGINE}.engine_init_kwargs.max_model_len=4096: skyrl_spec sets this argument itself", "remove it"),
+    ),
+    "exports between checkpoints": (
+        lambda _: ["trainer.ckpt_interval=4", "trainer.hf_save_interval=6"],
+        ("trainer.hf_save_interval=6: must be a multiple of trainer.ckpt_interval=4",),
+    ),
+    "a share above one": (
+        lambda _: ["environment.max_failed_share=2"],
+        ("environment.max_failed_share=2.0: must be at least 0 and at most 1",),
+    ),
+    "a logger that there is not": (
+        lambda _: ["trainer.logger=[console,mlflow]"],
+        ("trainer.logger=['console', 'mlflow']: mlflow is none of console, wandb",),
+    ),
+    "a folder that cannot be written": (
+        lambda _: ["trainer.run_dir=/proc/run"],
+        ("trainer.run_dir=/proc/run: cannot be written", "choose another place"),
+    ),
+    "truncated weights": (
+        lambda space: [f"{PATH}={truncated_model(space)}"],
+        (f"{PATH}=", "model.safetensors cannot be read", "copy it again"),
+    ),
+    "weights that are not all there": (
+        lambda space: [f"{PATH}={space.model(without='layers.0.mlp.up_proj')}"],
+        (f"{PATH}=", "has no tensor model.layers.0.mlp.up_proj.weight", "copy it again"),
+    ),
+    "weights of another shape": (
+        lambda space: [f"{PATH}={space.model(reshaped='model.embed_tokens.weight')}"],
+        (f"{PATH}=", "model.embed_tokens.weight is [31, 128], by config.json it should be [32, 128]"),
+    ),
+    "head of another shape": (
+        lambda space: [f"{PATH}={space.model(reshaped='model.mtp_layers.0.input_proj.weight')}"],
+        (f"{PATH}=", "input_proj.weight is [127, 256], by config.json it should be [128, 256]"),
+    ),
+    "draft of another shape": (
+        lambda space: space.dflash(space.draft(reshaped="fc.weight")),
+        ("trainer.dflash.path=", "fc.weight is [127, 256], by config.json it should be [128, 256]"),
+    ),
+    "config.json with a size that is none": (
+        lambda space: [f"{PATH}={space.model(hidden_size='128')}"],
+        (f"{PATH}=", "hidden_size='128' in config.json is no size", "copy it again"),
+    ),
+    "RoPE that is scaled": (
+        lambda space: [f"{PATH}={space.model(rope_scaling={'rope_type': 'yarn', 'factor': 4.0})}"],
+        (f"{PATH}=", "RoPE scaling", "is not supported", "use a model with plain RoPE"),
+    ),
+    "model without a tokenizer": (
+        lambda space: [f"{PATH}={space.root / 'model'}"],
+        (f"{PATH}=", "has no tokenizer", "copy the tokenizer's files"),
+    ),
+    "broken tokenizer": (
+        broken_tokenizer,
+        (f"{PATH}=", "its tokenizer cannot be loaded", "copy the tokenizer's files"),
+    ),
+    "tokenizer of a larger model": (
+        larger_tokenizer,
+        (f"{PATH}=", "its tokenizer has token 104, the model's vocabulary ends at", "put the model's own tokenizer"),
+    ),
+    "tokenizer without chat template": (
+        lambda space: space.real_model(without="chat_template.jinja"),
+        (f"{PATH}=", "its tokenizer has no chat template", "add one to tokenizer_config.json"),
+    ),
+    "no prompt that fits": (
+        lambda space: [*space.real(), "trainer.max_prompt_length=2"],
+        ("trainer.max_prompt_length=2: all 2 prompts of data.train_data are longer; raise it",),
+    ),
+    "a row that its environment cannot use": (
+        lambda space: space.real(),
+        ("row ", "environment gsm8k cannot be made from its fields", "mend the data"),
+    ),
+    "rows that are no UTF-8": (
+        lambda space: [f"data.train_data=[{space.file('latin.jsonl', LATIN_ROW)}]"],
+        ("data.train_data=", "latin.jsonl: row 1 is not JSON in UTF-8", "mend it"),
+    ),
+    "a prompt that is text": (
+        lambda space: [f"data.train_data=[{space.rows(ROW, ROW | {'prompt': '1+1='})}]"],
+        ("data.train_data=", "row 2: prompt must be a list of {role, content} texts, got '1+1='", "rewrite it so"),
+    ),
+    "ids that are there twice": (
+        lambda space: [f"data.train_data=[{space.rows(*[ROW | {'extra_info': {'index': 7}}] * 2)}]"],
+        ("data.train_data=", "row 2 has the extra_info.index of row 1 (7)", "number the rows anew"),
+    ),
+    "a file that is named twice": (
+        lambda space: [f"data.train_data=[{space.root / 'rows.jsonl'},{space.root / 'rows.jsonl'}]"],
+        (
+            "data.train_data=",
+            "rows.jsonl: is named twice",
+        ),
+    ),
+    "checkpoint that is not complete": (
+        lambda space: resume(incomplete_checkpoint(space)),
+        ("trainer.resume_path=", "__0_0.distcp is missing", "take another checkpoint"),
+    ),
+    "checkpoint whose record is garbled": (
+        lambda space: resume(garbled_checkpoint(space)),
+        ("trainer.resume_path=", "checkpoint.json cannot be read", "take another checkpoint"),
+    ),
+    "checkpoint of another version": (
+        lambda space: resume(space.checkpoint(format=99)),
+        ("trainer.resume_path=", "checkpoint.json has format 99, this version reads 1"),
+    ),
+    "checkpoint of another dtype": (
+        lambda space: resume(space.checkpoint(dtypes=("bf16",))),
+        ("trainer.policy.megatron_config.dtype=fp32: trainer.resume_path=", "was trained in bf16", "set it to bf16"),
+    ),
+    "checkpoint of another model": (
+        lambda space: [*resume(space.checkpoint()), *space.real()],
+        (f"{PATH}=", "is of another model", "model.embed_tokens.weight is [32, 128]", "set the model it was trained"),
+    ),
+    "checkpoint of a warm-up": (
+        lambda space: resume(space.checkpoint(part="draft")),
+        ("trainer.resume_path=", "holds no policy", "warm-up"),
     ),
     "no GPU": (
         lambda _: ["trainer.placement.device=cuda", "trainer.measure_speedup=false"],
