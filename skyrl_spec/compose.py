@@ -29,6 +29,9 @@ from skyrl_spec.config import Config, ConfigError
 # Chosen by name from a folder of configs/, as in experiment=cpu_mtp_grpo.
 GROUPS = ("experiment", "algorithm")
 
+# What hydra's readers of defaults and package lines raise where they did not look.
+_HYDRAS_OWN = (RecursionError, IndexError)
+
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -51,7 +54,7 @@ def load_config(overrides: list[str]) -> Config:
         values = OmegaConf.to_container(OmegaConf.merge(composed, *settings), resolve=True, throw_on_missing=True)
         # What interpolations brought is checked against the schema like everything else.
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, *_HYDRAS_OWN) as error:
         raise ConfigError(_explain(error)) from error
 
 
@@ -148,6 +151,8 @@ def _settings(schema: type, prefix: str = "") -> Iterator[str]:
 
 def _explain(error: Exception) -> str:
     """One line for what hydra, OmegaConf or the YAML reader found."""
+    if isinstance(error, IndexError):
+        return f"{config_dir()}: a file's package line cannot be read; begin it with '# @package _global_'"
     if isinstance(error, RecursionError):
         return f"{config_dir()}: a file there includes or refers to itself; take that out"
     message = " ".join(str(error).split()).split(" Config search path:")[0]

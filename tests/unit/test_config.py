@@ -175,6 +175,12 @@ def test_mistakes_in_files(text: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in str(error.value)
 
 
+def test_a_package_line_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_configs(tmp_path, monkeypatch).write_text("# @package [\n")
+    with pytest.raises(ConfigError, match="package line cannot be read; begin it with '# @package _global_'"):
+        load_config(["experiment=mine"])
+
+
 def test_a_file_without_its_package_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_configs(tmp_path, monkeypatch).write_text("trainer: {seed: 1}")
     with pytest.raises(ConfigError, match="begin the file with '# @package _global_'"):

@@ -1,0 +1,113 @@
+"""kill -9 at random moments of a save: resuming always finds a complete checkpoint. ``make kills``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from tiny_checkpoints import make_batch, make_config, write_checkpoint
+
+from skyrl_spec.checkpoint import dist, folders
+from skyrl_spec.megatron import parallel
+from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.model_spec import load_spec
+
+NUM_KILLS = 20
+KEEP = 2
+
+
+def run(model: Path, root: Path, store: Path, said: Connection) -> None:
+    """Go on from the newest checkpoint, and train and save until killed; tells where it went on, and of each save."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    ranks = parallel.lay_out(1, torch.device("cpu"))
+    trainer = PolicyTrainer(make_config(model), load_spec(str(model)), ranks, total_optimizer_steps=10_000)
+    parts, step = dist.parts(trainer), 0
+    newest = folders.latest(root)
+    if newest is not None:
+        extra = dist.load(newest, parts).extra
+        step = extra["step"]
+        # What is found is all of the same step.
+        assert checksum(trainer) == extra["checksum"]
+        assert newest.name == f"step_{step}"
+    said.send(("resumed", step))
+    while True:
+        step += 1
+        trainer.train_mini_batch(make_batch(step))
+        said.send(("saving", step))
+        dist.save(root / f"step_{step}", parts, {"step": step, "checksum": checksum(trainer)})
+        folders.rotate(root, KEEP)
+        said.send(("saved", step))
+
+
+def checksum(trainer: PolicyTrainer) -> float:
+    """Of everything that is trained, moments included."""
+    total = 0.0
+    for part in dist.parts(trainer).values():
+        dist._initialize_optimizer(part.trainable)
+        for parameter in part.trainable.module.parameters():
+            for _, flat, _, _ in dist._tensors(part.trainable, parameter):
+                total += float(flat.double().sum())
+    return total
+
+
+@pytest.mark.slow
+def test_a_save_killed_at_a_random_moment_costs_that_save_alone(tmp_path: Path) -> None:
+    model, root = write_checkpoint(tmp_path / "model"), tmp_path / "checkpoints"
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    saved, moments = 0, {"in a save": 0, "between": 0}
+    for kill in range(NUM_KILLS + 1):
+        heard, said = context.Pipe(duplex=False)
+        process = context.Process(target=run, args=(model, root, tmp_path / f"store{kill}", said))
+        process.start()
+        said.close()
+        what, step = heard.recv()
+        assert (what, step) == ("resumed", step)
+        # Never behind one that was complete, and never before it.
+        assert step in (saved, saved + 1), (step, saved)
+        saved = step
+        if kill == NUM_KILLS:
+            process.kill()
+            process.join()
+            break
+        # Two saves of a process are left alone: so steps are made, and the second one tells how long they take.
+        hear(heard, "saving")
+        hear(heard, "saved")
+        hear(heard, "saving")
+        start = time.perf_counter()
+        saved = hear(heard, "saved")
+        moment_s = draw.uniform(0.0, time.perf_counter() - start)
+        hear(heard, "saving")
+        start = time.perf_counter()
+        while time.perf_counter() - start < moment_s:
+            pass
+        process.kill()
+        process.join()
+        was_saved = has_more(heard)
+        moments["between" if was_saved else "in a save"] += 1
+        saved += was_saved
+        found = folders.latest(root)
+        assert found is not None
+        assert found.name in (f"step_{saved}", f"step_{saved + 1}")
+    print(f"\n{NUM_KILLS} kills: {moments}, {saved} steps were saved")
+    assert moments["in a save"] >= NUM_KILLS / 2
+
+
+def has_more(heard: Connection) -> bool:
+    """Whether it said, before it died, that the save was done."""
+    try:
+        return heard.recv()[0] == "saved"
+    except EOFError:
+        return False
+
+
+def hear(heard: Connection, expected: str) -> int:
+    what, step = heard.recv()
+    assert what == expected
+    return step

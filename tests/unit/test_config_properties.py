@@ -1,0 +1,87 @@
+"""Whatever is typed, the answer is a configuration or one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from skyrl_spec.compose import load_config, to_yaml
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.trainer.warmup import warmup_config
+from skyrl_spec.validation import parallel_layout, validate
+
+EXPERIMENT = "experiment=cpu_mtp_grpo"
+# A composition takes a tenth of a second.
+FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def names(section: Any, prefix: str = "") -> list[str]:
+    """Of all settings and sections."""
+    found = []
+    for field in fields(section):
+        value = getattr(section, field.name)
+        found.append(prefix + field.name)
+        if is_dataclass(value):
+            found += names(value, f"{prefix}{field.name}.")
+    return found
+
+
+NAMES = names(Config())
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+numbers = st.one_of(
+    st.integers(),
+    st.integers(-2, 70),
+    st.floats(),
+    st.sampled_from([0, 1, -1, 2**31, 2**63, 1e-300, 1e300, "1e999", "0x10", "1_000", "nan", "-inf"]),
+)
+plain = st.one_of(
+    numbers, words, st.booleans(), st.sampled_from(["null", "true", "cpu", "cuda", "latest", "???", "[]"])
+)
+values = st.one_of(
+    plain.map(str),
+    st.lists(plain, max_size=4).map(lambda items: f"[{','.join(map(str, items))}]"),
+    st.dictionaries(st.sampled_from(["method", "model", "num_speculative_tokens", "seed", "a"]), plain, max_size=3).map(
+        lambda entries: f"{{{','.join(f'{key}: {value}' for key, value in entries.items())}}}"
+    ),
+    words.map(json.dumps),
+    words.map(lambda word: f"${{{word}}}"),
+)
+overrides = st.tuples(st.sampled_from(NAMES), values).map("=".join)
+
+
+def answer(arguments: list[str]) -> Config | str:
+    """As the command does before it looks at anything else."""
+    try:
+        config = load_config(arguments)
+        validate(config)
+        parallel_layout(config)
+        warmup_config(config)
+    except ConfigError as error:
+        return " ".join(str(error).split())
+    return config
+
+
+def check(arguments: list[str]) -> None:
+    found = answer(arguments)
+    if isinstance(found, str):
+        assert found
+        assert len(found) < 2000
+    else:
+        # What --cfg job prints, and a checkpoint keeps.
+        assert to_yaml(found)
+
+
+@FEW
+@given(st.lists(overrides, min_size=1, max_size=3))
+def test_settings_of_any_value(arguments: list[str]) -> None:
+    check([EXPERIMENT, *arguments])
+
+
+@FEW
+@given(st.lists(st.one_of(words, st.tuples(words, words).map("=".join)), min_size=1, max_size=2))
+def test_words_of_any_kind(arguments: list[str]) -> None:
+    check(arguments)
