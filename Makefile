@@ -3,6 +3,8 @@
 # make long    the tests that take minutes each: what the shipped experiments are to reach
 # make lint    formatting, lint and types
 # make faults  puts faults into a run, one at a time, and prints which check saw each (docs/fidelity.md)
+# make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
+# make soak    200 short steps, and what the processes hold at the start and at the end
 # make bench   the two benchmarks of docs/benchmarks.md
 # make clean   caches and build products; neither .venv nor runs/
 
@@ -11,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test long lint faults bench clean
+.PHONY: setup train test long lint faults kills soak bench clean
 .DEFAULT_GOAL := train
 
 setup: $(READY)
@@ -36,6 +38,12 @@ lint: setup
 
 faults: setup
 	@PYTHONPATH=tests/fidelity $(BIN)/python tests/fidelity/faults.py
+
+kills: setup
+	@$(BIN)/python -m pytest -m slow -s tests/megatron/test_killed_saves.py
+
+soak: setup
+	@$(BIN)/python tests/soak.py $(ARGS)
 
 bench: setup
 	@$(BIN)/python benchmarks/soft_ce.py

@@ -101,6 +101,7 @@ class Checkpointer:
         self._trainer, self._policy = trainer, policy
         self._settings, self._root = trainer.config.trainer, checkpoint_root(trainer.config)
         self._last: tuple[int, dict[str, Any]] | None = None
+        self._tried_step: int | None = None
         # The checkpoint of this run that was saved last.
         self.saved: Path | None = None
 
@@ -119,8 +120,8 @@ class Checkpointer:
             self._save_or_say()
 
     def after_run(self) -> None:
-        """Save the last step."""
-        if self._settings.ckpt_interval > 0:
+        """Save the last step, unless that was just tried."""
+        if self._settings.ckpt_interval > 0 and self._last is not None and self._last[0] != self._tried_step:
             self._save_or_say()
 
     def save_last(self) -> Path | None:
@@ -144,6 +145,7 @@ class Checkpointer:
         return directory
 
     def _save_or_say(self) -> None:
+        self._tried_step = None if self._last is None else self._last[0]
         try:
             self.save_last()
         except Exception as error:

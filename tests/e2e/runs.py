@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,13 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def start(run_dir: Path, *overrides: str, command: str = "train", **environment: str) -> Run:
+def start(
+    run_dir: Path, *overrides: str, command: str = "train", prefix: Sequence[str] = (), **environment: str
+) -> Run:
     mark = uuid.uuid4().hex
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "skyrl_spec", command, *overrides, f"trainer.run_dir={run_dir}"],
+        [*prefix, sys.executable, "-m", "skyrl_spec", command, *overrides, f"trainer.run_dir={run_dir}"],
         cwd=ROOT,
         env=kept | {MARK: mark} | environment,
         stdout=subprocess.PIPE,

@@ -1,0 +1,113 @@
+"""Whole runs on a disk that is full, with an environment that fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from moody_environment import HANGS_ON, HUNG, RAISES_ON
+from runs import ROOT, SMALL, records_of, start
+
+from skyrl_spec.compose import load_config
+from skyrl_spec.config import Config, RunError
+from skyrl_spec.metrics import names
+from skyrl_spec.trainer.rollouts import RolloutSampler
+
+# In a mount namespace of its own, whose file systems end with it: room for one checkpoint and a half.
+ON_A_SMALL_DISK = 'mkdir -p "$0" && mount -t tmpfs -o size=100m tmpfs "$0" && "$@"; status=$?; ls "$0"; exit $status'
+
+
+def small_disk(folder: Path) -> list[str]:
+    """Words before a command whose ``folder`` is to be a small disk."""
+    words = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode:
+        pytest.skip("needs user namespaces (unshare) that may mount a tmpfs")
+    return [*words, "sh", "-c", ON_A_SMALL_DISK, str(folder)]
+
+
+def moody_rows(path: Path) -> Path:
+    """Eight rows of the example, which make up every batch."""
+    rows = (ROOT / "examples/arithmetic_mtp/data/train.jsonl").read_text().splitlines()[:8]
+    path.write_text("".join(json.dumps(json.loads(row) | {"env_class": "moody"}) + "\n" for row in rows))
+    return path
+
+
+def moody(tmp_path: Path) -> list[str]:
+    return [
+        "experiment=cpu_mtp_grpo",
+        *SMALL,
+        "trainer.eval_before_train=false",
+        "trainer.eval_interval=0",
+        "trainer.ckpt_interval=1",
+        "trainer.epochs=10",
+        f"data.train_data=[{moody_rows(tmp_path / 'rows.jsonl')}]",
+        "environment.custom.moody=moody_environment:MoodyEnv",
+        "environment.timeout_s=2",
+    ]
+
+
+def test_a_run_with_a_full_disk_and_a_failing_environment_goes_on(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*moody(tmp_path), "trainer.on_ckpt_failure=warn", "environment.max_failed_share=0.2"]
+    prefix = small_disk(run_dir / "checkpoints")
+    run = start(run_dir, *overrides, prefix=prefix, **{HUNG: str(tmp_path / "hung")})
+    output = run.output(timeout_s=300)
+    assert run.process.returncode == 0, output
+    assert run.processes() == []
+    first, second = records_of(run_dir)
+    # Four responses to the row it raises on, and one that it hung on.
+    assert (first[names.NUM_FAILED], second[names.NUM_FAILED]) == (5, 4)
+    where = "skyrl-spec: warning: a response could not be scored and gets reward 0: row"
+    assert f"{where} {RAISES_ON}, env_class moody: ZeroDivisionError: by nothing" in output
+    assert (
+        f"{HANGS_ON}, env_class moody: took longer than environment.timeout_s=2" in output or "and 2 more of" in output
+    )
+    warning = f"skyrl-spec: warning: {run_dir}/checkpoints/step_2: the checkpoint could not be written (No space left"
+    assert output.count(warning) == 1
+    assert "earlier ones are as they were" in output
+    assert "Traceback" not in output
+    # What is on the disk at the end.
+    assert output.splitlines()[-2:] == ["latest", "step_1"]
+    assert (run_dir / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mishap", "expected"),
+    [
+        (
+            lambda _: ["environment.max_failed_share=0.1"],
+            "environment.max_failed_share=0.1: 5 of 32 responses could not",
+        ),
+        (lambda _: ["environment.max_failed_share=1"], "step_2: the checkpoint could not be written (No space left on"),
+    ],
+    ids=["environment", "disk"],
+)
+def test_a_run_that_may_not_go_on_ends_with_a_line(
+    mishap: Callable[[Path], list[str]], expected: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    prefix = small_disk(run_dir / "checkpoints")
+    run = start(run_dir, *moody(tmp_path), *mishap(tmp_path), prefix=prefix, **{HUNG: str(tmp_path / "hung")})
+    output = run.output(timeout_s=300)
+    assert run.process.returncode == 1, output
+    assert run.processes() == []
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("skyrl-spec: error: ")]
+    assert expected in line
+
+
+def test_failures_beyond_the_allowed_share_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    config: Config = load_config(["environment.max_failed_share=0.25"])
+    sampler = RolloutSampler(config, None, None)  # type: ignore[arg-type]
+    errors = [f"row {index}, env_class e: no" for index in range(5)]
+    sampler._tell_failures(errors, 20)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("row ")[2] for line in lines[:3]] == [f"{index}, env_class e: no" for index in range(3)]
+    assert lines[3:] == ["skyrl-spec: warning: and 2 more of this batch"]
+    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 5 of 19 .* last one of row 4,"):
+        sampler._tell_failures(errors, 19)
+    sampler.close()
