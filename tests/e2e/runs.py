@@ -45,6 +45,8 @@ WARMUP = [
     "trainer.warmup.optimizer_config.scheduler=constant",
     "trainer.eval_before_train=false",
 ]
+# In a mount namespace of its own, whose file systems end with it: room for one checkpoint and a half.
+ON_A_SMALL_DISK = 'mkdir -p "$0" && mount -t tmpfs -o size=100m tmpfs "$0" && "$@"; status=$?; ls "$0"; exit $status'
 
 
 @dataclass
@@ -146,6 +148,15 @@ def stopped(
     assert list(temporary.glob("skyrl-*")) == []
     shutil.rmtree(temporary)
     return run, output
+
+
+def small_disk(folder: Path) -> list[str]:
+    """Words before a command whose ``folder`` is to be a small disk; none where user namespaces may not mount one."""
+    words = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode:
+        print("no small disk: unshare may not mount a tmpfs here")
+        return []
+    return [*words, "sh", "-c", ON_A_SMALL_DISK, str(folder)]
 
 
 def assert_same_run(run_dir: Path, expected: tuple[Path, list[dict[str, Any]]]) -> None:

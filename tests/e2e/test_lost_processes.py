@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import WHOLE, Run, assert_same_run, finish, records_of, start, stopped
+from runs import WHOLE, Run, assert_same_run, finish, records_of, small_disk, start, stopped
 
 from skyrl_spec.checkpoint.folders import latest
 
@@ -19,8 +19,11 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 GO_ON = "the same command with trainer.resume_mode=latest goes on from"
 
 
-def test_engines_that_die_or_hang_cost_no_rollout(tmp_path: Path, whole: Whole) -> None:
-    run = start(tmp_path / "run", *WHOLE, "generator.inference_engine.generate_timeout_s=20")
+def test_engines_that_die_or_hang_cost_no_rollout_and_a_full_disk_no_step(tmp_path: Path, whole: Whole) -> None:
+    run_dir = tmp_path / "run"
+    mishaps = ["generator.inference_engine.generate_timeout_s=12", "trainer.ckpt_interval=2"]
+    prefix = small_disk(run_dir / "checkpoints")
+    run = start(run_dir, *WHOLE, *mishaps, "trainer.on_ckpt_failure=warn", prefix=prefix)
     run.wait_for_steps(2)
     run.actor("EngineActor.generate").kill()
     run.wait_for_steps(4)
@@ -33,7 +36,13 @@ def test_engines_that_die_or_hang_cost_no_rollout(tmp_path: Path, whole: Whole) 
     assert output.count("it is restarted, and its prompts are generated again") == 2
     assert "Traceback" not in output
     assert "(raylet)" not in output
-    assert_same_run(run.run_dir, (whole[0], whole[2]))
+    if prefix:
+        for step in (4, 5):
+            line = f"warning: {run_dir}/checkpoints/step_{step}: the checkpoint could not be written (No space left on"
+            assert output.count(line) == 1
+        # What is on the disk at the end.
+        assert output.splitlines()[-2:] == ["latest", "step_2"]
+    assert_same_run(run_dir, (whole[0], whole[2]))
 
 
 def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bit(tmp_path: Path, whole: Whole) -> None:

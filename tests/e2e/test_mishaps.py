@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from moody_environment import HANGS_ON, HUNG, RAISES_ON
-from runs import ROOT, SMALL, records_of, start
+from runs import ROOT, SMALL, records_of, small_disk, start
 
 from skyrl_spec.compose import load_config
 from skyrl_spec.config import Config, RunError
 from skyrl_spec.metrics import names
 from skyrl_spec.trainer.rollouts import RolloutSampler
-
-# In a mount namespace of its own, whose file systems end with it: room for one checkpoint and a half.
-ON_A_SMALL_DISK = 'mkdir -p "$0" && mount -t tmpfs -o size=100m tmpfs "$0" && "$@"; status=$?; ls "$0"; exit $status'
-
-
-def small_disk(folder: Path) -> list[str]:
-    """Words before a command whose ``folder`` is to be a small disk."""
-    words = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode:
-        pytest.skip("needs user namespaces (unshare) that may mount a tmpfs")
-    return [*words, "sh", "-c", ON_A_SMALL_DISK, str(folder)]
 
 
 def moody_rows(path: Path) -> Path:
@@ -49,10 +37,13 @@ def moody(tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_full_disk_and_a_failing_environment_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*moody(tmp_path), "trainer.on_ckpt_failure=warn", "environment.max_failed_share=0.2"]
     prefix = small_disk(run_dir / "checkpoints")
+    if not prefix:
+        pytest.skip("needs user namespaces (unshare) that may mount a tmpfs")
     run = start(run_dir, *overrides, prefix=prefix, **{HUNG: str(tmp_path / "hung")})
     output = run.output(timeout_s=300)
     assert run.process.returncode == 0, output
@@ -91,6 +82,8 @@ def test_a_run_that_may_not_go_on_ends_with_a_line(
 ) -> None:
     run_dir = tmp_path / "run"
     prefix = small_disk(run_dir / "checkpoints")
+    if not prefix:
+        pytest.skip("needs user namespaces (unshare) that may mount a tmpfs")
     run = start(run_dir, *moody(tmp_path), *mishap(tmp_path), prefix=prefix, **{HUNG: str(tmp_path / "hung")})
     output = run.output(timeout_s=300)
     assert run.process.returncode == 1, output

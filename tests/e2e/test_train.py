@@ -80,18 +80,24 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
 @pytest.mark.parametrize(
     "layout",
     [
-        ["trainer.policy.megatron_config.tensor_model_parallel_size=2", "trainer.mtp.num_speculative_tokens=2"],
         [
-            "trainer.placement.policy_num_gpus_per_node=2",
-            "trainer.policy.megatron_config.use_distributed_optimizer=true",
-            "trainer.policy.megatron_config.dtype=bf16",
-            "trainer.mtp.loss_type=topk_soft_ce",
+            "trainer.policy.megatron_config.tensor_model_parallel_size=2",
             "trainer.mtp.num_speculative_tokens=2",
-            "trainer.mtp.unroll_steps=1",
             "generator.inference_engine.num_engines=2",
         ],
+        pytest.param(
+            [
+                "trainer.placement.policy_num_gpus_per_node=2",
+                "trainer.policy.megatron_config.use_distributed_optimizer=true",
+                "trainer.policy.megatron_config.dtype=bf16",
+                "trainer.mtp.loss_type=topk_soft_ce",
+                "trainer.mtp.num_speculative_tokens=2",
+                "trainer.mtp.unroll_steps=1",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["tp2", "dp2-bf16-two-engines"],
+    ids=["tp2-two-engines", "dp2-bf16"],
 )
 def test_dapo_on_two_ranks_with_reference_and_importance_correction(tmp_path: Path, layout: list[str]) -> None:
     overrides = [
@@ -129,6 +135,7 @@ def test_an_interrupted_run_without_a_draft_leaves_nothing_behind(tmp_path: Path
     assert record[names.CANARY_POLICY] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_dflash_draft_trains_from_scratch_and_is_exported(tmp_path: Path) -> None:
     scratch = ["trainer.dflash.path=null", "trainer.dflash.num_layers=1", "trainer.dflash.target_layer_ids=null"]
     overrides = ["experiment=cpu_dflash_grpo", *SMALL, *scratch, "trainer.dflash.block_size=4"]
@@ -156,5 +163,8 @@ def test_a_warm_up_trains_the_draft_alone(tmp_path: Path) -> None:
     assert [record["sync/policy_version"] for record in records] == [0, 0, 0]
     assert records[-1]["draft/loss"] < records[0]["draft/loss"]
     assert f"trainer.dflash.path={tmp_path / 'whole' / 'draft'}" in output
+    started, trained = (load_file(tmp_path / "whole" / name / "model.safetensors") for name in ("draft_start", "draft"))
+    assert started.keys() == trained.keys()
+    assert all(not torch.equal(started[name], trained[name]) for name in started), "a tensor was not trained"
     checkpoints = tmp_path / "whole" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_2", "step_3"]
