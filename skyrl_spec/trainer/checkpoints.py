@@ -73,8 +73,10 @@ def _check_fits(config: Config, directory: Path, trained: Which) -> None:
             )
 
 
-def begin(config: Config) -> None:
-    """A run that begins finds its folder without the checkpoints of an earlier one."""
+def begin(config: Config, resume_from: Path | None) -> None:
+    """A run that begins, or goes on from elsewhere, finds its folder without the checkpoints of an earlier one."""
+    if resume_from is not None and _is_in_run(config, resume_from):
+        return
     earlier = set_aside(checkpoint_root(config))
     if earlier is not None:
         print(
@@ -82,6 +84,17 @@ def begin(config: Config) -> None:
             "trainer.resume_mode=latest)",
             file=sys.stderr,
         )
+
+
+def newest(config: Config, saved: Path | None, resume_from: Path | None) -> Path | None:
+    """What ``trainer.resume_mode=latest`` would find of a run that has ``saved`` one, or has not yet."""
+    if saved is None and resume_from is not None and _is_in_run(config, resume_from):
+        return resume_from
+    return saved
+
+
+def _is_in_run(config: Config, directory: Path) -> bool:
+    return directory.resolve().parent == checkpoint_root(config).resolve()
 
 
 def resume(trainer: Trainer, policy: PolicyGroup, directory: Path) -> None:

@@ -246,7 +246,7 @@ def on_cluster(
 
     ``whiches`` is what is trained; a policy that is not is frozen.
     """
-    from skyrl_spec.trainer.checkpoints import Checkpointer, resume
+    from skyrl_spec.trainer.checkpoints import Checkpointer, newest, resume
     from skyrl_spec.trainer.placement import engine_settings, ray_session, start_actors, start_plain_engine
 
     config, settings = task.config, engine_settings(task.config)
@@ -266,7 +266,7 @@ def on_cluster(
                         resume(trainer, policy, task.resume_from)
                     yield Running(trainer, engines, policy, checkpointer, plain)
             except LostActorError as error:
-                error.checkpoint = checkpointer.saved
+                error.checkpoint = newest(config, checkpointer.saved, task.resume_from)
                 raise
             finally:
                 trainer.close()
@@ -432,8 +432,7 @@ def open_output(task: Task) -> Iterator[Output]:
     from skyrl_spec.trainer.checkpoints import begin
 
     trainer, console = task.config.trainer, ConsoleWriter(task.steps)
-    if task.resume_from is None:
-        begin(task.config)
+    begin(task.config, task.resume_from)
     run_dir = Path(trainer.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(task.config))

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from skyrl_spec.checkpoint import folders
+from skyrl_spec.compose import load_config
 from skyrl_spec.config import ConfigError
+from skyrl_spec.trainer.checkpoints import begin, newest
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir")
 
@@ -210,3 +212,29 @@ def test_errors_are_one_line(tmp_path: Path, harm: Callable[[Path], Path], says:
 
 def test_contents(tmp_path: Path) -> None:
     assert folders.contents(save(tmp_path, 1)) == {"policy"}
+
+
+def test_a_run_that_begins_sets_the_checkpoints_of_an_earlier_one_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config([f"trainer.run_dir={tmp_path}"])
+    root, earlier = tmp_path / "checkpoints", tmp_path / "checkpoints.earlier"
+    begin(config, None)
+    assert (capsys.readouterr().err, list(tmp_path.iterdir())) == ("", [])
+    old = save(root, 9)
+    # It goes on from its own.
+    begin(config, old)
+    assert folders.latest(root) == old
+    assert newest(config, None, old) == old
+    for step in (9, 3):
+        save(root, step)
+        begin(config, None)
+        assert f"the checkpoints of an earlier run are in {earlier} now" in capsys.readouterr().err
+        assert folders.latest(root) is None
+        assert folders.latest(earlier) == earlier / f"step_{step}"
+    # From elsewhere: what lies here is not this run's either.
+    save(root, 5)
+    begin(config, earlier / "step_3")
+    assert folders.latest(root) is None
+    assert newest(config, None, earlier / "step_3") is None
+    assert newest(config, root / "step_4", earlier / "step_3") == root / "step_4"
