@@ -129,9 +129,9 @@ def _export(words: list[str]) -> int:
     for key in ("checkpoint", "out"):
         if not given[key]:
             raise ConfigError(f"{key}='': must name a directory; write {key}=DIR")
-    out = Path(given["out"])
+    out = Path(given["out"]).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: is there and not empty; choose another place")
+        raise ConfigError(f"out={given['out']}: is there and not empty; choose another place")
     # Megatron, which is imported once the words are right, says then, a line each, what is not installed.
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")

@@ -304,7 +304,7 @@ class InferenceEngineConfig:
     # Seconds for an engine to answer a call (one batch). One that takes longer, or dies, is restarted; where weights
     # travel by nccl or ipc, that ends the run.
     generate_timeout_s: float = 3600.0
-    # Of all engines together, in a run.
+    # Of all engines together, until the run itself is started anew.
     max_restarts: int = 3
     # None: filled from trainer.mtp or trainer.dflash; what is given here goes to vLLM as it is.
     speculative_config: dict[str, Any] | None = None

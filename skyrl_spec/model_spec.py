@@ -155,6 +155,19 @@ def mtp_tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     } | layer_tensor_shapes(spec, prefix)
 
 
+def require_shapes(
+    saved: dict[str, list[int]], expected: dict[str, tuple[int, ...]], setting: str, checkpoint: str
+) -> None:
+    """Raises ``ConfigError`` where the tensors of ``checkpoint`` are not those of the model that ``setting`` names."""
+    for name in sorted(saved.keys() | expected.keys()):
+        found, wanted = saved.get(name), list(expected[name]) if name in expected else None
+        if found != wanted:
+            raise ConfigError(
+                f"{setting}: {checkpoint} is of another model, whose {name} is {found or 'not there'}, here it is "
+                f"{wanted or 'not there'}; set the one it was trained from"
+            )
+
+
 def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ...]]:
     """The same of one transformer layer; ``prefix`` ends in a dot."""
     hidden, ffn = spec.hidden_size, spec.ffn_hidden_size

@@ -24,22 +24,27 @@ from skyrl_spec.checkpoint.dist import read_parameters
 from skyrl_spec.checkpoint.folders import latest, read_record
 from skyrl_spec.checkpoint.hf_export import complete, write_draft, write_model
 from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.draft_spec import describe_draft, hf_config, read_dflash_spec
+from skyrl_spec.draft_spec import DflashSpec, describe_draft, dflash_tensor_shapes, hf_config, read_dflash_spec
 from skyrl_spec.megatron.conversion import Rule, dflash_rules, mtp_rules, policy_rules
 from skyrl_spec.megatron.model import DTYPES
 from skyrl_spec.metrics import names
-from skyrl_spec.model_spec import ModelSpec, load_spec
+from skyrl_spec.model_spec import ModelSpec, load_spec, mtp_tensor_shapes, require_shapes, tensor_shapes
 from skyrl_spec.serve import COMMAND, CPU_COMMAND, serve_command
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, and what it was trained from; ``parts`` are what it holds, ``metrics`` those of its step."""
+    """A checkpoint, and what it was trained from.
+
+    ``shapes`` are those of the tensors it holds, by part; ``dflash`` is the shape of a DFlash draft; ``metrics`` are
+    those of the checkpoint's step.
+    """
 
     directory: Path
     config: Config
     spec: ModelSpec
-    parts: frozenset[str]
+    dflash: DflashSpec | None
+    shapes: dict[str, dict[str, list[int]]]
     metrics: dict[str, float]
 
     @property
@@ -53,7 +58,7 @@ def read_source(directory: Path, *, model: str | None = None, draft: str | None 
     ``model`` and ``draft`` say where the run's starting model and draft are now; None: where they were.
 
     Raises:
-        ConfigError: no complete checkpoint, or its model is not there.
+        ConfigError: no complete checkpoint, or its model or draft is not there, or another one.
     """
     newest = latest(directory / "checkpoints") or latest(directory)
     directory = newest or directory
@@ -61,11 +66,17 @@ def read_source(directory: Path, *, model: str | None = None, draft: str | None 
     config = _config(record["extra"], directory)
     config.trainer.policy.model.path = model or config.trainer.policy.model.path
     config.trainer.dflash.path = draft or config.trainer.dflash.path
-    try:
-        spec = load_spec(config.trainer.policy.model.path)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; or say where it is now with model=DIR") from None
-    return Source(directory, config, spec, frozenset(record["parts"]), record["extra"].get("metrics", {}))
+    shapes = {name: part["shapes"] for name, part in record["parts"].items()}
+    spec, dflash = _read_model(config), _read_dflash(config)
+    where = f"checkpoint={directory}"
+    model_path, draft_path = config.trainer.policy.model.path, config.trainer.dflash.path
+    if "policy" in shapes:
+        require_shapes(shapes["policy"], tensor_shapes(spec), f"model={model_path}", where)
+    if "draft" in shapes and dflash is not None:
+        require_shapes(shapes["draft"], dflash_tensor_shapes(dflash), f"draft={draft_path}", where)
+    elif "draft" in shapes:
+        require_shapes(shapes["draft"], mtp_tensor_shapes(spec), f"model={model_path}", where)
+    return Source(directory, config, spec, dflash, shapes, record["extra"].get("metrics", {}))
 
 
 def export_bundle(source: Source, target: Path) -> Path:
@@ -80,8 +91,11 @@ def export_bundle(source: Source, target: Path) -> Path:
         weights |= _read(source, "draft", mtp_rules(source.spec))
     with complete(target) as directory:
         write_model(weights, source.spec.path, source.dtype, directory / "model")
-        if trainer.dflash.enabled:
-            _write_dflash(source, directory / "draft")
+        if source.dflash is not None:
+            rope_scaling = trainer.dflash.export_rope_scaling
+            draft_config = hf_config(source.dflash, str(source.dtype).removeprefix("torch."), rope_scaling)
+            draft_weights = _read(source, "draft", dflash_rules(source.dflash.layers))
+            write_draft(draft_weights, draft_config, directory / "draft")
         (directory / "README.md").write_text(readme(source))
     return target
 
@@ -141,21 +155,35 @@ def _acceptance_lines(metrics: Mapping[str, float]) -> list[str]:
 
 def _read(source: Source, name: str, rules: list[Rule]) -> dict[str, Tensor]:
     """Nothing where the part was not trained."""
-    if name not in source.parts:
+    if name not in source.shapes:
         return {}
-    # Parts of one stored tensor, or of a padded one, are views of it.
-    return {key: tensor.clone() for key, tensor in read_parameters(source.directory, name, rules)}
-
-
-def _write_dflash(source: Source, target: Path) -> None:
-    trainer = source.config.trainer
-    assert trainer.dflash.path is not None
     try:
-        spec = read_dflash_spec(trainer.dflash.path)
+        # Parts of one stored tensor, or of a padded one, are views of it.
+        return {key: tensor.clone() for key, tensor in read_parameters(source.directory, name, rules)}
+    # Files of the right size with wrong bytes fail in any way.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"checkpoint={source.directory}: cannot be read ({reason}); take another checkpoint"
+        ) from None
+
+
+def _read_model(config: Config) -> ModelSpec:
+    try:
+        return load_spec(config.trainer.policy.model.path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or say where it is now with model=DIR") from None
+
+
+def _read_dflash(config: Config) -> DflashSpec | None:
+    dflash = config.trainer.dflash
+    if not dflash.enabled:
+        return None
+    assert dflash.path is not None
+    try:
+        return read_dflash_spec(dflash.path)
     except ConfigError as error:
         raise ConfigError(f"{error}; or say where it is now with draft=DIR") from None
-    config = hf_config(spec, str(source.dtype).removeprefix("torch."), trainer.dflash.export_rope_scaling)
-    write_draft(_read(source, "draft", dflash_rules(spec.layers)), config, target)
 
 
 def _config(extra: Mapping[str, Any], directory: Path) -> Config:

@@ -5,13 +5,14 @@
     root/step_N.replaced    the former step_N, from the moment before a new one takes its name until it is removed
     root/step_N.removing    on its way out
     root/latest             the name of the one saved last
-    root.earlier            all of this, of an earlier run in the same folder
+    root.earlierN           all of this, of earlier runs in the same folder
 
 One process at a time writes below a root; any number may read.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -76,13 +77,21 @@ def rotate(root: Path, keep: int) -> list[str]:
 def set_aside(root: Path) -> Path | None:
     """Move the checkpoints of an earlier run out of the way of one that begins; returns their new place, if any.
 
-    So they are neither rotated away nor taken for the new run's. Those set aside before are removed.
+    So they are neither rotated away nor taken for the new run's.
     """
     if latest(root) is None:
         return None
-    earlier = root.with_name(root.name + _EARLIER)
-    shutil.rmtree(earlier, ignore_errors=True)
-    return root.rename(earlier)
+    names = (f"{root.name}{_EARLIER}{number}" for number in itertools.count(1))
+    return root.rename(next(path for path in map(root.with_name, names) if not path.exists()))
+
+
+def name_latest(directory: Path) -> None:
+    """Let ``latest`` name this one, in one step."""
+    root = directory.parent
+    named = root / (LATEST + _PARTIAL)
+    write_synced(named, f"{directory.name}\n".encode())
+    named.replace(root / LATEST)
+    _sync(root)
 
 
 def contents(directory: Path) -> set[str]:
@@ -160,10 +169,7 @@ def publish(directory: Path, record: dict[str, Any]) -> None:
         _remove(directory)
     source.rename(directory)
     _sync(root)
-    named = root / (LATEST + _PARTIAL)
-    write_synced(named, f"{directory.name}\n".encode())
-    named.replace(root / LATEST)
-    _sync(root)
+    name_latest(directory)
     # The checkpoint is there: what cannot be removed now, ``rotate`` tries again and says.
     with suppress(OSError):
         if former.exists():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -12,11 +14,12 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from skyrl_spec.config import ConfigError, EnvironmentConfig
+from skyrl_spec.config import ConfigError, EnvironmentConfig, RunError
 from skyrl_spec.envs.registry import register_custom
 from skyrl_spec.envs.rewards import EnvResult, failed, score
 from skyrl_spec.types import Prompt
 
+_PR_SET_PDEATHSIG = 1
 # Seconds that the process may take to import what it needs.
 _START_S = 120.0
 
@@ -34,16 +37,27 @@ class Grader:
 
         Raises:
             ConfigError: an environment that cannot be used at all (``rewards.score``).
+            RunError: more than ``environment.max_failed_share`` of the responses failed.
         """
         pairs = list(zip(prompts, texts, strict=True))
         results: list[EnvResult] = []
         while len(results) < len(pairs):
             results += self._score(pairs[len(results) :])
+            # Now, and not at the end: each one that hangs takes its time.
+            self._require_few([result.error for result in results if result.error is not None], len(pairs))
         return results
 
     def close(self) -> None:
         """End the process; more than once does no harm."""
         self._finalizer()
+
+    def _require_few(self, errors: Sequence[str], num_responses: int) -> None:
+        allowed = self._environment.max_failed_share
+        if len(errors) > allowed * num_responses:
+            raise RunError(
+                f"environment.max_failed_share={allowed:g}: {len(errors)} of {num_responses} responses could not be "
+                f"scored, the last one of {errors[-1]}; mend the environment or the rows, or raise it"
+            )
 
     def _score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[EnvResult]:
         """As far as one process gets; the last result may be the one that it was lost with."""
@@ -91,16 +105,19 @@ class Grader:
 
 def _end(process: BaseProcess, connection: Connection) -> None:
     process.kill()
+    # What its environments started is in its group; it may not have got so far as to have one.
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     connection.close()
 
 
 def _serve(connection: Connection, environment: EnvironmentConfig) -> None:
     """The process: batches of pairs in, a result for each out."""
-    # The run decides when it ends, at whatever signal the terminal sends to all of its processes.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.setsid()
+    _ignore_signals()
+    _end_with_parent()
     register_custom(environment.custom)
     connection.send(True)
     while True:
@@ -117,9 +134,29 @@ def _result(prompt: Prompt, text: str, environment: EnvironmentConfig) -> EnvRes
         return failed(prompt, str(error))
 
 
+def _ignore_signals() -> None:
+    """The run decides when this process ends, whatever a scheduler sends to all of its processes; what environments
+    start gets signals as ever."""
+
+    def restore() -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        # No SIG_IGN, which would outlive an exec.
+        signal.signal(signum, lambda *_: None)
+    os.register_at_fork(after_in_child=restore)
+
+
 def _end_with_parent() -> None:
-    """Also where the main thread hangs, and the parent was killed."""
+    """Also where the parent was killed, and a reward function hangs that lets no other thread run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_wait_for_parents_end, daemon=True).start()
+
+
+def _wait_for_parents_end() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os._exit(1)
+    os.killpg(os.getpid(), signal.SIGKILL)

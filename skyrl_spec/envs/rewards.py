@@ -19,14 +19,12 @@ class EnvResult:
     """What an environment said of a response; ``error`` is why it could say nothing, and its reward is 0 then."""
 
     reward: float
-    done: bool
-    metadata: dict[str, Any]
     error: str | None = None
 
 
 def failed(prompt: Prompt, error: str) -> EnvResult:
     """Of a response that could not be scored."""
-    return EnvResult(0.0, done=True, metadata={}, error=f"row {prompt.uid}, env_class {prompt.env_class}: {error}")
+    return EnvResult(0.0, f"row {prompt.uid}, env_class {prompt.env_class}: {error}")
 
 
 def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig) -> None:
@@ -59,7 +57,7 @@ def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
         messages, _ = env.init([dict(message) for message in prompt.messages])
         output = env.step(text)
         env.close()
-        result = EnvResult(float(output["reward"]), bool(output["done"]), dict(output["metadata"]))
+        reward, is_done = float(output["reward"]), bool(output["done"])
     except Exception as error:
         raise RuntimeError(_one_line(error)) from error
     if messages != prompt.messages:
@@ -67,14 +65,14 @@ def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
             f"environment.env_class={prompt.env_class}: rewrites the prompt (row {prompt.uid}), which is not supported "
             "yet; put the whole prompt into the dataset"
         )
-    if not result.done:
+    if not is_done:
         raise ConfigError(
             f"environment.env_class={prompt.env_class}: wants another turn (row {prompt.uid}), multi-turn environments "
             "are not supported yet; use a single-turn one such as gsm8k"
         )
-    if not math.isfinite(result.reward):
-        raise RuntimeError(f"reward is {result.reward}")
-    return result
+    if not math.isfinite(reward):
+        raise RuntimeError(f"reward is {reward}")
+    return EnvResult(reward)
 
 
 def _make(prompt: Prompt, env_config: Any) -> Any:

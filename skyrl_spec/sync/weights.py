@@ -87,5 +87,6 @@ class WeightSync:
 
     def _catch_up(self, engine: Any) -> None:
         """Bring an engine that has just been built from disk to where the others are."""
-        ray.get(engine.init_weight_transfer_engine.remote({}))
-        ray.get(engine.load_weights.remote(self._export()[0], self.versions))
+        timeout_s = self._engines.timeout_s
+        ray.get(engine.init_weight_transfer_engine.remote({}), timeout=timeout_s)
+        ray.get(engine.load_weights.remote(self._export()[0], self.versions), timeout=timeout_s)

@@ -50,7 +50,7 @@ class EngineGroup:
         self.is_replaceable = start is not None
         self.on_replaced: Callable[[Any], None] = lambda _: None
         self.while_waiting: Callable[[], None] = lambda: None
-        self._timeout_s, self._start = timeout_s, start
+        self.timeout_s, self._start = timeout_s, start
         self._max_restarts, self._num_restarts = max_restarts, 0
         # What is known of each engine, and of those that are gone.
         self._counters = [SpecCounters()] * len(handles)
@@ -105,7 +105,7 @@ class EngineGroup:
         waiting: dict[ray.ObjectRef, tuple[int, float]] = {}
 
         def ask(index: int) -> None:
-            waiting[calls[index](self.handles[index])] = index, time.monotonic() + self._timeout_s
+            waiting[calls[index](self.handles[index])] = index, time.monotonic() + self.timeout_s
 
         for index in calls:
             ask(index)
@@ -115,9 +115,9 @@ class EngineGroup:
             overdue = [ref for ref, (_, deadline) in waiting.items() if deadline <= time.monotonic()]
             for ref in ready or overdue:
                 index, _ = waiting.pop(ref)
-                problem = "did not answer within generator.inference_engine.generate_timeout_s"
+                problem = f"did not answer within generator.inference_engine.generate_timeout_s={self.timeout_s:g}"
                 if ready:
-                    answer, problem = _answer(ref)
+                    answer, problem = self._answer(ref)
                 if problem:
                     self._replace(index, problem)
                     ask(index)
@@ -127,13 +127,28 @@ class EngineGroup:
                 self.while_waiting()
         return answers
 
+    def _answer(self, ref: ray.ObjectRef) -> tuple[Any, str]:
+        """What an engine answered, or why it is lost."""
+        try:
+            return ray.get(ref), ""
+        except ray.exceptions.RayActorError as error:
+            return None, f"died ({cause_of_death(error)})"
+        except ray.exceptions.RayTaskError as error:
+            # vLLM's own engine process is gone, and the actor's is of no use without it.
+            if type(error.cause).__name__ == "EngineDeadError":
+                return None, f"died ({cause_of_death(error.cause)})"
+            # Weights that an engine was to load are gone with the worker that had them.
+            self.while_waiting()
+            raise
+
     def _replace(self, index: int, problem: str) -> None:
         what = f"rollout engine {index} {problem}"
         if self._start is None or not self.is_replaceable:
             raise LostActorError(what)
         if self._num_restarts == self._max_restarts:
             raise LostActorError(
-                f"{what}, and generator.inference_engine.max_restarts={self._max_restarts} were restarted before"
+                f"{what}, and generator.inference_engine.max_restarts={self._max_restarts} were restarted before: "
+                "look for the cause (memory?), or raise it"
             )
         self._num_restarts += 1
         print(f"skyrl-spec: warning: {what}; it is restarted, and its prompts are generated again", file=sys.stderr)
@@ -143,7 +158,7 @@ class EngineGroup:
         try:
             self.handles[index] = self._start(index)
             self.on_replaced(self.handles[index])
-        except (RunError, ray.exceptions.RayActorError) as error:
+        except (RunError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise LostActorError(f"{what}, and could not be restarted ({cause_of_death(error)})") from None
 
 
@@ -255,19 +270,6 @@ class PolicyGroup:
 
     def _lost(self, rank: int, error: Exception) -> LostActorError:
         return LostActorError(f"policy worker {rank} of {len(self.handles)} died ({cause_of_death(error)})")
-
-
-def _answer(ref: ray.ObjectRef) -> tuple[Any, str]:
-    """What an engine answered, or why it is lost."""
-    try:
-        return ray.get(ref), ""
-    except ray.exceptions.RayActorError as error:
-        return None, f"died ({cause_of_death(error)})"
-    except ray.exceptions.RayTaskError as error:
-        # vLLM's own engine process is gone, and the actor's is of no use without it.
-        if type(error.cause).__name__ == "EngineDeadError":
-            return None, f"died ({cause_of_death(error.cause)})"
-        raise
 
 
 def cause_of_death(error: BaseException) -> str:

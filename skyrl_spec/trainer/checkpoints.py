@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyrl_spec.checkpoint.folders import contents, latest, read_record, rotate, set_aside
+from skyrl_spec.checkpoint.folders import contents, latest, name_latest, read_record, rotate, set_aside
 from skyrl_spec.compose import to_yaml
-from skyrl_spec.config import Config, ConfigError, RunError
+from skyrl_spec.config import Config, ConfigError, LostActorError, RunError
 from skyrl_spec.draft_spec import trained_draft
-from skyrl_spec.model_spec import load_spec, tensor_shapes
+from skyrl_spec.model_spec import load_spec, require_shapes, tensor_shapes
 from skyrl_spec.types import Which
 
 if TYPE_CHECKING:
@@ -54,43 +54,40 @@ def _check_fits(config: Config, directory: Path, trained: Which) -> None:
         raise ConfigError(
             f"{setting}: holds no {trained}; {mend if trained == 'policy' else 'take one of a run with a draft'}"
         )
-    policy = parts.get("policy")
-    if policy is None:
-        return
-    dtype, wanted = config.trainer.policy.megatron_config.dtype, policy["dtypes"]
+    dtype, wanted = config.trainer.policy.megatron_config.dtype, parts[trained]["dtypes"]
     if wanted != [dtype]:
         raise ConfigError(
             f"trainer.policy.megatron_config.dtype={dtype}: {setting} was trained in {'+'.join(wanted)}; "
             f"set it to {wanted[0]}"
         )
-    model = config.trainer.policy.model.path
-    for name, shape in tensor_shapes(load_spec(model)).items():
-        saved = policy["shapes"].get(name)
-        if saved != list(shape):
-            raise ConfigError(
-                f"trainer.policy.model.path={model}: {setting} is of another model, whose {name} is {saved}, not "
-                f"{list(shape)}; set the model it was trained from"
-            )
+    # What a draft from scratch looks like is not decided yet.
+    if trained == "policy":
+        model = config.trainer.policy.model.path
+        require_shapes(
+            parts["policy"]["shapes"], tensor_shapes(load_spec(model)), f"trainer.policy.model.path={model}", setting
+        )
 
 
 def begin(config: Config, resume_from: Path | None) -> None:
-    """A run that begins, or goes on from elsewhere, finds its folder without the checkpoints of an earlier one."""
+    """What is in the run's folder, and what is newest there, is this run's from now on.
+
+    Checkpoints of an earlier run are set aside, unless the run goes on from one of them.
+    """
     if resume_from is not None and _is_in_run(config, resume_from):
+        name_latest(resume_from)
         return
     earlier = set_aside(checkpoint_root(config))
     if earlier is not None:
         print(
-            f"skyrl-spec: the checkpoints of an earlier run are in {earlier} now (to go on from them: move them back, "
-            "trainer.resume_mode=latest)",
+            f"skyrl-spec: the checkpoints of an earlier run are in {earlier} now (to go on from them: "
+            f"trainer.resume_mode=from_path trainer.resume_path={earlier}/step_N); remove it if it is of no use",
             file=sys.stderr,
         )
 
 
-def newest(config: Config, saved: Path | None, resume_from: Path | None) -> Path | None:
-    """What ``trainer.resume_mode=latest`` would find of a run that has ``saved`` one, or has not yet."""
-    if saved is None and resume_from is not None and _is_in_run(config, resume_from):
-        return resume_from
-    return saved
+def newest(config: Config) -> Path | None:
+    """The run's last checkpoint, which ``trainer.resume_mode=latest`` finds."""
+    return latest(checkpoint_root(config))
 
 
 def _is_in_run(config: Config, directory: Path) -> bool:
@@ -150,11 +147,11 @@ class Checkpointer:
         if self.saved != directory:
             self._policy.save_checkpoint(directory.resolve(), extra)
             self.saved = directory
+            for line in rotate(self._root, self._settings.max_ckpts_to_keep):
+                print(f"skyrl-spec: {line}", file=sys.stderr)
             if self._settings.hf_save_interval and step % self._settings.hf_save_interval == 0:
                 target = self._root.with_name("exports") / directory.name
                 self._policy.export_checkpoint(directory.resolve(), target.resolve())
-            for line in rotate(self._root, self._settings.max_ckpts_to_keep):
-                print(f"skyrl-spec: {line}", file=sys.stderr)
         return directory
 
     def _save_or_say(self) -> None:
@@ -164,6 +161,7 @@ class Checkpointer:
         except Exception as error:
             # Of a worker, it comes wrapped.
             cause = getattr(error, "cause", error)
-            if not isinstance(cause, RunError) or self._settings.on_ckpt_failure == "error":
+            may_go_on = isinstance(cause, RunError) and not isinstance(cause, LostActorError)
+            if not may_go_on or self._settings.on_ckpt_failure == "error":
                 raise
             print(f"skyrl-spec: warning: {cause}", file=sys.stderr)

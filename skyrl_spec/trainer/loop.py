@@ -93,6 +93,8 @@ class Trainer:
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(), [])
         for step in range(steps_done + 1, num_steps + 1):
+            if self.stream.epoch >= trainer.epochs:
+                break
             sampled = self.sample()
             with shield():
                 values = self.train(sampled)

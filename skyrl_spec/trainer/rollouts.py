@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl_spec.config import Config, RunError, SamplingConfig
+from skyrl_spec.config import Config, SamplingConfig
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.spec_metrics import acceptance_metrics
@@ -61,7 +61,7 @@ class RolloutSampler:
         ]
         texts = self._tokenizer.batch_decode([g.token_ids for _, g in flat], skip_special_tokens=True)
         results = self._grader.score_all([prompt for prompt, _ in flat], texts)
-        self._tell_failures([result.error for result in results if result.error is not None], len(results))
+        _tell_failures([result.error for result in results if result.error is not None])
         rollouts = [
             Rollout(prompt, generation, text, result.reward, [1] * len(generation.token_ids), result.error)
             for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
@@ -69,22 +69,13 @@ class RolloutSampler:
         ends = np.cumsum([len(group) for group in generations])
         return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
 
-    def _tell_failures(self, errors: Sequence[str], num_responses: int) -> None:
-        """Of a batch.
 
-        Raises:
-            RunError: they are more than ``environment.max_failed_share`` of it.
-        """
-        allowed = self._config.environment.max_failed_share
-        if len(errors) > allowed * num_responses:
-            raise RunError(
-                f"environment.max_failed_share={allowed:g}: {len(errors)} of {num_responses} responses could not be "
-                f"scored, the last one of {errors[-1]}; mend the environment or the rows, or raise it"
-            )
-        for error in errors[:_NUM_FAILURES_TOLD]:
-            print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
-        if len(errors) > _NUM_FAILURES_TOLD:
-            print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_TOLD} more of this batch", file=sys.stderr)
+def _tell_failures(errors: Sequence[str]) -> None:
+    """Of a batch."""
+    for error in errors[:_NUM_FAILURES_TOLD]:
+        print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
+    if len(errors) > _NUM_FAILURES_TOLD:
+        print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_TOLD} more of this batch", file=sys.stderr)
 
 
 def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float]:

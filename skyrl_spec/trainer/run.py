@@ -64,15 +64,20 @@ class SignalWatch:
         self.received: int | None = None
         # The checkpoint that SIGTERM left behind.
         self.saved: Path | None = None
+        # An error left a shield: what was to be done in one piece was not.
+        self.is_broken = False
         self._received_s = 0.0
         self._is_shielded = False
 
     @contextmanager
     def shield(self) -> Iterator[None]:
         """SIGTERM, which is to save, waits for the end of the context; SIGINT does not."""
-        self._is_shielded = True
+        self._is_shielded, self.is_broken = True, False
         try:
             yield
+        except BaseException:
+            self.is_broken = True
+            raise
         finally:
             self._is_shielded = False
         if self.received is not None:
@@ -120,24 +125,30 @@ def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *,
     except Exception as error:
         if watch.received is not None:
             name, run_dir = signal.Signals(watch.received).name, config.trainer.run_dir
-            if watch.saved is not None:
-                go_on = "the same command with trainer.resume_mode=latest goes on"
-                print(f"skyrl-spec: {name}: saved {watch.saved}; {go_on}", file=sys.stderr)
+            if watch.received == signal.SIGTERM and watch.saved is not None:
+                print(f"skyrl-spec: {name}: saved {watch.saved}; {_how_to_go_on(config)}", file=sys.stderr)
                 return 0
-            if (line := _error_line(error)) is not None:
+            if (line := _error_line(error, config)) is not None:
                 print(f"skyrl-spec: error: {line}", file=sys.stderr)
             print(f"skyrl-spec: {name}: stopped; what was measured is in {run_dir}", file=sys.stderr)
             return _SIGNAL_EXIT + watch.received
-        if (line := _error_line(error)) is not None:
+        if (line := _error_line(error, config)) is not None:
             print(f"skyrl-spec: error: {line}", file=sys.stderr)
             return 1
         raise
 
 
-def _error_line(error: Exception) -> str | None:
+def _how_to_go_on(config: Config) -> str:
+    no_path = "" if config.trainer.resume_path is None else " trainer.resume_path=null"
+    return f"the same command with trainer.resume_mode=latest{no_path} goes on"
+
+
+def _error_line(error: Exception, config: Config) -> str | None:
     """One line for what can happen to a run that was rightly configured; None for what should not."""
-    if isinstance(error, LostActorError) and error.checkpoint is not None:
-        return f"{error}; the same command with trainer.resume_mode=latest goes on from {error.checkpoint}"
+    if isinstance(error, LostActorError):
+        if error.checkpoint is None:
+            return f"{error}; there is no checkpoint to go on from: start it again (-v shows what processes print)"
+        return f"{error}; {_how_to_go_on(config)} from {error.checkpoint}"
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
@@ -197,20 +208,22 @@ def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
         with open_output(task) as output:
             _train_on_cluster(task, output, verbose, watch)
 
-    with_restarts(config, "policy", attempt)
+    with_restarts(config, "policy", watch, attempt)
 
 
-def with_restarts(config: Config, trained: Which, attempt: Callable[[Path | None], None]) -> None:
+def with_restarts(config: Config, trained: Which, watch: SignalWatch, attempt: Callable[[Path | None], None]) -> None:
     """``attempt``, and where it loses an actor again, ``trainer.max_restarts`` times, from the last checkpoint."""
     from skyrl_spec.trainer.checkpoints import find
 
     resume_from, restarts_left = find(config, trained), config.trainer.max_restarts
     while True:
         try:
-            attempt(resume_from)
+            # Ray leaves handlers of its own behind.
+            with watch.installed():
+                attempt(resume_from)
             return
         except LostActorError as error:
-            if restarts_left == 0:
+            if restarts_left == 0 or watch.received is not None:
                 raise
             restarts_left -= 1
             resume_from = error.checkpoint or resume_from
@@ -266,7 +279,7 @@ def on_cluster(
                         resume(trainer, policy, task.resume_from)
                     yield Running(trainer, engines, policy, checkpointer, plain)
             except LostActorError as error:
-                error.checkpoint = newest(config, checkpointer.saved, task.resume_from)
+                error.checkpoint = newest(config)
                 raise
             finally:
                 trainer.close()
@@ -286,11 +299,15 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
 
     try:
         running.trainer.run(task.steps, on_step, steps_done=task.steps_done or 0, shield=watch.shield)
+        with watch.shield():
+            checkpointer.after_run()
     except Exception:
-        if watch.received == signal.SIGTERM:
+        # Otherwise weights have moved that are not a step's.
+        if watch.received == signal.SIGTERM and not watch.is_broken:
             watch.saved = checkpointer.save_last()
         raise
-    checkpointer.after_run()
+    # For a SIGTERM that comes later.
+    watch.saved = checkpointer.saved
 
 
 def make_trainer(

@@ -78,7 +78,7 @@ def _warm_up(config: Config, verbose: bool, watch: SignalWatch) -> None:
         with open_output(task) as output:
             _warm_up_on_cluster(task, output, verbose, watch)
 
-    with_restarts(config, "draft", attempt)
+    with_restarts(config, "draft", watch, attempt)
 
 
 def _with_fresh_head(config: Config) -> Config:

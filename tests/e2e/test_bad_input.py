@@ -628,7 +628,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "checkpoint of another model": (
         lambda space: [*resume(space.checkpoint()), *space.real()],
-        (f"{PATH}=", "is of another model", "model.embed_tokens.weight is [32, 128]", "set the model it was trained"),
+        (f"{PATH}=", "is of another model", "is [32, 128], here it is", "set the one it was trained from"),
     ),
     "checkpoint of a warm-up": (
         lambda space: resume(space.checkpoint(part="draft")),

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from moody_environment import HANGS_ON, HUNG, RAISES_ON
+from moody_environment import HUNG, RAISES_ON
 from runs import ROOT, SMALL, records_of, small_disk, start
 
-from skyrl_spec.compose import load_config
-from skyrl_spec.config import Config, RunError
 from skyrl_spec.metrics import names
-from skyrl_spec.trainer.rollouts import RolloutSampler
 
 
 def moody_rows(path: Path) -> Path:
@@ -53,9 +50,7 @@ def test_a_run_with_a_full_disk_and_a_failing_environment_goes_on(tmp_path: Path
     assert (first[names.NUM_FAILED], second[names.NUM_FAILED]) == (5, 4)
     where = "skyrl-spec: warning: a response could not be scored and gets reward 0: row"
     assert f"{where} {RAISES_ON}, env_class moody: ZeroDivisionError: by nothing" in output
-    assert (
-        f"{HANGS_ON}, env_class moody: took longer than environment.timeout_s=2" in output or "and 2 more of" in output
-    )
+    assert "skyrl-spec: warning: and 2 more of this batch" in output
     warning = f"skyrl-spec: warning: {run_dir}/checkpoints/step_2: the checkpoint could not be written (No space left"
     assert output.count(warning) == 1
     assert "earlier ones are as they were" in output
@@ -91,16 +86,3 @@ def test_a_run_that_may_not_go_on_ends_with_a_line(
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith("skyrl-spec: error: ")]
     assert expected in line
-
-
-def test_failures_beyond_the_allowed_share_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    config: Config = load_config(["environment.max_failed_share=0.25"])
-    sampler = RolloutSampler(config, None, None)  # type: ignore[arg-type]
-    errors = [f"row {index}, env_class e: no" for index in range(5)]
-    sampler._tell_failures(errors, 20)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rpartition("row ")[2] for line in lines[:3]] == [f"{index}, env_class e: no" for index in range(3)]
-    assert lines[3:] == ["skyrl-spec: warning: and 2 more of this batch"]
-    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 5 of 19 .* last one of row 4,"):
-        sampler._tell_failures(errors, 19)
-    sampler.close()

@@ -96,7 +96,9 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
     logging.disable(logging.NOTSET)
 
 
-def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, out = run_dir / "checkpoints" / "step_2", tmp_path / "out"
 
     def says(*words: str) -> tuple[int, str]:
@@ -124,6 +126,19 @@ def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     whole = [f"checkpoint={checkpoint}", f"model={moved / 'model'}", f"draft={moved / 'draft'}"]
     status, line = says(*whole, f"out={out}")
     assert (status, line.splitlines()[0]) == (0, f"exported {checkpoint} to {out}")
+    shutil.rmtree(out)
+    other = write_model(tmp_path / "other" / "model", "mtp")
+    status, line = says(*whole[:1], *whole[2:], f"model={other}", f"out={out}")
+    assert (status, f"model={other}: checkpoint={checkpoint} is of another model, whose " in line) == (2, True)
+    for name in (".metadata", "__0_0.distcp"):
+        (checkpoint / name).rename(tmp_path / name)
+        (checkpoint / name).write_bytes(bytes((tmp_path / name).stat().st_size))
+        status, line = says(*whole, f"out={out}")
+        assert (status, f"checkpoint={checkpoint}: cannot be read (" in line, out.exists()) == (2, True, False)
+        (tmp_path / name).replace(checkpoint / name)
+    out.mkdir()
+    monkeypatch.chdir(out)
+    assert says(*whole, "out=.")[0] == 0
     status, line = says(f"checkpoint={checkpoint}", f"out={out}")
     assert (status, f"out={out}: is there and not empty" in line) == (2, True)
     # Nothing can be made below a file.

@@ -218,23 +218,27 @@ def test_a_run_that_begins_sets_the_checkpoints_of_an_earlier_one_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config([f"trainer.run_dir={tmp_path}"])
-    root, earlier = tmp_path / "checkpoints", tmp_path / "checkpoints.earlier"
+    root = tmp_path / "checkpoints"
     begin(config, None)
     assert (capsys.readouterr().err, list(tmp_path.iterdir())) == ("", [])
-    old = save(root, 9)
-    # It goes on from its own.
-    begin(config, old)
-    assert folders.latest(root) == old
-    assert newest(config, None, old) == old
-    for step in (9, 3):
-        save(root, step)
+    for number in (1, 2):
+        payloads = [save(root, step, f"run {number}") for step in (8, 9)]
         begin(config, None)
+        earlier = tmp_path / f"checkpoints.earlier{number}"
         assert f"the checkpoints of an earlier run are in {earlier} now" in capsys.readouterr().err
-        assert folders.latest(root) is None
-        assert folders.latest(earlier) == earlier / f"step_{step}"
-    # From elsewhere: what lies here is not this run's either.
+        assert newest(config) is None
+        assert [payload(earlier / path.name) for path in payloads] == [f"run {number}"] * 2
+    # From one of them: what lies in the folder is not this run's, and what it goes on from stays.
     save(root, 5)
-    begin(config, earlier / "step_3")
-    assert folders.latest(root) is None
-    assert newest(config, None, earlier / "step_3") is None
-    assert newest(config, root / "step_4", earlier / "step_3") == root / "step_4"
+    begin(config, tmp_path / "checkpoints.earlier1" / "step_8")
+    assert newest(config) is None
+    assert payload(tmp_path / "checkpoints.earlier1" / "step_8") == "run 1"
+
+
+def test_a_run_that_goes_back_in_its_own_folder_has_what_it_goes_on_from_as_its_newest(tmp_path: Path) -> None:
+    config = load_config([f"trainer.run_dir={tmp_path}"])
+    older, newer = (save(tmp_path / "checkpoints", step) for step in (3, 9))
+    assert newest(config) == newer
+    begin(config, older)
+    assert newest(config) == older
+    assert folders.is_complete(newer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,8 @@ def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert "experiment=cpu_mtp_grpo" in text
-    assert "train " in text
-    assert "warmup-draft " in text
-    assert not any(command in text for command in ("eval-draft", "export", "report"))
+    listed = re.findall(r"^    ([a-z-]+) +\w", text, flags=re.MULTILINE)
+    assert listed == ["train", "warmup-draft", "export"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import psutil
 import pytest
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from skyrl_spec.config import ConfigError, EnvironmentConfig
+from skyrl_spec.config import ConfigError, EnvironmentConfig, RunError
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.types import Prompt
 
@@ -24,7 +26,10 @@ ENVIRONMENT = EnvironmentConfig(
     custom={"test_env_moody": f"{__name__}:MoodyEnv"},
     skyrl_gym={"test_env_moody": {"scale": 0.5}},
     timeout_s=TIMEOUT_S,
+    max_failed_share=1.0,
 )
+# Seconds, by which it is known.
+CHILD_SLEEPS = "86417"
 
 
 class MoodyEnv(BaseTextEnv):
@@ -38,8 +43,10 @@ class MoodyEnv(BaseTextEnv):
         if action == "raise":
             raise KeyError("no grade")
         if action == "hang":
-            while True:
-                pass
+            # In C, and no other thread runs meanwhile.
+            re.match(r"(a+)+$", "a" * 60 + "b")
+        if action == "hang with a child":
+            subprocess.run(["sleep", CHILD_SLEEPS], check=True)
         if action == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "alarm":
@@ -79,6 +86,25 @@ def test_a_response_that_cannot_be_scored_costs_no_other_one(grader: Grader) -> 
     assert [result.reward for result in grader.score_all(prompts(2), ["ab", ""])] == [1.0, 0.0]
 
 
+def test_what_an_environment_started_ends_with_it(grader: Grader) -> None:
+    assert grader.score_all(prompts(1), ["hang with a child"])[0].error is not None
+    processes = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", CHILD_SLEEPS]]
+    # A signal takes a moment.
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+def test_failures_beyond_the_allowed_share_end_the_run() -> None:
+    grader = Grader(replace(ENVIRONMENT, max_failed_share=0.25))
+    texts = ["raise", "ab"] * 2 + ["ab"] * 4
+    assert sum(result.error is not None for result in grader.score_all(prompts(8), texts)) == 2
+    start = time.monotonic()
+    # Not all eight are waited for.
+    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one of row row-2, "):
+        grader.score_all(prompts(8), ["hang"] * 8)
+    assert time.monotonic() - start < 60
+    grader.close()
+
+
 def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
     with pytest.raises(ConfigError, match=r"^environment\.env_class=test_env_moody: wants another turn \(row row-1\)"):
         grader.score_all(prompts(2), ["ab", "again"])
@@ -104,14 +130,18 @@ def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> 
         "    Grader(replace(ENVIRONMENT, timeout_s=600)).score_all(prompts(1), ['hang'])\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    deadline = time.monotonic() + 120
     with subprocess.Popen([sys.executable, script], env=environment) as parent:
-        children: list[psutil.Process] = []
-        # It is busy once it hangs.
-        while not children or children[0].cpu_times().user < 5:
-            assert parent.poll() is None
-            time.sleep(0.1)
-            children = scoring(psutil.Process(parent.pid))
-        parent.kill()
+        try:
+            children: list[psutil.Process] = []
+            # It is busy once it hangs.
+            while not children or children[0].cpu_times().user < 5:
+                assert parent.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+                children = scoring(psutil.Process(parent.pid))
+        finally:
+            parent.kill()
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert gone
     assert not alive

@@ -43,6 +43,7 @@ def test_sigterm_waits_for_the_end_of_a_shield() -> None:
         # It was heard: another one does not disturb the way out.
         assert act(watch, signal.SIGTERM, shielded=False) == ["all of it"]
     assert watch.received == signal.SIGTERM
+    assert not watch.is_broken
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -63,3 +64,5 @@ def test_an_error_in_a_shield_stays_what_it_is() -> None:
     watch = SignalWatch()
     with watch.installed(), pytest.raises(ValueError, match="of its own"):
         act(watch, signal.SIGTERM, shielded=True, error=ValueError("of its own"))
+    # What was to be done in one piece was not, so there is nothing to save.
+    assert watch.is_broken
