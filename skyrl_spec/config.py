@@ -269,7 +269,7 @@ class TrainerConfig:
     # Write the policy to run_dir/model at the end, as a Hugging Face checkpoint with its MTP head; a DFlash draft to
     # run_dir/draft.
     save_final_model: bool = True
-    # Any of "console" and "wandb"; metrics.jsonl is always written.
+    # Any of "console", "wandb" and "tensorboard"; metrics.jsonl is always written.
     logger: list[str] = field(default_factory=lambda: ["console"])
     project_name: str = "skyrl_spec"
     run_name: str = "default"

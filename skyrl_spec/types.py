@@ -58,6 +58,16 @@ class Proposals:
     drafted: list[list[int]]
     draft_logprobs: list[list[float]]
 
+    def accepted(self) -> list[bool]:
+        """Of each response token, whether it is a drafted one that was accepted."""
+        response, accepted = self.generation.token_ids, [False] * len(self.generation.token_ids)
+        for anchor, block in zip(self.anchors, self.drafted, strict=True):
+            for index, token in enumerate(block, start=anchor - len(self.prompt_ids) + 1):
+                if index >= len(response) or response[index] != token:
+                    break
+                accepted[index] = True
+        return accepted
+
 
 @dataclass(frozen=True)
 class ProposalScores:
@@ -76,7 +86,8 @@ class ProposalScores:
 class Rollout:
     """A prompt, one response and its reward. ``loss_mask`` has an entry a response token (1: trained on).
 
-    ``error``: why the response could not be scored; it counts as failed, with reward 0.
+    ``error``: why the response could not be scored; it counts as failed, with reward 0. ``pieces``: each token's text,
+    and whether the draft had proposed it, where that was recorded.
     """
 
     prompt: Prompt
@@ -85,6 +96,7 @@ class Rollout:
     reward: float
     loss_mask: list[int]
     error: str | None = None
+    pieces: list[tuple[str, bool]] | None = None
 
 
 @dataclass(frozen=True)

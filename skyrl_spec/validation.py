@@ -159,7 +159,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.on_ckpt_failure": ("error", "warn"),
     "trainer.resume_mode": ("latest", "from_path"),
 } | {f"{optimizer}.scheduler": ("constant", "cosine", "linear") for optimizer in _OPTIMIZERS}
-LOGGERS = ("console", "wandb")
+LOGGERS = ("console", "wandb", "tensorboard")
 # An engine holds its part of a GPU all the time. The trainer needs the rest: gradients and optimizer state alone are
 # several times the weights that it shares the GPU with.
 MAX_COLOCATED_MEMORY = 0.6

@@ -13,6 +13,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from skyrl_spec.metrics import names
+from skyrl_spec.metrics.headline import HEADLINES, first_and_last
+from skyrl_spec.metrics.writers import Writer
 
 LINE_WIDTH = 100
 LINES_PER_HEADER = 20
@@ -31,18 +33,9 @@ _COLUMNS = (
     ("step s", 8, names.STEP_TIME, 1),
 )
 
-# What the closing summary compares between the first and the last step that has it.
-_SUMMARY = (
-    ("reward on held-out prompts", names.EVAL_SCORE, 3),
-    ("reward in training", names.AVG_RAW_REWARD, 3),
-    ("acceptance length on held-out prompts", names.acceptance_length("eval"), 2),
-    ("acceptance length in training", names.acceptance_length("train"), 2),
-    ("rollout tokens/s", names.THROUGHPUT, 0),
-)
 
-
-class ConsoleWriter:
-    """A ``MetricsWriter`` for people: a line a step of at most 100 columns, under a heading, and a line an evaluation.
+class ConsoleWriter(Writer):
+    """For people: a line a step of at most 100 columns, under a heading, and a line an evaluation.
 
     On a terminal a progress bar stays below the lines until ``close``.
     """
@@ -92,7 +85,7 @@ class ConsoleWriter:
             self._progress.stop()
             self._progress = None
 
-    def summary(
+    def close_with(
         self,
         records: Sequence[Mapping[str, Any]],
         run_dir: Path,
@@ -144,12 +137,11 @@ def eval_line(step: int, values: Mapping[str, float]) -> str:
 def summary_lines(records: Sequence[Mapping[str, Any]], speedup: float | None = None) -> list[str]:
     """First, last and change of what the records have of the values that matter most, then the speed-up if known."""
     lines = [f"{f'{_last_step(records)} steps':<40}{'first':>9}{'last':>9}{'change':>9}"]
-    for title, key, decimals in _SUMMARY:
-        found = [value for record in records if (value := record.get(key)) is not None]
-        if found:
-            first, last = found[0], found[-1]
-            change = f"{last - first:+.{decimals}f}"
-            lines.append(f"  {title:<38}{_number(first, decimals):>9}{_number(last, decimals):>9}{change:>9}")
+    for _, title, key, decimals in HEADLINES:
+        if (pair := first_and_last(records, key)) is not None:
+            first, last = (_number(value, decimals) for value in pair)
+            change = f"{pair[1] - pair[0]:+.{decimals}f}"
+            lines.append(f"  {title:<38}{first:>9}{last:>9}{change:>9}")
     lines += _canary_lines(records)
     if speedup is not None:
         lines.append(f"  {'rollout speed-up by the draft':<38}{'':>9}{f'{speedup:.2f}x':>9}")

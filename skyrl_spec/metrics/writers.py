@@ -1,4 +1,4 @@
-"""Where metrics and samples go: JSONL files of the run, and wandb."""
+"""The files of a run: metrics, samples, summary. Dashboards are written by ``dashboards``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from skyrl_spec.config import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.types import Rollout
 
+Sample = dict[str, Any]
 
-class MetricsWriter(Protocol):
-    """Takes the values of one step, evaluation included, once a step."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+class Writer:
+    """Takes what a run says of itself; each kind of writer keeps what it is for."""
 
-    def close(self) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The values of one step, evaluation included, once a step."""
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A few of the step's rollouts."""
+
+    def summarize(self, headline: Mapping[str, float]) -> None:
+        """What became of the run (``metrics.headline``), once, at its end."""
+
+    def close(self) -> None:
+        """More than once does no harm."""
 
 
 class JsonlFile:
@@ -48,7 +57,7 @@ class JsonlFile:
         self._file.close()
 
 
-class JsonlWriter:
+class JsonlWriter(Writer):
     """``metrics.jsonl``: one object a step, with ``trainer/step``; what is not finite is null."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
@@ -61,78 +70,44 @@ class JsonlWriter:
         self._file.close()
 
 
-class SamplesWriter:
-    """``samples.jsonl``: a few rollouts of each step, evenly spread over them."""
+class SamplesWriter(Writer):
+    """``samples.jsonl``."""
 
-    def __init__(self, path: Path, resume_step: int | None = None, num_per_step: int = 4) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self._file = JsonlFile(path, "step", resume_step)
-        self._num_per_step = num_per_step
 
-    def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        stride = max(1, len(rollouts) // self._num_per_step)
-        self._file.append(*(_sample(step, rollout) for rollout in rollouts[::stride][: self._num_per_step]))
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self._file.append(*samples)
 
     def close(self) -> None:
         self._file.close()
 
 
-class WandbWriter:
-    """A wandb run, its files under ``run_dir``. ``WANDB_MODE=offline`` needs no account.
+class SummaryWriter(Writer):
+    """``summary.json``: the headline numbers, once the run is over."""
 
-    Raises:
-        ConfigError: as ``check_wandb``; or the server cannot be reached or refuses the key.
-    """
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # An earlier run's.
+        path.unlink(missing_ok=True)
 
-    def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        check_wandb()
-        # wandb writes elsewhere, without a word, if the folder does not exist.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(silent=True, init_timeout=60)
-        try:
-            self._run = wandb.init(project=project, name=name, dir=run_dir, config=dict(config), settings=settings)
-        except wandb.errors.Error as error:
-            raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({**values, names.STEP: step}, step=step)
-
-    def close(self) -> None:
-        """Ends the run, and wandb's own process."""
-        import wandb
-
-        self._run.finish()
-        wandb.teardown()
+    def summarize(self, headline: Mapping[str, float]) -> None:
+        values = {name: _json_number(value) for name, value in headline.items()}
+        self._path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a ``metrics.jsonl``, in order; a last line cut short is left out."""
+def pick_samples(step: int, rollouts: Sequence[Rollout], num: int = 4) -> list[Sample]:
+    """``num`` of a step's rollouts, evenly spread over them, and all of which is known what the draft proposed."""
+    plain = [rollout for rollout in rollouts if rollout.pieces is None]
+    stride = max(1, len(plain) // num)
+    told = [rollout for rollout in rollouts if rollout.pieces is not None]
+    return [_sample(step, rollout) for rollout in [*plain[::stride][:num], *told]]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of ``metrics.jsonl`` or ``samples.jsonl``, in order; a last line cut short is left out."""
     with path.open(encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
-
-
-def check_wandb() -> None:
-    """Raises ConfigError where ``wandb.init`` would ask for a key on the terminal."""
-    import wandb
-    from wandb.sdk.lib import wbauth
-
-    settings = wandb.setup().settings
-    if settings.mode in ("offline", "dryrun", "disabled"):
-        return
-    try:
-        credentials = wbauth.authenticate_session(host=settings.base_url, source="skyrl_spec", prompt=False)
-    except wandb.errors.Error as error:
-        raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
-    if credentials is None:
-        raise ConfigError(_wandb_line("wandb has no key"))
-
-
-def _wandb_line(problem: str) -> str:
-    return (
-        f"trainer.logger=[wandb]: {problem}; set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline to log "
-        "without an account, or take wandb out of trainer.logger"
-    )
 
 
 def _lines_until(path: Path, step_key: str, last_step: int) -> list[str]:
@@ -148,9 +123,9 @@ def _json_number(value: float) -> float | int | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _sample(step: int, rollout: Rollout) -> dict[str, Any]:
+def _sample(step: int, rollout: Rollout) -> Sample:
     versions = rollout.generation.versions
-    return {
+    sample: Sample = {
         "step": step,
         "uid": rollout.prompt.uid,
         "prompt": "\n".join(message["content"] for message in rollout.prompt.messages),
@@ -159,4 +134,6 @@ def _sample(step: int, rollout: Rollout) -> dict[str, Any]:
         "finish_reason": rollout.generation.finish_reason,
         "policy_version": versions.policy,
         "draft_version": versions.draft,
-    } | ({} if rollout.error is None else {"error": rollout.error})
+    }
+    optional = {"error": rollout.error, "pieces": rollout.pieces}
+    return sample | {name: value for name, value in optional.items() if value is not None}

@@ -91,19 +91,20 @@ class Trainer:
         if trainer.canary.enabled:
             self.canary.check(self.sync.versions)
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
-            on_step(0, self.evaluate(), [])
+            on_step(0, self.evaluate(), self.sampler.sample_with_drafts(self.eval_prompts))
         for step in range(steps_done + 1, num_steps + 1):
             if self.stream.epoch >= trainer.epochs:
                 break
             sampled = self.sample()
             with shield():
-                values = self.train(sampled)
+                values, rollouts = self.train(sampled), sampled.rollouts
                 # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
                 is_last = step == num_steps or self.stream.epoch >= trainer.epochs
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
                 if due and self.eval_prompts:
                     values |= self.evaluate()
-                on_step(step, values, sampled.rollouts)
+                    rollouts += self.sampler.sample_with_drafts(self.eval_prompts)
+                on_step(step, values, rollouts)
             if is_last:
                 break
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from skyrl_spec.config import Config, SamplingConfig
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.spec_metrics import acceptance_metrics
+from skyrl_spec.rollout.speculative import build_speculative_config
 from skyrl_spec.trainer.actors import EngineGroup
 from skyrl_spec.trainer.filters import Group
-from skyrl_spec.types import Generation, Prompt, Rollout
+from skyrl_spec.types import Generation, Prompt, Proposals, Rollout
 
+# Prompts whose drafts are shown, and tokens of each response: they are sampled one after the other.
+_NUM_SHOWN, _LONGEST_SHOWN = 2, 128
 # Failures of a batch that are told one by one.
 _NUM_FAILURES_TOLD = 3
 
@@ -27,6 +31,8 @@ class RolloutSampler:
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
         self._grader = Grader(config.environment)
+        user = config.generator.inference_engine.speculative_config
+        self._has_draft = build_speculative_config(config.trainer, user) is not None
         self.num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
 
@@ -42,6 +48,24 @@ class RolloutSampler:
         """Groups sampled as ``generator.eval_sampling_params`` says, every time with the same seed."""
         generator = self._config.generator
         return self._sample(prompts, generator.eval_sampling_params, generator.eval_n_samples_per_prompt, seed=0)
+
+    def sample_with_drafts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The beginnings of a few responses, whose tokens are told apart: drafted and accepted, or the policy's own.
+
+        None where the engines have no draft with a distribution.
+        """
+        if not self._has_draft:
+            return []
+        sampling = self._config.generator.sampling_params
+        sampling = replace(sampling, max_generate_length=min(sampling.max_generate_length, _LONGEST_SHOWN))
+        shown = list(prompts[:_NUM_SHOWN])
+        answers = self._engines.propose([prompt.token_ids for prompt in shown], sampling, seed=0)[0]
+        rollouts = [group[0] for group in self._score(shown, [[answer.generation] for answer in answers])]
+        return [
+            replace(rollout, pieces=_pieces(self._tokenizer, answer))
+            for rollout, answer in zip(rollouts, answers, strict=True)
+            if answer.anchors
+        ]
 
     def close(self) -> None:
         """End the process that scores."""
@@ -68,6 +92,16 @@ class RolloutSampler:
         ]
         ends = np.cumsum([len(group) for group in generations])
         return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
+
+
+def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
+    """Texts of the tokens; a character of several tokens is with the last of them."""
+    ids, pieces, before = answer.generation.token_ids, [], ""
+    for end, accepted in enumerate(answer.accepted(), start=1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+        pieces.append((text[len(before) :], accepted))
+        before = text
+    return pieces
 
 
 def _tell_failures(errors: Sequence[str]) -> None:

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from skyrl_spec.checkpoint.folders import read_record
-from skyrl_spec.compose import to_yaml
 from skyrl_spec.config import Config, ConfigError, LostActorError, RunError
-from skyrl_spec.data.dataset import load_prompts
-from skyrl_spec.data.prompts import PromptStream
-from skyrl_spec.draft_spec import (
-    decided,
-    describe_draft,
-    plan_dflash,
-    read_dflash_spec,
-    resolve_mask_token,
-    trained_draft,
-)
-from skyrl_spec.envs.registry import register_custom
-from skyrl_spec.envs.rewards import check_environments
-from skyrl_spec.metrics.console import ConsoleWriter
-from skyrl_spec.metrics.writers import JsonlWriter, MetricsWriter, SamplesWriter, WandbWriter, read_metrics
-from skyrl_spec.model_spec import ModelSpec, load_spec
+from skyrl_spec.draft_spec import trained_draft
 from skyrl_spec.serve import serve_command
-from skyrl_spec.types import Prompt, Rollout, Which
-from skyrl_spec.validation import parallel_layout, sync_backend
+from skyrl_spec.trainer.output import Output, open_output
+from skyrl_spec.trainer.signals import SIGNAL_EXIT, SignalWatch
+from skyrl_spec.trainer.task import Task, load_task
+from skyrl_spec.types import Rollout, Which
+from skyrl_spec.validation import sync_backend
 
 if TYPE_CHECKING:
     from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
@@ -41,67 +26,8 @@ if TYPE_CHECKING:
     from skyrl_spec.trainer.loop import Trainer
     from skyrl_spec.trainer.lossless import PlainEngine
 
-# What the shell reports for a process that a signal ended.
-_SIGNAL_EXIT = 128
 # Of a disk or folder that cannot be written any more.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
-# Seconds that a run may take to end before a further signal ends it at once.
-_PATIENCE_S = 10.0
-
-
-class Interrupted(Exception):  # noqa: N818
-    """SIGINT or SIGTERM."""
-
-
-class SignalWatch:
-    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread, once, and are remembered.
-
-    Remembered, because what an exception becomes inside a C extension's call (Ray's, here) is not ours to decide.
-    Further signals (``make`` and ``timeout`` send two) do not disturb the way out, until it has taken too long.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        # The checkpoint that SIGTERM left behind.
-        self.saved: Path | None = None
-        # An error left a shield: what was to be done in one piece was not.
-        self.is_broken = False
-        self._received_s = 0.0
-        self._is_shielded = False
-
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        """SIGTERM, which is to save, waits for the end of the context; SIGINT does not."""
-        self._is_shielded, self.is_broken = True, False
-        try:
-            yield
-        except BaseException:
-            self.is_broken = True
-            raise
-        finally:
-            self._is_shielded = False
-        if self.received is not None:
-            raise Interrupted
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """The handlers, for the time of the context. It may be entered again inside, to put them back."""
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            # On the way out ours stay: Ray's own would raise in the middle of its shutdown.
-            if self.received is None:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
-
-    def _handle(self, signum: int, _frame: object) -> None:
-        if self.received is None:
-            self.received, self._received_s = signum, time.monotonic()
-            if signum == signal.SIGINT or not self._is_shielded:
-                raise Interrupted
-        if time.monotonic() - self._received_s > _PATIENCE_S:
-            os._exit(_SIGNAL_EXIT + signum)
 
 
 def run_training(config: Config, *, verbose: bool = False) -> int:
@@ -131,7 +57,7 @@ def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *,
             if (line := _error_line(error, config)) is not None:
                 print(f"skyrl-spec: error: {line}", file=sys.stderr)
             print(f"skyrl-spec: {name}: stopped; what was measured is in {run_dir}", file=sys.stderr)
-            return _SIGNAL_EXIT + watch.received
+            return SIGNAL_EXIT + watch.received
         if (line := _error_line(error, config)) is not None:
             print(f"skyrl-spec: error: {line}", file=sys.stderr)
             return 1
@@ -154,40 +80,6 @@ def _error_line(error: Exception, config: Config) -> str | None:
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         return f"{error.filename or 'a file of the run'}: {error.strerror}; free space, or set another trainer.run_dir"
     return None
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, on what, for how long."""
-
-    config: Config
-    spec: ModelSpec
-    tokenizer: Any
-    stream: PromptStream
-    eval_prompts: list[Prompt]
-    steps: int
-    # The checkpoint that it goes on from.
-    resume_from: Path | None = None
-
-    @property
-    def steps_done(self) -> int | None:
-        """None: it begins."""
-        return None if self.resume_from is None else read_record(self.resume_from)["extra"]["trainer"]["step"]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where a run's numbers and samples go."""
-
-    run_dir: Path
-    console: ConsoleWriter
-    writers: list[MetricsWriter]
-    samples: SamplesWriter
-
-    def on_step(self, step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
-        for writer in self.writers:
-            writer.write(step, values)
-        self.samples.write(step, rollouts)
 
 
 @dataclass(frozen=True)
@@ -246,9 +138,7 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
             plain = running.plain or start_plain_engine(task.config, engine_settings(task.config), running.policy)
             speedup = measure_speedup(running.trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
             plain.shutdown()
-    records = read_metrics(output.run_dir / "metrics.jsonl")
-    commands = _next_commands(task.config, output.run_dir)
-    output.console.summary(records, output.run_dir, speedup=speedup, next_commands=commands)
+    output.summarize(speedup=speedup, next_commands=_next_commands(task.config, output.run_dir))
 
 
 @contextmanager
@@ -361,163 +251,20 @@ def _prefill_tokens(config: Config) -> int:
     return sys.maxsize if tokens is None else max(1, tokens // 2)
 
 
-def num_steps(config: Config, stream: PromptStream) -> int:
-    """Steps of the run: ``epochs``, or fewer if ``max_training_steps`` says so."""
-    steps = stream.steps_per_epoch * config.trainer.epochs
-    limit = config.trainer.max_training_steps
-    return steps if limit is None else min(steps, limit)
-
-
-def load_task(config: Config, resume_from: Path | None = None) -> Task:
-    spec = load_spec(config.trainer.policy.model.path)
-    tokenizer = _load_tokenizer(spec)
-    config = _decide_draft(config, spec, tokenizer)
-    register_custom(config.environment.custom)
-    train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
-    validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
-    check_environments([*train, *validation], config.environment)
-    stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
-    return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream), resume_from)
-
-
-def _load_tokenizer(spec: ModelSpec) -> Any:
-    """The model's own.
-
-    Raises:
-        ConfigError: there is none, or it has tokens that the model does not have, or no end token.
-    """
-    from transformers import AutoTokenizer
-
-    setting = f"trainer.policy.model.path={spec.path}"
-    # Without files transformers makes an empty one.
-    if not any(spec.path.glob("tokenizer*")):
-        raise ConfigError(f"{setting}: has no tokenizer; copy the tokenizer's files")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
-    # Of a file that is missing or broken it raises whatever its reader does.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"{setting}: its tokenizer cannot be loaded ({reason}); copy the tokenizer's files") from None
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= spec.vocab_size:
-        raise ConfigError(
-            f"{setting}: its tokenizer has token {largest}, the model's vocabulary ends at {spec.vocab_size - 1}; "
-            "put the model's own tokenizer there"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{setting}: its tokenizer has no end token; add eos_token to tokenizer_config.json")
-    return tokenizer
-
-
-def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any) -> Config:
-    """``config`` with nothing left open about its draft; a DFlash draft from scratch is written to run_dir first."""
-    dflash = config.trainer.dflash
-    if not dflash.enabled:
-        return config
-    found = None if dflash.path is None else read_dflash_spec(dflash.path)
-    known = dflash.mask_token_id if found is None else found.mask_token_id
-    mask_token_id = resolve_mask_token(known, tokenizer, spec.vocab_size)
-    draft = plan_dflash(config, spec, found, mask_token_id)
-    path = dflash.path
-    if path is None:
-        from skyrl_spec.checkpoint.fresh import write_fresh_dflash
-
-        directory = (Path(config.trainer.run_dir) / "draft_start").resolve()
-        write_fresh_dflash(draft, directory, config.trainer.policy.megatron_config.dtype, config.trainer.seed)
-        path = str(directory)
-    return decided(config, draft, path)
-
-
-def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str) -> list[Prompt]:
-    limit = config.trainer.max_prompt_length
-    loaded = load_prompts(
-        paths, tokenizer, max_prompt_length=limit, default_env_class=config.environment.env_class, setting=setting
-    )
-    if loaded.num_skipped:
-        total = loaded.num_skipped + len(loaded.prompts)
-        print(
-            f"skyrl-spec: {setting}: {loaded.num_skipped} of {total} prompts are longer than "
-            f"trainer.max_prompt_length={limit} tokens and are skipped",
-            file=sys.stderr,
-        )
-    return loaded.prompts
-
-
-@contextmanager
-def open_output(task: Task) -> Iterator[Output]:
-    """Everything a run writes, opened, and the start-up panel shown."""
-    from skyrl_spec.trainer.checkpoints import begin
-
-    trainer, console = task.config.trainer, ConsoleWriter(task.steps)
-    begin(task.config, task.resume_from)
-    run_dir = Path(trainer.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(task.config))
-    samples = SamplesWriter(run_dir / "samples.jsonl", task.steps_done)
-    writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl", task.steps_done)]
-    if "console" in trainer.logger:
-        writers.append(console)
-    try:
-        if "wandb" in trainer.logger:
-            from omegaconf import OmegaConf
-
-            settings = OmegaConf.to_container(OmegaConf.structured(task.config))
-            writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))  # type: ignore[arg-type]
-        console.start(_facts(task))
-        _warn_of_truncation(task.config)
-        console.note("starting engines and workers (-v shows what they print)")
-        yield Output(run_dir, console, writers, samples)
-    finally:
-        samples.close()
-        for writer in {console, *writers}:
-            writer.close()
-
-
-def _facts(task: Task) -> dict[str, str]:
-    """What the start-up panel says."""
-    spec, trainer, generator = task.spec, task.config.trainer, task.config.generator
-    _, tp, dp = parallel_layout(task.config)
-    return {
-        "model": f"{spec.path} ({spec.architecture}, {spec.num_layers} layers x {spec.hidden_size})",
-        "draft": describe_draft(trainer),
-        "policy": f"{trainer.placement.device}, TP {tp} x DP {dp}, {trainer.policy.megatron_config.dtype}",
-        "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
-        "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
-        f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
-        "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
-        "run": trainer.run_dir,
-    } | _resume_fact(task)
-
-
-def _resume_fact(task: Task) -> dict[str, str]:
-    if task.resume_from is not None:
-        return {"resume": f"after step {task.steps_done}, from {task.resume_from}"}
-    if task.config.trainer.resume_mode is not None:
-        return {"resume": "no checkpoint is there yet: from the beginning"}
-    return {}
-
-
-def _warn_of_truncation(config: Config) -> None:
-    """Top-p and top-k are not applied to the trainer's distributions; what that means is said once."""
-    sampling = config.generator.sampling_params
-    if sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0:
-        print(
-            f"skyrl-spec: generator.sampling_params truncates (top_p={sampling.top_p}, top_k={sampling.top_k}, "
-            f"min_p={sampling.min_p}): log-probs and the draft's teacher are of the whole distribution, so "
-            "policy/rollout_train_logprobs_abs_diff_mean has a floor and acceptance may be lower",
-            file=sys.stderr,
-        )
-
-
 def _next_commands(config: Config, run_dir: Path) -> list[str]:
     """What one would type after this run."""
-    if not config.trainer.save_final_model:
-        return []
-    policy, draft = f"{run_dir}/model", f"{run_dir}/draft"
-    go_on = f"skyrl-spec train ... trainer.policy.model.path={policy}"
-    if config.trainer.dflash.enabled:
-        go_on += f" trainer.dflash.path={draft}"
-    return [serve_command(config.trainer, policy, draft), f"{go_on}   (goes on from these weights)"]
+    commands = [f"skyrl-spec report {run_dir}"]
+    if config.trainer.ckpt_interval > 0:
+        commands.append(f"skyrl-spec export checkpoint={run_dir} out={run_dir}/bundle")
+        if trained_draft(config.trainer) is not None:
+            commands.append(f"skyrl-spec eval-draft target={run_dir}")
+    if config.trainer.save_final_model:
+        policy, draft = f"{run_dir}/model", f"{run_dir}/draft"
+        go_on = f"skyrl-spec train ... trainer.policy.model.path={policy}"
+        if config.trainer.dflash.enabled:
+            go_on += f" trainer.dflash.path={draft}"
+        commands += [serve_command(config.trainer, policy, draft), f"{go_on}   (goes on from these weights)"]
+    return commands
 
 
 @contextmanager

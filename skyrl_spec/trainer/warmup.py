@@ -11,19 +11,11 @@ from pathlib import Path
 
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.draft_spec import trained_draft
-from skyrl_spec.metrics.writers import read_metrics
 from skyrl_spec.serve import serve_command
-from skyrl_spec.trainer.run import (
-    Output,
-    SignalWatch,
-    Task,
-    load_task,
-    on_cluster,
-    open_output,
-    run_job,
-    run_steps,
-    with_restarts,
-)
+from skyrl_spec.trainer.output import Output, open_output
+from skyrl_spec.trainer.run import on_cluster, run_job, run_steps, with_restarts
+from skyrl_spec.trainer.signals import SignalWatch
+from skyrl_spec.trainer.task import Task, load_task
 
 
 def warmup_config(config: Config) -> Config:
@@ -101,8 +93,7 @@ def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: Signal
     with on_cluster(task, DraftWarmup, ["draft"], watch, verbose) as running:
         run_steps(running, task, output, watch)
         running.policy.save_draft_hf(output.run_dir.resolve())
-    records = read_metrics(output.run_dir / "metrics.jsonl")
-    output.console.summary(records, output.run_dir, next_commands=_next_commands(task.config, output.run_dir))
+    output.summarize(next_commands=_next_commands(task.config, output.run_dir))
 
 
 def _next_commands(config: Config, run_dir: Path) -> list[str]:
@@ -112,4 +103,4 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
         train = f"skyrl-spec train ... trainer.policy.model.path={policy}"
     else:
         train = f"skyrl-spec train ... trainer.dflash.path={draft}"
-    return [train, serve_command(config.trainer, policy, draft)]
+    return [train, serve_command(config.trainer, policy, draft), f"skyrl-spec report {run_dir}"]

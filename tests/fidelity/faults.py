@@ -25,7 +25,8 @@ from skyrl_spec.rollout.actor import EngineActor
 from skyrl_spec.trainer import placement
 from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.trainer.loop import Trainer
-from skyrl_spec.trainer.run import Task, load_task, make_trainer
+from skyrl_spec.trainer.run import make_trainer
+from skyrl_spec.trainer.task import Task, load_task
 from skyrl_spec.types import Generation, Versions
 
 MAX_STEPS = 3

@@ -6,8 +6,11 @@ import io
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from rich.console import Console
 from skyrl_spec.config import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.console import ConsoleWriter, header_line, step_line
+from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
+from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.values import merge, values
-from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, WandbWriter, read_metrics
+from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, SummaryWriter, pick_samples, read_jsonl
 from skyrl_spec.types import Generation, Metric, Prompt, Rollout, Versions
 
 STEP_VALUES: dict[str, float] = {
@@ -79,7 +84,7 @@ def test_metrics_file_is_there_after_each_step(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"a": 0.5, "b": None, "c": None, "d": 3, "trainer/step": 1}
     ]
-    assert type(read_metrics(path)[0]["d"]) is int
+    assert type(read_jsonl(path)[0]["d"]) is int
     writer.close()
 
 
@@ -91,14 +96,14 @@ def test_metrics_file_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     writer.close()
     with path.open("a") as file:
         file.write('{"trainer/step": 5, "ru')
-    assert len(read_metrics(path)) == 5
+    assert len(read_jsonl(path)) == 5
     writer = JsonlWriter(path, resume_step=2)
     writer.write(3, {"run": 2})
     writer.close()
-    found = [(record["trainer/step"], record["run"]) for record in read_metrics(path)]
+    found = [(record["trainer/step"], record["run"]) for record in read_jsonl(path)]
     assert found == [(0, 1), (1, 1), (2, 1), (3, 2)]
     JsonlWriter(path).close()
-    assert read_metrics(path) == []
+    assert read_jsonl(path) == []
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
@@ -109,17 +114,21 @@ def rollout(index: int, text: str) -> Rollout:
 
 def test_samples_are_a_few_of_each_step(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    writer = SamplesWriter(path, num_per_step=3)
+    writer = SamplesWriter(path)
     # A line separator and half of a surrogate pair: neither may break the file's lines.
     texts = ["a\u2028b", "\ud800", *map(str, range(2, 11))]
-    writer.write(1, [rollout(index, text) for index, text in enumerate(texts)])
-    writer.write(2, [rollout(0, texts[0]), rollout(1, texts[1])])
+    told = replace(rollout(9, "ab"), pieces=[("a", False), ("b", True)])
+    steps = {1: [rollout(index, text) for index, text in enumerate(texts)], 2: [*map(rollout, (0, 1), texts), told]}
+    for step, rollouts in steps.items():
+        writer.write_samples(step, pick_samples(step, rollouts, num=3))
     writer.close()
     SamplesWriter(path, resume_step=2).close()
     with path.open(newline="\n") as file:
         samples = [json.loads(line) for line in file]
-    assert [(sample["step"], sample["uid"]) for sample in samples] == [(1, "0"), (1, "3"), (1, "6"), (2, "0"), (2, "1")]
-    assert samples[-1]["response"] == "\ud800"
+    found = [(sample["step"], sample["uid"]) for sample in samples]
+    assert found == [(1, "0"), (1, "3"), (1, "6"), (2, "0"), (2, "1"), (2, "9")]
+    assert samples[-2]["response"] == "\ud800"
+    assert samples[-1]["pieces"] == [["a", False], ["b", True]]
     assert samples[0] == {
         "step": 1,
         "uid": "0",
@@ -136,12 +145,16 @@ WANDB_SCRIPT = """
 import sys
 from pathlib import Path
 from skyrl_spec.config import ConfigError
-from skyrl_spec.metrics.writers import WandbWriter
+from skyrl_spec.metrics.dashboards import WandbWriter
 try:
     writer = WandbWriter(Path(sys.argv[1]), "project", "name", {"a": 1})
 except ConfigError as error:
     sys.exit(f"config error: {error}")
-writer.write(1, {"a": 0.5})
+writer.write(1, {"reward/a": 0.5})
+sample = {"step": 1, "prompt": "p", "response": "r", "reward": 1.0, "policy_version": 0, "draft_version": 0}
+writer.write_samples(1, [sample | {"prompt": "told"}])
+writer.write_samples(2, [sample])
+writer.summarize({"headline/steps": 2})
 writer.close()
 print("written")
 """
@@ -166,7 +179,84 @@ def test_wandb_offline_needs_no_account(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "written\n"
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    assert file.stat().st_size > 0
+    summary, tables = {}, []
+    for record in wandb_records(file):
+        summary |= {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update
+        }
+    for path in run_dir.glob("wandb/offline-run-*/files/media/table/**/*.json"):
+        tables.append(json.loads(path.read_text()))
+    assert summary["headline/steps"] == 2
+    assert [row[1] for table in tables for row in table["data"]].count("told") >= 1
+    assert {table["columns"][2] for table in tables} == {"response"}
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """What an offline run keeps for ``wandb sync``: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, payload = file.read_bytes(), 7, b""
+    while position < len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        payload += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        # Whole, or the last part of one.
+        if kind in (1, 4):
+            yield Record.FromString(payload)
+            payload = b""
+
+
+def tensorboard_values(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Scalars by tag, read from the files' records (length, checksum, event, checksum)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(directory.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_tensorboard_has_the_same_keys(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(1, {names.AVG_RAW_REWARD: 0.5, "draft/loss": float("nan")})
+    writer.write_samples(1, pick_samples(1, [rollout(0, "a\nb")]))
+    writer.write(2, {names.AVG_RAW_REWARD: 0.75})
+    writer.summarize({"headline/steps": 2})
+    writer.close()
+    found = tensorboard_values(tmp_path)
+    assert found[names.AVG_RAW_REWARD] == [(1, 0.5), (2, 0.75)]
+    assert found["headline/steps"] == [(0, 2)]
+    assert [tag for tag in found if tag.startswith("samples/0")] != []
+    assert "draft/loss" not in found
+
+
+def test_headline_numbers(tmp_path: Path) -> None:
+    records = [
+        {names.STEP: 1, names.AVG_RAW_REWARD: 0.25, names.STEP_TIME: 2.0},
+        {names.STEP: 2, names.AVG_RAW_REWARD: 0.5, names.STEP_TIME: 4.0},
+    ]
+    found = headline(records, 1.5)
+    assert found == {
+        "headline/steps": 2,
+        "headline/train_reward_first": 0.25,
+        "headline/train_reward_last": 0.5,
+        "headline/mean_step_s": 3.0,
+        "headline/rollout_speedup": 1.5,
+    }
+    path = tmp_path / "summary.json"
+    SummaryWriter(path).summarize(found)
+    assert json.loads(path.read_text()) == found
+    # The next run in the folder has none yet.
+    SummaryWriter(path)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])
@@ -247,7 +337,7 @@ def test_summary_compares_first_and_last() -> None:
         {names.STEP: 3, names.AVG_RAW_REWARD: 0.70, accept: 3.1, names.EVAL_SCORE: 0.65},
     ]
     writer, out = console_writer(terminal=False)
-    writer.summary(records, Path("runs/a"), speedup=1.625, next_commands=["skyrl-spec report runs/a", "two"])
+    writer.close_with(records, Path("runs/a"), speedup=1.625, next_commands=["skyrl-spec report runs/a", "two"])
     rows = [line.split() for line in out.getvalue().splitlines()]
     assert rows == [
         [],
@@ -261,5 +351,5 @@ def test_summary_compares_first_and_last() -> None:
         ["two"],
     ]
     writer, out = console_writer(terminal=False)
-    writer.summary([], Path("runs/a"))
+    writer.close_with([], Path("runs/a"))
     assert "speed-up" not in out.getvalue()
