@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import textwrap
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
-from skyrl_spec.config import ConfigError, RunError
+from skyrl_spec.config import Config, ConfigError, RunError
+from skyrl_spec.options import EvalDraftOptions, ExportOptions, ReportOptions
+from skyrl_spec.schema import describe
 
 EXIT_OK = 0
 EXIT_RUN = 1
@@ -20,11 +25,48 @@ EXAMPLES = """\
 examples:
   skyrl-spec train experiment=cpu_mtp_grpo
   skyrl-spec train experiment=cpu_mtp_grpo trainer.mtp.enabled=false trainer.max_training_steps=3
-  skyrl-spec train experiment=cpu_mtp_dapo generator.sampling_params.temperature=0.8
+  skyrl-spec train experiment=mimo_7b_dapo_8gpu trainer.dry_run=true
   skyrl-spec train experiment=mimo_7b_dapo_8gpu --cfg job
   skyrl-spec warmup-draft experiment=cpu_dflash_grpo
+  skyrl-spec compare experiment=cpu_mtp_grpo
+  skyrl-spec report runs/cpu_mtp_grpo
+  skyrl-spec eval-draft target=runs/cpu_mtp_grpo
   skyrl-spec export checkpoint=runs/cpu_mtp_grpo out=exported
 """
+
+# Commands that take a configuration, and those that take options of their own: summary, description.
+RUNS = {
+    "train": (
+        "train a policy, and its draft with it",
+        "Train a policy with GRPO or DAPO, and its speculative-decoding draft with it.",
+    ),
+    "warmup-draft": (
+        "train a draft for a policy that stays as it is",
+        "Train a draft on the frozen policy's own responses, before reinforcement learning; trainer.warmup.* sets how.",
+    ),
+    "compare": (
+        "the same run with the draft trained, frozen and absent",
+        "Train three times on the same seeds and data: with the draft trained along, with the draft as it was, and "
+        "without one. Writes trainer.run_dir/{trained,frozen,none}, compare.json and a report.",
+    ),
+}
+TOOLS = {
+    "eval-draft": (
+        "how much a draft helps, by draft tokens and batch size",
+        "Measure acceptance and tokens/s with and without the draft, by turns, and recommend a number of draft tokens.",
+    ),
+    "report": (
+        "runs as a page of charts",
+        "Write one self-contained HTML page, and its charts as PNG files; several runs are laid over one another.",
+    ),
+    "export": (
+        "a checkpoint as a bundle that vLLM serves",
+        "Write a checkpoint's policy and draft in the form vLLM serves, with tokenizer and README.",
+    ),
+}
+
+
+SCHEMAS = {"eval-draft": EvalDraftOptions, "report": ReportOptions, "export": ExportOptions}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
+    words = [*args.words, *rest]
     try:
-        overrides = [*args.overrides, *rest]
-        if args.command == "export":
-            return _export(overrides)
-        return _run(args.command, overrides, show_config=args.cfg is not None, verbose=args.verbose)
+        if args.command in RUNS:
+            return _run(args.command, words, show_config=args.cfg is not None, verbose=args.verbose)
+        tool = {"eval-draft": _eval_draft, "report": _report, "export": _export}[args.command]
+        return tool(words, args.verbose)
     except RunError as error:
         print(f"skyrl-spec: error: {error}", file=sys.stderr)
         return EXIT_RUN
@@ -48,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read what is printed (head, less) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,92 +110,95 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="skyrl-spec", description=about, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"skyrl-spec {version('skyrl-spec')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_run(
-        commands,
-        "train",
-        "train a policy, and its draft with it",
-        "Train a policy with GRPO or DAPO, and its speculative-decoding draft with it.",
-    )
-    _add_run(
-        commands,
-        "warmup-draft",
-        "train a draft for a policy that stays as it is",
-        "Train a draft on the frozen policy's own responses, before reinforcement learning; trainer.warmup.* sets how.",
-    )
-    _add_export(commands)
+    for name, texts in RUNS.items():
+        command = _add(commands, name, texts, "experiment=NAME picks a configuration, trainer.epochs=2 changes it")
+        command.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    for name, texts in TOOLS.items():
+        _add(commands, name, texts, "a run's directory" if name == "report" else "see below")
     return parser
 
 
-def _add_export(commands: Any) -> None:
-    command = commands.add_parser(
-        "export",
-        help="a checkpoint as a bundle that vLLM serves",
-        description="Write a checkpoint's policy and draft in the form vLLM serves, with tokenizer and README.",
-        epilog="examples:\n  skyrl-spec export checkpoint=runs/cpu_mtp_grpo/checkpoints/step_24 out=exported\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="checkpoint=DIR (a checkpoint, or a run: its newest one) and out=DIR; model=DIR and draft=DIR where the "
-        "run's starting model or draft has moved",
-    )
-
-
-def _add_run(commands: Any, name: str, summary: str, description: str) -> None:
-    """A command that takes a configuration."""
+def _add(commands: Any, name: str, texts: tuple[str, str], words: str) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
-        help=summary,
-        description=description,
-        epilog=EXAMPLES,
+        help=texts[0],
+        description=texts[1],
+        epilog=_options_help(name) if name in TOOLS else EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="experiment=NAME picks a configuration, trainer.epochs=2 and the like change it",
-    )
-    command.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    command.add_argument("words", nargs="*", metavar="RUN | KEY=VALUE" if name == "report" else "KEY=VALUE", help=words)
     command.add_argument("-v", "--verbose", action="store_true", help="also show what the workers and engines print")
+    return command
 
 
-def _export(words: list[str]) -> int:
-    from pathlib import Path
+def _options_help(name: str) -> str:
+    """The options of a tool, from the comments of the dataclass that is their schema."""
+    lines = ["keys:"]
+    for setting in describe(SCHEMAS[name]):
+        lines.append(f"  {setting.name}={setting.default}")
+        lines += textwrap.wrap(setting.comment, 94, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
 
-    given = dict.fromkeys(("checkpoint", "out", "model", "draft"), "")
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in given or not equals:
-            raise ConfigError(f"export: cannot use {word!r}; write one of {', '.join(f'{name}=DIR' for name in given)}")
-        given[key] = value
+
+def _export(words: list[str], verbose: bool) -> int:
+    from skyrl_spec.compose import read_options
+
+    options = read_options(ExportOptions, words, "export")
     for key in ("checkpoint", "out"):
-        if not given[key]:
+        if not getattr(options, key):
             raise ConfigError(f"{key}='': must name a directory; write {key}=DIR")
-    out = Path(given["out"]).absolute()
+    out = Path(options.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={given['out']}: is there and not empty; choose another place")
-    # Megatron, which is imported once the words are right, says then, a line each, what is not installed.
-    logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore")
+        raise ConfigError(f"out={options.out}: is there and not empty; choose another place")
+    _quiet(verbose)
     from skyrl_spec.checkpoint import bundle
 
-    source = bundle.read_source(Path(given["checkpoint"]), model=given["model"] or None, draft=given["draft"] or None)
+    source = bundle.read_source(Path(options.checkpoint), model=options.model, draft=options.draft)
     target = bundle.export_bundle(source, out)
     print(f"exported {source.directory} to {target}\nserve it   cd {target} && {bundle.serve_line(source)}")
     return EXIT_OK
 
 
-def _run(command: str, overrides: list[str], *, show_config: bool, verbose: bool) -> int:
+def _eval_draft(words: list[str], verbose: bool) -> int:
+    from skyrl_spec.compose import read_options
+
+    options = read_options(EvalDraftOptions, words, "eval-draft")
+    _quiet(verbose)
+    from skyrl_spec.evaluation.command import run
+    from skyrl_spec.trainer.signals import ended_by_signal
+
+    return ended_by_signal(lambda: run(options, verbose=verbose))
+
+
+def _report(words: list[str], verbose: bool) -> int:
+    from skyrl_spec.compose import read_options
+
+    run_dirs = [Path(word) for word in words if "=" not in word]
+    options = read_options(ReportOptions, [word for word in words if "=" in word], "report")
+    if not run_dirs:
+        raise ConfigError("report: names no run; write skyrl-spec report RUN [RUN ...]")
+    _quiet(verbose)
+    from skyrl_spec.report.command import write_report
+
+    page = write_report(run_dirs, None if options.out is None else Path(options.out))
+    print(f"wrote {page} and its charts beside it")
+    return EXIT_OK
+
+
+def _quiet(verbose: bool) -> None:
+    """Megatron and others say, a line each, what is not installed."""
+    if not verbose:
+        logging.disable(logging.INFO)
+        warnings.filterwarnings("ignore")
+
+
+def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) -> int:
     # hydra takes a third of a second to import, which --help and --version need not wait for.
     from skyrl_spec.compose import load_config, to_yaml
     from skyrl_spec.validation import validate
 
-    config = load_config(overrides)
+    config = load_config(words)
     validate(config)
     is_warmup = command == "warmup-draft"
     if is_warmup:
@@ -161,10 +211,24 @@ def _run(command: str, overrides: list[str], *, show_config: bool, verbose: bool
     from skyrl_spec.preflight import preflight
 
     preflight(config, may_lack_mtp_head=is_warmup and config.trainer.warmup.from_scratch)
+    if config.trainer.dry_run:
+        return _dry_run(config, num_runs=3 if command == "compare" else 1)
     if is_warmup:
         from skyrl_spec.trainer.warmup import run_warmup
 
         return run_warmup(config, verbose=verbose)
+    if command == "compare":
+        from skyrl_spec.trainer.compare import run_comparison
+
+        return run_comparison(config, verbose=verbose)
     from skyrl_spec.trainer.run import run_training
 
     return run_training(config, verbose=verbose)
+
+
+def _dry_run(config: Config, *, num_runs: int) -> int:
+    from skyrl_spec.trainer.output import show_plan
+    from skyrl_spec.trainer.task import load_task
+
+    show_plan(load_task(config, may_write=False), num_runs=num_runs)
+    return EXIT_OK

@@ -1,4 +1,4 @@
-"""From ``key=value`` overrides to a ``Config``: schema, ``configs/`` and command line composed by hydra.
+"""From ``key=value`` words to a ``Config``: schema, ``configs/`` and command line composed by hydra; or to options.
 
 The overrides are checked against the schema first, so that what a user mistypes is answered by one line that names
 the setting. Nothing here imports torch, and hydra neither changes directory nor writes files.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterator
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -28,6 +28,8 @@ from skyrl_spec.config import Config, ConfigError
 
 # Chosen by name from a folder of configs/, as in experiment=cpu_mtp_grpo.
 GROUPS = ("experiment", "algorithm")
+
+Options = TypeVar("Options")
 
 # What hydra's readers of defaults and package lines raise where they did not look.
 _HYDRAS_OWN = (RecursionError, IndexError)
@@ -56,6 +58,30 @@ def load_config(overrides: list[str]) -> Config:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, *_HYDRAS_OWN) as error:
         raise ConfigError(_explain(error)) from error
+
+
+def read_options(schema: type[Options], words: Sequence[str], command: str) -> Options:
+    """``words`` as a ``schema``.
+
+    Raises:
+        ConfigError: a word that is no KEY=VALUE, an unknown key, a value of another type.
+    """
+    known = [item.name for item in fields(schema)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if key not in known or not equals:
+            hint = _did_you_mean(key, known) or f"; it takes {', '.join(f'{name}=...' for name in known)}"
+            raise ConfigError(f"{command}: cannot use {word!r}{hint}")
+        value = _parse(word).value()
+        if _is_list(_type_of(key, schema)) and not isinstance(value, list) and value is not None:
+            value = [value]
+        values[key] = value
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_value(error, schema)) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -113,9 +139,9 @@ def _nested(override: Override) -> dict[str, Any]:
     return value
 
 
-def _type_of(key: str) -> Any:
+def _type_of(key: str, schema: type = Config) -> Any:
     """The schema's type of setting ``key``; ``Any`` inside a free-form dictionary."""
-    hint: Any = Config
+    hint: Any = schema
     for part in key.split("."):
         if _is_dict(hint):
             return Any
@@ -136,6 +162,7 @@ def _unknown_key(key: str) -> ConfigError:
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
+    """The end of a line about a word that is not ``known``; empty where none is like it."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -166,15 +193,15 @@ def _explain(error: Exception) -> str:
     return where + _explain_value(cause)
 
 
-def _explain_value(error: OmegaConfBaseException) -> str:
-    """One line for a value that the schema refuses."""
+def _explain_value(error: OmegaConfBaseException, schema: type = Config) -> str:
+    """One line for a value that ``schema`` refuses."""
     key, reason = error.full_key or "", str(error).splitlines()[0].rstrip(".")
     if not key:
         return reason
     if key in GROUPS:
         return "the settings are not at the top; begin the file with '# @package _global_'"
     try:
-        expected = _type_name(_type_of(key.split("[")[0]))
+        expected = _type_name(_type_of(key.split("[")[0], schema))
     except ConfigError as unknown:
         return str(unknown)
     return f"{key}: {reason}; expected {expected}"

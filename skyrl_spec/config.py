@@ -229,6 +229,8 @@ class TrainerConfig:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     run_dir: str = "runs/default"
+    # Check everything, print the plan (processes, memory, sizes), and start nothing.
+    dry_run: bool = False
     seed: int = 0
     epochs: int = 1
     # None: until the epochs are over.

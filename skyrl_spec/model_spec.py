@@ -11,6 +11,8 @@ from skyrl_spec.config import ConfigError
 
 _SETTING = "trainer.policy.model.path"
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
+# Rows of the embedding and output weight are padded to a multiple of this times the tensor-parallel size.
+_VOCAB_MULTIPLE = 64
 # Entries of config.json that are sizes.
 _SIZES = (
     "vocab_size",
@@ -133,6 +135,12 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
         )
     except KeyError as error:
         raise ConfigError(f"trainer.policy.model.path={directory}: config.json has no {error}; it is needed") from None
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of embedding and output head in the trainer; padded columns never enter a softmax."""
+    multiple = _VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

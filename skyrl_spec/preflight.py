@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +39,7 @@ def preflight(config: Config, *, may_lack_mtp_head: bool = False) -> None:
     """Raises ``ConfigError`` for the first thing outside the configuration that does not fit it."""
     _check_run_dir(config.trainer.run_dir)
     _check_wandb(config.trainer.logger)
-    _check_device(config)
+    _check_device_or_say(config)
     spec = _read_spec(config.trainer.policy.model.path)
     _check_parallel_sizes(config, spec)
     _check_lengths(config, spec)
@@ -91,6 +92,16 @@ def _has_netrc_entry(host: str) -> bool:
         return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _check_device_or_say(config: Config) -> None:
+    """A plan may be made on another machine than the run is for."""
+    try:
+        _check_device(config)
+    except ConfigError as error:
+        if not config.trainer.dry_run:
+            raise
+        print(f"skyrl-spec: warning: not on this machine: {error}", file=sys.stderr)
 
 
 def _check_device(config: Config) -> None:

@@ -23,18 +23,9 @@ from skyrl_spec.config import MegatronConfig
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.attention import SdpaAttention
 from skyrl_spec.megatron.parallel import Parallel
-from skyrl_spec.model_spec import ModelSpec
+from skyrl_spec.model_spec import ModelSpec, padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Rows of the embedding and output weight are padded to a multiple of this times the tensor-parallel size.
-VOCAB_MULTIPLE = 64
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the padded embedding; padded columns never enter a softmax."""
-    multiple = VOCAB_MULTIPLE * tp_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.device) -> TransformerConfig:

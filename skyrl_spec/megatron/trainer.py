@@ -28,12 +28,12 @@ from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_log
 from skyrl_spec.megatron import compat
 from skyrl_spec.megatron.capture import Captured, capture
 from skyrl_spec.megatron.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
-from skyrl_spec.megatron.model import PolicyModel, build_policy, padded_vocab_size, transformer_config
+from skyrl_spec.megatron.model import PolicyModel, build_policy, transformer_config
 from skyrl_spec.megatron.optim import Trainable
 from skyrl_spec.megatron.parallel import Parallel
 from skyrl_spec.megatron.proposals import BlockRows, block_rows, response_batch
 from skyrl_spec.megatron.step import POLICY_SUMS, Micro, policy_loss, response_logprobs, to_device
-from skyrl_spec.model_spec import ModelSpec
+from skyrl_spec.model_spec import ModelSpec, padded_vocab_size
 from skyrl_spec.types import Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch, Which
 
 

@@ -50,16 +50,21 @@ class ConsoleWriter(Writer):
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Says what runs, a line a fact, and starts the clock of the time that is left."""
+        self.panel(facts)
+        if self.console.is_terminal:
+            self._progress = _progress(self.console)
+            self._progress.start()
+            self._progress.add_task("steps", total=self._num_steps)
+        self._started_s = time.monotonic()
+
+    def panel(self, facts: Mapping[str, Any]) -> None:
+        """A line a fact."""
         width = max(map(len, facts), default=0)
         lines = "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
         if self.console.is_terminal:
             self.console.print(Panel.fit(lines, title="skyrl_spec", border_style="cyan"), highlight=False, markup=False)
-            self._progress = _progress(self.console)
-            self._progress.start()
-            self._progress.add_task("steps", total=self._num_steps)
         else:
             self._print(lines)
-        self._started_s = time.monotonic()
 
     def note(self, text: str) -> None:
         """A line that is no metric."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from skyrl_spec.config import SamplingConfig
-from skyrl_spec.model_spec import load_spec, model_directory
+from skyrl_spec.model_spec import model_directory, read_config
 from skyrl_spec.rollout.speculative import (
     OWN_ENGINE_ARGS,
     require_exact_rejection,
@@ -89,7 +89,8 @@ def context_len(settings: EngineSettings) -> int:
     # The one being verified, and the next. DFlash's block also has a slot for the token sampled last: for it this is
     # just enough, for MTP one position more than that.
     room = 2 * settings.speculative_config.get("num_speculative_tokens", 0)
-    return min(settings.max_model_len + room, load_spec(settings.model_path).max_position_embeddings)
+    positions = read_config(model_directory(settings.model_path)).get("max_position_embeddings")
+    return settings.max_model_len + room if positions is None else min(settings.max_model_len + room, positions)
 
 
 def engine_args(settings: EngineSettings) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from skyrl_spec.metrics.writers import (
     pick_samples,
     read_jsonl,
 )
+from skyrl_spec.plan import make_plan, memory_line, plan_facts
 from skyrl_spec.trainer.checkpoints import begin
 from skyrl_spec.trainer.task import Task
 from skyrl_spec.types import Rollout
@@ -74,7 +75,7 @@ def open_output(task: Task) -> Iterator[Output]:
         if "wandb" in trainer.logger:
             settings: Any = OmegaConf.to_container(OmegaConf.structured(task.config))
             writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))
-        console.start(_facts(task))
+        console.start(facts_of(task))
         _warn_of_truncation(task.config)
         console.note("starting engines and workers (-v shows what they print)")
         yield Output(run_dir, console, writers)
@@ -83,7 +84,7 @@ def open_output(task: Task) -> Iterator[Output]:
             writer.close()
 
 
-def _facts(task: Task) -> dict[str, str]:
+def facts_of(task: Task) -> dict[str, str]:
     """What the start-up panel says."""
     spec, trainer, generator = task.spec, task.config.trainer, task.config.generator
     _, tp, dp = parallel_layout(task.config)
@@ -95,8 +96,18 @@ def _facts(task: Task) -> dict[str, str]:
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
         "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
+        "memory": memory_line(make_plan(task.config)),
         "run": trainer.run_dir,
     } | _resume_fact(task)
+
+
+def show_plan(task: Task, *, num_runs: int = 1) -> None:
+    """What ``trainer.dry_run`` prints."""
+    facts = facts_of(task)
+    facts.pop("memory")
+    console = ConsoleWriter(task.steps)
+    console.panel(facts | plan_facts(task.config, make_plan(task.config), num_runs=num_runs))
+    console.note("dry run: settings, model, data and devices fit; nothing was started or written")
 
 
 def _resume_fact(task: Task) -> dict[str, str]:

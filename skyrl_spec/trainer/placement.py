@@ -88,7 +88,7 @@ def engine_settings(config: Config) -> EngineSettings:
         seed=config.trainer.seed,
         speculative_config=build_speculative_config(config.trainer, engine.speculative_config),
         weight_sync_backend=sync_backend(config),
-        num_threads=max(1, _num_cores() // engine.num_engines) if device == "cpu" else None,
+        num_threads=max(1, num_cores() // engine.num_engines) if device == "cpu" else None,
         engine_init_kwargs=engine.engine_init_kwargs,
     )
 
@@ -210,7 +210,7 @@ def _create_workers(config: Config, options: list[dict[str, Any]]) -> list[Any]:
 
 
 def _threads_per_worker(config: Config) -> int:
-    return max(1, _num_cores() // parallel_layout(config).world_size)
+    return max(1, num_cores() // parallel_layout(config).world_size)
 
 
 def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[Any]:
@@ -225,5 +225,6 @@ def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[An
         ) from None
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Of this process."""
     return len(os.sched_getaffinity(0))

@@ -32,7 +32,7 @@ _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 
 def run_training(config: Config, *, verbose: bool = False) -> int:
     """Train as ``config`` says; see ``run_job``."""
-    return run_job(_train, config, verbose=verbose)
+    return run_job(train, config, verbose=verbose)
 
 
 def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *, verbose: bool) -> int:
@@ -94,7 +94,7 @@ class Running:
     plain: PlainEngine | None
 
 
-def _train(config: Config, verbose: bool, watch: SignalWatch) -> None:
+def train(config: Config, verbose: bool, watch: SignalWatch) -> None:
     def attempt(resume_from: Path | None) -> None:
         task = load_task(config, resume_from)
         with open_output(task) as output:
@@ -134,8 +134,10 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
         run_steps(running, task, output, watch)
         if trainer.save_final_model:
             running.policy.save_hf(output.run_dir.resolve())
-        if trainer.measure_speedup and has_draft:
-            plain = running.plain or start_plain_engine(task.config, engine_settings(task.config), running.policy)
+        settings = engine_settings(task.config)
+        # Also of a draft that is not trained.
+        if trainer.measure_speedup and settings.speculative_config is not None:
+            plain = running.plain or start_plain_engine(task.config, settings, running.policy)
             speedup = measure_speedup(running.trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
             plain.shutdown()
     output.summarize(speedup=speedup, next_commands=_next_commands(task.config, output.run_dir))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,3 +69,17 @@ class SignalWatch:
                 raise Interrupted
         if time.monotonic() - self._received_s > _PATIENCE_S:
             os._exit(SIGNAL_EXIT + signum)
+
+
+def ended_by_signal(job: Callable[[], None]) -> int:
+    """``job`` to its end, or until a signal makes it clean up and end; returns the process's exit code."""
+    watch = SignalWatch()
+    try:
+        with watch.installed():
+            job()
+        return 0
+    except Exception:
+        if watch.received is None:
+            raise
+        print(f"skyrl-spec: {signal.Signals(watch.received).name}: stopped", file=sys.stderr)
+        return SIGNAL_EXIT + watch.received

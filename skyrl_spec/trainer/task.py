@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.checkpoint.folders import read_record
-from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.config import Config
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.draft_spec import decided, plan_dflash, read_dflash_spec, resolve_mask_token
 from skyrl_spec.envs.registry import register_custom
 from skyrl_spec.envs.rewards import check_environments
@@ -44,10 +45,15 @@ def num_steps(config: Config, stream: PromptStream) -> int:
     return steps if limit is None else min(steps, limit)
 
 
-def load_task(config: Config, resume_from: Path | None = None) -> Task:
+def load_task(config: Config, resume_from: Path | None = None, *, may_write: bool = True) -> Task:
+    """Everything read and decided; a draft from scratch is written to run_dir if that is allowed.
+
+    Raises:
+        ConfigError: model, tokenizer, draft, data or environments do not fit the configuration.
+    """
     spec = load_spec(config.trainer.policy.model.path)
-    tokenizer = _load_tokenizer(spec)
-    config = _decide_draft(config, spec, tokenizer)
+    tokenizer = load_tokenizer(spec.path, "trainer.policy.model.path", spec.vocab_size)
+    config = _decide_draft(config, spec, tokenizer, may_write=may_write)
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
@@ -56,36 +62,7 @@ def load_task(config: Config, resume_from: Path | None = None) -> Task:
     return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream), resume_from)
 
 
-def _load_tokenizer(spec: ModelSpec) -> Any:
-    """The model's own.
-
-    Raises:
-        ConfigError: there is none, or it has tokens that the model does not have, or no end token.
-    """
-    from transformers import AutoTokenizer
-
-    setting = f"trainer.policy.model.path={spec.path}"
-    # Without files transformers makes an empty one.
-    if not any(spec.path.glob("tokenizer*")):
-        raise ConfigError(f"{setting}: has no tokenizer; copy the tokenizer's files")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
-    # Of a file that is missing or broken it raises whatever its reader does.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"{setting}: its tokenizer cannot be loaded ({reason}); copy the tokenizer's files") from None
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= spec.vocab_size:
-        raise ConfigError(
-            f"{setting}: its tokenizer has token {largest}, the model's vocabulary ends at {spec.vocab_size - 1}; "
-            "put the model's own tokenizer there"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{setting}: its tokenizer has no end token; add eos_token to tokenizer_config.json")
-    return tokenizer
-
-
-def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any) -> Config:
+def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any, *, may_write: bool) -> Config:
     """``config`` with nothing left open about its draft; a DFlash draft from scratch is written to run_dir first."""
     dflash = config.trainer.dflash
     if not dflash.enabled:
@@ -96,11 +73,12 @@ def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any) -> Config:
     draft = plan_dflash(config, spec, found, mask_token_id)
     path = dflash.path
     if path is None:
+        directory = (Path(config.trainer.run_dir) / "draft_start").resolve()
+        path = str(directory)
+    if dflash.path is None and may_write:
         from skyrl_spec.checkpoint.fresh import write_fresh_dflash
 
-        directory = (Path(config.trainer.run_dir) / "draft_start").resolve()
         write_fresh_dflash(draft, directory, config.trainer.policy.megatron_config.dtype, config.trainer.seed)
-        path = str(directory)
     return decided(config, draft, path)
 
 

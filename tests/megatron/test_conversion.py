@@ -14,8 +14,8 @@ from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 from skyrl_spec.config import ConfigError, MegatronConfig
 from skyrl_spec.megatron import parallel
 from skyrl_spec.megatron.conversion import HfTensors, export_weights, hf_shapes, load_weights, policy_rules
-from skyrl_spec.megatron.model import build_policy, padded_vocab_size, transformer_config
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.megatron.model import build_policy, transformer_config
+from skyrl_spec.model_spec import load_spec, padded_vocab_size
 
 # Two implementations, fp32, sums in another order.
 TOLERANCE = 1e-5

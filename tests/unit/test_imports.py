@@ -23,6 +23,7 @@ ALLOWED = {
         "trainer/placement.py",
         "trainer/actors.py",
         "*/actor.py",
+        "evaluation/measure.py",
         "megatron/worker.py",
         "sync/weights.py",
         "rollout/sender.py",

@@ -1,0 +1,134 @@
+"""Rollout speed with and without a draft: two engines of the same build, the same prompts, by turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+from statistics import median
+from typing import Any
+
+import ray
+
+from skyrl_spec.config import RunError, SamplingConfig
+from skyrl_spec.rollout.actor import RolloutActor, actor_options
+from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.trainer.actors import EngineGroup, cause_of_death
+from skyrl_spec.types import Prompt, SpecCounters
+
+# Seconds that an engine may take to load, and to answer.
+_TIMEOUT_S = 3600.0
+
+
+@dataclass
+class Measurement:
+    """One number of draft tokens at one batch size; an entry a round, tokens/s."""
+
+    num_tokens: int
+    batch_size: int
+    plain_tok_s: list[float] = field(default_factory=list)
+    drafted_tok_s: list[float] = field(default_factory=list)
+    counters: SpecCounters = field(default_factory=SpecCounters)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Speed-up by the draft, of each round."""
+        return [drafted / plain for drafted, plain in zip(self.drafted_tok_s, self.plain_tok_s, strict=True)]
+
+    @property
+    def speedup(self) -> float:
+        return median(self.ratios)
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of drafts accepted at least up to each position."""
+        counters = self.counters
+        return [accepted / max(1, counters.num_drafts) for accepted in counters.num_accepted_tokens_per_pos]
+
+
+def measure(
+    settings: EngineSettings,
+    drafts: dict[int, dict[str, Any]],
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    batch_sizes: Sequence[int],
+    *,
+    rounds: int,
+    min_rollouts: int,
+    on_measured: Callable[[list[Measurement]], None] = lambda _: None,
+) -> list[Measurement]:
+    """All combinations of ``drafts`` (vLLM's ``speculative_config`` by number of tokens) and ``batch_sizes``.
+
+    The engine without a draft stays; those with one follow one another. ``on_measured`` hears of each that is done.
+    Only one engine generates at a time, and which one goes first changes every round; the first round warms up.
+    """
+    results = []
+    with _engine(replace(settings, speculative_config=None)) as plain:
+        for num_tokens, draft in drafts.items():
+            with _engine(replace(settings, speculative_config=draft)) as drafted:
+                measured = [Measurement(num_tokens, size) for size in batch_sizes]
+                stream = cycle(prompts)
+                for number in range(-1, rounds):
+                    for result in measured:
+                        batch = list(islice(stream, max(result.batch_size, min_rollouts)))
+                        _measure_once(result, plain, drafted, batch, sampling, number)
+            on_measured(measured)
+            results += measured
+    return results
+
+
+def _measure_once(
+    result: Measurement,
+    plain: EngineGroup,
+    drafted: EngineGroup,
+    prompts: list[Prompt],
+    sampling: SamplingConfig,
+    number: int,
+) -> None:
+    before = drafted.spec_counters()
+    order = [plain, drafted] if number % 2 == 0 else [drafted, plain]
+    speed = {id(engine): _tokens_per_second(engine, prompts, result.batch_size, sampling, number) for engine in order}
+    if number >= 0:
+        result.plain_tok_s.append(speed[id(plain)])
+        result.drafted_tok_s.append(speed[id(drafted)])
+        result.counters += drafted.spec_counters() - before
+
+
+def _tokens_per_second(
+    engine: EngineGroup, prompts: list[Prompt], batch_size: int, sampling: SamplingConfig, number: int
+) -> float:
+    """Over calls of ``batch_size`` rollouts, one after the other."""
+    num_tokens, start = 0, time.perf_counter()
+    for first in range(0, len(prompts), batch_size):
+        groups = engine.generate(prompts[first : first + batch_size], sampling, 1, seed=number + 1)
+        num_tokens += sum(len(generation.token_ids) for group in groups for generation in group)
+    return num_tokens / (time.perf_counter() - start)
+
+
+@contextmanager
+def _engine(settings: EngineSettings) -> Iterator[EngineGroup]:
+    """An engine for the time of the context.
+
+    Raises:
+        RunError: it does not start.
+    """
+    options = actor_options(settings)
+    if options["num_gpus"] == 1:
+        # The other engine is on the same GPU.
+        options["num_gpus"] = 0.5
+    actor_class: Any = RolloutActor
+    handle = actor_class.options(**options).remote(settings)
+    try:
+        ray.get(handle.ping.remote(), timeout=_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        what = settings.speculative_config or "no draft"
+        cause = getattr(error, "cause", None)
+        reason = " ".join(str(cause or cause_of_death(error)).split())[:300]
+        raise RunError(f"vLLM does not load {settings.model_path} with {what}: {reason}") from None
+    group = EngineGroup([handle], _TIMEOUT_S)
+    try:
+        yield group
+    finally:
+        group.shutdown()

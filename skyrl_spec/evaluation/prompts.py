@@ -1,0 +1,58 @@
+"""Prompts of an evaluation: rows of a dataset, or a text file with a prompt a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from skyrl_spec.config import ConfigError
+from skyrl_spec.data.dataset import read_rows
+from skyrl_spec.types import Prompt
+
+Messages = list[dict[str, str]]
+
+
+def load(paths: Sequence[str], tokenizer: Any, max_prompt_length: int) -> list[Prompt]:
+    """Prompts of at most ``max_prompt_length`` tokens, through the tokenizer's chat template if it has one.
+
+    Raises:
+        ConfigError: no file is named, one cannot be read, or nothing fits.
+    """
+    if not paths:
+        raise ConfigError("prompts=[]: name a .parquet, .jsonl or .txt file to generate from")
+    all_messages = [messages for path in paths for messages in _read(path)]
+    prompts = []
+    for number, messages in enumerate(all_messages, start=1):
+        token_ids = _tokenize(tokenizer, messages)
+        if 0 < len(token_ids) <= max_prompt_length:
+            prompts.append(Prompt(str(number), token_ids, messages, "", {}))
+    if not prompts:
+        raise ConfigError(
+            f"max_prompt_length={max_prompt_length}: all {len(all_messages)} prompts of {', '.join(paths)} are longer; "
+            "raise it"
+        )
+    return prompts
+
+
+def _read(path: str) -> Iterator[Messages]:
+    if not path.endswith(".txt"):
+        for row in read_rows(path, setting="prompts"):
+            yield row["prompt"]
+        return
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"prompts={path}: cannot be read ({reason}); give a text file in UTF-8") from None
+    if not any(map(str.strip, lines)):
+        raise ConfigError(f"prompts={path}: has no text; write a prompt a line")
+    for line in lines:
+        if line.strip():
+            yield [{"role": "user", "content": line}]
+
+
+def _tokenize(tokenizer: Any, messages: Messages) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer.encode("\n".join(message["content"] for message in messages))
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -1,0 +1,82 @@
+"""What an evaluation came to: a table, a JSON object, and how many tokens to draft."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from skyrl_spec.config import SamplingConfig
+from skyrl_spec.evaluation.measure import Measurement
+from skyrl_spec.evaluation.target import Target
+
+
+def table_header() -> str:
+    return (
+        f"{'k':>3}{'batch':>7}{'tok/s without':>15}{'with':>8}{'speed-up':>10}{'(range)':>16}{'accept':>8}  by position"
+    )
+
+
+def table_row(measured: Measurement) -> str:
+    """Medians over the rounds; ``accept`` is the mean acceptance length, ``by position`` the share of drafts accepted
+    at least that far."""
+    plain, drafted = statistics.median(measured.plain_tok_s), statistics.median(measured.drafted_tok_s)
+    spread = f"({min(measured.ratios):.2f} to {max(measured.ratios):.2f})"
+    by_position = " ".join(f"{share:.2f}".removeprefix("0") for share in measured.acceptance_by_position)
+    return (
+        f"{measured.num_tokens:>3}{measured.batch_size:>7}{plain:>15.0f}{drafted:>8.0f}"
+        f"{f'{measured.speedup:.2f}x':>10}{spread:>16}{measured.counters.mean_acceptance_length:>8.2f}  {by_position}"
+    )
+
+
+def recommended(results: Sequence[Measurement]) -> dict[int, int]:
+    """The number of tokens to draft by batch size: the fastest in the median; 0 where none is faster than no draft."""
+    best: dict[int, Measurement] = {}
+    for measured in results:
+        former = best.get(measured.batch_size)
+        if former is None or measured.speedup > former.speedup:
+            best[measured.batch_size] = measured
+    return {size: measured.num_tokens if measured.speedup > 1 else 0 for size, measured in best.items()}
+
+
+def recommendation_lines(results: Sequence[Measurement]) -> list[str]:
+    """A line a batch size; where another number's spread reaches the best one's median, that is said."""
+    lines = []
+    for size, num_tokens in recommended(results).items():
+        here = [measured for measured in results if measured.batch_size == size]
+        if num_tokens == 0:
+            lines.append(f"batch {size:<5} no draft: none was faster than generating without")
+            continue
+        best = next(measured for measured in here if measured.num_tokens == num_tokens)
+        close = [str(m.num_tokens) for m in here if m is not best and max(m.ratios) >= best.speedup]
+        also = f"; k={', '.join(close)} {'is' if len(close) == 1 else 'are'} within the spread" if close else ""
+        lines.append(f"batch {size:<5} k={num_tokens} ({best.speedup:.2f}x{also})")
+    return lines
+
+
+def as_json(
+    target: Target, results: Sequence[Measurement], sampling: SamplingConfig, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that was measured, for machines; ``about`` says on what."""
+    return {
+        "target": target.name,
+        "method": target.method,
+        "draft": None if target.draft is None else str(target.draft),
+        "sampling": asdict(sampling),
+        **about,
+        "measurements": [
+            {
+                "num_speculative_tokens": measured.num_tokens,
+                "batch_size": measured.batch_size,
+                "plain_tok_s": measured.plain_tok_s,
+                "drafted_tok_s": measured.drafted_tok_s,
+                "speedup": measured.speedup,
+                "mean_acceptance_length": measured.counters.mean_acceptance_length,
+                "acceptance_rate_by_position": measured.acceptance_by_position,
+                "num_drafts": measured.counters.num_drafts,
+            }
+            for measured in results
+        ],
+        "recommended_num_speculative_tokens": {str(size): count for size, count in recommended(results).items()},
+    }

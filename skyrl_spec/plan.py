@@ -1,0 +1,213 @@
+"""What a run will take, from the shapes of its model: processes, memory, sizes. Nothing is started, no torch imported.
+
+Parameters, gradients, optimizer state, checkpoint and KV cache are counted as the trainer and vLLM hold them;
+activations are an estimate. What frameworks take for themselves is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from skyrl_spec.config import Config
+from skyrl_spec.draft_spec import DflashSpec, dflash_tensor_shapes, fresh_dflash_spec, read_dflash_spec
+from skyrl_spec.model_spec import ModelSpec, load_spec, mtp_tensor_shapes, padded_vocab_size, tensor_shapes
+from skyrl_spec.rollout.speculative import build_speculative_config
+from skyrl_spec.validation import parallel_layout, sync_backend
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes on a policy worker; ``reference`` is the frozen policy of the KL term."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.reference + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, except for the counts of tokens."""
+
+    worker: WorkerMemory
+    engine_weights: int
+    # Of one engine's cache, which on GPUs is what its share of the memory leaves.
+    kv_bytes_per_token: int
+    checkpoint: int
+    sync: int
+    # At most: every response as long as it may be.
+    tokens_per_step: int
+
+
+def make_plan(config: Config) -> Plan:
+    """The sizes of ``config``'s run, whose model and draft must be there."""
+    trainer = config.trainer
+    spec = load_spec(trainer.policy.model.path)
+    policy, draft = tensor_shapes(spec), draft_shapes(config, spec)
+    _, tp, dp = parallel_layout(config)
+    size = _DTYPE_BYTES[trainer.policy.megatron_config.dtype]
+    engine = config.generator.inference_engine
+    engine_size = _DTYPE_BYTES[engine.dtype or trainer.policy.megatron_config.dtype]
+    engine_tp = engine.tensor_parallel_size
+    trained = count_on_rank(policy, tp, padded=True) + count_on_rank(draft, tp)
+    moments = 2 * _FP32 + (_FP32 if size != _FP32 else 0)
+    sampling = config.generator.sampling_params
+    whole = count(policy) + count(draft)
+    return Plan(
+        worker=WorkerMemory(
+            weights=trained * size,
+            gradients=trained * _FP32,
+            optimizer=trained * moments // (dp if trainer.policy.megatron_config.use_distributed_optimizer else 1),
+            reference=count_on_rank(policy, tp, padded=True) * size if trainer.algorithm.use_kl_loss else 0,
+            activations=activations(config, spec, tp),
+        ),
+        engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(draft, engine_tp)) * engine_size,
+        kv_bytes_per_token=2 * _kv_layers(config, spec) * spec.num_kv_heads * spec.head_dim * engine_size // engine_tp,
+        checkpoint=whole * (size + moments),
+        sync=whole * size,
+        tokens_per_step=trainer.train_batch_size
+        * config.generator.n_samples_per_prompt
+        * (trainer.max_prompt_length + sampling.max_generate_length),
+    )
+
+
+def count(shapes: Shapes) -> int:
+    """Elements."""
+    return sum(map(math.prod, shapes.values()))
+
+
+def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
+    """Elements on one tensor-parallel rank: matrices and biases are cut, norms are not.
+
+    ``padded``: rows of the vocabulary as the trainer pads them.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        if padded and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            shape = (padded_vocab_size(shape[0], tp), *shape[1:])
+        is_cut = len(shape) > 1 or name.endswith(".bias")
+        total += math.prod(shape) // tp if is_cut else math.prod(shape)
+    return total
+
+
+def draft_shapes(config: Config, spec: ModelSpec) -> Shapes:
+    """Of the draft that is trained; none without one."""
+    if config.trainer.mtp.enabled:
+        return mtp_tensor_shapes(spec)
+    if not config.trainer.dflash.enabled:
+        return {}
+    return dflash_tensor_shapes(_dflash(config, spec))
+
+
+def activations(config: Config, spec: ModelSpec, tp: int) -> int:
+    """Bytes, about: what a micro-batch of full length keeps for its backward pass, and a chunk of logits."""
+    trainer = config.trainer
+    size = _DTYPE_BYTES[trainer.policy.megatron_config.dtype]
+    length = trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
+    tokens = trainer.micro_train_batch_size_per_gpu * length
+    attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
+    # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
+    per_layer = 6 * spec.hidden_size + (3 * attention + 4 * ffn) // tp
+    if trainer.policy.megatron_config.recompute_activations:
+        layers = spec.num_layers * spec.hidden_size + per_layer
+    else:
+        layers = spec.num_layers * per_layer
+    # Logits of a chunk, their softmax and their gradient.
+    logits = 3 * trainer.logprobs_chunk_size * (spec.vocab_size // tp) * _FP32
+    draft_tokens = tokens * _draft_depth(config)
+    return tokens * layers * size + draft_tokens * per_layer * size + logits
+
+
+def _draft_depth(config: Config) -> int:
+    """Layers' worth of activations a token that the draft's training adds."""
+    trainer = config.trainer
+    if trainer.mtp.enabled:
+        return trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
+    if not trainer.dflash.enabled:
+        return 0
+    return trainer.dflash.num_layers or 1
+
+
+def _dflash(config: Config, spec: ModelSpec) -> DflashSpec:
+    path = config.trainer.dflash.path
+    # A draft from scratch is not written yet.
+    if path is None or not Path(path).exists():
+        return fresh_dflash_spec(config.trainer.dflash, spec, 0)
+    return read_dflash_spec(path)
+
+
+def _kv_layers(config: Config, spec: ModelSpec) -> int:
+    """Layers whose keys vLLM caches: the policy's and the draft's."""
+    trainer = config.trainer
+    if trainer.mtp.enabled:
+        return spec.num_layers + 1
+    if trainer.dflash.enabled:
+        return spec.num_layers + _dflash(config, spec).layers.num_layers
+    return spec.num_layers
+
+
+def memory_line(plan: Plan) -> str:
+    """For the start-up panel."""
+    worker = plan.worker
+    return (
+        f"about {readable(worker.total)} a worker, {readable(plan.engine_weights)} of weights an engine, "
+        f"checkpoint {readable(plan.checkpoint)}"
+    )
+
+
+def plan_facts(config: Config, plan: Plan, *, num_runs: int = 1) -> dict[str, str]:
+    """What ``trainer.dry_run`` prints besides the start-up panel, a line a fact."""
+    world_size, tp, dp = parallel_layout(config)
+    trainer, engine, worker = config.trainer, config.generator.inference_engine, plan.worker
+    on_cpu = trainer.placement.device == "cpu"
+    drafted = build_speculative_config(trainer, engine.speculative_config) is not None
+    plain_engines = int((trainer.measure_speedup or bool(trainer.canary.lossless_interval)) and drafted)
+    own_gpus = 0 if trainer.placement.colocate_all else engine.num_engines * engine.tensor_parallel_size
+    parts = {
+        "weights": worker.weights,
+        "gradients": worker.gradients,
+        "optimizer": worker.optimizer,
+        "reference": worker.reference,
+        "activations": worker.activations,
+    }
+    shares = ", ".join(f"{name} {readable(part)}" for name, part in parts.items() if part)
+    facts = {
+        "processes": f"driver, scorer, {world_size} x worker (TP {tp} x DP {dp}), {engine.num_engines} x engine "
+        f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
+        "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
+        "worker": f"about {readable(worker.total)} each: {shares}",
+        "engine": f"weights {readable(plan.engine_weights)} a GPU; {_cache(config, plan)}",
+        "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
+        "checkpoint": f"{readable(plan.checkpoint)} each, {trainer.max_ckpts_to_keep} kept",
+        "tokens": f"at most {plan.tokens_per_step:,} a step, prompts included",
+    }
+    return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
+
+
+def _cache(config: Config, plan: Plan) -> str:
+    engine = config.generator.inference_engine
+    per_token = f"KV cache {readable(plan.kv_bytes_per_token)} a token"
+    if config.trainer.placement.device == "cuda":
+        return f"{per_token}, in what {engine.gpu_memory_utilization:.0%} of a GPU leaves"
+    cache = engine.cpu_kvcache_space * 2**30
+    return f"{per_token}, {readable(cache)} for {cache / plan.kv_bytes_per_token:,.0f} tokens"
+
+
+def readable(num_bytes: float) -> str:
+    """As in 1.5 GB, in powers of ten."""
+    exponent = min(4, int(math.log(max(num_bytes, 1), 1000) + 1e-3))
+    value, unit = num_bytes / 1000**exponent, ("B", "kB", "MB", "GB", "TB")[exponent]
+    return f"{value:.0f} {unit}" if value >= 100 or exponent == 0 else f"{value:.1f} {unit}"

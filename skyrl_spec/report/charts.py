@@ -1,0 +1,292 @@
+"""The charts of a report. Runs differ by colour, line style and marker, so that none of the three is needed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from skyrl_spec.metrics import names
+from skyrl_spec.report.read import RunData
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart; yellow is too light for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
+# Any: matplotlib types the keys, all of them.
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    # Text stays text: it can be searched, and is drawn by the browser.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "skyrl_spec",
+    "figure.constrained_layout.use": True,
+    "hatch.linewidth": 0.4,
+}
+# Inches; as wide as a phone, so that the text needs no magnifying there.
+SIZE = (4.6, 3.1)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """``name`` is the PNG's; ``caption`` says how to read it; ``text`` what it shows, for who cannot see it."""
+
+    name: str
+    title: str
+    caption: str
+    text: str
+    figure: Figure
+
+
+def draw(runs: Sequence[RunData]) -> list[Chart]:
+    """All charts that the runs have values for, in the order of the page."""
+    with rc_context(STYLE):
+        charts = [chart for build in _OVERLAYS if (chart := build(runs)) is not None]
+        # What has several lines a run is drawn once a run.
+        charts += [chart for build in _SINGLES for run in runs if (chart := build(run, len(runs) > 1)) is not None]
+    return charts
+
+
+def _axes(title: str, ylabel: str) -> Axes:
+    axes = Figure(figsize=SIZE).add_subplot(title=title, xlabel="step", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    return axes
+
+
+def _lines(axes: Axes, runs: Sequence[RunData], key: str, suffix: str = "", **look: Any) -> list[str]:
+    """A line a run; returns what it shows, a sentence a run."""
+    told = []
+    for index, run in enumerate(runs):
+        steps, values = run.series(key)
+        if not steps:
+            continue
+        style = {"color": COLOURS[index % 7], "linestyle": LINES[index % 7]} | look
+        if style.pop("own_marker", False):
+            style["marker"] = MARKERS[index % 7]
+        axes.plot(steps, values, label=f"{run.label}{suffix}", **style)
+        told.append(f"{run.label}{suffix}: from {values[0]:.4g} (step {steps[0]}) to {values[-1]:.4g} ({steps[-1]}).")
+    return told
+
+
+def _finished(axes: Axes, name: str, caption: str, told: Sequence[str]) -> Chart | None:
+    """None where nothing was drawn."""
+    if not told:
+        return None
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(loc="best")
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return Chart(name, axes.get_title(loc="left"), caption, " ".join(told), figure)
+
+
+def _reward(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Reward", "mean reward")
+    told = _lines(axes, runs, names.AVG_RAW_REWARD, ", training", linewidth=1.1, alpha=0.75)
+    told += _lines(axes, runs, names.EVAL_SCORE, ", held-out", own_marker=True)
+    return _finished(axes, "reward", "Markers: held-out prompts. Lines without: the training batch.", told)
+
+
+def _acceptance(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Acceptance length", "tokens per target forward")
+    told = _lines(axes, runs, names.acceptance_length("train"), ", training")
+    told += _lines(axes, runs, names.acceptance_length("eval"), ", held-out", own_marker=True, linewidth=0.9)
+    most = max((1 + len(run.numbered(names.acceptance_rate_pos("train", 0)[:-1])) for run in runs), default=1)
+    if told:
+        axes.axhline(most, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.annotate(f"the most there can be: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="bottom")
+    return _finished(
+        axes,
+        "acceptance_length",
+        "1 + accepted / drafts, from vLLM's counters: how many tokens one pass of the policy yields.",
+        told,
+    )
+
+
+def _predicted(runs: Sequence[RunData]) -> Chart | None:
+    axes, told = _axes("Predicted against measured", "measured in vLLM"), []
+    axes.set_xlabel("acceptance length predicted by the trainer")
+    limits: list[float] = []
+    for index, run in enumerate(runs):
+        pairs = [
+            (record[names.PREDICTED_ACCEPTANCE_LENGTH], record[names.acceptance_length("train")])
+            for record in run.records
+            if record.get(names.PREDICTED_ACCEPTANCE_LENGTH) and record.get(names.acceptance_length("train"))
+        ]
+        if pairs:
+            predicted, measured = [list(values) for values in zip(*pairs, strict=True)]
+            axes.scatter(
+                predicted, measured, s=14, color=COLOURS[index % 7], marker=MARKERS[index % 7], label=run.label
+            )
+            gap = sum(p - m for p, m in pairs) / len(pairs)
+            told.append(
+                f"{run.label}: predicted is {abs(gap):.2f} {'above' if gap > 0 else 'below'} measured on average."
+            )
+            limits += [*predicted, *measured]
+    if limits:
+        ends = [min(limits), max(limits)]
+        axes.plot(ends, ends, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)), label="equal")
+    return _finished(
+        axes,
+        "predicted_measured",
+        "A point a step. Far from the line: the engines do not draft what the trainer trains.",
+        told,
+    )
+
+
+def _throughput(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Rollout speed", "tokens/s")
+    told = _lines(axes, runs, names.THROUGHPUT)
+    axes.set_ylim(bottom=0)
+    return _finished(axes, "tokens_per_second", "Generated tokens over the time that engines generate.", told)
+
+
+def _step_time(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Step time", "seconds")
+    told = _lines(axes, runs, names.STEP_TIME)
+    axes.set_ylim(bottom=0)
+    return _finished(axes, "step_time", "From sampling to sync; without evaluations.", told)
+
+
+def _sync_bytes(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Weight sync: size", "MB")
+    for index, run in enumerate(runs):
+        steps, values = run.series(names.SYNC_BYTES)
+        axes.plot(steps, [value / 1e6 for value in values], label=run.label, color=COLOURS[index % 7],
+                  linestyle=LINES[index % 7])  # fmt: skip
+    axes.set_ylim(bottom=0)
+    told = [f"{run.label}: {v[-1] / 1e6:.1f} MB a sync." for run in runs if (v := run.series(names.SYNC_BYTES)[1])]
+    return _finished(axes, "sync_bytes", "Policy and draft, as they travel to the engines after every step.", told)
+
+
+def _sync_time(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Weight sync: time", "seconds")
+    told = _lines(axes, runs, names.timing("sync_weights"))
+    axes.set_ylim(bottom=0)
+    return _finished(axes, "sync_time", "Engines wait for it.", told)
+
+
+def _canary(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Sync canary", "mean |log-prob difference|")
+    told = _lines(axes, runs, names.CANARY_POLICY, ", policy", own_marker=True)
+    told += _lines(axes, runs, names.CANARY_DRAFT, ", draft", own_marker=True, fillstyle="none", linestyle=":")
+    if told:
+        axes.set_yscale("log")
+    return _finished(
+        axes,
+        "canary",
+        "Engines against trainer on fixed prompts. Rising: the engines hold other weights than the trainer.",
+        told,
+    )
+
+
+def _lossless(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Losslessness canary", "smallest p-value")
+    told = _lines(axes, runs, names.LOSSLESS_P_VALUE, own_marker=True)
+    if told:
+        axes.set_yscale("log")
+    return _finished(axes, "lossless", "Generations with the draft against those without: very small is alarm.", told)
+
+
+def _entropy(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Policy entropy", "nats")
+    told = _lines(axes, runs, "policy/entropy")
+    return _finished(axes, "entropy", "Of the policy's distribution, per token.", told)
+
+
+def _draft_loss(runs: Sequence[RunData]) -> Chart | None:
+    axes = _axes("Draft loss", "nats")
+    told = _lines(axes, runs, names.DRAFT_LOSS)
+    return _finished(axes, "draft_loss", "Cross-entropy against the policy's distribution; it cannot fall below the "
+                     "policy's own entropy.", told)  # fmt: skip
+
+
+def _positions(run: RunData, several: bool) -> Chart | None:
+    axes = _axes(f"Acceptance by position{f': {run.label}' if several else ''}", "share of drafts")
+    told = []
+    keys = run.numbered(names.acceptance_rate_pos("train", 0)[:-1])
+    for index, key in enumerate(keys):
+        steps, values = run.series(key)
+        # Darker is earlier; the number stands at the end of the line.
+        shade = str(0.75 * index / max(1, len(keys) - 1))
+        axes.plot(steps, values, color=shade, linestyle=LINES[index % 7])
+        axes.annotate(f" {index + 1}", (steps[-1], values[-1]), va="center", fontsize=8)
+        told.append(f"Position {index + 1}: {values[0]:.2f} to {values[-1]:.2f}.")
+    axes.set_ylim(0, 1.03)
+    return _finished(
+        axes,
+        f"acceptance_by_position{_slug(run, several)}",
+        "Share of drafts that were accepted at least up to the position at the line's end, in training.",
+        told,
+    )
+
+
+def _phases(run: RunData, several: bool) -> Chart | None:
+    axes = _axes(f"Where a step's time goes{f': {run.label}' if several else ''}", "seconds")
+    phases = [phase for phase in (*names.PHASES, "canary", "lossless") if run.series(names.timing(phase))[0]]
+    steps = run.series(names.STEP_TIME)[0]
+    by_step = {record[names.STEP]: record for record in run.records}
+    stacks = [[by_step[step].get(names.timing(phase)) or 0.0 for step in steps] for phase in phases]
+    if not steps or not phases:
+        return None
+    bottom = [0.0] * len(steps)
+    for index, (phase, values) in enumerate(zip(phases, stacks, strict=True)):
+        axes.bar(
+            steps,
+            values,
+            width=1.0,
+            bottom=bottom,
+            label=phase,
+            color=COLOURS[index % 7],
+            hatch=HATCHES[index % 7],
+            edgecolor="white",
+            linewidth=0.2,
+        )
+        bottom = [below + value for below, value in zip(bottom, values, strict=True)]
+    axes.set_ylim(0, max(bottom) * 1.45)
+    axes.legend(loc="upper left", ncols=3)
+    total = sum(bottom)
+    told = [f"{phase} {sum(values) / total:.0%}." for phase, values in zip(phases, stacks, strict=True)]
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    name = f"phases{_slug(run, several)}"
+    return Chart(name, axes.get_title(loc="left"), "Stacked in the order of a step.", " ".join(told), figure)
+
+
+def _slug(run: RunData, several: bool) -> str:
+    return f"_{run.label.replace('/', '_')}" if several else ""
+
+
+_OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
+    _reward,
+    _acceptance,
+    _predicted,
+    _throughput,
+    _step_time,
+    _sync_bytes,
+    _sync_time,
+    _canary,
+    _lossless,
+    _entropy,
+    _draft_loss,
+)
+_SINGLES: tuple[Callable[[RunData, bool], Chart | None], ...] = (_positions, _phases)

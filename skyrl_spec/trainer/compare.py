@@ -1,0 +1,145 @@
+"""``skyrl-spec compare``: the same run with the draft trained along, frozen, and absent.
+
+The three share configuration, seeds and data; only what is done with the draft differs. They go one after the other,
+each in a folder of its own below ``trainer.run_dir``. Each could be typed by hand: ``arms`` has the settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.draft_spec import read_dflash_spec, trained_draft
+from skyrl_spec.metrics import names
+from skyrl_spec.metrics.headline import first_and_last, headline
+from skyrl_spec.metrics.writers import read_jsonl
+from skyrl_spec.report.command import write_report
+from skyrl_spec.rollout.speculative import build_speculative_config
+from skyrl_spec.trainer.run import run_job, train
+from skyrl_spec.trainer.signals import SignalWatch
+from skyrl_spec.validation import validate
+
+TRAINED, FROZEN, NONE = "trained", "frozen", "none"
+
+# Title, key, decimals and whether it is the mean over the second half of the run (first and last otherwise).
+_ROWS = (
+    ("reward on held-out prompts", names.EVAL_SCORE, 3),
+    ("reward in training", names.AVG_RAW_REWARD, 3),
+    ("acceptance length, training", names.acceptance_length("train"), 2),
+    ("acceptance length, held-out", names.acceptance_length("eval"), 2),
+    ("rollout tokens/s", names.THROUGHPUT, 0),
+    ("rollout time, s", names.timing("generate"), 2),
+    ("step time, s", names.STEP_TIME, 2),
+)
+
+
+def arms(config: Config) -> dict[str, Config]:
+    """The three configurations.
+
+    Raises:
+        ConfigError: ``config`` has no draft to compare.
+    """
+    trainer = config.trainer
+    if trained_draft(trainer) is None:
+        raise ConfigError(
+            "trainer.mtp.enabled=false: there is no draft to compare; set it to true, or trainer.dflash.enabled=true"
+        )
+    if trainer.dflash.enabled and trainer.dflash.path is None:
+        raise ConfigError(
+            "trainer.dflash.path=null: a draft from scratch that stays frozen helps nobody; "
+            "name one, such as what skyrl-spec warmup-draft writes"
+        )
+    served = build_speculative_config(trainer, config.generator.inference_engine.speculative_config)
+    assert served is not None
+    if trainer.dflash.path is not None and trainer.dflash.enabled:
+        block = read_dflash_spec(trainer.dflash.path).block_size
+        served |= {"num_speculative_tokens": trainer.dflash.num_speculative_tokens or block - 1}
+    found = {TRAINED: config, FROZEN: _with_draft(config, served), NONE: _with_draft(config, None)}
+    return {name: _in_folder(arm, name) for name, arm in found.items()}
+
+
+def run_comparison(config: Config, *, verbose: bool = False) -> int:
+    """All arms, then the table, ``compare.json`` and the report; returns the process's exit code."""
+    for arm in arms(config).values():
+        validate(arm)
+    return run_job(_compare, config, verbose=verbose)
+
+
+def _compare(config: Config, verbose: bool, watch: SignalWatch) -> None:
+    root, found = Path(config.trainer.run_dir), arms(config)
+    for number, (name, arm) in enumerate(found.items(), start=1):
+        print(f"\n== {number} of {len(found)}: draft {name} ==", flush=True)
+        if _is_done(arm):
+            print(f"is done already: {arm.trainer.run_dir}")
+            continue
+        train(arm, verbose, watch)
+    records = {name: read_jsonl(root / name / "metrics.jsonl") for name in found}
+    result = {name: compared(own) | _summary(root / name) for name, own in records.items()}
+    (root / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
+    page = write_report([root / name for name in found], root / "report")
+    print("\n" + "\n".join(table(records)))
+    print(f"\n  written to {root / 'compare.json'}\n  charts in  {page}")
+
+
+def compared(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """First and last values of an arm, and the means over the second half of its steps, which vary less."""
+    values: dict[str, Any] = dict(headline(records))
+    for _, key, _ in _ROWS:
+        if (mean := _late_mean(records, key)) is not None:
+            values[f"late_mean/{key}"] = mean
+    return values
+
+
+def table(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """First and last values, and the mean of the second half, by arm; "-" for what an arm does not have."""
+    width = 27
+    lines = [
+        f"{'':<30}" + "".join(f"{f'draft {name}':>{width}}" for name in records),
+        f"{'':<30}" + f"{'first     last late mean':>{width}}" * len(records),
+    ]
+    for title, key, decimals in _ROWS:
+        cells = []
+        for own in records.values():
+            pair, late = first_and_last(own, key), _late_mean(own, key)
+            numbers = (None, None, None) if pair is None else (*pair, late)
+            shown = ("-" if number is None else f"{number:.{decimals}f}" for number in numbers)
+            cells.append("".join(f"{text:>9}" for text in shown))
+        lines.append(f"{title:<30}" + "".join(cells))
+    return lines
+
+
+def _late_mean(records: list[dict[str, Any]], key: str) -> float | None:
+    values = [value for record in records if (value := record.get(key)) is not None]
+    late = values[len(values) // 2 :]
+    return sum(late) / len(late) if late else None
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def _is_done(config: Config) -> bool:
+    """Where a comparison goes on that was stopped."""
+    return config.trainer.resume_mode == "latest" and (Path(config.trainer.run_dir) / "summary.json").is_file()
+
+
+def _with_draft(config: Config, served: dict[str, Any] | None) -> Config:
+    """No draft is trained; the engines run ``served``."""
+    trainer = config.trainer
+    mtp, dflash = replace(trainer.mtp, enabled=False), replace(trainer.dflash, enabled=False)
+    engine = replace(config.generator.inference_engine, speculative_config=served)
+    return replace(
+        config,
+        trainer=replace(trainer, mtp=mtp, dflash=dflash),
+        generator=replace(config.generator, inference_engine=engine),
+    )
+
+
+def _in_folder(config: Config, name: str) -> Config:
+    trainer = config.trainer
+    run_dir, run_name = str(Path(trainer.run_dir) / name), f"{trainer.run_name}_{name}"
+    return replace(config, trainer=replace(trainer, run_dir=run_dir, run_name=run_name))
