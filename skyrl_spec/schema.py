@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def _docstring(schema: type) -> str:
 
 
 def _comments(schema: type) -> dict[str, str]:
-    """The lines of comment right above each field, joined."""
+    """The lines of comment right above each field, joined; null in place of None, as people type it."""
     source = textwrap.dedent(inspect.getsource(schema))
     lines, (node,) = source.splitlines(), ast.parse(source).body
     assert isinstance(node, ast.ClassDef)
@@ -69,7 +70,8 @@ def _comments(schema: type) -> dict[str, str]:
         above = first
         while above > 0 and lines[above - 1].strip().startswith("#"):
             above -= 1
-        found[item.target.id] = " ".join(line.strip().lstrip("# ") for line in lines[above:first])
+        comment = " ".join(line.strip().lstrip("# ") for line in lines[above:first])
+        found[item.target.id] = re.sub(r"\bNone\b", "null", comment)
     return found
 
 

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from skyrl_spec.checkpoint.dist import read_parameters
 from skyrl_spec.checkpoint.folders import latest, read_record
@@ -160,9 +161,9 @@ def _read(source: Source, name: str, rules: list[Rule]) -> dict[str, Tensor]:
     try:
         # Parts of one stored tensor, or of a padded one, are views of it.
         return {key: tensor.clone() for key, tensor in read_parameters(source.directory, name, rules)}
-    # Files of the right size with wrong bytes fail in any way.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
+    # Files of the right size with wrong bytes fail in any way; torch's own exception is no ``Exception``.
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"checkpoint={source.directory}: cannot be read ({reason}); take another checkpoint"
         ) from None

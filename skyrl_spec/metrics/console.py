@@ -168,7 +168,7 @@ def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
         equal = min(record[names.LOSSLESS_GREEDY] for record in tested)
         p_value = min(record[names.LOSSLESS_P_VALUE] for record in tested)
         lines.append(
-            f"  losslessness canary: checked {len(tested)}x, {equal:.0%} of greedy responses equal, smallest p "
+            f"  lossless canary: checked {len(tested)}x, {equal:.0%} of greedy responses equal, smallest p "
             f"{p_value:.2g}; {_share(records, 'lossless')} of the time"
         )
     return lines

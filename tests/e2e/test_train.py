@@ -61,7 +61,7 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
 
     assert "rollout speed-up by the draft" in output
     assert "sync canary: checked 1x" in output
-    assert "losslessness canary: checked 2x, 100% of greedy responses equal" in output
+    assert "lossless canary: checked 2x, 100% of greedy responses equal" in output
     # What follows are paths and commands, which are as long as they are.
     table = output.split("\n  run ")[0]
     assert max(map(len, table.splitlines())) <= 100, "a line is wider than a terminal"

@@ -1,0 +1,114 @@
+"""Writes docs/reference/ from the code: settings and command options from the schemas' comments, metrics from
+``metrics/reference.py``. ``--check`` writes nothing and fails where a page is not what it would write."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from skyrl_spec.cli import RUNS, SCHEMAS, TOOLS
+from skyrl_spec.config import Config
+from skyrl_spec.metrics.reference import REFERENCE
+from skyrl_spec.schema import Setting, describe, sections
+from skyrl_spec.validation import CHOICES, RANGES
+
+DIRECTORY = Path(__file__).parents[1] / "docs" / "reference"
+GENERATED = "<!-- Made by scripts/reference.py from the code; change it there. -->\n"
+
+
+def settings() -> str:
+    """Every setting of ``train``, ``warmup-draft`` and ``compare``."""
+    parts = [
+        GENERATED,
+        "# Settings\n",
+        "What `skyrl-spec train`, `warmup-draft` and `compare` take, as `KEY=VALUE` words or in a YAML file of "
+        "`configs/experiment/`. Names are SkyRL's where SkyRL has them. `null` means: decided from the other settings. "
+        "Values of ready-made configurations are in `configs/`; `--cfg job` prints what a command resolves to.\n",
+    ]
+    for section in sections(Config):
+        if not section.settings:
+            continue
+        parts.append(f"## {section.name}\n")
+        if section.docstring:
+            parts.append(f"{section.docstring.replace('``', '`')}\n")
+        parts.append(_table(section.settings, section.name))
+    return "\n".join(parts)
+
+
+def commands() -> str:
+    """The commands, and the options of those that take no configuration."""
+    parts = [GENERATED, "# Commands\n"]
+    for name, (_, description) in (RUNS | TOOLS).items():
+        parts.append(f"## skyrl-spec {name}\n\n{description}\n")
+        if name in RUNS:
+            parts.append("Takes [settings](settings.md); `--cfg job` prints them resolved, `-v` shows what workers and "
+                         "engines print.\n")  # fmt: skip
+        else:
+            parts.append(_table(describe(SCHEMAS[name]), ""))
+    return "\n".join(parts)
+
+
+def metrics() -> str:
+    """The keys of ``metrics.jsonl``, wandb and TensorBoard."""
+    parts = [
+        GENERATED,
+        "# Metrics\n",
+        "The keys of `RUN/metrics.jsonl` (one object a step), of wandb and of TensorBoard. `N` is the number of "
+        "samples a prompt, `K` a draft position, from 1. A run has the keys that apply to it: without a draft no "
+        "`draft/*`.\n",
+    ]
+    group = ""
+    for entry in REFERENCE:
+        if (first := entry.key.split("/")[0]) != group:
+            group = first
+            parts.append(f"\n## {group}\n\n| key | unit | meaning |\n|---|---|---|")
+        parts.append(f"| `{entry.key}` | {entry.unit} | {_cell(entry.meaning)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _table(settings: Sequence[Setting], section: str) -> str:
+    lines = ["| setting | default | type, allowed | meaning |", "|---|---|---|---|"]
+    for setting in settings:
+        name = setting.name.removeprefix(f"{section}.")
+        lines.append(
+            f"| `{name}` | `{setting.default}` | {_allowed(setting)} | {_cell(setting.comment)} |",
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _allowed(setting: Setting) -> str:
+    allowed = setting.type_name
+    if setting.name in CHOICES:
+        allowed += f": {', '.join(CHOICES[setting.name])}"
+    if setting.name in RANGES:
+        allowed += f", {RANGES[setting.name]}"
+    return _cell(allowed)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("``", "`")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    pages = {"settings.md": settings(), "commands.md": commands(), "metrics.md": metrics()}
+    stale = [name for name, text in pages.items() if _read(DIRECTORY / name) != text]
+    if check:
+        for name in stale:
+            print(f"docs/reference/{name}: is not what scripts/reference.py writes; run it", file=sys.stderr)
+        return 1 if stale else 0
+    for name in stale:
+        (DIRECTORY / name).write_text(pages[name])
+    return 0
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
