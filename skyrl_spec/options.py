@@ -44,7 +44,7 @@ class EvalDraftOptions:
     # Measurements of each combination, with and without the draft by turns; medians are shown, and the spread.
     rounds: int = 3
     # Rollouts of one measurement, where a batch is smaller than that.
-    min_rollouts: int = 16
+    min_rollouts: int = 8
     # None: as in the run, else 1.
     temperature: float | None = None
     # Longer prompts are left out. None: as in the run, else 512.

@@ -8,7 +8,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 
@@ -31,24 +31,28 @@ class Section:
     settings: list[Setting]
 
 
-def describe(schema: type) -> list[Setting]:
-    """The fields of ``schema`` that are no sections, in the order of the source."""
+def describe(schema: type, defaults: Any = None) -> list[Setting]:
+    """The fields of ``schema`` that are no sections, in the order of the source; ``defaults`` is one of it."""
     comments, hints = _comments(schema), typing.get_type_hints(schema)
+    defaults = defaults or schema()
     return [
-        Setting(item.name, _type_name(item.type), _default(item), comments.get(item.name, ""))
+        Setting(item.name, _type_name(item.type), _shown(getattr(defaults, item.name)), comments.get(item.name, ""))
         for item in fields(schema)
         if not is_dataclass(hints[item.name])
     ]
 
 
-def sections(schema: type, name: str = "") -> Iterator[Section]:
-    """``schema`` and the sections below it, each before its own; names of settings are dotted."""
-    prefix = f"{name}." if name else ""
-    own = [Setting(prefix + s.name, s.type_name, s.default, s.comment) for s in describe(schema)]
+def sections(schema: type, name: str = "", defaults: Any = None) -> Iterator[Section]:
+    """``schema`` and the sections below it, each before its own; names of settings are dotted.
+
+    A section may have other defaults where it is used than its class says.
+    """
+    prefix, defaults = f"{name}." if name else "", defaults or schema()
+    own = [Setting(prefix + s.name, s.type_name, s.default, s.comment) for s in describe(schema, defaults)]
     yield Section(name, _docstring(schema), own)
     for item, hint in typing.get_type_hints(schema).items():
         if isinstance(hint, type) and is_dataclass(hint):
-            yield from sections(hint, prefix + item)
+            yield from sections(hint, prefix + item, getattr(defaults, item))
 
 
 def _docstring(schema: type) -> str:
@@ -79,8 +83,7 @@ def _type_name(annotation: Any) -> str:
     return str(annotation).replace(" | None", " or null")
 
 
-def _default(item: Any) -> str:
-    value = item.default if item.default is not MISSING else item.default_factory()
+def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

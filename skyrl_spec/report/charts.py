@@ -91,8 +91,8 @@ def _finished(axes: Axes, name: str, caption: str, told: Sequence[str]) -> Chart
     """None where nothing was drawn."""
     if not told:
         return None
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
+    # One line needs no legend: the page says whose it is.
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="best")
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -113,7 +113,7 @@ def _acceptance(runs: Sequence[RunData]) -> Chart | None:
     most = max((1 + len(run.numbered(names.acceptance_rate_pos("train", 0)[:-1])) for run in runs), default=1)
     if told:
         axes.axhline(most, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.annotate(f"the most there can be: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="bottom")
+        axes.annotate(f"the most there can be: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="top")
     return _finished(
         axes,
         "acceptance_length",
@@ -148,7 +148,7 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
     return _finished(
         axes,
         "predicted_measured",
-        "A point a step. Far from the line: the engines do not draft what the trainer trains.",
+        "A point a step. A cloud far below the line: the engines do not draft what the trainer trains.",
         told,
     )
 
@@ -222,16 +222,22 @@ def _draft_loss(runs: Sequence[RunData]) -> Chart | None:
 
 def _positions(run: RunData, several: bool) -> Chart | None:
     axes = _axes(f"Acceptance by position{f': {run.label}' if several else ''}", "share of drafts")
-    told = []
+    told, ends = [], []
     keys = run.numbered(names.acceptance_rate_pos("train", 0)[:-1])
     for index, key in enumerate(keys):
         steps, values = run.series(key)
         # Darker is earlier; the number stands at the end of the line.
         shade = str(0.75 * index / max(1, len(keys) - 1))
         axes.plot(steps, values, color=shade, linestyle=LINES[index % 7])
-        axes.annotate(f" {index + 1}", (steps[-1], values[-1]), va="center", fontsize=8)
+        ends.append((steps[-1], values[-1]))
         told.append(f"Position {index + 1}: {values[0]:.2f} to {values[-1]:.2f}.")
-    axes.set_ylim(0, 1.03)
+    axes.set_ylim(top=1.0 + 0.03 * (1.0 - axes.get_ylim()[0]))
+    gap = 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    below = axes.get_ylim()[1]
+    for index, (step, value) in enumerate(ends):
+        # Lines may end on top of one another, their numbers may not.
+        below = min(value, below - gap)
+        axes.annotate(f" {index + 1}", (step, below), va="center", fontsize=8)
     return _finished(
         axes,
         f"acceptance_by_position{_slug(run, several)}",

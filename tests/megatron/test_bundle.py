@@ -110,7 +110,7 @@ def test_the_command(
 
     assert says() == (2, "skyrl-spec: error: checkpoint='': must name a directory; write checkpoint=DIR\n")
     status, line = says(f"checkpoint={checkpoint}", "to=here")
-    assert (status, "cannot use 'to=here'; write one of checkpoint=DIR, out=DIR" in line) == (2, True)
+    assert (status, "export: cannot use 'to=here'; " in line) == (2, True)
     status, line = says(f"checkpoint={tmp_path}", f"out={out}")
     assert (status, f"checkpoint={tmp_path}: is no checkpoint of skyrl_spec" in line) == (2, True)
     # The model has moved, and the draft.

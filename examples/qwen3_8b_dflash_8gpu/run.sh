@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Qwen3-8B with a DFlash draft on one node of 8 GPUs; further words are settings, trainer.dry_run=true only plans.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+exec skyrl-spec train experiment=qwen3_8b_dflash_dapo_8gpu "$@"

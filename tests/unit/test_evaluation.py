@@ -1,0 +1,142 @@
+"""What ``eval-draft`` reads and concludes; engines are in tests/e2e/test_tools.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from skyrl_spec.cli import main
+from skyrl_spec.config import ConfigError
+from skyrl_spec.data.tokenizer import load_tokenizer
+from skyrl_spec.evaluation import prompts
+from skyrl_spec.evaluation.measure import Measurement
+from skyrl_spec.evaluation.result import recommendation_lines, recommended, table_header, table_row
+from skyrl_spec.evaluation.target import Target, open_target
+from skyrl_spec.options import EvalDraftOptions
+from skyrl_spec.types import SpecCounters
+
+ROOT = Path(__file__).resolve().parents[2]
+MIMO, QWEN3 = ROOT / "examples/arithmetic_mtp/model", ROOT / "examples/arithmetic_dflash/model"
+DRAFT = ROOT / "examples/arithmetic_dflash/draft"
+
+
+def measurement(num_tokens: int, batch_size: int, *ratios: float) -> Measurement:
+    counters = SpecCounters(10, 10 * num_tokens, 15, (9, 6))
+    return Measurement(num_tokens, batch_size, [100.0] * len(ratios), [100 * ratio for ratio in ratios], counters)
+
+
+def test_the_fastest_in_the_median_is_recommended() -> None:
+    results = [
+        measurement(1, 1, 1.5, 1.4, 1.6),
+        measurement(3, 1, 1.9, 1.1, 2.0),
+        measurement(1, 64, 0.8, 0.9, 1.2),
+        measurement(3, 64, 0.7, 0.7, 0.7),
+    ]
+    assert recommended(results) == {1: 3, 64: 0}
+    assert recommendation_lines(results) == [
+        "batch 1     k=3 (1.90x)",
+        "batch 64    no draft: none was faster than generating without",
+    ]
+    results[0].drafted_tok_s[0] = 195.0
+    assert recommendation_lines(results)[0] == "batch 1     k=3 (1.90x; k=1 is within the spread)"
+
+
+def test_a_row_stands_under_its_header() -> None:
+    row = table_row(measurement(3, 16, 1.5, 1.25, 2.0))
+    assert row.split() == ["3", "16", "100", "150", "1.50x", "(1.25", "to", "2.00)", "2.50", ".90", ".60"]
+    assert row.index("2.50") + 4 == table_header().index("accept") + len("accept")
+    assert len(row) < 100
+
+
+def opened(**options: object) -> Target:
+    with open_target(EvalDraftOptions(**options)) as target:  # type: ignore[arg-type]
+        return target
+
+
+def test_targets_are_told_apart(tmp_path: Path) -> None:
+    assert opened(target=str(MIMO)).speculative_config(3) == {"method": "mtp", "num_speculative_tokens": 3}
+    dflash = opened(target=str(QWEN3), draft=str(DRAFT))
+    assert dflash.speculative_config(5) == {"method": "dflash", "num_speculative_tokens": 5, "model": str(DRAFT)}
+    assert dflash.token_counts(None) == [1, 2, 3, 5, 7]
+    assert opened(target=str(QWEN3), method="ngram").speculative_config(2)["prompt_lookup_max"] == 4
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model").symlink_to(QWEN3)
+    (bundle / "draft").symlink_to(DRAFT)
+    found = opened(target=str(bundle))
+    assert (found.method, found.draft, found.home) == ("dflash", bundle / "draft", bundle)
+    # Something that is no DFlash draft is taken for EAGLE-3's.
+    eagle = tmp_path / "eagle"
+    eagle.mkdir()
+    (eagle / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle3"]}))
+    assert opened(target=str(QWEN3), draft=str(eagle)).method == "eagle3"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "target='': names nothing"),
+        ({"target": "no/such/place"}, "target=no/such/place: no such directory"),
+        ({"target": str(ROOT)}, f"target={ROOT}: is neither a run with a checkpoint, nor"),
+        ({"target": str(QWEN3)}, "has no draft of its own; name one with draft=DIR, or take method=ngram"),
+        ({"target": str(QWEN3), "method": "mtp"}, "has no MTP head"),
+        ({"target": str(QWEN3), "method": "medusa"}, "method=medusa: must be mtp or dflash or eagle3 or ngram"),
+        ({"target": str(MIMO), "method": "eagle3"}, "method=eagle3: needs a draft"),
+    ],
+)
+def test_targets_that_cannot_be(options: dict[str, str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        opened(**options)
+    assert expected in str(caught.value)
+
+
+def test_more_tokens_than_a_block_has() -> None:
+    with pytest.raises(ConfigError, match=r"^num_speculative_tokens=9: a block of the draft .* has 7 drafted tokens"):
+        opened(target=str(QWEN3), draft=str(DRAFT)).token_counts([1, 9])
+
+
+def test_prompts_are_rows_or_lines(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(MIMO, "target")
+    rows = prompts.load([str(ROOT / "examples/arithmetic_mtp/data/validation.jsonl")], tokenizer, 64)
+    text = tmp_path / "prompts.txt"
+    text.write_text(f"{rows[0].messages[0]['content']}\n\n1+1=\n")
+    lines = prompts.load([str(text)], tokenizer, 64)
+    assert len(lines) == 2
+    assert lines[0].token_ids == rows[0].token_ids
+    tokenizer.chat_template = None
+    assert prompts.load([str(text)], tokenizer, 64)[1].token_ids == tokenizer.encode("1+1=")
+    for paths, expected in (
+        ([], r"^prompts=\[\]: name a"),
+        (["nowhere.txt"], r"^prompts=nowhere.txt: cannot be read \(No such file"),
+        (["nowhere.csv"], r"^prompts=nowhere.csv: must end in"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            prompts.load(paths, tokenizer, 64)
+    with pytest.raises(ConfigError, match=r"^max_prompt_length=2: all 2 prompts"):
+        prompts.load([str(text)], tokenizer, 2)
+    text.write_text("\n")
+    with pytest.raises(ConfigError, match="has no text"):
+        prompts.load([str(text)], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rounds=0"], "rounds=0: must be at least 1"),
+        (["batch_sizes=[0]"], "batch_sizes=[0]: must be numbers of at least 1"),
+        (["temperature=-1"], "temperature=-1: must be at least 0"),
+        (["device=tpu"], "device=tpu: must be cpu or cuda"),
+        ([f"target={MIMO}"], "prompts=[]: name a .parquet, .jsonl or .txt file"),
+        ([f"target={MIMO}", "prompts=x.jsonl"], "prompts=x.jsonl: no such file"),
+        (
+            [f"target={MIMO}", "prompts=examples/arithmetic_mtp/data/validation.jsonl", "out=/no/such/x.json"],
+            "out=/no/such/x.json: cannot be written",
+        ),
+    ],
+)
+def test_mistakes_get_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval-draft", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"skyrl-spec: error: {expected}")

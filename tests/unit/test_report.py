@@ -1,0 +1,139 @@
+"""The report's page and pictures, from runs' files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skyrl_spec.cli import main
+from skyrl_spec.metrics import names
+from skyrl_spec.report.charts import draw
+from skyrl_spec.report.command import write_report
+from skyrl_spec.report.read import read_runs
+
+STEPS = 4
+
+
+def step_values(step: int, k: int) -> dict[str, Any]:
+    keys = names.step_keys(num_trained_positions=k, num_speculative_tokens=k, n_samples_per_prompt=4, use_kl_loss=False)
+    values: dict[str, Any] = dict.fromkeys(keys, 0.25 * step) | {names.STEP: step}
+    if step == 1:
+        values |= dict.fromkeys(names.canary_keys(has_draft=k > 0), 1e-7)
+    if step % 2 == 0:
+        values |= dict.fromkeys(names.eval_keys(k), 0.5 + 0.1 * step)
+    return values
+
+
+def write_run(directory: Path, *, k: int = 3, settings: str = "trainer: {seed: 1}", **changed: Any) -> Path:
+    directory.mkdir(parents=True)
+    records = [dict.fromkeys(names.eval_keys(k), 0.5) | {names.STEP: 0}]
+    records += [step_values(step, k) | changed for step in range(1, STEPS + 1)]
+    samples: list[Mapping[str, Any]] = [
+        {"step": 1, "uid": "1", "prompt": "1<2?", "response": "<script>alert(1)</script>", "reward": 1.0,
+         "finish_reason": "stop", "policy_version": 0, "draft_version": 0}
+    ]  # fmt: skip
+    told = samples[0] | {"step": 2, "response": "ab & c", "pieces": [["a", False], ["b & ", True], ["c", False]]}
+    for name, lines in (("metrics", records), ("samples", [*samples, told])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "config.yaml").write_text(settings)
+    return directory
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the texts of what is shaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.accepted: list[str] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = ("class", "accepted") in attrs
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.accepted.append(data)
+            self._inside = False
+
+
+def test_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    page = write_report([run])
+    assert page == run / "report" / "index.html"
+    text = page.read_text()
+    found = Page(text)
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == len(list(page.parent.glob("*.png"))) == len(draw(read_runs([run])))
+    assert all(str(image["src"]).startswith("data:image/svg+xml;base64,") for image in images)
+    # Who cannot see a chart reads what it shows.
+    assert any("from 0.25 (step 1) to 1 (4)" in str(image["alt"]) for image in images)
+    assert not [tag for tag, _ in found.tags if tag in ("script", "link", "iframe")]
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)
+    assert found.accepted[-1] == "b & "
+    assert "2 of 3" not in text
+    assert "1 of 3 tokens drafted" in text
+    assert "0.500 → 0.900" in text
+
+
+def test_runs_are_laid_over_one_another(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a" / "run", settings="trainer: {seed: 1, mtp: {enabled: true}}"),
+        write_run(tmp_path / "b" / "run", settings="trainer: {seed: 2, mtp: {enabled: true}}"),
+        write_run(tmp_path / "none", k=0, settings="trainer: {seed: 1, mtp: {enabled: false}}"),
+    ]
+    read = read_runs(runs)
+    assert [run.label for run in read] == ["a/run", "b/run", f"{tmp_path.name}/none"]
+    charts = {chart.name: chart for chart in draw(read)}
+    reward = charts["reward"].figure.axes[0]
+    assert len({line.get_color() for line in reward.lines}) == 3
+    assert len({str(line.get_linestyle()) for line in reward.lines}) == 3
+    # The run without a draft is in no chart of drafts, and breaks none.
+    assert "none" not in charts["acceptance_length"].text
+    assert "acceptance_by_position_a_run" in charts
+    text = write_report(runs, tmp_path / "out").read_text()
+    assert "What differs between the runs" in text
+    rows = re.findall(r"<tr><td>(trainer\.[a-z.]+)</td>", text)
+    assert rows == ["trainer.seed", "trainer.mtp.enabled"]
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **{names.DRAFT_LOSS: None})
+    assert "draft_loss" not in {chart.name for chart in draw(read_runs([run]))}
+    assert write_report([run]).is_file()
+
+
+def test_a_run_at_its_first_step(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text(json.dumps({names.STEP: 0, names.EVAL_SCORE: 0.5}) + '\n{"trainer/st')
+    assert "The run has written none yet" in write_report([directory]).read_text()
+
+
+def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    broken = write_run(tmp_path / "broken")
+    (broken / "metrics.jsonl").write_text("{not json}\n")
+    empty = write_run(tmp_path / "empty")
+    (empty / "metrics.jsonl").write_text("")
+    for words, expected in (
+        ([], "names no run"),
+        ([str(tmp_path / "nowhere")], "has no metrics.jsonl; give the directory of a run"),
+        ([str(run), str(run)], "is named twice"),
+        ([str(broken)], "cannot be read"),
+        ([str(empty)], "has no step yet"),
+        ([str(run), "out=/dev/null/x"], "out=/dev/null/x: cannot be written (Not a directory)"),
+        ([str(run), "too=x"], "report: cannot use 'too=x'"),
+    ):
+        assert main(["report", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("skyrl-spec: error: ")
+        assert expected in line

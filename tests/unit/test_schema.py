@@ -1,0 +1,95 @@
+"""The references in docs/ are made from the code: nothing is missing there, and nothing is stale."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skyrl_spec.cli import SCHEMAS
+from skyrl_spec.compose import load_config, read_options
+from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.metrics import names
+from skyrl_spec.metrics.reference import REFERENCE, description
+from skyrl_spec.options import EvalDraftOptions, ReportOptions
+from skyrl_spec.schema import describe, sections
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_setting_says_what_it_means() -> None:
+    settings = [setting for section in sections(Config) for setting in section.settings]
+    assert len(settings) > 100
+    assert [setting.name for setting in settings if not setting.comment] == []
+    for schema in SCHEMAS.values():
+        assert [setting.name for setting in describe(schema) if not setting.comment] == []
+
+
+def test_defaults_are_those_of_the_schema() -> None:
+    by_name = {setting.name: setting for section in sections(Config) for setting in section.settings}
+    assert by_name["trainer.algorithm.eps_clip_low"].default == "0.2"
+    assert by_name["trainer.mtp.optimizer_config.lr"].default == "0.0001"
+    assert by_name["trainer.policy.optimizer_config.adam_betas"].default == "[0.9,0.95]"
+    assert by_name["trainer.mtp.unroll_steps"].default == "null"
+    assert by_name["trainer.mtp.unroll_steps"].type_name == "int or null"
+    # A comment of two lines, in words that people type.
+    assert (
+        by_name["trainer.algorithm.clip_ratio_c"].comment
+        == "null: no dual clip; else c > 1 of the dual-clip PPO objective."
+    )
+
+
+def test_every_metric_is_described_and_no_other() -> None:
+    keys = {
+        *names.step_keys(num_trained_positions=3, num_speculative_tokens=3, n_samples_per_prompt=8, use_kl_loss=True),
+        *names.canary_keys(has_draft=True),
+        *names.lossless_keys(),
+        *names.eval_keys(3),
+        names.NUM_SAMPLE_BATCHES,
+        names.NUM_KEPT_GROUPS,
+    }
+    assert sorted(key for key in keys if description(key) is None) == []
+    described = {description(key) for key in keys}
+    assert [entry.key for entry in REFERENCE if entry not in described] == []
+
+
+def test_the_pages_are_what_the_script_writes() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "reference.py", "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_are_typed_words() -> None:
+    options = read_options(EvalDraftOptions, ["target=a/b", "batch_sizes=[1,2]", "prompts=x.txt"], "eval-draft")
+    assert (options.target, options.batch_sizes, options.prompts) == ("a/b", [1, 2], ["x.txt"])
+    assert options.rounds == EvalDraftOptions().rounds
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["target"], "eval-draft: cannot use 'target'"),
+        (["tarhet=x"], "did you mean target?"),
+        (["rounds=many"], "rounds: Value 'many' of type 'str' could not be converted to Integer; expected an integer"),
+        (["batch_sizes=[a]"], "batch_sizes"),
+        (["--x=1"], "eval-draft: cannot use '--x=1'"),
+        (["target="], ""),
+    ],
+)
+def test_mistaken_options_get_one_line(words: list[str], expected: str) -> None:
+    if not expected:
+        # Empty is for the command to refuse.
+        assert read_options(EvalDraftOptions, words, "eval-draft").target == ""
+        return
+    with pytest.raises(ConfigError) as caught:
+        read_options(EvalDraftOptions, words, "eval-draft")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_without_words_are_the_defaults() -> None:
+    assert read_options(ReportOptions, [], "report") == ReportOptions()
+    assert load_config([]).trainer.dry_run is False
