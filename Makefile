@@ -5,6 +5,8 @@
 # make faults  puts faults into a run, one at a time, and prints which check saw each (docs/fidelity.md)
 # make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
 # make soak    200 short steps, and what the processes hold at the start and at the end
+# make examples  the examples' scripts that need no GPU, cut short
+# make docs    docs/ as a site in build/site, references made anew from the code
 # make bench   the two benchmarks of docs/benchmarks.md
 # make clean   caches and build products; neither .venv nor runs/
 
@@ -12,8 +14,10 @@ PYTHON ?= python3.11
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH := prompts=examples/arithmetic_mtp/data/validation.jsonl batch_sizes=[1,2,4,8,16,32,64] min_rollouts=16 \
+	 max_prompt_length=64 max_generate_length=96 out=build/eval_draft.json
 
-.PHONY: setup train test long lint faults kills soak bench clean
+.PHONY: setup train test examples long lint docs faults kills soak bench clean
 .DEFAULT_GOAL := train
 
 setup: $(READY)
@@ -27,6 +31,14 @@ train: setup
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
+
+examples: setup
+	@$(BIN)/python -m pytest -m examples tests/e2e/test_examples.py $(ARGS)
+
+docs: setup
+	@$(BIN)/python scripts/reference.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open build/site/index.html"
 
 long: setup
 	@$(BIN)/python -m pytest -m slow $(ARGS)
@@ -47,7 +59,9 @@ soak: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/soft_ce.py
-	@$(BIN)/python benchmarks/rollout.py
+	@$(BIN)/skyrl-spec eval-draft target=examples/arithmetic_mtp/model $(BENCH) num_speculative_tokens=[3]
+	@$(BIN)/skyrl-spec eval-draft target=examples/arithmetic_dflash/model draft=examples/arithmetic_dflash/draft $(BENCH) \
+	    num_speculative_tokens=[7]
 
 clean:
 	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -25,6 +25,7 @@ from skyrl_spec.metrics import names
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "SKYRL_SPEC_TEST_RUN"
+SKYRL_SPEC = [sys.executable, "-m", "skyrl_spec"]
 # Few and short: what is tested is that the parts work together.
 SMALL = [
     "trainer.max_training_steps=2",
@@ -95,13 +96,12 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def start(
-    run_dir: Path, *overrides: str, command: str = "train", prefix: Sequence[str] = (), **environment: str
-) -> Run:
+def launch(run_dir: Path, command: Sequence[str], **environment: str) -> Run:
+    """Any command, in the repository, without this machine's accounts and Ray."""
     mark = uuid.uuid4().hex
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-m", "skyrl_spec", command, *overrides, f"trainer.run_dir={run_dir}"],
+        command,
         cwd=ROOT,
         env=kept | {MARK: mark} | environment,
         stdout=subprocess.PIPE,
@@ -109,6 +109,13 @@ def start(
         text=True,
     )
     return Run(process, run_dir, mark)
+
+
+def start(
+    run_dir: Path, *overrides: str, command: str = "train", prefix: Sequence[str] = (), **environment: str
+) -> Run:
+    words = [*prefix, *SKYRL_SPEC, command, *overrides, f"trainer.run_dir={run_dir}"]
+    return launch(run_dir, words, **environment)
 
 
 def finish(

@@ -67,7 +67,7 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
     assert max(map(len, table.splitlines())) <= 100, "a line is wider than a terminal"
     assert "Warning" not in output
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    assert {sample["step"] for sample in samples} == {1, 2, 3, 4, 5}
+    assert {sample["step"] for sample in samples} == {0, 1, 2, 3, 4, 5}
     assert (run_dir / "config.yaml").read_text() == to_yaml(load_config([*WHOLE, *ASKED, f"trainer.run_dir={run_dir}"]))
     assert list((run_dir / "wandb").glob("offline-run-*")), "wandb kept no offline run"
     trained = Qwen2ForCausalLM.from_pretrained(run_dir / "model", dtype=torch.float32).state_dict()

@@ -181,6 +181,42 @@ def write_tiny_dflash(
     return path
 
 
+def write_tiny_eagle3(path: Path, target: Path, seed: int) -> Path:
+    """An EAGLE-3 draft of ``target`` with random weights, whose output head is the target's."""
+    torch.manual_seed(2000 + seed)
+    of_target, hidden_size, heads = json.loads((target / "config.json").read_text()), HIDDEN_SIZE, 2
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "vocab_size": of_target["vocab_size"],
+        "draft_vocab_size": of_target["vocab_size"],
+        "hidden_size": hidden_size,
+        "intermediate_size": 80,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": of_target["max_position_embeddings"],
+    }
+    shapes = {
+        "fc.weight": (hidden_size, 3 * hidden_size),
+        "norm.weight": (hidden_size,),
+        "midlayer.hidden_norm.weight": (hidden_size,),
+        "midlayer.input_layernorm.weight": (hidden_size,),
+        "midlayer.post_attention_layernorm.weight": (hidden_size,),
+        **{f"midlayer.self_attn.{name}_proj.weight": (32 * heads, 2 * hidden_size) for name in "qkv"},
+        "midlayer.self_attn.o_proj.weight": (hidden_size, 32 * heads),
+        "midlayer.mlp.gate_proj.weight": (80, hidden_size),
+        "midlayer.mlp.up_proj.weight": (80, hidden_size),
+        "midlayer.mlp.down_proj.weight": (hidden_size, 80),
+    }
+    weights = {name: _random_norm(name, 0.1 * torch.randn(shape)) for name, shape in shapes.items()}
+    weights["lm_head.weight"] = load_file(target / "model.safetensors")["lm_head.weight"]
+    _write(path, config, weights)
+    return path
+
+
 def default_target_layer_ids(depth: int, num_ids: int) -> list[int]:
     """Evenly from layer 1 to the third from the end of ``depth`` layers."""
     if num_ids == 1:

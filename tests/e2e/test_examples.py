@@ -1,0 +1,81 @@
+"""The CPU examples' scripts, cut short (``make examples``); those for GPUs are read and planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, SMALL, launch, records_of
+
+from skyrl_spec.compose import load_config
+from skyrl_spec.metrics import names
+from skyrl_spec.validation import validate
+
+EXAMPLES = ROOT / "examples"
+CPU = ("arithmetic_mtp", "arithmetic_dflash", "dapo", "own_dataset")
+GPU = ("mimo_7b_dapo_8gpu", "qwen3_8b_dflash_8gpu", "several_machines")
+
+
+def script(name: str) -> Path:
+    return EXAMPLES / name / "run.sh"
+
+
+def test_every_example_has_a_readme_and_a_script() -> None:
+    folders = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
+    assert folders == {*CPU, *GPU, "serve_bundle"}
+    for name in folders:
+        assert os.access(script(name), os.X_OK), name
+        readme = (EXAMPLES / name / "README.md").read_text()
+        assert f"examples/{name}/run.sh" in readme, name
+        assert "Expected" in readme, name
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_scripts_for_gpus_name_settings_that_are_valid(name: str) -> None:
+    words = re.sub(r"\\\n", " ", script(name).read_text()).split("skyrl-spec train ", 1)[1].split()
+    overrides = [word.strip('"') for word in words if "=" in word and "$" not in word]
+    validate(load_config(overrides))
+
+
+@pytest.mark.examples
+@pytest.mark.parametrize("name", CPU)
+def test_a_script_runs(name: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = launch(run_dir, [str(script(name)), *SMALL, f"trainer.run_dir={run_dir}"])
+    output = run.output(timeout_s=400)
+    assert run.process.returncode == 0, output
+    assert [record[names.STEP] for record in records_of(run_dir)] == [0, 1, 2]
+    assert f"skyrl-spec report {run_dir}" in output
+    assert run.processes() == []
+
+
+@pytest.mark.examples
+def test_a_bundle_is_served(whole: tuple[Path, str, list[dict]]) -> None:
+    """Exported, and asked over HTTP with the command that its README has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = launch(whole[0], [str(script("serve_bundle")), str(whole[0]), str(port)])
+    output = run.output(timeout_s=500)
+    assert run.process.returncode == 0, output
+    assert "--speculative-config" in output
+    assert "7-2=5\n5+9=14\n#### 14" in output
+    length = re.search(r"acceptance length (\d\.\d\d) \((\d+) drafts\)", output)
+    assert length is not None, output
+    assert 1 < float(length[1]) <= 4
+    assert run.processes() == []
+
+
+def test_own_dataset_and_reward_fit_on_a_screen(tmp_path: Path) -> None:
+    source = EXAMPLES / "own_dataset" / "own.py"
+    assert len(source.read_text().splitlines()) <= 40
+    subprocess.run([sys.executable, str(source), str(tmp_path)], check=True, timeout=60)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 1024
+    assert rows[0].keys() == {"prompt", "env_class", "reward_spec"}
