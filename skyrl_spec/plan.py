@@ -208,6 +208,8 @@ def _cache(config: Config, plan: Plan) -> str:
 
 def readable(num_bytes: float) -> str:
     """As in 1.5 GB, in powers of ten."""
-    exponent = min(4, int(math.log(max(num_bytes, 1), 1000) + 1e-3))
-    value, unit = num_bytes / 1000**exponent, ("B", "kB", "MB", "GB", "TB")[exponent]
-    return f"{value:.0f} {unit}" if value >= 100 or exponent == 0 else f"{value:.1f} {unit}"
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes, units = num_bytes / 1000, units[1:]
+    decimals = 0 if num_bytes >= 100 or units[0] == "B" else 1
+    return f"{num_bytes:.{decimals}f} {units[0]}"

@@ -1,0 +1,100 @@
+"""``trainer.dry_run``: what is printed, and that nothing is written. The numbers are in tests/megatron/test_plan.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from skyrl_spec.cli import main
+from skyrl_spec.compose import load_config
+from skyrl_spec.plan import count, make_plan, plan_facts, readable
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "experiment=cpu_mtp_grpo"],
+        ["train", "experiment=cpu_dflash_grpo", "trainer.dflash.path=null"],
+        ["warmup-draft", "experiment=cpu_dflash_grpo"],
+        ["compare", "experiment=cpu_dflash_grpo"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_plan_is_printed_and_nothing_else_happens(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main([*words, "trainer.dry_run=true", f"trainer.run_dir={run_dir}"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines()[:-1])
+    assert {"model", "draft", "steps", "run", "processes", "worker", "engine", "sync", "checkpoint", "tokens"} <= set(
+        facts
+    )
+    assert ("runs" in facts) == (words[0] == "compare")
+    assert out.splitlines()[-1] == "dry run: settings, model, data and devices fit; nothing was started or written"
+    assert not run_dir.exists()
+
+
+def test_a_plan_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["train", "experiment=cpu_mtp_grpo", "trainer.placement.device=cuda", "trainer.measure_speedup=false"]
+    assert main([*words, "trainer.dry_run=true", f"trainer.run_dir={tmp_path / 'run'}"]) == 0
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("skyrl-spec: warning: not on this machine: trainer.placement.device=cuda: no CUDA device")
+    assert re.search(r"^GPUs +2$", out, flags=re.MULTILINE)
+    # Without a dry run it is an error.
+    assert main([*words, f"trainer.run_dir={tmp_path / 'run'}"]) == 2
+
+
+def test_mistakes_are_found_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "experiment=cpu_mtp_grpo", "trainer.dry_run=true", f"trainer.run_dir={tmp_path / 'run'}"]
+    assert main([*words, "trainer.max_prompt_length=2"]) == 2
+    assert "trainer.max_prompt_length=2: all 4096 prompts of data.train_data are longer" in capsys.readouterr().err
+
+
+def test_sizes_of_a_large_model(tmp_path: Path) -> None:
+    """MiMo-7B's shapes as published; its checkpoint has 7.83 billion parameters with the head."""
+    config_json = {
+        "architectures": ["MiMoForCausalLM"],
+        "vocab_size": 151680,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 640000,
+        "max_position_embeddings": 32768,
+        "num_nextn_predict_layers": 1,
+        "attention_bias": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    config = load_config(["experiment=mimo_7b_dapo_8gpu", f"trainer.policy.model.path={tmp_path}"])
+    plan = make_plan(config)
+    # bf16: 2 bytes each in a sync; 2 + 4 + 8 in a checkpoint.
+    assert plan.sync == pytest.approx(2 * 7.83e9, rel=0.01)
+    assert plan.checkpoint == 7 * plan.sync
+    # Four ranks; one data-parallel rank, so the distributed optimizer divides nothing.
+    assert plan.worker.optimizer == pytest.approx(12 * 7.83e9 / 4, rel=0.01)
+    assert plan.kv_bytes_per_token == 2 * 37 * 8 * 128 * 2
+    assert "8" in plan_facts(config, plan)["GPUs"]
+
+
+def test_readable_sizes() -> None:
+    assert [readable(size) for size in (0, 999, 1000, 99_950, 1.25e6, 999.9e6, 1e9, 123.4e9, 5e15)] == [
+        "0 B", "999 B", "1.0 kB", "100.0 kB", "1.2 MB", "1000 MB", "1.0 GB", "123 GB", "5000 TB",
+    ]  # fmt: skip
+    assert count({"a": (2, 3), "b": (4,)}) == 10
