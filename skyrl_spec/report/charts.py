@@ -42,6 +42,8 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
     "hatch.linewidth": 0.4,
 }
+# Phases of a step, from below.
+_STACK = (*names.PHASES, "canary", "lossless")
 # Inches; as wide as a phone, so that the text needs no magnifying there.
 SIZE = (4.6, 3.1)
 
@@ -248,14 +250,16 @@ def _positions(run: RunData, several: bool) -> Chart | None:
 
 def _phases(run: RunData, several: bool) -> Chart | None:
     axes = _axes(f"Where a step's time goes{f': {run.label}' if several else ''}", "seconds")
-    phases = [phase for phase in (*names.PHASES, "canary", "lossless") if run.series(names.timing(phase))[0]]
+    phases = [phase for phase in _STACK if run.series(names.timing(phase))[0]]
     steps = run.series(names.STEP_TIME)[0]
     by_step = {record[names.STEP]: record for record in run.records}
     stacks = [[by_step[step].get(names.timing(phase)) or 0.0 for step in steps] for phase in phases]
     if not steps or not phases:
         return None
     bottom = [0.0] * len(steps)
-    for index, (phase, values) in enumerate(zip(phases, stacks, strict=True)):
+    for phase, values in zip(phases, stacks, strict=True):
+        # A phase looks the same in every run.
+        index = _STACK.index(phase)
         axes.bar(
             steps,
             values,

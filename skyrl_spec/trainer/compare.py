@@ -25,7 +25,7 @@ from skyrl_spec.validation import validate
 
 TRAINED, FROZEN, NONE = "trained", "frozen", "none"
 
-# Title, key, decimals and whether it is the mean over the second half of the run (first and last otherwise).
+# Title, key and decimals.
 _ROWS = (
     ("reward on held-out prompts", names.EVAL_SCORE, 3),
     ("reward in training", names.AVG_RAW_REWARD, 3),
@@ -81,7 +81,7 @@ def _compare(config: Config, verbose: bool, watch: SignalWatch) -> None:
     result = {name: compared(own) | _summary(root / name) for name, own in records.items()}
     (root / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
     page = write_report([root / name for name in found], root / "report")
-    print("\n" + "\n".join(table(records)))
+    print("\n" + "\n".join([*table(records), speedup_line(result)]))
     print(f"\n  written to {root / 'compare.json'}\n  charts in  {page}")
 
 
@@ -95,11 +95,10 @@ def compared(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    """First and last values, and the mean of the second half, by arm; "-" for what an arm does not have."""
-    width = 27
+    """First and last values, and ``late``, the mean of the second half, by arm; "-" for what an arm does not have."""
     lines = [
-        f"{'':<30}" + "".join(f"{f'draft {name}':>{width}}" for name in records),
-        f"{'':<30}" + f"{'first     last late mean':>{width}}" * len(records),
+        f"{'':<28}" + "".join(f"{f'draft {name}':>24}" for name in records),
+        f"{'':<28}" + f"{'first':>8}{'last':>8}{'late':>8}" * len(records),
     ]
     for title, key, decimals in _ROWS:
         cells = []
@@ -107,9 +106,16 @@ def table(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
             pair, late = first_and_last(own, key), _late_mean(own, key)
             numbers = (None, None, None) if pair is None else (*pair, late)
             shown = ("-" if number is None else f"{number:.{decimals}f}" for number in numbers)
-            cells.append("".join(f"{text:>9}" for text in shown))
-        lines.append(f"{title:<30}" + "".join(cells))
+            cells.append("".join(f"{text:>8}" for text in shown))
+        lines.append(f"{title:<28}" + "".join(cells))
     return lines
+
+
+def speedup_line(result: Mapping[str, Mapping[str, Any]]) -> str:
+    """Measured at the end of each arm that has a draft, by turns with an engine without one."""
+    speedups = (own.get("headline/rollout_speedup") for own in result.values())
+    shown = ("-" if speedup is None else f"{speedup:.2f}x" for speedup in speedups)
+    return f"{'rollout speed-up, at the end':<28}" + "".join(f"{text:>24}" for text in shown)
 
 
 def _late_mean(records: list[dict[str, Any]], key: str) -> float | None:
