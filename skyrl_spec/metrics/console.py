@@ -49,13 +49,12 @@ class ConsoleWriter(Writer):
         self._progress: Progress | None = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Says what runs, a line a fact, and starts the clock of the time that is left."""
+        """Says what runs, a line a fact."""
         self.panel(facts)
         if self.console.is_terminal:
             self._progress = _progress(self.console)
             self._progress.start()
             self._progress.add_task("steps", total=self._num_steps)
-        self._started_s = time.monotonic()
 
     def panel(self, facts: Mapping[str, Any]) -> None:
         """A line a fact."""
@@ -71,10 +70,11 @@ class ConsoleWriter(Writer):
         self._print(text, style="dim")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._first_step is None and names.AVG_RAW_REWARD not in values:
-            # The evaluation before the first step is no part of a step's time.
-            self._started_s = time.monotonic()
         if names.AVG_RAW_REWARD in values:
+            if self._first_step is None:
+                # Loading, and an evaluation before the first step, are no part of a step's time.
+                self._first_step = step
+                self._started_s = time.monotonic() - values.get(names.STEP_TIME, 0.0)
             if self._num_lines % LINES_PER_HEADER == 0:
                 self._print(header_line(), style="dim")
             self._num_lines += 1
@@ -111,9 +111,8 @@ class ConsoleWriter(Writer):
             self._print(f"  {'next' if index == 0 else '    '}  {command}")
 
     def _seconds_left(self, step: int) -> float:
-        """From the mean time of the steps so far; the first one counted is the first one written."""
-        if self._first_step is None:
-            self._first_step = step
+        """From the mean time of the steps so far, evaluations between them included."""
+        assert self._first_step is not None
         num_done = step - self._first_step + 1
         return (time.monotonic() - self._started_s) / num_done * (self._num_steps - step)
 
