@@ -47,6 +47,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python scripts/reference.py --check
 
 faults: setup
 	@PYTHONPATH=tests/fidelity $(BIN)/python tests/fidelity/faults.py

@@ -168,14 +168,17 @@ def _eval_draft(words: list[str], verbose: bool) -> int:
     from skyrl_spec.evaluation.command import run
     from skyrl_spec.trainer.signals import ended_by_signal
 
-    return ended_by_signal(lambda: run(options, verbose=verbose))
+    return ended_by_signal(lambda watch: run(options, watch, verbose=verbose))
 
 
 def _report(words: list[str], verbose: bool) -> int:
     from skyrl_spec.compose import read_options
 
-    run_dirs = [Path(word) for word in words if "=" not in word]
-    options = read_options(ReportOptions, [word for word in words if "=" in word], "report")
+    # A run's name may have an equals sign, as sweeps' have.
+    run_dirs = [Path(word) for word in words if "=" not in word or Path(word).exists()]
+    options = read_options(ReportOptions, [word for word in words if Path(word) not in run_dirs], "report")
+    if options.out == "":
+        raise ConfigError("out='': must name a directory; write out=DIR")
     if not run_dirs:
         raise ConfigError("report: names no run; write skyrl-spec report RUN [RUN ...]")
     _quiet(verbose)
@@ -212,7 +215,7 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
 
     preflight(config, may_lack_mtp_head=is_warmup and config.trainer.warmup.from_scratch)
     if config.trainer.dry_run:
-        return _dry_run(config, num_runs=3 if command == "compare" else 1)
+        return _dry_run(command, config)
     if is_warmup:
         from skyrl_spec.trainer.warmup import run_warmup
 
@@ -226,9 +229,17 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
     return run_training(config, verbose=verbose)
 
 
-def _dry_run(config: Config, *, num_runs: int) -> int:
+def _dry_run(command: str, config: Config) -> int:
+    from skyrl_spec.trainer.checkpoints import find
+    from skyrl_spec.trainer.compare import checked_arms
     from skyrl_spec.trainer.output import show_plan
     from skyrl_spec.trainer.task import load_task
+    from skyrl_spec.trainer.warmup import as_warmup
 
-    show_plan(load_task(config, may_write=False), num_runs=num_runs)
+    if command == "compare":
+        show_plan(load_task(config, may_write=False), num_runs=len(checked_arms(config)))
+    elif command == "warmup-draft":
+        show_plan(as_warmup(load_task(config, find(config, "draft"), may_write=False)))
+    else:
+        show_plan(load_task(config, find(config, "policy"), may_write=False))
     return EXIT_OK

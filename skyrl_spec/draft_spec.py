@@ -71,9 +71,9 @@ def decay_gamma(dflash: DflashConfig, block_size: int) -> float:
     return _DECAY_GAMMAS.get(block_size, block_size / 2)
 
 
-def read_dflash_spec(path: str) -> DflashSpec:
+def read_dflash_spec(path: str, *, weights: bool = True) -> DflashSpec:
     """The shape of the draft in a directory, or of a hub name (downloaded where it is not cached)."""
-    directory = model_directory(path, f"{_SETTING}.path")
+    directory = model_directory(path, f"{_SETTING}.path", weights=weights)
     return parse_dflash_spec(directory, read_config(directory, f"{_SETTING}.path"))
 
 

@@ -13,6 +13,7 @@ _SETTING = "trainer.policy.model.path"
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
 # Rows of the embedding and output weight are padded to a multiple of this times the tensor-parallel size.
 _VOCAB_MULTIPLE = 64
+_WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 # Entries of config.json that are sizes.
 _SIZES = (
     "vocab_size",
@@ -50,8 +51,10 @@ class ModelSpec:
     num_mtp_layers: int
 
 
-def model_directory(path: str, setting: str = _SETTING) -> Path:
+def model_directory(path: str, setting: str = _SETTING, *, weights: bool = True) -> Path:
     """The local directory of ``path``: itself, or the snapshot of a hub name (downloaded where it is not cached).
+
+    Without ``weights`` only the small files of a hub name are there.
 
     Raises:
         ConfigError: neither a directory nor a name the hub answers to.
@@ -65,8 +68,9 @@ def model_directory(path: str, setting: str = _SETTING) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(path))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        return Path(snapshot_download(path, ignore_patterns=None if weights else _WEIGHT_FILES))
+    # ValueError: no name that the hub could have.
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ConfigError(
             f"{setting}={path}: neither a local directory nor downloadable ({reason}); check the path or the network"
@@ -213,7 +217,7 @@ def _refuse_unsupported(directory: Path, config: dict[str, Any], architecture: s
             )
 
 
-def load_spec(path: str) -> ModelSpec:
-    """Resolve ``path`` and read its spec."""
-    directory = model_directory(path)
+def load_spec(path: str, *, weights: bool = True) -> ModelSpec:
+    """Resolve ``path`` and read its spec; ``weights`` as in ``model_directory``."""
+    directory = model_directory(path, weights=weights)
     return parse_spec(directory, read_config(directory))

@@ -1,4 +1,4 @@
-"""What the commands besides ``train`` take, as ``key=value`` words (``compose.read_options``).
+"""What the commands take that run no training, as ``key=value`` words (``compose.read_options``).
 
 ``None`` means "decided from the target"; the comments say how. Imports no torch.
 """
@@ -30,6 +30,8 @@ class EvalDraftOptions:
 
     # A run (its newest checkpoint), a checkpoint, an exported bundle, or a Hugging Face model that vLLM serves.
     target: str = ""
+    # Where the model that a run or checkpoint started from is now, if it has moved.
+    model: str | None = None
     # "mtp", "dflash", "eagle3" or "ngram". None: what the target was trained with; else by what `draft` is, or the
     # target's own MTP head.
     method: str | None = None
@@ -47,7 +49,7 @@ class EvalDraftOptions:
     min_rollouts: int = 8
     # None: as in the run, else 1.
     temperature: float | None = None
-    # Longer prompts are left out. None: as in the run, else 512.
+    # Longer prompts are left out. None: as in the run, else 512, or what the model has room for.
     max_prompt_length: int | None = None
     # None: as in the run, else 128.
     max_generate_length: int | None = None
@@ -55,8 +57,8 @@ class EvalDraftOptions:
     device: str | None = None
     # "fp32" or "bf16". None: as in the run, else fp32 on cpu and bf16 on cuda.
     dtype: str | None = None
-    # GPUs of an engine. Two engines run by turns: they share a GPU where this is 1.
-    tensor_parallel_size: int = 1
+    # GPUs of an engine; None: as in the run, else 1. Two engines run by turns: they share a GPU where this is 1.
+    tensor_parallel_size: int | None = None
     # Of the engines and of sampling.
     seed: int = 0
     # None: eval_draft.json, in the target's directory where that is a run's.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from skyrl_spec.config import Config
 from skyrl_spec.draft_spec import DflashSpec, dflash_tensor_shapes, fresh_dflash_spec, read_dflash_spec
@@ -52,36 +53,65 @@ class Plan:
     tokens_per_step: int
 
 
-def make_plan(config: Config) -> Plan:
-    """The sizes of ``config``'s run, whose model and draft must be there."""
-    trainer = config.trainer
-    spec = load_spec(trainer.policy.model.path)
+def make_plan(config: Config, *, trains_policy: bool = True) -> Plan:
+    """The sizes of ``config``'s run, whose model and draft must be there; without ``trains_policy`` of a warm-up's."""
+    trainer, engine = config.trainer, config.generator.inference_engine
+    spec = load_spec(trainer.policy.model.path, weights=False)
     policy, draft = tensor_shapes(spec), draft_shapes(config, spec)
     _, tp, dp = parallel_layout(config)
     size = _DTYPE_BYTES[trainer.policy.megatron_config.dtype]
-    engine = config.generator.inference_engine
     engine_size = _DTYPE_BYTES[engine.dtype or trainer.policy.megatron_config.dtype]
-    engine_tp = engine.tensor_parallel_size
-    trained = count_on_rank(policy, tp, padded=True) + count_on_rank(draft, tp)
+    engine_tp, served = engine.tensor_parallel_size, _served_draft(config, spec)
+    policy_on_rank, draft_on_rank = count_on_rank(policy, tp, padded=True), count_on_rank(draft, tp)
+    trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
+    # Adam's, and fp32 masters of shorter parameters.
     moments = 2 * _FP32 + (_FP32 if size != _FP32 else 0)
-    sampling = config.generator.sampling_params
-    whole = count(policy) + count(draft)
+    whole = count(draft) + (count(policy) if trains_policy else 0)
     return Plan(
         worker=WorkerMemory(
-            weights=trained * size,
+            weights=(policy_on_rank + draft_on_rank) * size,
             gradients=trained * _FP32,
             optimizer=trained * moments // (dp if trainer.policy.megatron_config.use_distributed_optimizer else 1),
-            reference=count_on_rank(policy, tp, padded=True) * size if trainer.algorithm.use_kl_loss else 0,
+            reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
             activations=activations(config, spec, tp),
         ),
-        engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(draft, engine_tp)) * engine_size,
-        kv_bytes_per_token=2 * _kv_layers(config, spec) * spec.num_kv_heads * spec.head_dim * engine_size // engine_tp,
+        engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.shapes, engine_tp)) * engine_size,
+        kv_bytes_per_token=2
+        * (spec.num_layers + served.num_layers)
+        * spec.num_kv_heads
+        * spec.head_dim
+        * engine_size
+        // engine_tp,
         checkpoint=whole * (size + moments),
         sync=whole * size,
-        tokens_per_step=trainer.train_batch_size
+        tokens_per_step=_sampled_prompts(config)
         * config.generator.n_samples_per_prompt
-        * (trainer.max_prompt_length + sampling.max_generate_length),
+        * (trainer.max_prompt_length + config.generator.sampling_params.max_generate_length),
     )
+
+
+def _sampled_prompts(config: Config) -> int:
+    """Of a step, at most: dynamic sampling may take several batches."""
+    dynamic = config.trainer.algorithm.dynamic_sampling
+    return config.trainer.train_batch_size * (1 if dynamic.type is None else dynamic.max_sample_batches)
+
+
+class _Served(NamedTuple):
+    """The draft in the engines, trained or not."""
+
+    shapes: Shapes
+    num_layers: int
+
+
+def _served_draft(config: Config, spec: ModelSpec) -> _Served:
+    """What is not known here (EAGLE-3), or has no weights (n-gram), counts nothing."""
+    speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config) or {}
+    if speculative.get("method") == "mtp":
+        return _Served(mtp_tensor_shapes(spec), 1)
+    if speculative.get("method") == "dflash":
+        draft = _dflash(config, spec, speculative.get("model"))
+        return _Served(dflash_tensor_shapes(draft), draft.layers.num_layers)
+    return _Served({}, 0)
 
 
 def count(shapes: Shapes) -> int:
@@ -109,7 +139,7 @@ def draft_shapes(config: Config, spec: ModelSpec) -> Shapes:
         return mtp_tensor_shapes(spec)
     if not config.trainer.dflash.enabled:
         return {}
-    return dflash_tensor_shapes(_dflash(config, spec))
+    return dflash_tensor_shapes(_dflash(config, spec, config.trainer.dflash.path))
 
 
 def activations(config: Config, spec: ModelSpec, tp: int) -> int:
@@ -127,36 +157,26 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
         layers = spec.num_layers * per_layer
     # Logits of a chunk, their softmax and their gradient.
     logits = 3 * trainer.logprobs_chunk_size * (spec.vocab_size // tp) * _FP32
-    draft_tokens = tokens * _draft_depth(config)
-    return tokens * layers * size + draft_tokens * per_layer * size + logits
+    return (tokens * layers + _draft_layer_tokens(config, spec, tokens) * per_layer) * size + logits
 
 
-def _draft_depth(config: Config) -> int:
-    """Layers' worth of activations a token that the draft's training adds."""
+def _draft_layer_tokens(config: Config, spec: ModelSpec, tokens: int) -> int:
+    """Tokens times layers that the draft's training adds: MTP's depths, or the slots of DFlash's blocks."""
     trainer = config.trainer
     if trainer.mtp.enabled:
-        return trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
+        return tokens * (trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens)
     if not trainer.dflash.enabled:
         return 0
-    return trainer.dflash.num_layers or 1
+    draft = _dflash(config, spec, trainer.dflash.path)
+    slots = trainer.micro_train_batch_size_per_gpu * trainer.dflash.anchors_per_sequence * draft.block_size
+    return slots * draft.layers.num_layers
 
 
-def _dflash(config: Config, spec: ModelSpec) -> DflashSpec:
-    path = config.trainer.dflash.path
+def _dflash(config: Config, spec: ModelSpec, path: str | None) -> DflashSpec:
     # A draft from scratch is not written yet.
-    if path is None or not Path(path).exists():
+    if path is None or (Path(path).is_absolute() and not Path(path).exists()):
         return fresh_dflash_spec(config.trainer.dflash, spec, 0)
-    return read_dflash_spec(path)
-
-
-def _kv_layers(config: Config, spec: ModelSpec) -> int:
-    """Layers whose keys vLLM caches: the policy's and the draft's."""
-    trainer = config.trainer
-    if trainer.mtp.enabled:
-        return spec.num_layers + 1
-    if trainer.dflash.enabled:
-        return spec.num_layers + _dflash(config, spec).layers.num_layers
-    return spec.num_layers
+    return read_dflash_spec(path, weights=False)
 
 
 def memory_line(plan: Plan) -> str:
@@ -191,7 +211,8 @@ def plan_facts(config: Config, plan: Plan, *, num_runs: int = 1) -> dict[str, st
         "worker": f"about {readable(worker.total)} each: {shares}",
         "engine": f"weights {readable(plan.engine_weights)} a GPU; {_cache(config, plan)}",
         "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
-        "checkpoint": f"{readable(plan.checkpoint)} each, {trainer.max_ckpts_to_keep} kept",
+        "checkpoint": f"{readable(plan.checkpoint)} each, "
+        + (f"{trainer.max_ckpts_to_keep} kept" if trainer.ckpt_interval else "only where SIGTERM stops the run"),
         "tokens": f"at most {plan.tokens_per_step:,} a step, prompts included",
     }
     return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}

@@ -108,29 +108,30 @@ def _check_device(config: Config) -> None:
     """With RAY_ADDRESS set the GPUs may be on other machines; Ray's placement answers then."""
     if config.trainer.placement.device != "cuda" or "RAY_ADDRESS" in os.environ:
         return
-    num_gpus, engine = _num_gpus(), config.generator.inference_engine
-    if num_gpus == 0:
+    found, engine = num_gpus(), config.generator.inference_engine
+    if found == 0:
         raise ConfigError(
             "trainer.placement.device=cuda: no CUDA device is visible on this machine; "
             "set it to cpu, mend the driver or CUDA_VISIBLE_DEVICES, or join a cluster with RAY_ADDRESS"
         )
     num_workers, num_engine_gpus = parallel_layout(config).world_size, engine.num_engines * engine.tensor_parallel_size
     if config.trainer.placement.colocate_all:
-        if num_workers > num_gpus:
+        if num_workers > found:
             raise ConfigError(
                 f"trainer.placement.colocate_all=true: {num_workers} policy workers, each with an engine on its GPU, "
-                f"but this machine has {num_gpus} GPUs; lower trainer.placement.policy_num_gpus_per_node and "
+                f"but this machine has {found} GPUs; lower trainer.placement.policynum_gpus_per_node and "
                 "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
             )
-    elif num_workers + num_engine_gpus > num_gpus:
+    elif num_workers + num_engine_gpus > found:
         raise ConfigError(
             f"trainer.placement.device=cuda: {num_workers} policy workers and {num_engine_gpus} GPUs of engines, but "
-            f"this machine has {num_gpus}; lower trainer.placement.policy_num_gpus_per_node or "
+            f"this machine has {found}; lower trainer.placement.policynum_gpus_per_node or "
             "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
         )
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
+    """Of this machine, as far as this process may see them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return 0 if visible in ("", "-1", "NoDevFiles") else len(visible.split(","))

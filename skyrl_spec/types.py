@@ -86,8 +86,7 @@ class ProposalScores:
 class Rollout:
     """A prompt, one response and its reward. ``loss_mask`` has an entry a response token (1: trained on).
 
-    ``error``: why the response could not be scored; it counts as failed, with reward 0. ``pieces``: each token's text,
-    and whether the draft had proposed it, where that was recorded.
+    ``error``: why the response could not be scored; it counts as failed, with reward 0.
     """
 
     prompt: Prompt
@@ -96,7 +95,15 @@ class Rollout:
     reward: float
     loss_mask: list[int]
     error: str | None = None
-    pieces: list[tuple[str, bool]] | None = None
+
+
+@dataclass(frozen=True)
+class DraftedResponse:
+    """The beginning of a response, to look at: each token's text, and whether it was drafted and accepted."""
+
+    prompt: Prompt
+    generation: Generation
+    pieces: list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)

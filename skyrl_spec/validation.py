@@ -49,6 +49,8 @@ POSITIVE = Range(0, low_open=True)
 NOT_NEGATIVE = Range(0)
 FROM_ONE = Range(1)
 PROBABILITY = Range(0, 1, high_open=True)
+# Those of torch and vLLM are 64 bits wide, numpy's of old are 32.
+SEEDS = Range(0, 2**32 - 1)
 
 _ENGINE = "generator.inference_engine"
 _MEGATRON = "trainer.policy.megatron_config"
@@ -97,8 +99,7 @@ RANGES: dict[str, Range] = {
     "trainer.max_restarts": NOT_NEGATIVE,
     "trainer.hf_save_interval": NOT_NEGATIVE,
     "trainer.max_ckpts_to_keep": FROM_ONE,
-    # The seeds of torch and vLLM are 64 bits wide, numpy's of old are 32.
-    "trainer.seed": Range(0, 2**32 - 1),
+    "trainer.seed": SEEDS,
     "trainer.epochs": FROM_ONE,
     "trainer.max_training_steps": FROM_ONE,
     "trainer.update_epochs_per_batch": FROM_ONE,

@@ -18,7 +18,7 @@ class Closeness(BaseTextEnv):
 
     def step(self, action: str) -> BaseTextEnvStepOutput:
         answer = action.rpartition("####")[2].strip()
-        is_number = answer.removeprefix("-").isdigit()
+        is_number = answer.removeprefix("-").isdecimal()
         reward = 1 / (1 + abs(int(answer) - self.truth)) if is_number else 0.0
         return BaseTextEnvStepOutput(observations=[], reward=reward, done=True, metadata={})
 

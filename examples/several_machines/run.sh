@@ -2,6 +2,7 @@
 # Two machines of 8 GPUs, on the first of them: 8 GPUs train (TP 4 x DP 2), 8 generate. RAY_ADDRESS names the cluster.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export PATH="$PWD/.venv/bin:$PATH"
 : "${RAY_ADDRESS:?start a cluster (see README.md) and set RAY_ADDRESS=FIRST:6379}"
 exec skyrl-spec train experiment=mimo_7b_dapo_8gpu \
     trainer.placement.policy_num_nodes=2 trainer.placement.policy_num_gpus_per_node=4 \

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skyrl_spec.config import Config, ConfigError, SamplingConfig
 from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.evaluation import prompts as prompt_files
 from skyrl_spec.evaluation.target import Target, open_target
+from skyrl_spec.model_spec import read_config
 from skyrl_spec.options import EvalDraftOptions
+from skyrl_spec.preflight import num_gpus
+from skyrl_spec.trainer.signals import SignalWatch
 from skyrl_spec.types import Prompt
+from skyrl_spec.validation import NOT_NEGATIVE, SEEDS
 
 if TYPE_CHECKING:
     from skyrl_spec.evaluation.measure import Measurement
@@ -31,14 +34,16 @@ class Plan:
 
     device: str
     dtype: str
+    tensor_parallel_size: int
     sampling: SamplingConfig
     max_prompt_length: int
+    engine_init_kwargs: dict[str, Any]
     files: list[str]
     token_counts: list[int]
     out: Path
 
 
-def run(options: EvalDraftOptions, *, verbose: bool) -> None:
+def run(options: EvalDraftOptions, watch: SignalWatch, *, verbose: bool) -> None:
     """Measure, print the table as it fills, and write the JSON file.
 
     Raises:
@@ -52,7 +57,7 @@ def run(options: EvalDraftOptions, *, verbose: bool) -> None:
         _check_writable(plan.out)
         for name, value in _facts(options, plan, target, len(prompts)).items():
             print(f"{name:<10}{value}")
-        results = _measure(options, plan, target, prompts, verbose=verbose)
+        results = _measure(options, plan, target, prompts, watch, verbose=verbose)
     # Ray and torch are there by now.
     from skyrl_spec.evaluation.result import as_json, recommendation_lines
 
@@ -70,7 +75,13 @@ def run(options: EvalDraftOptions, *, verbose: bool) -> None:
 
 
 def _measure(
-    options: EvalDraftOptions, plan: Plan, target: Target, prompts: list[Prompt], *, verbose: bool
+    options: EvalDraftOptions,
+    plan: Plan,
+    target: Target,
+    prompts: list[Prompt],
+    watch: SignalWatch,
+    *,
+    verbose: bool,
 ) -> list[Measurement]:
     # Once everything that can be refused has been.
     from skyrl_spec.evaluation.measure import measure
@@ -82,7 +93,8 @@ def _measure(
             print(table_row(item), flush=True)
 
     print(f"starting engines (-v shows what they print)\n\n{table_header()}", flush=True)
-    with ray_session(verbose):
+    # Ray puts handlers of its own in place of ours.
+    with ray_session(verbose), watch.installed():
         return measure(
             _engine_settings(options, plan, target),
             {count: target.speculative_config(count) for count in plan.token_counts},
@@ -91,6 +103,7 @@ def _measure(
             options.batch_sizes,
             rounds=options.rounds,
             min_rollouts=options.min_rollouts,
+            seed=options.seed,
             on_measured=show,
         )
 
@@ -104,8 +117,10 @@ def _check(options: EvalDraftOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1; change it")
-    if options.temperature is not None and not options.temperature >= 0:
-        raise ConfigError(f"temperature={options.temperature:g}: must be at least 0; change it")
+    if options.temperature is not None and options.temperature not in NOT_NEGATIVE:
+        raise ConfigError(f"temperature={options.temperature:g}: must be {NOT_NEGATIVE}; change it")
+    if options.seed not in SEEDS:
+        raise ConfigError(f"seed={options.seed}: must be {SEEDS}; change it")
     for name, allowed in (("device", ("cpu", "cuda")), ("dtype", ("fp32", "bf16"))):
         value = getattr(options, name)
         if value is not None and value not in allowed:
@@ -120,27 +135,59 @@ def _check_writable(path: Path) -> None:
 def _plan(options: EvalDraftOptions, target: Target) -> Plan:
     run = target.run or _without_run()
     device = _first(options.device, run.trainer.placement.device)
-    dtype = None if target.run is None else run.trainer.policy.megatron_config.dtype
+    engine, trained_in = run.generator.inference_engine, run.trainer.policy.megatron_config.dtype
+    dtype = None if target.run is None else engine.dtype or trained_in
+    tp = _first(options.tensor_parallel_size, engine.tensor_parallel_size)
+    _check_gpus(device, tp)
     sampling = run.generator.sampling_params
-    return Plan(
+    plan = Plan(
         device=device,
         dtype=_first(options.dtype, dtype, "fp32" if device == "cpu" else "bf16"),
-        sampling=SamplingConfig(
+        tensor_parallel_size=tp,
+        sampling=replace(
+            sampling,
             temperature=_first(options.temperature, sampling.temperature),
             max_generate_length=_first(options.max_generate_length, sampling.max_generate_length),
         ),
         max_prompt_length=_first(options.max_prompt_length, run.trainer.max_prompt_length),
+        engine_init_kwargs=engine.engine_init_kwargs,
         files=_first(options.prompts, run.data.val_data),
         token_counts=target.token_counts(options.num_speculative_tokens),
         out=Path(options.out) if options.out else target.home / "eval_draft.json",
     )
+    return _within_positions(options, plan, read_config(target.model, "target").get("max_position_embeddings"))
+
+
+def _within_positions(options: EvalDraftOptions, plan: Plan, positions: int | None) -> Plan:
+    """Prompt and response within the model's positions: a default gives way, what was asked for does not."""
+    room = None if positions is None else positions - plan.sampling.max_generate_length
+    if room is None or plan.max_prompt_length <= room:
+        return plan
+    if options.max_prompt_length is None and room > 0:
+        return replace(plan, max_prompt_length=room)
+    raise ConfigError(
+        f"max_generate_length={plan.sampling.max_generate_length}: with max_prompt_length={plan.max_prompt_length} it "
+        f"passes the model's {positions} positions; lower one"
+    )
+
+
+def _check_gpus(device: str, tensor_parallel_size: int) -> None:
+    # With RAY_ADDRESS set the GPUs may be on other machines.
+    if device != "cuda" or "RAY_ADDRESS" in os.environ:
+        return
+    needed, found = (1 if tensor_parallel_size == 1 else 2 * tensor_parallel_size), num_gpus()
+    if found < needed:
+        raise ConfigError(
+            f"device=cuda: two engines of tensor_parallel_size={tensor_parallel_size} need {needed} GPUs, and this "
+            f"machine has {found}; set device=cpu, lower tensor_parallel_size, or join a cluster with RAY_ADDRESS"
+        )
 
 
 def _without_run() -> Config:
     """The defaults of a target that was not trained here."""
     config = Config()
     config.generator.sampling_params.max_generate_length = 128
-    config.trainer.placement.device = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    config.trainer.placement.device = "cuda" if num_gpus() else "cpu"
     return config
 
 
@@ -152,21 +199,22 @@ def _engine_settings(options: EvalDraftOptions, plan: Plan, target: Target) -> E
     from skyrl_spec.rollout.engine import EngineSettings
     from skyrl_spec.trainer.placement import num_cores
 
-    on_cpu = plan.device == "cpu"
+    on_cpu, tp = plan.device == "cpu", plan.tensor_parallel_size
     return EngineSettings(
         model_path=str(target.model.resolve()),
         dtype=plan.dtype,
         device=plan.device,
-        tensor_parallel_size=options.tensor_parallel_size,
+        tensor_parallel_size=tp,
         max_model_len=plan.max_prompt_length + plan.sampling.max_generate_length,
         max_num_seqs=max(options.batch_sizes),
         # Two engines share a GPU.
-        gpu_memory_utilization=0.4 if options.tensor_parallel_size == 1 else 0.8,
+        gpu_memory_utilization=0.4 if tp == 1 else 0.8,
         # Compiling takes longer than an evaluation.
         enforce_eager=on_cpu,
         seed=options.seed,
         weight_sync_backend="ray" if on_cpu else "nccl",
         num_threads=num_cores() if on_cpu else None,
+        engine_init_kwargs=plan.engine_init_kwargs,
     )
 
 
@@ -176,6 +224,6 @@ def _facts(options: EvalDraftOptions, plan: Plan, target: Target, num_prompts: i
         "draft": target.method if options.draft is None else f"{target.method}, {target.draft}",
         "prompts": f"{num_prompts} of {', '.join(plan.files)}",
         "sampling": f"temperature {plan.sampling.temperature:g}, up to {plan.sampling.max_generate_length} tokens",
-        "engines": f"{plan.device}, TP {options.tensor_parallel_size}, {plan.dtype}",
+        "engines": f"{plan.device}, TP {plan.tensor_parallel_size}, {plan.dtype}",
         "rounds": f"{options.rounds}, with and without the draft by turns; medians are shown",
     }

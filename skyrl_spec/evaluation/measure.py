@@ -18,8 +18,8 @@ from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.trainer.actors import EngineGroup, cause_of_death
 from skyrl_spec.types import Prompt, SpecCounters
 
-# Seconds that an engine may take to load, and to answer.
-_TIMEOUT_S = 3600.0
+# Seconds that an engine may take to be placed and to load, and to answer.
+_START_S, _ANSWER_S = 600.0, 3600.0
 
 
 @dataclass
@@ -57,6 +57,7 @@ def measure(
     *,
     rounds: int,
     min_rollouts: int,
+    seed: int = 0,
     on_measured: Callable[[list[Measurement]], None] = lambda _: None,
 ) -> list[Measurement]:
     """All combinations of ``drafts`` (vLLM's ``speculative_config`` by number of tokens) and ``batch_sizes``.
@@ -72,8 +73,10 @@ def measure(
                 stream = cycle(prompts)
                 for number in range(-1, rounds):
                     for result in measured:
-                        batch = list(islice(stream, max(result.batch_size, min_rollouts)))
-                        _measure_once(result, plain, drafted, batch, sampling, number)
+                        # Whole batches.
+                        num_batches = -(-min_rollouts // result.batch_size)
+                        batch = list(islice(stream, num_batches * result.batch_size))
+                        _measure_once(result, plain, drafted, batch, sampling, number, seed)
             on_measured(measured)
             results += measured
     return results
@@ -86,10 +89,13 @@ def _measure_once(
     prompts: list[Prompt],
     sampling: SamplingConfig,
     number: int,
+    seed: int,
 ) -> None:
-    before = drafted.spec_counters()
+    before, round_seed = drafted.spec_counters(), seed * 1_000_003 + number + 1
     order = [plain, drafted] if number % 2 == 0 else [drafted, plain]
-    speed = {id(engine): _tokens_per_second(engine, prompts, result.batch_size, sampling, number) for engine in order}
+    speed = {
+        id(engine): _tokens_per_second(engine, prompts, result.batch_size, sampling, round_seed) for engine in order
+    }
     if number >= 0:
         result.plain_tok_s.append(speed[id(plain)])
         result.drafted_tok_s.append(speed[id(drafted)])
@@ -97,12 +103,12 @@ def _measure_once(
 
 
 def _tokens_per_second(
-    engine: EngineGroup, prompts: list[Prompt], batch_size: int, sampling: SamplingConfig, number: int
+    engine: EngineGroup, prompts: list[Prompt], batch_size: int, sampling: SamplingConfig, seed: int
 ) -> float:
     """Over calls of ``batch_size`` rollouts, one after the other."""
     num_tokens, start = 0, time.perf_counter()
     for first in range(0, len(prompts), batch_size):
-        groups = engine.generate(prompts[first : first + batch_size], sampling, 1, seed=number + 1)
+        groups = engine.generate(prompts[first : first + batch_size], sampling, 1, seed)
         num_tokens += sum(len(generation.token_ids) for group in groups for generation in group)
     return num_tokens / (time.perf_counter() - start)
 
@@ -121,13 +127,18 @@ def _engine(settings: EngineSettings) -> Iterator[EngineGroup]:
     actor_class: Any = RolloutActor
     handle = actor_class.options(**options).remote(settings)
     try:
-        ray.get(handle.ping.remote(), timeout=_TIMEOUT_S)
+        ray.get(handle.ping.remote(), timeout=_START_S)
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(
+            f"an engine was not up within {_START_S:.0f} s (GPUs in the cluster: "
+            f"{ray.cluster_resources().get('GPU', 0):g}); free GPUs, or lower tensor_parallel_size"
+        ) from None
     except ray.exceptions.RayError as error:
         what = settings.speculative_config or "no draft"
         cause = getattr(error, "cause", None)
         reason = " ".join(str(cause or cause_of_death(error)).split())[:300]
         raise RunError(f"vLLM does not load {settings.model_path} with {what}: {reason}") from None
-    group = EngineGroup([handle], _TIMEOUT_S)
+    group = EngineGroup([handle], _ANSWER_S)
     try:
         yield group
     finally:

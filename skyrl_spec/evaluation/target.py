@@ -11,7 +11,7 @@ from typing import Any
 
 from skyrl_spec.checkpoint.folders import latest, read_record
 from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.draft_spec import DRAFT_ARCHITECTURE
+from skyrl_spec.draft_spec import DRAFT_ARCHITECTURE, read_dflash_spec
 from skyrl_spec.model_spec import model_directory, read_config
 from skyrl_spec.options import SPECULATIVE_METHODS, EvalDraftOptions
 
@@ -46,7 +46,7 @@ class Target:
         Raises:
             ConfigError: more than a block of the draft has.
         """
-        most = read_config(self.draft, "draft")["block_size"] - 1 if self.method == "dflash" and self.draft else None
+        most = read_dflash_spec(str(self.draft)).block_size - 1 if self.method == "dflash" else None
         if wanted is None:
             return [count for count in DEFAULT_TOKENS if most is None or count <= most]
         if most is not None and max(wanted) > most:
@@ -88,7 +88,7 @@ def _exported(checkpoint: Path, bundle_directory: Path, options: EvalDraftOption
     from skyrl_spec.checkpoint import bundle
 
     read_record(checkpoint, "target")
-    source = bundle.read_source(checkpoint)
+    source = bundle.read_source(checkpoint, model=options.model)
     bundle.export_bundle(source, bundle_directory)
     draft = bundle_directory / "draft" if source.dflash is not None else None
     trainer = source.config.trainer
@@ -112,6 +112,8 @@ def _with_draft(
     """``own`` is the draft that came with the model."""
     if options.method not in (None, *SPECULATIVE_METHODS):
         raise ConfigError(f"method={options.method}: must be {' or '.join(SPECULATIVE_METHODS)}; choose one")
+    if options.draft is not None and options.method in ("mtp", "ngram"):
+        raise ConfigError(f"draft={options.draft}: method={options.method} has no draft beside the model; drop one")
     draft = own if options.draft is None else model_directory(options.draft, "draft")
     method = options.method or _method_of(model, draft, name)
     if method in ("dflash", "eagle3") and draft is None:

@@ -43,9 +43,10 @@ class WandbWriter(Writer):
         self._run.log({**values, names.STEP: step}, step=step)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        for sample in samples:
+        scored = [sample for sample in samples if "reward" in sample]
+        for sample in scored:
             self._samples.add_data(*(sample[column] for column in _SAMPLE_COLUMNS))
-        if samples:
+        if scored:
             self._run.log({"samples": self._samples}, step=step)
 
     def summarize(self, headline: Mapping[str, float]) -> None:
@@ -77,7 +78,7 @@ class TensorBoardWriter(Writer):
         self._events.flush()
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        for index, sample in enumerate(samples):
+        for index, sample in enumerate(sample for sample in samples if "reward" in sample):
             quoted = indent(sample["response"], "    ")
             text = f"{sample['prompt']}\n\n{quoted}\n\nreward {sample['reward']:g}"
             self._events.add_text(f"samples/{index}", text, step)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.metrics import names
-from skyrl_spec.types import Rollout
+from skyrl_spec.types import DraftedResponse, Generation, Prompt, Rollout
 
 Sample = dict[str, Any]
 
@@ -96,12 +96,13 @@ class SummaryWriter(Writer):
         self._path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def pick_samples(step: int, rollouts: Sequence[Rollout], num: int = 4) -> list[Sample]:
-    """``num`` of a step's rollouts, evenly spread over them, and all of which is known what the draft proposed."""
-    plain = [rollout for rollout in rollouts if rollout.pieces is None]
-    stride = max(1, len(plain) // num)
-    told = [rollout for rollout in rollouts if rollout.pieces is not None]
-    return [_sample(step, rollout) for rollout in [*plain[::stride][:num], *told]]
+def pick_samples(
+    step: int, rollouts: Sequence[Rollout], drafted: Sequence[DraftedResponse] = (), num: int = 4
+) -> list[Sample]:
+    """``num`` of a step's rollouts, evenly spread over them, and all responses of which is known what was drafted."""
+    stride = max(1, len(rollouts) // num)
+    scored = [_scored(step, rollout) for rollout in rollouts[::stride][:num]]
+    return scored + [_drafted(step, response) for response in drafted]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -123,17 +124,23 @@ def _json_number(value: float) -> float | int | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _sample(step: int, rollout: Rollout) -> Sample:
-    versions = rollout.generation.versions
-    sample: Sample = {
+def _scored(step: int, rollout: Rollout) -> Sample:
+    sample = _base(step, rollout.prompt, rollout.generation, rollout.text) | {"reward": rollout.reward}
+    return sample if rollout.error is None else sample | {"error": rollout.error}
+
+
+def _drafted(step: int, response: DraftedResponse) -> Sample:
+    text = "".join(piece for piece, _ in response.pieces)
+    return _base(step, response.prompt, response.generation, text) | {"pieces": response.pieces}
+
+
+def _base(step: int, prompt: Prompt, generation: Generation, text: str) -> Sample:
+    return {
         "step": step,
-        "uid": rollout.prompt.uid,
-        "prompt": "\n".join(message["content"] for message in rollout.prompt.messages),
-        "response": rollout.text,
-        "reward": rollout.reward,
-        "finish_reason": rollout.generation.finish_reason,
-        "policy_version": versions.policy,
-        "draft_version": versions.draft,
+        "uid": prompt.uid,
+        "prompt": "\n".join(message["content"] for message in prompt.messages),
+        "response": text,
+        "finish_reason": generation.finish_reason,
+        "policy_version": generation.versions.policy,
+        "draft_version": generation.versions.draft,
     }
-    optional = {"error": rollout.error, "pieces": rollout.pieces}
-    return sample | {name: value for name, value in optional.items() if value is not None}

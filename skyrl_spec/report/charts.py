@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -84,9 +85,21 @@ def _lines(axes: Axes, runs: Sequence[RunData], key: str, suffix: str = "", **lo
         style = {"color": COLOURS[index % 7], "linestyle": LINES[index % 7]} | look
         if style.pop("own_marker", False):
             style["marker"] = MARKERS[index % 7]
-        axes.plot(steps, values, label=f"{run.label}{suffix}", **style)
+        axes.plot(steps, values, label=_label(run, suffix), **style)
         told.append(f"{run.label}{suffix}: from {values[0]:.4g} (step {steps[0]}) to {values[-1]:.4g} ({steps[-1]}).")
     return told
+
+
+def _label(run: RunData, suffix: str = "") -> str:
+    """Matplotlib takes dollars for formulas, and leaves out what begins with an underscore."""
+    text = f"{run.label}{suffix}".replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _log_if_positive(axes: Axes) -> None:
+    """Zeros have no place on a logarithmic axis; where all are zero it would be empty."""
+    if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
+        axes.set_yscale("log", nonpositive="clip")
 
 
 def _finished(axes: Axes, name: str, caption: str, told: Sequence[str]) -> Chart | None:
@@ -108,12 +121,16 @@ def _reward(runs: Sequence[RunData]) -> Chart | None:
     return _finished(axes, "reward", "Markers: held-out prompts. Lines without: the training batch.", told)
 
 
+def _num_positions(run: RunData) -> int:
+    """Drafted tokens, as far as the run has told."""
+    return max(len(run.numbered(names.acceptance_rate_pos(mode, 0)[:-1])) for mode in ("train", "eval"))
+
+
 def _acceptance(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Acceptance length", "tokens per target forward")
     told = _lines(axes, runs, names.acceptance_length("train"), ", training")
     told += _lines(axes, runs, names.acceptance_length("eval"), ", held-out", own_marker=True, linewidth=0.9)
-    most = max((1 + len(run.numbered(names.acceptance_rate_pos("train", 0)[:-1])) for run in runs), default=1)
-    if told:
+    for most in sorted({1 + k for run in runs if (k := _num_positions(run))}):
         axes.axhline(most, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)))
         axes.annotate(f"the most there can be: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="top")
     return _finished(
@@ -137,7 +154,7 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
         if pairs:
             predicted, measured = [list(values) for values in zip(*pairs, strict=True)]
             axes.scatter(
-                predicted, measured, s=14, color=COLOURS[index % 7], marker=MARKERS[index % 7], label=run.label
+                predicted, measured, s=14, color=COLOURS[index % 7], marker=MARKERS[index % 7], label=_label(run)
             )
             gap = sum(p - m for p, m in pairs) / len(pairs)
             told.append(
@@ -166,14 +183,16 @@ def _step_time(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Step time", "seconds")
     told = _lines(axes, runs, names.STEP_TIME)
     axes.set_ylim(bottom=0)
-    return _finished(axes, "step_time", "From sampling to sync; without evaluations.", told)
+    return _finished(axes, "step_time", "From sampling to sync, canaries included; without evaluations.", told)
 
 
 def _sync_bytes(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Weight sync: size", "MB")
     for index, run in enumerate(runs):
         steps, values = run.series(names.SYNC_BYTES)
-        axes.plot(steps, [value / 1e6 for value in values], label=run.label, color=COLOURS[index % 7],
+        if not steps:
+            continue
+        axes.plot(steps, [value / 1e6 for value in values], label=_label(run), color=COLOURS[index % 7],
                   linestyle=LINES[index % 7])  # fmt: skip
     axes.set_ylim(bottom=0)
     told = [f"{run.label}: {v[-1] / 1e6:.1f} MB a sync." for run in runs if (v := run.series(names.SYNC_BYTES)[1])]
@@ -191,8 +210,7 @@ def _canary(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Sync canary", "mean |log-prob difference|")
     told = _lines(axes, runs, names.CANARY_POLICY, ", policy", own_marker=True)
     told += _lines(axes, runs, names.CANARY_DRAFT, ", draft", own_marker=True, fillstyle="none", linestyle=":")
-    if told:
-        axes.set_yscale("log")
+    _log_if_positive(axes)
     return _finished(
         axes,
         "canary",
@@ -204,8 +222,7 @@ def _canary(runs: Sequence[RunData]) -> Chart | None:
 def _lossless(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Losslessness canary", "smallest p-value")
     told = _lines(axes, runs, names.LOSSLESS_P_VALUE, own_marker=True)
-    if told:
-        axes.set_yscale("log")
+    _log_if_positive(axes)
     return _finished(axes, "lossless", "Generations with the draft against those without: very small is alarm.", told)
 
 
@@ -223,7 +240,7 @@ def _draft_loss(runs: Sequence[RunData]) -> Chart | None:
 
 
 def _positions(run: RunData, several: bool) -> Chart | None:
-    axes = _axes(f"Acceptance by position{f': {run.label}' if several else ''}", "share of drafts")
+    axes = _axes(f"Acceptance by position{f': {_label(run)}' if several else ''}", "share of drafts")
     told, ends = [], []
     keys = run.numbered(names.acceptance_rate_pos("train", 0)[:-1])
     for index, key in enumerate(keys):
@@ -249,12 +266,12 @@ def _positions(run: RunData, several: bool) -> Chart | None:
 
 
 def _phases(run: RunData, several: bool) -> Chart | None:
-    axes = _axes(f"Where a step's time goes{f': {run.label}' if several else ''}", "seconds")
+    axes = _axes(f"Where a step's time goes{f': {_label(run)}' if several else ''}", "seconds")
     phases = [phase for phase in _STACK if run.series(names.timing(phase))[0]]
     steps = run.series(names.STEP_TIME)[0]
     by_step = {record[names.STEP]: record for record in run.records}
     stacks = [[by_step[step].get(names.timing(phase)) or 0.0 for step in steps] for phase in phases]
-    if not steps or not phases:
+    if not steps or not any(map(any, stacks)):
         return None
     bottom = [0.0] * len(steps)
     for phase, values in zip(phases, stacks, strict=True):

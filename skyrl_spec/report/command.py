@@ -21,6 +21,9 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or run_dirs[0] / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Of a former report here.
+        for path in out.glob("*.png"):
+            path.unlink()
         for chart in drawn:
             (out / f"{chart.name}.png").write_bytes(page.png(chart))
         target = out / "index.html"

@@ -86,7 +86,10 @@ def _told_samples(run: RunData) -> list[dict[str, Any]]:
 def _plain_samples(run: RunData, num_runs: int) -> list[dict[str, Any]]:
     plain = [sample for sample in run.samples if not sample.get("pieces")]
     chosen = plain[-max(1, _NUM_PLAIN_SAMPLES // num_runs) :]
-    return [sample | {"label": run.label, "response": _cut(sample["response"])} for sample in chosen]
+    return [
+        sample | {"label": run.label, "response": _cut(sample["response"]), "reward": sample.get("reward", "-")}
+        for sample in chosen
+    ]
 
 
 def _cut(text: str) -> str:

@@ -14,6 +14,8 @@ from skyrl_spec.config import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.writers import read_jsonl
 
+_SAMPLE = {"step", "prompt", "response"}
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -70,13 +72,24 @@ def _read(directory: Path, label: str) -> RunData:
         samples = read_jsonl(directory / "samples.jsonl") if (directory / "samples.jsonl").is_file() else []
         summary_file, config_file = directory / "summary.json", directory / "config.yaml"
         summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
-        config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+        config = (yaml.safe_load(config_file.read_text()) if config_file.is_file() else None) or {}
+        _check_shapes(records, samples, summary, config)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"report {directory}: cannot be read ({reason}); copy the run's files again") from None
     if not records:
         raise ConfigError(f"report {directory}: metrics.jsonl has no step yet; come back after the first")
     return RunData(label, directory, records, samples, dict(_flat(config)), summary)
+
+
+def _check_shapes(records: list[Any], samples: list[Any], summary: Any, config: Any) -> None:
+    """Raises ``ValueError`` for files of these names that are something else's."""
+    if not all(isinstance(record, dict) and isinstance(record.get(names.STEP), int) for record in records):
+        raise ValueError(f"metrics.jsonl has lines without {names.STEP}")
+    if not all(isinstance(sample, dict) and sample.keys() >= _SAMPLE for sample in samples):
+        raise ValueError(f"samples.jsonl has lines without {', '.join(sorted(_SAMPLE))}")
+    if not isinstance(summary, dict) or not isinstance(config, dict):
+        raise ValueError("summary.json or config.yaml holds no settings")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -86,5 +99,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         if isinstance(value, dict) and value:
             flat += _flat(value, f"{prefix}{key}.")
         else:
-            flat.append((prefix + key, value))
+            flat.append((f"{prefix}{key}", value))
     return flat

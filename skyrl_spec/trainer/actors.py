@@ -76,6 +76,10 @@ class EngineGroup:
         """What each engine answers to the same prompts, with what its draft proposed."""
         return self.all("propose", prompts, sampling, seed)
 
+    def propose_on_one(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
+        """The same of the first engine alone."""
+        return self._ask({0: _call("propose", prompts, sampling, seed)})[0]
+
     def spec_counters(self) -> SpecCounters:
         """Speculation since the engines started, over all of them; of a lost one, up to the last time it was asked."""
         self._counters = self.all("spec_counters")

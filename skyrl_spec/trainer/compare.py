@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from skyrl_spec.compose import to_yaml
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.draft_spec import read_dflash_spec, trained_draft
 from skyrl_spec.metrics import names
@@ -24,6 +25,8 @@ from skyrl_spec.trainer.signals import SignalWatch
 from skyrl_spec.validation import validate
 
 TRAINED, FROZEN, NONE = "trained", "frozen", "none"
+# In an arm's folder once it is over: the settings it was asked for, before anything was decided.
+_ASKED = "compared.yaml"
 
 # Title, key and decimals.
 _ROWS = (
@@ -58,25 +61,41 @@ def arms(config: Config) -> dict[str, Config]:
     if trainer.dflash.path is not None and trainer.dflash.enabled:
         block = read_dflash_spec(trainer.dflash.path).block_size
         served |= {"num_speculative_tokens": trainer.dflash.num_speculative_tokens or block - 1}
+    if trainer.resume_mode == "from_path":
+        raise ConfigError(
+            "trainer.resume_mode=from_path: the three runs have checkpoints of their own; set latest or null"
+        )
     found = {TRAINED: config, FROZEN: _with_draft(config, served), NONE: _with_draft(config, None)}
     return {name: _in_folder(arm, name) for name, arm in found.items()}
 
 
+def checked_arms(config: Config) -> dict[str, Config]:
+    """``arms``, each found to be valid."""
+    found = arms(config)
+    for arm in found.values():
+        validate(arm)
+    return found
+
+
 def run_comparison(config: Config, *, verbose: bool = False) -> int:
     """All arms, then the table, ``compare.json`` and the report; returns the process's exit code."""
-    for arm in arms(config).values():
-        validate(arm)
+    checked_arms(config)
     return run_job(_compare, config, verbose=verbose)
 
 
 def _compare(config: Config, verbose: bool, watch: SignalWatch) -> None:
     root, found = Path(config.trainer.run_dir), arms(config)
+    done = {name for name, arm in found.items() if _is_done(arm)}
+    for name in found.keys() - done:
+        # What an earlier comparison left here is none of this one.
+        (root / name / _ASKED).unlink(missing_ok=True)
     for number, (name, arm) in enumerate(found.items(), start=1):
         print(f"\n== {number} of {len(found)}: draft {name} ==", flush=True)
-        if _is_done(arm):
+        if name in done:
             print(f"is done already: {arm.trainer.run_dir}")
             continue
         train(arm, verbose, watch)
+        (root / name / _ASKED).write_text(_asked(arm))
     records = {name: read_jsonl(root / name / "metrics.jsonl") for name in found}
     result = {name: compared(own) | _summary(root / name) for name, own in records.items()}
     (root / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -129,8 +148,13 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_done(config: Config) -> bool:
-    """Where a comparison goes on that was stopped."""
-    return config.trainer.resume_mode == "latest" and (Path(config.trainer.run_dir) / "summary.json").is_file()
+    """Where a comparison goes on that was stopped: the arm came to its end, with these settings."""
+    asked = Path(config.trainer.run_dir) / _ASKED
+    return config.trainer.resume_mode == "latest" and asked.is_file() and asked.read_text() == _asked(config)
+
+
+def _asked(config: Config) -> str:
+    return to_yaml(replace(config, trainer=replace(config.trainer, resume_mode=None)))
 
 
 def _with_draft(config: Config, served: dict[str, Any] | None) -> Config:

@@ -33,9 +33,9 @@ from skyrl_spec.trainer.fidelity import Watch, acceptance_gap, coarser_dtype, lo
 from skyrl_spec.trainer.filters import Collected, Group, collect_groups
 from skyrl_spec.trainer.lossless import LosslessCanary, PlainEngine
 from skyrl_spec.trainer.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
-from skyrl_spec.types import Prompt, Rollout, StepReport, TrainBatch, Versions
+from skyrl_spec.types import DraftedResponse, Prompt, Rollout, StepReport, TrainBatch, Versions
 
-OnStep = Callable[[int, dict[str, float], Sequence[Rollout]], None]
+OnStep = Callable[[int, dict[str, float], Sequence[Rollout], Sequence[DraftedResponse]], None]
 Shield = Callable[[], AbstractContextManager[None]]
 
 
@@ -91,20 +91,21 @@ class Trainer:
         if trainer.canary.enabled:
             self.canary.check(self.sync.versions)
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
-            on_step(0, self.evaluate(), self.sampler.sample_with_drafts(self.eval_prompts))
+            on_step(0, self.evaluate(), [], self.sampler.sample_with_drafts(self.eval_prompts))
         for step in range(steps_done + 1, num_steps + 1):
             if self.stream.epoch >= trainer.epochs:
                 break
             sampled = self.sample()
             with shield():
-                values, rollouts = self.train(sampled), sampled.rollouts
+                values = self.train(sampled)
+                drafted: list[DraftedResponse] = []
                 # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
                 is_last = step == num_steps or self.stream.epoch >= trainer.epochs
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
                 if due and self.eval_prompts:
                     values |= self.evaluate()
-                    rollouts += self.sampler.sample_with_drafts(self.eval_prompts)
-                on_step(step, values, rollouts)
+                    drafted = self.sampler.sample_with_drafts(self.eval_prompts)
+                on_step(step, values, sampled.rollouts, drafted)
             if is_last:
                 break
 

@@ -28,7 +28,7 @@ from skyrl_spec.metrics.writers import (
 from skyrl_spec.plan import make_plan, memory_line, plan_facts
 from skyrl_spec.trainer.checkpoints import begin
 from skyrl_spec.trainer.task import Task
-from skyrl_spec.types import Rollout
+from skyrl_spec.types import DraftedResponse, Rollout
 from skyrl_spec.validation import parallel_layout
 
 
@@ -40,8 +40,10 @@ class Output:
     console: ConsoleWriter
     writers: list[Writer]
 
-    def on_step(self, step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
-        samples = pick_samples(step, rollouts)
+    def on_step(
+        self, step: int, values: dict[str, float], rollouts: Sequence[Rollout], drafted: Sequence[DraftedResponse]
+    ) -> None:
+        samples = pick_samples(step, rollouts, drafted)
         for writer in self.writers:
             writer.write(step, values)
             writer.write_samples(step, samples)
@@ -96,7 +98,7 @@ def facts_of(task: Task) -> dict[str, str]:
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
         "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
-        "memory": memory_line(make_plan(task.config)),
+        "memory": memory_line(make_plan(task.config, trains_policy=task.trains_policy)),
         "run": trainer.run_dir,
     } | _resume_fact(task)
 
@@ -105,8 +107,9 @@ def show_plan(task: Task, *, num_runs: int = 1) -> None:
     """What ``trainer.dry_run`` prints."""
     facts = facts_of(task)
     facts.pop("memory")
+    plan = make_plan(task.config, trains_policy=task.trains_policy)
     console = ConsoleWriter(task.steps)
-    console.panel(facts | plan_facts(task.config, make_plan(task.config), num_runs=num_runs))
+    console.panel(facts | plan_facts(task.config, plan, num_runs=num_runs))
     console.note("dry run: settings, model, data and devices fit; nothing was started or written")
 
 

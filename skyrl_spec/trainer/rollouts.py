@@ -17,7 +17,7 @@ from skyrl_spec.rollout.spec_metrics import acceptance_metrics
 from skyrl_spec.rollout.speculative import build_speculative_config
 from skyrl_spec.trainer.actors import EngineGroup
 from skyrl_spec.trainer.filters import Group
-from skyrl_spec.types import Generation, Prompt, Proposals, Rollout
+from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, Rollout
 
 # Prompts whose drafts are shown, and tokens of each response: they are sampled one after the other.
 _NUM_SHOWN, _LONGEST_SHOWN = 2, 128
@@ -49,21 +49,20 @@ class RolloutSampler:
         generator = self._config.generator
         return self._sample(prompts, generator.eval_sampling_params, generator.eval_n_samples_per_prompt, seed=0)
 
-    def sample_with_drafts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def sample_with_drafts(self, prompts: Sequence[Prompt]) -> list[DraftedResponse]:
         """The beginnings of a few responses, whose tokens are told apart: drafted and accepted, or the policy's own.
 
-        None where the engines have no draft with a distribution.
+        Empty where the engines have no draft with a distribution. Nothing is scored: what is cut cannot be.
         """
         if not self._has_draft:
             return []
         sampling = self._config.generator.sampling_params
         sampling = replace(sampling, max_generate_length=min(sampling.max_generate_length, _LONGEST_SHOWN))
         shown = list(prompts[:_NUM_SHOWN])
-        answers = self._engines.propose([prompt.token_ids for prompt in shown], sampling, seed=0)[0]
-        rollouts = [group[0] for group in self._score(shown, [[answer.generation] for answer in answers])]
+        answers = self._engines.propose_on_one([prompt.token_ids for prompt in shown], sampling, seed=0)
         return [
-            replace(rollout, pieces=_pieces(self._tokenizer, answer))
-            for rollout, answer in zip(rollouts, answers, strict=True)
+            DraftedResponse(prompt, answer.generation, _pieces(self._tokenizer, answer))
+            for prompt, answer in zip(shown, answers, strict=True)
             if answer.anchors
         ]
 

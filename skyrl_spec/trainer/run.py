@@ -17,7 +17,7 @@ from skyrl_spec.serve import serve_command
 from skyrl_spec.trainer.output import Output, open_output
 from skyrl_spec.trainer.signals import SIGNAL_EXIT, SignalWatch
 from skyrl_spec.trainer.task import Task, load_task
-from skyrl_spec.types import Rollout, Which
+from skyrl_spec.types import DraftedResponse, Rollout, Which
 from skyrl_spec.validation import sync_backend
 
 if TYPE_CHECKING:
@@ -184,8 +184,10 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
     """All steps, with checkpoints; SIGTERM leaves one of the last step that was done."""
     checkpointer = running.checkpointer
 
-    def on_step(step: int, values: dict[str, float], rollouts: Sequence[Rollout]) -> None:
-        output.on_step(step, values, rollouts)
+    def on_step(
+        step: int, values: dict[str, float], rollouts: Sequence[Rollout], drafted: Sequence[DraftedResponse]
+    ) -> None:
+        output.on_step(step, values, rollouts, drafted)
         if step > 0:
             checkpointer.after_step(step, values)
 

@@ -71,12 +71,12 @@ class SignalWatch:
             os._exit(SIGNAL_EXIT + signum)
 
 
-def ended_by_signal(job: Callable[[], None]) -> int:
-    """``job`` to its end, or until a signal makes it clean up and end; returns the process's exit code."""
+def ended_by_signal(job: Callable[[SignalWatch], None]) -> int:
+    """``job(watch)`` to its end, or until a signal makes it clean up and end; returns the process's exit code."""
     watch = SignalWatch()
     try:
         with watch.installed():
-            job()
+            job(watch)
         return 0
     except Exception:
         if watch.received is None:

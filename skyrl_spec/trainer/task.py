@@ -31,6 +31,8 @@ class Task:
     steps: int
     # The checkpoint that it goes on from.
     resume_from: Path | None = None
+    # False: a warm-up, whose policy is frozen.
+    trains_policy: bool = True
 
     @property
     def steps_done(self) -> int | None:
@@ -51,7 +53,8 @@ def load_task(config: Config, resume_from: Path | None = None, *, may_write: boo
     Raises:
         ConfigError: model, tokenizer, draft, data or environments do not fit the configuration.
     """
-    spec = load_spec(config.trainer.policy.model.path)
+    # Of a hub name a plan needs no weights.
+    spec = load_spec(config.trainer.policy.model.path, weights=may_write)
     tokenizer = load_tokenizer(spec.path, "trainer.policy.model.path", spec.vocab_size)
     config = _decide_draft(config, spec, tokenizer, may_write=may_write)
     register_custom(config.environment.custom)
@@ -67,7 +70,7 @@ def _decide_draft(config: Config, spec: ModelSpec, tokenizer: Any, *, may_write:
     dflash = config.trainer.dflash
     if not dflash.enabled:
         return config
-    found = None if dflash.path is None else read_dflash_spec(dflash.path)
+    found = None if dflash.path is None else read_dflash_spec(dflash.path, weights=may_write)
     known = dflash.mask_token_id if found is None else found.mask_token_id
     mask_token_id = resolve_mask_token(known, tokenizer, spec.vocab_size)
     draft = plan_dflash(config, spec, found, mask_token_id)

@@ -58,6 +58,11 @@ def warmup_config(config: Config) -> Config:
     )
 
 
+def as_warmup(task: Task) -> Task:
+    """``task`` of a ``warmup_config``, for as many steps as that says, with the policy frozen."""
+    return replace(task, steps=task.config.trainer.warmup.num_steps, trains_policy=False)
+
+
 def run_warmup(config: Config, *, verbose: bool = False) -> int:
     """Warm a draft up as ``warmup_config`` made ``config``; returns the process's exit code."""
     return run_job(_warm_up, config, verbose=verbose)
@@ -65,8 +70,7 @@ def run_warmup(config: Config, *, verbose: bool = False) -> int:
 
 def _warm_up(config: Config, verbose: bool, watch: SignalWatch) -> None:
     def attempt(resume_from: Path | None) -> None:
-        task = load_task(_with_fresh_head(config), resume_from)
-        task = replace(task, steps=config.trainer.warmup.num_steps)
+        task = as_warmup(load_task(_with_fresh_head(config), resume_from))
         with open_output(task) as output:
             _warm_up_on_cluster(task, output, verbose, watch)
 

@@ -127,6 +127,16 @@ def test_prompts_are_rows_or_lines(tmp_path: Path) -> None:
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["batch_sizes=[0]"], "batch_sizes=[0]: must be numbers of at least 1"),
         (["temperature=-1"], "temperature=-1: must be at least 0"),
+        (["temperature=inf"], "temperature=inf: must be at least 0"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
+        (["prompts={a:1}"], "prompts"),
+        (["target='a b/c d'"], "target=a b/c d: "),
+        ([f"target={QWEN3}", "method=ngram", f"draft={DRAFT}"], f"draft={DRAFT}: method=ngram has no draft"),
+        ([f"target={MIMO}", "device=cuda"], "device=cuda: two engines of tensor_parallel_size=1 need 1 GPUs"),
+        (
+            [f"target={MIMO}", "max_prompt_length=500", "prompts=examples/arithmetic_mtp/data/validation.jsonl"],
+            "max_generate_length=128: with max_prompt_length=500 it passes the model's 512 positions",
+        ),
         (["device=tpu"], "device=tpu: must be cpu or cuda"),
         ([f"target={MIMO}"], "prompts=[]: name a .parquet, .jsonl or .txt file"),
         ([f"target={MIMO}", "prompts=x.jsonl"], "prompts=x.jsonl: no such file"),
@@ -136,7 +146,10 @@ def test_prompts_are_rows_or_lines(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_get_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_line(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["eval-draft", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"skyrl-spec: error: {expected}")

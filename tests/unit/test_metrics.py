@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
 from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.values import merge, values
 from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, SummaryWriter, pick_samples, read_jsonl
-from skyrl_spec.types import Generation, Metric, Prompt, Rollout, Versions
+from skyrl_spec.types import DraftedResponse, Generation, Metric, Prompt, Rollout, Versions
 
 STEP_VALUES: dict[str, float] = {
     names.AVG_RAW_REWARD: 0.5125,
@@ -117,10 +116,10 @@ def test_samples_are_a_few_of_each_step(tmp_path: Path) -> None:
     writer = SamplesWriter(path)
     # A line separator and half of a surrogate pair: neither may break the file's lines.
     texts = ["a\u2028b", "\ud800", *map(str, range(2, 11))]
-    told = replace(rollout(9, "ab"), pieces=[("a", False), ("b", True)])
-    steps = {1: [rollout(index, text) for index, text in enumerate(texts)], 2: [*map(rollout, (0, 1), texts), told]}
-    for step, rollouts in steps.items():
-        writer.write_samples(step, pick_samples(step, rollouts, num=3))
+    plain = rollout(9, "ab")
+    drafted = DraftedResponse(plain.prompt, plain.generation, [("a", False), ("b", True)])
+    writer.write_samples(1, pick_samples(1, [rollout(index, text) for index, text in enumerate(texts)], num=3))
+    writer.write_samples(2, pick_samples(2, [*map(rollout, (0, 1), texts)], [drafted], num=3))
     writer.close()
     SamplesWriter(path, resume_step=2).close()
     with path.open(newline="\n") as file:
@@ -128,7 +127,8 @@ def test_samples_are_a_few_of_each_step(tmp_path: Path) -> None:
     found = [(sample["step"], sample["uid"]) for sample in samples]
     assert found == [(1, "0"), (1, "3"), (1, "6"), (2, "0"), (2, "1"), (2, "9")]
     assert samples[-2]["response"] == "\ud800"
-    assert samples[-1]["pieces"] == [["a", False], ["b", True]]
+    assert (samples[-1]["response"], samples[-1]["pieces"]) == ("ab", [["a", False], ["b", True]])
+    assert "reward" not in samples[-1]
     assert samples[0] == {
         "step": 1,
         "uid": "0",

@@ -10,7 +10,9 @@ import pytest
 
 from skyrl_spec.cli import main
 from skyrl_spec.compose import load_config
-from skyrl_spec.plan import count, make_plan, plan_facts, readable
+from skyrl_spec.model_spec import load_spec
+from skyrl_spec.plan import count, draft_shapes, make_plan, plan_facts, readable
+from skyrl_spec.trainer.compare import _asked, _is_done, arms
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +64,55 @@ def test_mistakes_are_found_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureF
     words = ["train", "experiment=cpu_mtp_grpo", "trainer.dry_run=true", f"trainer.run_dir={tmp_path / 'run'}"]
     assert main([*words, "trainer.max_prompt_length=2"]) == 2
     assert "trainer.max_prompt_length=2: all 4096 prompts of data.train_data are longer" in capsys.readouterr().err
+
+
+def test_a_warm_up_and_frozen_and_absent_drafts_take_less() -> None:
+    config = load_config(["experiment=cpu_dflash_grpo"])
+    run, warmup = make_plan(config), make_plan(config, trains_policy=False)
+    draft = 4 * count(draft_shapes(config, load_spec(config.trainer.policy.model.path)))
+    assert (warmup.sync, warmup.checkpoint) == (draft, 3 * draft)
+    assert warmup.worker.gradients == draft < run.worker.gradients
+    assert warmup.worker.weights == run.worker.weights
+    frozen, none = (make_plan(arm) for arm in list(arms(config).values())[1:])
+    assert frozen.engine_weights == run.engine_weights == none.engine_weights + draft
+    assert frozen.kv_bytes_per_token == run.kv_bytes_per_token > none.kv_bytes_per_token
+    dapo = load_config(["experiment=cpu_mtp_dapo"])
+    assert make_plan(dapo).tokens_per_step == 4 * make_plan(load_config(["experiment=cpu_mtp_grpo"])).tokens_per_step
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["compare", "trainer.dflash.path=null"], "trainer.dflash.path=null: a draft from scratch that stays frozen"),
+        (["compare", "trainer.dflash.enabled=false"], "there is no draft to compare"),
+        (
+            ["compare", "trainer.resume_mode=from_path", "trainer.resume_path=/x"],
+            "trainer.resume_mode=from_path: the three",
+        ),
+        (
+            ["train", "trainer.resume_mode=from_path", "trainer.resume_path=/x"],
+            "trainer.resume_path=/x: no such directory",
+        ),
+    ],
+)
+def test_what_a_run_refuses_a_dry_run_refuses(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([words[0], "experiment=cpu_dflash_grpo", *words[1:], "trainer.dry_run=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_a_comparison_goes_on_with_what_is_done_and_no_more(tmp_path: Path) -> None:
+    words = ["experiment=cpu_dflash_grpo", f"trainer.run_dir={tmp_path}", "trainer.resume_mode=latest"]
+    arm = arms(load_config(words))["frozen"]
+    assert not _is_done(arm)
+    (tmp_path / "frozen").mkdir()
+    # What stands there once an arm is over, started without resuming.
+    (tmp_path / "frozen" / "compared.yaml").write_text(_asked(arms(load_config(words[:2]))["frozen"]))
+    assert _is_done(arm)
+    assert not _is_done(arms(load_config(words[:2]))["frozen"]), "a comparison that begins repeats all"
+    assert not _is_done(arms(load_config([*words, "trainer.max_training_steps=60"]))["frozen"])
 
 
 def test_sizes_of_a_large_model(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def write_run(directory: Path, *, k: int = 3, settings: str = "trainer: {seed: 1
         {"step": 1, "uid": "1", "prompt": "1<2?", "response": "<script>alert(1)</script>", "reward": 1.0,
          "finish_reason": "stop", "policy_version": 0, "draft_version": 0}
     ]  # fmt: skip
-    told = samples[0] | {"step": 2, "response": "ab & c", "pieces": [["a", False], ["b & ", True], ["c", False]]}
+    told = {name: value for name, value in samples[0].items() if name != "reward"}
+    told |= {"step": 2, "response": "ab & c", "pieces": [["a", False], ["b & ", True], ["c", False]]}
     for name, lines in (("metrics", records), ("samples", [*samples, told])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "config.yaml").write_text(settings)
@@ -111,6 +112,30 @@ def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     assert write_report([run]).is_file()
 
 
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, **dict.fromkeys(names.canary_keys(has_draft=True), 0.0)) for name in ("a$^$b", "_c")
+    ]
+    charts = {chart.name: chart for chart in draw(read_runs(runs))}
+    legend = charts["reward"].figure.axes[0].get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 4
+    # Canaries that are all zero: a linear axis, for they have no place on the other.
+    assert charts["canary"].figure.axes[0].get_yscale() == "linear"
+    assert write_report(runs).is_file()
+
+
+def test_a_sweeps_name_is_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(write_run(tmp_path / "lr=1e-3"))]) == 0
+
+
+def test_a_report_replaces_a_former_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "report").mkdir()
+    (run / "report" / "gone.png").touch()
+    assert not (write_report([run]).parent / "gone.png").exists()
+
+
 def test_a_run_at_its_first_step(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     directory.mkdir()
@@ -124,6 +149,8 @@ def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (broken / "metrics.jsonl").write_text("{not json}\n")
     empty = write_run(tmp_path / "empty")
     (empty / "metrics.jsonl").write_text("")
+    of_another_program = write_run(tmp_path / "program")
+    (of_another_program / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
     for words, expected in (
         ([], "names no run"),
         ([str(tmp_path / "nowhere")], "has no metrics.jsonl; give the directory of a run"),
@@ -132,6 +159,9 @@ def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(empty)], "has no step yet"),
         ([str(run), "out=/dev/null/x"], "out=/dev/null/x: cannot be written (Not a directory)"),
         ([str(run), "too=x"], "report: cannot use 'too=x'"),
+        ([str(run), "out="], "out='': must name a directory"),
+        ([str(write_run(tmp_path / "other", settings="[1]"))], "holds no settings"),
+        ([str(of_another_program)], "metrics.jsonl has lines without trainer/step"),
     ):
         assert main(["report", *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()

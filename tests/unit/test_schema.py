@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_the_pages_are_what_the_script_writes() -> None:
         [sys.executable, ROOT / "scripts" / "reference.py", "--check"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_page_waits_for_a_number() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")]
+    assert len(pages) > 20
+    waiting = [str(page) for page in pages if re.search(r"\b(EXPECTED|EVAL|COMPARE)_[A-Z]+\b", page.read_text())]
+    assert waiting == []
 
 
 def test_options_are_typed_words() -> None:
