@@ -74,7 +74,9 @@ def read_options(schema: type[Options], words: Sequence[str], command: str) -> O
             hint = _did_you_mean(key, known) or f"; it takes {', '.join(f'{name}=...' for name in known)}"
             raise ConfigError(f"{command}: cannot use {word!r}{hint}")
         value = _parse(word).value()
-        if _is_list(_type_of(key, schema)) and not isinstance(value, list | dict | NoneType):
+        if _is_list(_type_of(key, schema)) and not isinstance(value, list | NoneType):
+            if isinstance(value, dict):
+                raise ConfigError(f"{key}={value}: expected a list, as in [a,b]")
             value = [value]
         values[key] = value
     try:
