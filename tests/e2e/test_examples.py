@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from runs import ROOT, SMALL, launch, records_of
+
 from skyrl_spec.compose import load_config
 from skyrl_spec.metrics import names
 from skyrl_spec.validation import validate

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from runs import ROOT, SKYRL_SPEC, SMALL, finish, launch, records_of
+
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.reference import description
 

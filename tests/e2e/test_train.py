@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ASKED, ROOT, SMALL, WARMUP, WHOLE, finish, stopped
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
-from runs import ASKED, ROOT, SMALL, WARMUP, WHOLE, finish, stopped
 from skyrl_spec.compose import load_config, to_yaml
 from skyrl_spec.config import Config
 from skyrl_spec.draft_spec import trained_draft
