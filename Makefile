@@ -7,7 +7,7 @@
 # make soak    200 short steps, and what the processes hold at the start and at the end
 # make examples  the examples' scripts that need no GPU, cut short
 # make docs    docs/ as a site in build/site, references made anew from the code
-# make bench   the two benchmarks of docs/benchmarks.md
+# make bench   the tables of docs/benchmarks.md
 # make clean   caches and build products; neither .venv nor runs/
 
 PYTHON ?= python3.11
@@ -59,6 +59,7 @@ soak: setup
 	@$(BIN)/python tests/soak.py $(ARGS)
 
 bench: setup
+	@mkdir -p build
 	@$(BIN)/python benchmarks/soft_ce.py
 	@$(BIN)/skyrl-spec eval-draft target=examples/arithmetic_mtp/model $(BENCH) num_speculative_tokens=[3]
 	@$(BIN)/skyrl-spec eval-draft target=examples/arithmetic_dflash/model draft=examples/arithmetic_dflash/draft $(BENCH) \
