@@ -131,16 +131,16 @@ def test_the_report_in_a_browser(whole: Whole, tmp_path: Path, width: int, colum
     assert found["columns"] == columns
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_evaluation_that_is_stopped_leaves_nothing_behind(tmp_path: Path, signum: signal.Signals) -> None:
+def test_an_evaluation_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    """By SIGTERM, for which Ray has a handler of its own."""
     example = ROOT / "examples" / "arithmetic_mtp"
     words = ["eval-draft", f"target={example / 'model'}", f"prompts={example / 'data' / 'validation.jsonl'}"]
     run = launch(tmp_path, [*SKYRL_SPEC, *words, f"out={tmp_path / 'out.json'}"])
     run.actor("EngineActor", timeout_s=120)
-    run.process.send_signal(signum)
+    run.process.send_signal(signal.SIGTERM)
     output = run.output(timeout_s=60)
-    assert run.process.returncode == 128 + signum, output
-    assert f"skyrl-spec: {signum.name}: stopped" in output
+    assert run.process.returncode == 128 + signal.SIGTERM, output
+    assert "skyrl-spec: SIGTERM: stopped" in output
     assert "Traceback" not in output
     assert run.processes() == []
     assert not (tmp_path / "out.json").exists()
