@@ -18,7 +18,7 @@ from skyrl_spec.metrics.reference import description
 Whole = tuple[Path, str, list[dict[str, Any]]]
 
 
-def tool(*words: str, timeout_s: float = 240) -> str:
+def tool(*words: str, timeout_s: float = 420) -> str:
     """What it prints; nothing of Megatron, vLLM or Ray may be among it."""
     run = launch(Path(), [*SKYRL_SPEC, *words])
     output = run.output(timeout_s)
