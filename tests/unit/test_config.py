@@ -232,7 +232,7 @@ RULES = {
     "trainer.algorithm.overlong.buffer_len=80": "trainer.algorithm.overlong.buffer_len=80: must be below generator",
     "trainer.train_batch_size=63": "trainer.train_batch_size=63: must be a multiple of",
     "trainer.max_training_steps=0": "trainer.max_training_steps=0",
-    "trainer.logger=[console,mlflow]": "trainer.logger=['console', 'tensorboard']: tensorboard is none of",
+    "trainer.logger=[console,mlflow]": "trainer.logger=['console', 'mlflow']: mlflow is none of",
     "trainer.run_dir=''": "trainer.run_dir=''",
     "data.train_data=[]": "data.train_data=[]: no .parquet or .jsonl file",
     "data.val_data=[]": "data.val_data=[]: evaluation needs a file",
