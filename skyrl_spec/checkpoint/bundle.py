@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from skyrl_spec.checkpoint.dist import read_parameters
+from skyrl_spec.checkpoint.dist import read_parameters, reason
 from skyrl_spec.checkpoint.folders import latest, read_record
 from skyrl_spec.checkpoint.hf_export import complete, write_draft, write_model
 from skyrl_spec.config import Config, ConfigError
@@ -163,9 +163,8 @@ def _read(source: Source, name: str, rules: list[Rule]) -> dict[str, Tensor]:
         return {key: tensor.clone() for key, tensor in read_parameters(source.directory, name, rules)}
     # Files of the right size with wrong bytes fail in any way; torch's own exception is no ``Exception``.
     except (Exception, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"checkpoint={source.directory}: cannot be read ({reason}); take another checkpoint"
+            f"checkpoint={source.directory}: cannot be read ({reason(error)[:120]}); take another checkpoint"
         ) from None
 
 

@@ -107,7 +107,7 @@ def save(
         if parallel.rank == 0:
             folders.discard(directory)
         raise RunError(
-            f"{directory}: the checkpoint could not be written ({_reason(error)}); earlier ones are as they were. "
+            f"{directory}: the checkpoint could not be written ({reason(error)}); earlier ones are as they were. "
             "Free space, or name another place with trainer.run_dir"
         ) from None
 
@@ -131,7 +131,7 @@ def load(directory: Path, parts: dict[str, Part]) -> Loaded:
         dist_checkpointing.load(_sharded(parts), str(directory))
     except (CheckpointException, CheckpointingException) as error:
         raise ConfigError(
-            f"trainer.resume_path={directory}: cannot be read ({_reason(error)}); resume from another checkpoint"
+            f"trainer.resume_path={directory}: cannot be read ({reason(error)}); resume from another checkpoint"
         ) from None
     for name, part in parts.items():
         described = record["parts"][name]
@@ -178,7 +178,7 @@ def _together(step: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One line of what went wrong, on whichever rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
@@ -283,7 +283,7 @@ def _check_index(directory: Path) -> None:
     # A pickle of wrong bytes fails in any way.
     except Exception as error:
         raise ConfigError(
-            f"trainer.resume_path={directory}: .metadata cannot be read ({_reason(error)}); "
+            f"trainer.resume_path={directory}: .metadata cannot be read ({reason(error)}); "
             "resume from another checkpoint"
         ) from None
 

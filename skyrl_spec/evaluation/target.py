@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from skyrl_spec.checkpoint.folders import latest, read_record
+from skyrl_spec.checkpoint.folders import RECORD, latest, read_record
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.draft_spec import DRAFT_ARCHITECTURE, read_dflash_spec
 from skyrl_spec.model_spec import model_directory, read_config
@@ -68,7 +68,7 @@ def open_target(options: EvalDraftOptions) -> Iterator[Target]:
         raise ConfigError("target='': names nothing to evaluate; write target=RUN, a checkpoint, a bundle or a model")
     path = Path(options.target)
     checkpoint = latest(path / "checkpoints") or latest(path)
-    if checkpoint is not None or (path / "checkpoint.json").is_file():
+    if checkpoint is not None or (path / RECORD).is_file():
         with TemporaryDirectory(prefix="skyrl-eval-") as folder:
             yield _exported(checkpoint or path, Path(folder) / "bundle", options)
     elif (path / "model" / "config.json").is_file():

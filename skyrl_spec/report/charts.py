@@ -172,18 +172,19 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
     )
 
 
-def _throughput(runs: Sequence[RunData]) -> Chart | None:
-    axes = _axes("Rollout speed", "tokens/s")
-    told = _lines(axes, runs, names.THROUGHPUT)
-    axes.set_ylim(bottom=0)
-    return _finished(axes, "tokens_per_second", "Generated tokens over the time that engines generate.", told)
+def _simple(
+    name: str, title: str, ylabel: str, key: str, caption: str, *, from_zero: bool = False
+) -> Callable[[Sequence[RunData]], Chart | None]:
+    """A chart of one key, a line a run."""
 
+    def build(runs: Sequence[RunData]) -> Chart | None:
+        axes = _axes(title, ylabel)
+        told = _lines(axes, runs, key)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        return _finished(axes, name, caption, told)
 
-def _step_time(runs: Sequence[RunData]) -> Chart | None:
-    axes = _axes("Step time", "seconds")
-    told = _lines(axes, runs, names.STEP_TIME)
-    axes.set_ylim(bottom=0)
-    return _finished(axes, "step_time", "From sampling to sync, canaries included; without evaluations.", told)
+    return build
 
 
 def _sync_bytes(runs: Sequence[RunData]) -> Chart | None:
@@ -197,13 +198,6 @@ def _sync_bytes(runs: Sequence[RunData]) -> Chart | None:
     axes.set_ylim(bottom=0)
     told = [f"{run.label}: {v[-1] / 1e6:.1f} MB a sync." for run in runs if (v := run.series(names.SYNC_BYTES)[1])]
     return _finished(axes, "sync_bytes", "Policy and draft, as they travel to the engines after every step.", told)
-
-
-def _sync_time(runs: Sequence[RunData]) -> Chart | None:
-    axes = _axes("Weight sync: time", "seconds")
-    told = _lines(axes, runs, names.timing("sync_weights"))
-    axes.set_ylim(bottom=0)
-    return _finished(axes, "sync_time", "Engines wait for it.", told)
 
 
 def _canary(runs: Sequence[RunData]) -> Chart | None:
@@ -224,19 +218,6 @@ def _lossless(runs: Sequence[RunData]) -> Chart | None:
     told = _lines(axes, runs, names.LOSSLESS_P_VALUE, own_marker=True)
     _log_if_positive(axes)
     return _finished(axes, "lossless", "Generations with the draft against those without: very small is alarm.", told)
-
-
-def _entropy(runs: Sequence[RunData]) -> Chart | None:
-    axes = _axes("Policy entropy", "nats")
-    told = _lines(axes, runs, "policy/entropy")
-    return _finished(axes, "entropy", "Of the policy's distribution, per token.", told)
-
-
-def _draft_loss(runs: Sequence[RunData]) -> Chart | None:
-    axes = _axes("Draft loss", "nats")
-    told = _lines(axes, runs, names.DRAFT_LOSS)
-    return _finished(axes, "draft_loss", "Cross-entropy against the policy's distribution; it cannot fall below the "
-                     "policy's own entropy.", told)  # fmt: skip
 
 
 def _positions(run: RunData, several: bool) -> Chart | None:
@@ -307,13 +288,40 @@ _OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
     _reward,
     _acceptance,
     _predicted,
-    _throughput,
-    _step_time,
+    _simple(
+        "tokens_per_second",
+        "Rollout speed",
+        "tokens/s",
+        names.THROUGHPUT,
+        "Generated tokens over the time that engines generate.",
+        from_zero=True,
+    ),
+    _simple(
+        "step_time",
+        "Step time",
+        "seconds",
+        names.STEP_TIME,
+        "From sampling to sync, canaries included; without evaluations.",
+        from_zero=True,
+    ),
     _sync_bytes,
-    _sync_time,
+    _simple(
+        "sync_time",
+        "Weight sync: time",
+        "seconds",
+        names.timing("sync_weights"),
+        "Engines wait for it.",
+        from_zero=True,
+    ),
     _canary,
     _lossless,
-    _entropy,
-    _draft_loss,
+    _simple("entropy", "Policy entropy", "nats", "policy/entropy", "Of the policy's distribution, per token."),
+    _simple(
+        "draft_loss",
+        "Draft loss",
+        "nats",
+        names.DRAFT_LOSS,
+        "Cross-entropy against the policy's distribution; it cannot fall below the policy's own entropy.",
+    ),
 )
 _SINGLES: tuple[Callable[[RunData, bool], Chart | None], ...] = (_positions, _phases)

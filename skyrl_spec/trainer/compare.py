@@ -20,6 +20,7 @@ from skyrl_spec.metrics.headline import first_and_last, headline
 from skyrl_spec.metrics.writers import read_jsonl
 from skyrl_spec.report.command import write_report
 from skyrl_spec.rollout.speculative import build_speculative_config
+from skyrl_spec.trainer.checkpoints import begin
 from skyrl_spec.trainer.run import run_job, train
 from skyrl_spec.trainer.signals import SignalWatch
 from skyrl_spec.validation import validate
@@ -86,9 +87,11 @@ def run_comparison(config: Config, *, verbose: bool = False) -> int:
 def _compare(config: Config, verbose: bool, watch: SignalWatch) -> None:
     root, found = Path(config.trainer.run_dir), arms(config)
     done = {name for name, arm in found.items() if _is_done(arm)}
-    for name in found.keys() - done:
-        # What an earlier comparison left here is none of this one.
-        (root / name / _ASKED).unlink(missing_ok=True)
+    if config.trainer.resume_mode is None:
+        # What an earlier comparison left here is none of this one's, nor of what goes on from it.
+        for name, arm in found.items():
+            (root / name / _ASKED).unlink(missing_ok=True)
+            begin(arm, None)
     for number, (name, arm) in enumerate(found.items(), start=1):
         print(f"\n== {number} of {len(found)}: draft {name} ==", flush=True)
         if name in done:
