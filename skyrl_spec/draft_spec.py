@@ -132,6 +132,8 @@ def _refuse_unsupported(setting: str, config: dict[str, Any], dflash: dict[str, 
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "draft_vocab_size": config.get("draft_vocab_size") not in (None, config.get("vocab_size")),
         "rope_scaling": bool(config.get("rope_scaling")),
+        # transformers 5 writes the scaling here.
+        "rope_parameters.rope_type": (config.get("rope_parameters") or {}).get("rope_type", "default") != "default",
         "target_hidden_size": config.get("target_hidden_size") not in (None, config.get("hidden_size")),
     }
     for name, found in unsupported.items():

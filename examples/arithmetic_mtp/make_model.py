@@ -8,17 +8,12 @@ same (the head's loss reaches the trunk here, and only here). Everything is plai
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from mtp_reference import MtpHead
-from safetensors.torch import save_file
 from tokenizer import build_tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from warm_start import batches, cross_entropy, examples, fit, greedy_reward, optimizers
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from warm_start import arguments, batches, cross_entropy, examples, fit, greedy_reward, optimizers, save_checkpoint
 
 NUM_DEPTHS = 3
 MTP_LOSS_WEIGHT = 0.3
@@ -53,43 +48,8 @@ def losses(model: Qwen2ForCausalLM, head: MtpHead, ids: Tensor, labels: Tensor) 
     return [cross_entropy(depth_logits, labels, depth) for depth, depth_logits in enumerate(all_logits, start=1)]
 
 
-def save(model: Qwen2ForCausalLM, head: MtpHead, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """A MiMo checkpoint directory in bf16: config, weights with the MTP head, tokenizer."""
-    out.mkdir(parents=True, exist_ok=True)
-    weights = dict(model.state_dict())
-    weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in head.state_dict().items()}
-    save_file(
-        {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()},
-        out / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = model.config.to_dict() | {
-        "architectures": ["MiMoForCausalLM"],
-        "model_type": "qwen2",
-        "num_nextn_predict_layers": 1,
-        "attention_bias": True,
-        "rope_theta": model.config.rope_parameters["rope_theta"],
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(out)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40.0)
-    parser.add_argument("--tokens-per-batch", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
+    args = arguments(__doc__, minutes=40)
     tokenizer = build_tokenizer()
     config = model_config(len(tokenizer))
     model = Qwen2ForCausalLM(config)
@@ -100,9 +60,15 @@ def main() -> None:
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
 
+    def save() -> None:
+        weights = dict(model.state_dict())
+        weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in head.state_dict().items()}
+        mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+        save_checkpoint(weights, model.config.to_dict() | mimo | {"attention_bias": True}, tokenizer, args.out)
+
     def look() -> None:
         print("  greedy reward by terms (0: all):", greedy_reward(model, tokenizer, 128), flush=True)
-        save(model, head, tokenizer, args.out)
+        save()
 
     fit(
         lambda ids, labels: losses(model, head, ids, labels),
@@ -112,7 +78,7 @@ def main() -> None:
         args.minutes,
         look,
     )
-    save(model, head, tokenizer, args.out)
+    save()
     print("greedy reward by terms (0: all):", greedy_reward(model, tokenizer, 512))
 
 

@@ -5,20 +5,38 @@ Plain PyTorch and transformers; ``make_model.py`` of an example says what the mo
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from task import demonstration, problems
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 IGNORE = -100
+
+
+def arguments(description: str | None, minutes: float) -> argparse.Namespace:
+    """``--out`` and how to train; threads and seed are set."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--tokens-per-batch", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return args
 
 
 def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -134,3 +152,25 @@ def greedy_reward(model: Any, tokenizer: PreTrainedTokenizerFast, num_problems: 
     table = {terms: sum(hits) / len(hits) for terms, hits in sorted(right.items())}
     table[0] = sum(map(sum, right.values())) / num_problems
     return table
+
+
+def save_checkpoint(
+    weights: dict[str, Tensor], config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, out: Path
+) -> None:
+    """A Hugging Face checkpoint directory in bf16, with what vLLM and the trainer read from ``config.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = config | {
+        "rope_theta": config["rope_parameters"]["rope_theta"],
+        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(out)

@@ -88,6 +88,12 @@ def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
     assert exported["rope_theta"] == spec.layers.rope_theta
     with pytest.raises(ConfigError, match=r"rope_scaling of its config\.json is not supported"):
         parse_dflash_spec(tmp_path, exported)
+    written_by_transformers_5 = exported | {
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
+    }
+    with pytest.raises(ConfigError, match=r"rope_parameters\.rope_type of its config\.json is not supported"):
+        parse_dflash_spec(tmp_path, written_by_transformers_5)
 
 
 def test_a_published_drafts_config_json_is_read(tmp_path: Path) -> None:
