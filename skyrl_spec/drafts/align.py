@@ -81,3 +81,16 @@ def drafted_bases(hit_KBS: Tensor, is_base_BS: Tensor) -> Tensor:
         begun_BS = begun_BS.scatter_reduce(1, jump_BS, begun_BS, "amax")
         jump_BS = jump_BS.gather(1, jump_BS)
     return begun_BS[:, :seq_len].bool() & is_base_BS
+
+
+def followed_acceptance(accept_prob_KBS: Tensor, hit_KBS: Tensor, mask_KBS: Tensor) -> tuple[Tensor, Tensor]:
+    """What an engine with this draft accepts while it samples these tokens: ``[K]``, and of how many chains.
+
+    All three are by target position and zero outside ``mask`` (``chain_mask``). Every chain of ``drafted_bases``
+    counts. The last one of a response often reaches behind its end: vLLM counts its drafts too, and nearly always
+    rejects what lies there, as is assumed here.
+    """
+    hit_KBS = chains_by_base(hit_KBS)
+    begun_BS = drafted_bases(hit_KBS, chains_by_base(mask_KBS)[0])
+    expected_KBS = expected_acceptance(chains_by_base(accept_prob_KBS), hit_KBS)
+    return expected_KBS[:, begun_BS].sum(dim=1), begun_BS.sum().double()

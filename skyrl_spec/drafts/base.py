@@ -57,10 +57,10 @@ class Plan:
 class DraftSums:
     """Sums of a micro-batch (float64, no gradient), divided once they are added up over all ranks.
 
-    Of K drafted tokens each: how many are supervised, and at how many the draft's favourite is the policy's. A chain is
-    K drafted tokens in a row, all supervised; of each of its tokens, how many chains are expected to be accepted that
-    far (``align.expected_acceptance``). Where all chains are trained, only those that an engine would have begun count
-    (``align.drafted_bases``).
+    Of K drafted tokens each: how many are supervised, and at how many the draft's favourite is the policy's. Then, of
+    chains of K drafted tokens, how many are expected to be accepted that far (``align.expected_acceptance``). Where all
+    chains are trained they are those that an engine would have begun (``align.followed_acceptance``), else the ones
+    that are supervised to their end.
     """
 
     loss: Tensor

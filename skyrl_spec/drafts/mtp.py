@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from skyrl_spec.config import ConfigError, MtpConfig
-from skyrl_spec.drafts.align import chain_mask, chains_by_base, document_starts, drafted_bases, expected_acceptance
+from skyrl_spec.drafts.align import chain_mask, document_starts, followed_acceptance
 from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
@@ -140,15 +140,13 @@ class MtpDraft(Draft):
         accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.double()
         hit_KBS = torch.zeros_like(mask_KBS)
         hit_KBS[:, batch_T, position_T] = result.argmax_KT == labels_T
-        hit_KBS, is_trained_KBS = chains_by_base(hit_KBS), chains_by_base(mask_KBS)
-        expected_KBS = expected_acceptance(chains_by_base(accept_prob_KBS), hit_KBS)
-        is_counted_BS = is_trained_KBS[-1] & drafted_bases(hit_KBS, is_trained_KBS[0])
+        accepted_K, num_chains = followed_acceptance(accept_prob_KBS, hit_KBS, mask_KBS)
         sums = DraftSums(
             loss=result.loss.detach().double(),
             top1_agreements_K=(result.top1_KT & mask_KT).sum(dim=1).double(),
             num_targets_K=mask_KT.sum(dim=1).double(),
-            accepted_K=expected_KBS[:, is_counted_BS].sum(dim=1),
-            num_chains=is_counted_BS.sum().double(),
+            accepted_K=accepted_K,
+            num_chains=num_chains,
         )
         return result.loss, sums
 

@@ -10,6 +10,7 @@ from skyrl_spec.drafts.align import (
     document_starts,
     drafted_bases,
     expected_acceptance,
+    followed_acceptance,
     shift_right,
 )
 
@@ -89,3 +90,37 @@ def test_bases_are_those_of_a_walk() -> None:
             expected[row, position] = True
             position += 1 + int(hits[:, row, position].long().cumprod(0).sum())
     assert torch.equal(drafted_bases(hits & is_base, is_base), expected)
+
+
+def test_followed_acceptance_is_that_of_an_engine_which_drafts_beyond_the_end() -> None:
+    """Two places of every response are hard; an engine that walks through others of their kind, drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+    num_depths, prompt, length, num_rows = 3, 2, 11, 6000
+    prob_S = torch.full((prompt + length,), 0.95, dtype=torch.float64)
+    prob_S[[5, 9]] = 0.3
+    loss_mask = torch.zeros(num_rows, prompt + length, dtype=torch.bool)
+    loss_mask[:, prompt:] = True
+    mask = chain_mask(loss_mask, torch.ones_like(loss_mask, dtype=torch.long), num_depths)
+    prob = prob_S.expand(num_depths, num_rows, -1) * mask
+    hit = (torch.rand(prob.shape, generator=generator) < prob) & mask
+    accepted_K, num_chains = followed_acceptance(prob, hit, mask)
+
+    drafts, accepted = 0, [0] * num_depths
+    for draws in torch.rand(num_rows, prompt + length, num_depths, generator=generator).tolist():
+        last = prompt
+        while last < prompt + length - 1:
+            drafts, count = drafts + 1, 0
+            # The drafted token behind ``last + count`` is predicted there; behind the end all are rejected.
+            while count < num_depths and last + count < prompt + length - 1:
+                if draws[last][count] >= prob_S[last + count]:
+                    break
+                accepted[count] += 1
+                count += 1
+            last += count + 1
+    assert abs(num_chains.item() / drafts - 1) < 0.02
+    engine_K = torch.tensor(accepted, dtype=torch.float64) / drafts
+    torch.testing.assert_close(accepted_K / num_chains, engine_K, rtol=0, atol=0.015)
+    # What one might take in its place: the average over all chains.
+    everywhere_K = expected_acceptance(chains_by_base(prob), chains_by_base(hit))
+    everywhere_K = everywhere_K.sum(dim=(1, 2)) / chains_by_base(mask)[0].sum()
+    assert (everywhere_K - engine_K).abs().max() > 0.05
