@@ -15,6 +15,11 @@ from skyrl_spec.schema import Setting, describe, sections
 from skyrl_spec.validation import CHOICES, RANGES
 
 DIRECTORY = Path(__file__).parents[1] / "docs" / "reference"
+USAGES = dict.fromkeys(RUNS, "experiment=NAME [KEY=VALUE ...]") | {
+    "eval-draft": "target=RUN|DIR|MODEL [KEY=VALUE ...]",
+    "report": "RUN [RUN ...] [out=DIR]",
+    "export": "checkpoint=RUN|DIR out=DIR [KEY=VALUE ...]",
+}
 GENERATED = "<!-- Made by scripts/reference.py from the code; change it there. -->\n"
 
 
@@ -39,12 +44,15 @@ def settings() -> str:
 
 def commands() -> str:
     """The commands, and the options of those that take no configuration."""
-    parts = [GENERATED, "# Commands\n"]
+    parts = [
+        GENERATED,
+        "# Commands\n",
+        "All take `-h`, and `-v`, which shows what workers, engines and libraries print.\n",
+    ]
     for name, (_, description) in (RUNS | TOOLS).items():
-        parts.append(f"## skyrl-spec {name}\n\n{description}\n")
+        parts.append(f"## skyrl-spec {name}\n\n```\nskyrl-spec {name} {USAGES[name]}\n```\n\n{description}\n")
         if name in RUNS:
-            parts.append("Takes [settings](settings.md); `--cfg job` prints them resolved, `-v` shows what workers and "
-                         "engines print.\n")  # fmt: skip
+            parts.append("Takes [settings](settings.md); `--cfg job` prints them resolved.\n")
         else:
             parts.append(_table(describe(SCHEMAS[name]), ""))
     return "\n".join(parts)
@@ -57,7 +65,7 @@ def metrics() -> str:
         "# Metrics\n",
         "The keys of `RUN/metrics.jsonl` (one object a step), of wandb and of TensorBoard. `N` is the number of "
         "samples a prompt, `K` a draft position, from 1. A run has the keys that apply to it: without a draft no "
-        "`draft/*`.\n",
+        "`draft/*`. `headline/*` are the keys of `RUN/summary.json` and of wandb's summary.\n",
     ]
     group = ""
     for entry in REFERENCE:

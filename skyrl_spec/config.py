@@ -94,7 +94,7 @@ class PlacementConfig:
 
     # "cpu" (gloo) or "cuda" (NCCL); engines follow.
     device: str = "cuda"
-    # Machines that train.
+    # Times policy_num_gpus_per_node it is the number of workers. Ray packs them on as few machines as it can.
     policy_num_nodes: int = 1
     # None: one model replica, that is tensor_model_parallel_size.
     policy_num_gpus_per_node: int | None = None
@@ -177,7 +177,8 @@ class DflashConfig:
 
     # Train the draft and draft with it.
     enabled: bool = False
-    # A Hugging Face draft directory to start from. None: from scratch, with the target's width, heads and RoPE.
+    # A Hugging Face draft to start from, a directory or a hub name. None: from scratch, with the target's width, heads
+    # and RoPE.
     path: str | None = None
     # From scratch: 5 layers.
     num_layers: int | None = None
@@ -287,7 +288,7 @@ class TrainerConfig:
     logprobs_chunk_size: int = 1024
     # Tokens; longer prompts are left out, and counted.
     max_prompt_length: int = 512
-    # Steps between evaluations on val_data at temperature 0; 0 turns it off.
+    # Steps between evaluations on data.val_data, sampled as generator.eval_sampling_params says; 0 turns it off.
     eval_interval: int = 10
     # Evaluate once before the first step.
     eval_before_train: bool = True
@@ -360,7 +361,8 @@ class InferenceEngineConfig:
     generate_timeout_s: float = 3600.0
     # Of all engines together, until the run itself is started anew.
     max_restarts: int = 3
-    # None: filled from trainer.mtp or trainer.dflash; what is given here goes to vLLM as it is.
+    # None: filled from trainer.mtp or trainer.dflash, which also complete what is given here. Drafting that changes
+    # what is sampled is refused; the rest goes to vLLM as it is.
     speculative_config: dict[str, Any] | None = None
     # Further vLLM engine arguments, passed through.
     engine_init_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -38,8 +38,7 @@ HUB_TIMEOUT_S = 5.0
 def preflight(config: Config, *, may_lack_mtp_head: bool = False) -> None:
     """Raises ``ConfigError`` for the first thing outside the configuration that does not fit it."""
     _check_run_dir(config.trainer.run_dir)
-    _check_wandb(config.trainer.logger)
-    _check_device_or_say(config)
+    _check_machine(config)
     spec = _read_spec(config.trainer.policy.model.path)
     _check_parallel_sizes(config, spec)
     _check_lengths(config, spec)
@@ -72,10 +71,21 @@ def _check_run_dir(run_dir: str) -> None:
         raise ConfigError(f"trainer.run_dir={run_dir}: cannot be written ({reason}); choose another place") from None
 
 
-def _check_wandb(loggers: list[str]) -> None:
+def _check_machine(config: Config) -> None:
+    """A plan may be made on another machine than the run is for."""
+    for check in (_check_wandb, _check_device):
+        try:
+            check(config)
+        except ConfigError as error:
+            if not config.trainer.dry_run:
+                raise
+            print(f"skyrl-spec: warning: not on this machine: {error}", file=sys.stderr)
+
+
+def _check_wandb(config: Config) -> None:
     """wandb asks for a key on the terminal where it finds none, and so would hang a run."""
     environment = os.environ
-    if "wandb" not in loggers or environment.get("WANDB_API_KEY"):
+    if "wandb" not in config.trainer.logger or environment.get("WANDB_API_KEY"):
         return
     if environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
@@ -94,16 +104,6 @@ def _has_netrc_entry(host: str) -> bool:
         return False
 
 
-def _check_device_or_say(config: Config) -> None:
-    """A plan may be made on another machine than the run is for."""
-    try:
-        _check_device(config)
-    except ConfigError as error:
-        if not config.trainer.dry_run:
-            raise
-        print(f"skyrl-spec: warning: not on this machine: {error}", file=sys.stderr)
-
-
 def _check_device(config: Config) -> None:
     """With RAY_ADDRESS set the GPUs may be on other machines; Ray's placement answers then."""
     if config.trainer.placement.device != "cuda" or "RAY_ADDRESS" in os.environ:
@@ -119,13 +119,13 @@ def _check_device(config: Config) -> None:
         if num_workers > found:
             raise ConfigError(
                 f"trainer.placement.colocate_all=true: {num_workers} policy workers, each with an engine on its GPU, "
-                f"but this machine has {found} GPUs; lower trainer.placement.policynum_gpus_per_node and "
+                f"but this machine has {found} GPUs; lower trainer.placement.policy_num_gpus_per_node and "
                 "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
             )
     elif num_workers + num_engine_gpus > found:
         raise ConfigError(
             f"trainer.placement.device=cuda: {num_workers} policy workers and {num_engine_gpus} GPUs of engines, but "
-            f"this machine has {found}; lower trainer.placement.policynum_gpus_per_node or "
+            f"this machine has {found}; lower trainer.placement.policy_num_gpus_per_node or "
             "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
         )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from skyrl_spec.metrics.headline import HEADLINES
+
 
 class Described(NamedTuple):
-    """``key`` may end in ``N`` (samples a prompt) or ``K`` (a position, from 1); ``{train,eval}`` is either."""
+    """``key`` may end in ``N`` (samples a prompt) or ``K`` (a position, from 1); ``{a,b}`` is either."""
 
     key: str
     unit: str
@@ -93,6 +95,13 @@ REFERENCE = (
         "canary/lossless_p_value", "", "Smallest corrected p-value of the two-sample tests; very small is alarm."
     ),
     Described("eval/all/avg_score", "", "Mean reward on the held-out prompts, as generator.eval_sampling_params says."),
+    *(
+        Described(f"headline/{entry.slug}_{{first,last}}", "", f"`{entry.key}` of the first and last step that has it.")
+        for entry in HEADLINES
+    ),
+    Described("headline/steps", "", "Number of the last step."),
+    Described("headline/mean_step_s", "s", "Mean of `timing/step`."),
+    Described("headline/rollout_speedup", "", "Tokens/s with the draft over without, trainer.measure_speedup."),
 )
 
 
@@ -102,5 +111,5 @@ def description(key: str) -> Described | None:
 
 
 def _pattern(key: str) -> str:
-    escaped = re.escape(key).replace(re.escape("{train,eval}"), "(train|eval)")
+    escaped = re.sub(r"\\{(\w+),(\w+)\\}", r"(\1|\2)", re.escape(key))
     return re.sub(r"_(N|K)$", r"_\\d+", escaped)

@@ -50,11 +50,17 @@ def test_the_plan_is_printed_and_nothing_else_happens(
 
 def test_a_plan_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     words = ["train", "experiment=cpu_mtp_grpo", "trainer.placement.device=cuda", "trainer.measure_speedup=false"]
+    words.append("trainer.logger=[console,wandb]")
     assert main([*words, "trainer.dry_run=true", f"trainer.run_dir={tmp_path / 'run'}"]) == 0
     out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert line.startswith("skyrl-spec: warning: not on this machine: trainer.placement.device=cuda: no CUDA device")
+    for line, what in zip(
+        err.splitlines(), ("trainer.logger=wandb: no account", "trainer.placement.device=cuda: no CUDA"), strict=True
+    ):
+        assert line.startswith(f"skyrl-spec: warning: not on this machine: {what}")
     assert re.search(r"^GPUs +2$", out, flags=re.MULTILINE)
     # Without a dry run it is an error.
     assert main([*words, f"trainer.run_dir={tmp_path / 'run'}"]) == 2

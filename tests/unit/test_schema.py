@@ -13,6 +13,7 @@ from skyrl_spec.cli import SCHEMAS
 from skyrl_spec.compose import load_config, read_options
 from skyrl_spec.config import Config, ConfigError
 from skyrl_spec.metrics import names
+from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.reference import REFERENCE, description
 from skyrl_spec.options import EvalDraftOptions, ReportOptions
 from skyrl_spec.schema import describe, sections
@@ -51,6 +52,8 @@ def test_every_metric_is_described_and_no_other() -> None:
         names.NUM_SAMPLE_BATCHES,
         names.NUM_KEPT_GROUPS,
     }
+    steps = [{names.STEP: step, **dict.fromkeys(keys - {names.STEP}, 1.0)} for step in (1, 2)]
+    keys |= headline(steps, speedup=1.5).keys()
     assert sorted(key for key in keys if description(key) is None) == []
     described = {description(key) for key in keys}
     assert [entry.key for entry in REFERENCE if entry not in described] == []
