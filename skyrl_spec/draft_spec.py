@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from skyrl_spec.config import Config, ConfigError, DflashConfig, MtpConfig, TrainerConfig
 from skyrl_spec.model_spec import ModelSpec, layer_tensor_shapes, model_directory, read_config
+from skyrl_spec.rollout.speculative import drafts_under_way
 
 _SETTING = "trainer.dflash"
 DRAFT_ARCHITECTURE = "DFlashDraftModel"
@@ -252,12 +253,14 @@ def _check_fit(config: Config, spec: DflashSpec, target: ModelSpec) -> None:
     length = config.trainer.max_prompt_length + max(
         generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length
     )
-    # vLLM drafts nothing, and does not say so, where no two more drafts fit into the draft's positions.
-    needed = min(length + 2 * (tokens or spec.block_size - 1), target.max_position_embeddings)
+    # vLLM drafts nothing, and does not say so, where drafts under way do not fit into the draft's positions.
+    num_drafts = drafts_under_way(config.trainer.placement.device)
+    needed = min(length + num_drafts * (tokens or spec.block_size - 1), target.max_position_embeddings)
     if spec.layers.max_position_embeddings < needed:
         raise ConfigError(
-            "generator.sampling_params.max_generate_length: with trainer.max_prompt_length and room for two drafts a "
-            f"rollout needs {needed} positions, but {where} has {spec.layers.max_position_embeddings}; lower one"
+            "generator.sampling_params.max_generate_length: with trainer.max_prompt_length and room for "
+            f"{num_drafts} drafts a rollout needs {needed} positions, but {where} has "
+            f"{spec.layers.max_position_embeddings}; lower one"
         )
 
 

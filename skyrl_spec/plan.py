@@ -26,17 +26,35 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """Bytes on a policy worker; ``reference`` is the frozen policy of the KL term."""
+    """Bytes on a policy worker; ``reference`` is the frozen policy of the KL term.
+
+    ``update``: what AdamW holds besides while it updates all parameters at once, as PyTorch does on GPUs. Activations
+    are gone by then, so only the larger of both counts.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     reference: int
     activations: int
+    update: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to ``total``."""
+        lasting = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "reference": self.reference,
+        }
+        if self.update > self.activations:
+            return lasting | {"update": self.update}
+        return lasting | {"activations": self.activations}
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.reference + self.activations
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -67,13 +85,16 @@ def make_plan(config: Config, *, trains_policy: bool = True) -> Plan:
     # Adam's, and fp32 masters of shorter parameters.
     moments = 2 * _FP32 + (_FP32 if size != _FP32 else 0)
     whole = count(draft) + (count(policy) if trains_policy else 0)
+    # How many ways the optimizer's part of a rank is cut.
+    shards = dp if trainer.policy.megatron_config.use_distributed_optimizer else 1
     return Plan(
         worker=WorkerMemory(
             weights=(policy_on_rank + draft_on_rank) * size,
             gradients=trained * _FP32,
-            optimizer=trained * moments // (dp if trainer.policy.megatron_config.use_distributed_optimizer else 1),
+            optimizer=trained * moments // shards,
             reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
             activations=activations(config, spec, tp),
+            update=trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
         ),
         engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.shapes, engine_tp)) * engine_size,
         kv_bytes_per_token=2
@@ -196,14 +217,7 @@ def plan_facts(config: Config, plan: Plan, *, num_runs: int = 1) -> dict[str, st
     drafted = build_speculative_config(trainer, engine.speculative_config) is not None
     plain_engines = int((trainer.measure_speedup or bool(trainer.canary.lossless_interval)) and drafted)
     own_gpus = 0 if trainer.placement.colocate_all else engine.num_engines * engine.tensor_parallel_size
-    parts = {
-        "weights": worker.weights,
-        "gradients": worker.gradients,
-        "optimizer": worker.optimizer,
-        "reference": worker.reference,
-        "activations": worker.activations,
-    }
-    shares = ", ".join(f"{name} {readable(part)}" for name, part in parts.items() if part)
+    shares = ", ".join(f"{name} {readable(part)}" for name, part in worker.parts.items() if part)
     facts = {
         "processes": f"driver, scorer, {world_size} x worker (TP {tp} x DP {dp}), {engine.num_engines} x engine "
         f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ def open_target(options: EvalDraftOptions) -> Iterator[Target]:
     path = Path(options.target)
     checkpoint = latest(path / "checkpoints") or latest(path)
     if checkpoint is not None or (path / RECORD).is_file():
-        with TemporaryDirectory(prefix="skyrl-eval-") as folder:
+        # Engines on other machines see the run's file system, and not this machine's folder for temporary files.
+        shared = (checkpoint or path).absolute().parent if "RAY_ADDRESS" in os.environ else None
+        with TemporaryDirectory(prefix="skyrl-eval-", dir=shared) as folder:
             yield _exported(checkpoint or path, Path(folder) / "bundle", options)
     elif (path / "model" / "config.json").is_file():
         draft = path / "draft" if (path / "draft" / "config.json").is_file() else None

@@ -142,7 +142,9 @@ class PolicyWorker:
         """Not collective: from the files."""
         from skyrl_spec.checkpoint.bundle import export_bundle, read_source
 
-        export_bundle(read_source(directory), target)
+        trainer = self._config.trainer
+        # Where they are for this node; the checkpoint's settings have them as the user wrote them.
+        export_bundle(read_source(directory, model=trainer.policy.model.path, draft=trainer.dflash.path), target)
 
     def save_hf(self, run_dir: Path) -> None:
         """Write policy and draft as Hugging Face checkpoints that vLLM loads."""

@@ -14,6 +14,7 @@ from skyrl_spec.config import SamplingConfig
 from skyrl_spec.model_spec import model_directory, read_config
 from skyrl_spec.rollout.speculative import (
     OWN_ENGINE_ARGS,
+    drafts_under_way,
     require_exact_rejection,
     require_exact_sampling,
     require_other_engine_args,
@@ -79,16 +80,15 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
 
 
 def context_len(settings: EngineSettings) -> int:
-    """The context vLLM is given: ``max_model_len`` and, where the model has the positions, room for two more drafts.
+    """The context vLLM is given: ``max_model_len`` and, where the model has the positions, room for drafts under way.
 
     vLLM stops drafting for the whole batch while any of its sequences has no room for a draft, and the others' drafts
     are worse from then on, because the head's keys of those steps are never computed.
     """
     if settings.speculative_config is None:
         return settings.max_model_len
-    # The one being verified, and the next. DFlash's block also has a slot for the token sampled last: for it this is
-    # just enough, for MTP one position more than that.
-    room = 2 * settings.speculative_config.get("num_speculative_tokens", 0)
+    # DFlash's block also has a slot for the token sampled last: for it this is just enough, for MTP one position more.
+    room = drafts_under_way(settings.device) * settings.speculative_config.get("num_speculative_tokens", 0)
     positions = read_config(model_directory(settings.model_path)).get("max_position_embeddings")
     return settings.max_model_len + room if positions is None else min(settings.max_model_len + room, positions)
 
@@ -180,7 +180,7 @@ class RolloutEngine:
         """``n`` responses to each prompt (token ids), in the order of the prompts; none passes ``max_model_len``.
 
         Log-probs are of the distribution sampled from. With a ``seed`` every response has a random stream of its own,
-        so it does not depend on what else is in the batch; without, all draw from the engine's stream.
+        so it does not depend on what else is in the batch; without, and on GPUs, all draw from the engine's stream.
         Raises ``ValueError`` for a prompt that leaves no room for a response.
         """
         from vllm import SamplingParams, TokensPrompt
@@ -190,7 +190,9 @@ class RolloutEngine:
         if longest >= self._settings.max_model_len:
             raise ValueError(f"a prompt of {longest} tokens fills max_model_len={self._settings.max_model_len}")
         seeds: list[int | None] = [None] * len(prompts)
-        if seed is not None:
+        # On GPUs vLLM draws for each seeded request by itself, some kernels each in every step. What a seed is for,
+        # asking another engine again, cannot be there: the ranks of a transfer group are not replaced.
+        if seed is not None and self._settings.device == "cpu":
             # vLLM numbers the n responses of a prompt on from its seed.
             seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 2]
         params = [

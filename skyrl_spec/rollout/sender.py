@@ -102,13 +102,14 @@ def _ipc_sender(source: WeightSource, client: EnginesClient, rank: int) -> Train
 def _nccl_senders(
     sources: dict[str, WeightSource], clients: dict[str, EnginesClient], info: NCCLTrainerInitInfo
 ) -> dict[str, TrainerWeightTransferEngine]:
-    policy = NCCLTrainerWeightTransferEngine.trainer_init(info, client=clients["policy"], source=sources["policy"])
-    senders: dict[str, TrainerWeightTransferEngine] = {"policy": policy}
-    if "draft" in sources:
-        # An engine has one transfer group: the draft's sender uses it too, rather than replacing it.
-        draft = NCCLTrainerWeightTransferEngine(
-            client=clients["draft"], source=sources["draft"], is_sender=info.is_sender, packed=info.packed
+    """An engine has one transfer group: the first sender opens it, and a second one uses it, not to replace it."""
+    (first, source), *others = sources.items()
+    opened = NCCLTrainerWeightTransferEngine.trainer_init(info, client=clients[first], source=source)
+    senders: dict[str, TrainerWeightTransferEngine] = {first: opened}
+    for which, source in others:
+        sender = NCCLTrainerWeightTransferEngine(
+            client=clients[which], source=source, is_sender=info.is_sender, packed=info.packed
         )
-        draft.model_update_group = policy.model_update_group
-        senders["draft"] = draft
+        sender.model_update_group = opened.model_update_group
+        senders[which] = sender
     return senders

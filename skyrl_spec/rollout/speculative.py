@@ -84,3 +84,12 @@ def require_exact_sampling(
             f"{setting}.min_p={sampling.min_p}: vLLM does not apply min_p to drafted tokens, so it must be 0 with"
             " speculative decoding; use top_p or top_k, or turn the draft off"
         )
+
+
+def drafts_under_way(device: str) -> int:
+    """Drafts that an engine wants room for behind a sequence, else it stops drafting for its whole batch.
+
+    The one being verified, and the next. On GPUs vLLM schedules a step before it knows what the last one accepted, and
+    takes all of it for accepted: one more.
+    """
+    return 2 if device == "cpu" else 3

@@ -60,7 +60,7 @@ class WeightSync:
         else:
             # Ranks of a transfer group cannot be replaced one by one.
             engines.is_replaceable = False
-            policy.connect(backend, engines.handles, self.whiches)
+            policy.connect(backend, engines.handles, self.whiches, engines.timeout_s)
 
     def sync(self) -> int:
         """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""
@@ -74,7 +74,7 @@ class WeightSync:
             updates, num_bytes = self._export()
             self._engines.all("load_weights", updates, versions)
             return num_bytes
-        num_bytes = sum(self._policy.send(which) for which in self.whiches)
+        num_bytes = sum(self._policy.send(which, self._engines.timeout_s) for which in self.whiches)
         self._engines.all("reset_prefix_cache")
         self._engines.all("set_versions", versions)
         return num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -203,14 +204,18 @@ class PolicyGroup:
         """Weights in Ray's object store, in chunks with their bytes."""
         return self._all("export", which)[0]
 
-    def connect(self, backend: str, engines: list[Any], whiches: list[Which]) -> None:
+    def connect(self, backend: str, engines: list[Any], whiches: list[Which], timeout_s: float) -> None:
         """Open one of vLLM's own transfers to the engines."""
         address = ray.get(self.handles[0].address.remote())
-        self._all("connect", backend, engines, whiches, address)
+        self._all("connect", backend, engines, whiches, address, timeout_s=timeout_s)
 
-    def send(self, which: Which) -> int:
-        """One update of the engines through ``connect``'s transfer; returns the bytes sent."""
-        return self._all("send", which)[0]
+    def send(self, which: Which, timeout_s: float) -> int:
+        """One update of the engines through ``connect``'s transfer; returns the bytes sent.
+
+        Raises:
+            LostActorError: also if it takes longer. An engine that fails leaves the sender waiting, inside NCCL.
+        """
+        return self._all("send", which, timeout_s=timeout_s)[0]
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
         """All ranks write ``directory`` together; it is there once it is complete."""
@@ -239,16 +244,23 @@ class PolicyGroup:
         if self._gpus is not None:
             remove_placement_group(self._gpus)
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
+    def _all(self, method: str, *args: Any, timeout_s: float = math.inf) -> list[Any]:
         """Every rank's answer.
 
         Raises:
-            LostActorError: a rank died.
+            LostActorError: a rank died, or one did not answer in time.
         """
         refs = [getattr(worker, method).remote(*args) for worker in self.handles]
-        waiting, answers = list(refs), {}
+        waiting, answers, deadline = list(refs), {}, time.monotonic() + timeout_s
         while waiting:
-            (ref,), waiting = ray.wait(waiting)
+            left_s = None if math.isinf(timeout_s) else max(0.0, deadline - time.monotonic())
+            ready, waiting = ray.wait(waiting, timeout=left_s)
+            if not ready:
+                raise LostActorError(
+                    f"policy worker {refs.index(waiting[0])} did not {method} to the engines within generator."
+                    f"inference_engine.generate_timeout_s={timeout_s:g}: an engine died or failed (-v shows why)"
+                )
+            (ref,) = ready
             try:
                 answers[ref] = ray.get(ref)
             except ray.exceptions.RayActorError as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -75,7 +76,7 @@ def engine_settings(config: Config) -> EngineSettings:
         for sampling in (config.generator.sampling_params, config.generator.eval_sampling_params)
     )
     return EngineSettings(
-        model_path=config.trainer.policy.model.path,
+        model_path=_on_any_node(config.trainer.policy.model.path),
         dtype=engine.dtype or config.trainer.policy.megatron_config.dtype,
         device=device,
         tensor_parallel_size=engine.tensor_parallel_size,
@@ -86,11 +87,32 @@ def engine_settings(config: Config) -> EngineSettings:
         enable_prefix_caching=engine.enable_prefix_caching,
         enforce_eager=engine.enforce_eager,
         seed=config.trainer.seed,
-        speculative_config=build_speculative_config(config.trainer, engine.speculative_config),
+        speculative_config=_speculative_on_any_node(config),
         weight_sync_backend=sync_backend(config),
         num_threads=max(1, num_cores() // engine.num_engines) if device == "cpu" else None,
         engine_init_kwargs=engine.engine_init_kwargs,
     )
+
+
+def _on_any_node(path: str) -> str:
+    """An actor's working directory is that of its node's Ray, not the driver's. Hub names stay what they are."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+
+def _speculative_on_any_node(config: Config) -> dict[str, Any] | None:
+    speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config)
+    if speculative is None or not speculative.get("model"):
+        return speculative
+    return speculative | {"model": _on_any_node(speculative["model"])}
+
+
+def _workers_config(config: Config) -> Config:
+    """``config`` with directories that a worker finds on any node."""
+    policy, dflash = config.trainer.policy, config.trainer.dflash
+    if dflash.path is not None:
+        dflash = replace(dflash, path=_on_any_node(dflash.path))
+    policy = replace(policy, model=replace(policy.model, path=_on_any_node(policy.model.path)))
+    return replace(config, trainer=replace(config.trainer, policy=policy, dflash=dflash))
 
 
 def start_actors(
@@ -205,7 +227,8 @@ def _create_workers(config: Config, options: list[dict[str, Any]]) -> list[Any]:
     num_threads = _threads_per_worker(config) if config.trainer.placement.device == "cpu" else None
     worker_class: Any = PolicyWorker
     return [
-        worker_class.options(**own).remote(config, rank, len(options), num_threads) for rank, own in enumerate(options)
+        worker_class.options(**own).remote(_workers_config(config), rank, len(options), num_threads)
+        for rank, own in enumerate(options)
     ]
 
 

@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from skyrl_spec.config import Config, RunError
+from skyrl_spec.config import Config, LostActorError, RunError
 from skyrl_spec.trainer.actors import PolicyGroup
 from skyrl_spec.trainer.placement import (
     bundles_by_rank,
@@ -42,6 +42,11 @@ class Probe:
     def place(self) -> Place:
         context = ray.get_runtime_context()
         return Place(context.get_node_id(), ray.get_gpu_ids(), os.environ["CUDA_VISIBLE_DEVICES"])
+
+    def send(self, which: str) -> int:
+        """As a transfer whose other side is gone."""
+        time.sleep(600)
+        return 0
 
 
 def make_config(num_workers: int, *, colocate_all: bool) -> Config:
@@ -95,6 +100,19 @@ def too_many() -> dict[str, Any]:
     return {}
 
 
+def hanging_transfer() -> str:
+    """What is said of a worker that cannot get rid of its weights."""
+    probe_class: Any = Probe
+    worker = probe_class.options(num_cpus=0).remote()
+    try:
+        PolicyGroup([worker], [(0, 0)]).send("policy", timeout_s=TIMEOUT_S)
+    except LostActorError as error:
+        return str(error)
+    finally:
+        ray.kill(worker)
+    return ""
+
+
 def main() -> None:
     cluster = Cluster()
     try:
@@ -105,6 +123,7 @@ def main() -> None:
             "shared": places(make_config(4, colocate_all=True)),
             "own": places(make_config(2, colocate_all=False)),
             "too_many": too_many(),
+            "hanging_transfer": hanging_transfer(),
         }
         print(json.dumps(report))
     finally:

@@ -68,3 +68,7 @@ def test_a_group_that_cannot_be_placed_is_one_line_by_the_deadline(report: dict[
     assert placement_probe.TIMEOUT_S <= report["too_many"]["elapsed_s"] < placement_probe.TIMEOUT_S + 5
     # Nothing waits on in the cluster.
     assert set(report["too_many"]["states"]) == {"REMOVED"}
+
+
+def test_a_weight_transfer_that_hangs_is_an_engine_lost(report: dict[str, Any]) -> None:
+    assert report["hanging_transfer"].startswith("policy worker 0 did not send to the engines within generator.")

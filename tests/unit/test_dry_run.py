@@ -146,6 +146,11 @@ def test_sizes_of_a_large_model(tmp_path: Path) -> None:
     assert plan.checkpoint == 7 * plan.sync
     # Four ranks; one data-parallel rank, so the distributed optimizer divides nothing.
     assert plan.worker.optimizer == pytest.approx(12 * 7.83e9 / 4, rel=0.01)
+    # AdamW updates everything at once on GPUs; fewer activations than that are gone by then.
+    assert plan.worker.update == pytest.approx(4 * 7.83e9 / 4, rel=0.01)
+    assert plan.worker.update > plan.worker.activations
+    lasting = plan.worker.weights + plan.worker.gradients + plan.worker.optimizer
+    assert plan.worker.total == lasting + plan.worker.update
     assert plan.kv_bytes_per_token == 2 * 37 * 8 * 128 * 2
     assert "8" in plan_facts(config, plan)["GPUs"]
 
