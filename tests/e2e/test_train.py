@@ -77,6 +77,7 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
     assert any(not torch.equal(trained[name], shipped[name]) for name in shipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -155,6 +156,7 @@ def test_a_dflash_draft_trains_from_scratch_and_is_exported(tmp_path: Path) -> N
     assert f"trainer.dflash.path={tmp_path / 'run' / 'draft'}" in output
 
 
+@pytest.mark.slow
 def test_a_warm_up_trains_the_draft_alone(tmp_path: Path) -> None:
     overrides = ["experiment=cpu_dflash_grpo", *WARMUP, f"trainer.warmup.run_dir={tmp_path / 'whole'}"]
     output, records = finish(tmp_path / "whole", *overrides, command="warmup-draft")
