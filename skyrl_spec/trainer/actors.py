@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import time
@@ -244,16 +243,16 @@ class PolicyGroup:
         if self._gpus is not None:
             remove_placement_group(self._gpus)
 
-    def _all(self, method: str, *args: Any, timeout_s: float = math.inf) -> list[Any]:
+    def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Every rank's answer.
 
         Raises:
             LostActorError: a rank died, or one did not answer in time.
         """
         refs = [getattr(worker, method).remote(*args) for worker in self.handles]
-        waiting, answers, deadline = list(refs), {}, time.monotonic() + timeout_s
+        waiting, answers, start = list(refs), {}, time.monotonic()
         while waiting:
-            left_s = None if math.isinf(timeout_s) else max(0.0, deadline - time.monotonic())
+            left_s = None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic())
             ready, waiting = ray.wait(waiting, timeout=left_s)
             if not ready:
                 raise LostActorError(

@@ -226,9 +226,9 @@ def _create_engine(settings: EngineSettings, index: int, options: dict[str, Any]
 def _create_workers(config: Config, options: list[dict[str, Any]]) -> list[Any]:
     num_threads = _threads_per_worker(config) if config.trainer.placement.device == "cpu" else None
     worker_class: Any = PolicyWorker
+    config = _workers_config(config)
     return [
-        worker_class.options(**own).remote(_workers_config(config), rank, len(options), num_threads)
-        for rank, own in enumerate(options)
+        worker_class.options(**own).remote(config, rank, len(options), num_threads) for rank, own in enumerate(options)
     ]
 
 

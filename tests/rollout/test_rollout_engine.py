@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_process import EngineProcess
@@ -19,6 +20,7 @@ from tiny_models import (
 )
 
 from skyrl_spec.config import ConfigError, SamplingConfig
+from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, context_len
 from skyrl_spec.types import SpecCounters, Versions
 
 SAMPLINGS = {
@@ -159,3 +161,29 @@ def test_counters_add_up(engine: EngineProcess, plain_engine: EngineProcess) -> 
 def test_min_p_with_a_draft_is_refused(engine: EngineProcess) -> None:
     with pytest.raises(ConfigError, match="min_p"):
         generate(engine, [PROMPT], SamplingConfig(min_p=0.1))
+
+
+@pytest.mark.parametrize(("device", "num_drafts"), [("cpu", 2), ("cuda", 3)])
+def test_there_is_room_for_the_drafts_under_way(models_dir: Path, device: str, num_drafts: int) -> None:
+    speculative = {"method": "mtp", "num_speculative_tokens": 3}
+    settings = EngineSettings(str(models_dir / "w0"), device=device, max_model_len=16, speculative_config=speculative)
+    assert context_len(settings) == 16 + 3 * num_drafts
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_requests_are_seeded_on_cpu_alone(device: str) -> None:
+    """A stand-in for vLLM's ``LLM``, since there is no GPU."""
+
+    class Asked:
+        params: list[Any]
+
+        def generate(self, prompts: Any, *, sampling_params: list[Any], use_tqdm: bool) -> list[Any]:
+            self.params = sampling_params
+            return []
+
+    engine = RolloutEngine.__new__(RolloutEngine)
+    engine._settings, engine._llm = EngineSettings("", device=device), Asked()
+    engine.generate([PROMPT, PROMPT], SamplingConfig(), n=2, seed=5)
+    seeds = [params.seed for params in engine._llm.params]
+    assert [seed is None for seed in seeds] == [device == "cuda"] * 2
+    assert device == "cuda" or seeds[0] != seeds[1]
