@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: settings and command options from the schemas' comments, metrics from
+"""Writes docs/reference/ from the code: settings and command options and metrics from
 ``metrics/reference.py``. ``--check`` writes nothing and fails where a page is not what it would write."""
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skyrl_spec.cli import RUNS, SCHEMAS, TOOLS
-from skyrl_spec.config import Config
 from skyrl_spec.metrics.reference import REFERENCE
-from skyrl_spec.schema import Setting, describe, sections
-from skyrl_spec.validation import CHOICES, RANGES
+from skyrl_spec.settings.describe import Setting, describe, sections
+from skyrl_spec.settings.schema import Config
 
 DIRECTORY = Path(__file__).parents[1] / "docs" / "reference"
 USAGES = dict.fromkeys(RUNS, "experiment=NAME [KEY=VALUE ...]") | {
@@ -81,17 +80,15 @@ def _table(settings: Sequence[Setting], section: str) -> str:
     for setting in settings:
         name = setting.name.removeprefix(f"{section}.")
         lines.append(
-            f"| `{name}` | `{setting.default}` | {_allowed(setting)} | {_cell(setting.comment)} |",
+            f"| `{name}` | `{setting.default}` | {_allowed(setting)} | {_cell(setting.doc)} |",
         )
     return "\n".join(lines) + "\n"
 
 
 def _allowed(setting: Setting) -> str:
     allowed = setting.type_name
-    if setting.name in CHOICES:
-        allowed += f": {', '.join(CHOICES[setting.name])}"
-    if setting.name in RANGES:
-        allowed += f", {RANGES[setting.name]}"
+    if setting.allowed is not None:
+        allowed += f": {setting.allowed_text}"
     return _cell(allowed)
 
 

@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from skyrl_spec.config import Config, ConfigError, RunError
-from skyrl_spec.options import EvalDraftOptions, ExportOptions, ReportOptions
-from skyrl_spec.schema import describe
+from skyrl_spec.errors import ConfigError, RunError
+from skyrl_spec.settings.describe import describe
+from skyrl_spec.settings.options import EvalDraftOptions, ExportOptions, ReportOptions
+from skyrl_spec.settings.schema import Config
 
 EXIT_OK = 0
 EXIT_RUN = 1
@@ -133,16 +134,17 @@ def _add(commands: Any, name: str, texts: tuple[str, str], words: str) -> argpar
 
 
 def _options_help(name: str) -> str:
-    """The options of a tool, from the comments of the dataclass that is their schema."""
+    """The options of a tool, from the documentation in its schema."""
     lines = ["keys:"]
     for setting in describe(SCHEMAS[name]):
         lines.append(f"  {setting.name}={setting.default}")
-        lines += textwrap.wrap(setting.comment, 94, initial_indent="      ", subsequent_indent="      ")
+        allowed = f" Allowed: {setting.allowed_text}." if setting.allowed is not None else ""
+        lines += textwrap.wrap(setting.doc + allowed, 94, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
 def _export(words: list[str], verbose: bool) -> int:
-    from skyrl_spec.compose import read_options
+    from skyrl_spec.settings.compose import read_options
 
     options = read_options(ExportOptions, words, "export")
     for key in ("checkpoint", "out"):
@@ -161,18 +163,18 @@ def _export(words: list[str], verbose: bool) -> int:
 
 
 def _eval_draft(words: list[str], verbose: bool) -> int:
-    from skyrl_spec.compose import read_options
+    from skyrl_spec.settings.compose import read_options
 
     options = read_options(EvalDraftOptions, words, "eval-draft")
     _quiet(verbose)
+    from skyrl_spec.controller.signals import ended_by_signal
     from skyrl_spec.evaluation.command import run
-    from skyrl_spec.trainer.signals import ended_by_signal
 
     return ended_by_signal(lambda watch: run(options, watch, verbose=verbose))
 
 
 def _report(words: list[str], verbose: bool) -> int:
-    from skyrl_spec.compose import read_options
+    from skyrl_spec.settings.compose import read_options
 
     # A run's name may have an equals sign, as sweeps' have.
     run_dirs = [Path(word) for word in words if "=" not in word or Path(word).exists()]
@@ -198,43 +200,43 @@ def _quiet(verbose: bool) -> None:
 
 def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) -> int:
     # hydra takes a third of a second to import, which --help and --version need not wait for.
-    from skyrl_spec.compose import load_config, to_yaml
-    from skyrl_spec.validation import validate
+    from skyrl_spec.planning.validation import validate
+    from skyrl_spec.settings.compose import load_config, to_yaml
 
     config = load_config(words)
     validate(config)
     is_warmup = command == "warmup-draft"
     if is_warmup:
-        from skyrl_spec.trainer.warmup import warmup_config
+        from skyrl_spec.controller.warmup import warmup_config
 
         config = warmup_config(config)
     if show_config:
         print(to_yaml(config), end="")
         return EXIT_OK
-    from skyrl_spec.preflight import preflight
+    from skyrl_spec.planning.preflight import preflight
 
-    preflight(config, may_lack_mtp_head=is_warmup and config.trainer.warmup.from_scratch)
+    preflight(config, draft_from_scratch=is_warmup and config.trainer.warmup.from_scratch)
     if config.trainer.dry_run:
         return _dry_run(command, config)
     if is_warmup:
-        from skyrl_spec.trainer.warmup import run_warmup
+        from skyrl_spec.controller.warmup import run_warmup
 
         return run_warmup(config, verbose=verbose)
     if command == "compare":
-        from skyrl_spec.trainer.compare import run_comparison
+        from skyrl_spec.evaluation.compare import run_comparison
 
         return run_comparison(config, verbose=verbose)
-    from skyrl_spec.trainer.run import run_training
+    from skyrl_spec.controller.run import run_training
 
     return run_training(config, verbose=verbose)
 
 
 def _dry_run(command: str, config: Config) -> int:
-    from skyrl_spec.trainer.checkpoints import find
-    from skyrl_spec.trainer.compare import checked_arms
-    from skyrl_spec.trainer.output import show_plan
-    from skyrl_spec.trainer.task import load_task
-    from skyrl_spec.trainer.warmup import as_warmup
+    from skyrl_spec.controller.checkpoints import find
+    from skyrl_spec.controller.output import show_plan
+    from skyrl_spec.controller.task import load_task
+    from skyrl_spec.controller.warmup import as_warmup
+    from skyrl_spec.evaluation.compare import checked_arms
 
     if command == "compare":
         show_plan(load_task(config, may_write=False), num_runs=len(checked_arms(config)))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 # The two sets of weights that are trained and synced.
-Which = Literal["policy", "draft"]
+Component = Literal["policy", "draft"]
 
 
 @dataclass(frozen=True)

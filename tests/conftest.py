@@ -21,8 +21,8 @@ for name in [name for name in os.environ if name.startswith(("WANDB_", "RAY_"))]
 # Fresh processes for tests, forked from one that has done nothing but these imports, which take seconds.
 multiprocessing.set_forkserver_preload(
     [
-        "skyrl_spec.trainer.run",
-        "skyrl_spec.preflight",
+        "skyrl_spec.controller.run",
+        "skyrl_spec.planning.preflight",
         "skyrl_spec.checkpoint.dist",
         "tiny_checkpoints",
         "vllm.entrypoints.llm",
@@ -37,7 +37,7 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for the session; a process can join but one."""
-    from skyrl_spec.trainer.placement import ray_session
+    from skyrl_spec.controller.placement import ray_session
 
     with ray_session(verbose=False):
         yield

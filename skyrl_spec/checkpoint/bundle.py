@@ -24,27 +24,28 @@ from torch.distributed.checkpoint import CheckpointException
 from skyrl_spec.checkpoint.dist import read_parameters, reason
 from skyrl_spec.checkpoint.folders import latest, read_record
 from skyrl_spec.checkpoint.hf_export import complete, write_draft, write_model
-from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.draft_spec import DflashSpec, describe_draft, dflash_tensor_shapes, hf_config, read_dflash_spec
-from skyrl_spec.megatron.conversion import Rule, dflash_rules, mtp_rules, policy_rules
-from skyrl_spec.megatron.model import DTYPES
+from skyrl_spec.checkpoint.serving import COMMAND, CPU_COMMAND, serve_command
+from skyrl_spec.drafts.kinds import describe_draft, trained_kind
+from skyrl_spec.drafts.kinds.kind import DraftKind
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
-from skyrl_spec.model_spec import ModelSpec, load_spec, mtp_tensor_shapes, require_shapes, tensor_shapes
-from skyrl_spec.serve import COMMAND, CPU_COMMAND, serve_command
+from skyrl_spec.models.conversion import Rule, policy_rules
+from skyrl_spec.models.dtypes import DTYPES
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.files import Shapes, require_shapes
+from skyrl_spec.specs.model import ModelSpec, load_spec, tensor_shapes
 
 
 @dataclass(frozen=True)
 class Source:
     """A checkpoint, and what it was trained from.
 
-    ``shapes`` are those of the tensors it holds, by part; ``dflash`` is the shape of a DFlash draft; ``metrics`` are
-    those of the checkpoint's step.
+    ``shapes`` are those of its tensors, by component. ``metrics`` are those of the checkpoint's step.
     """
 
     directory: Path
     config: Config
     spec: ModelSpec
-    dflash: DflashSpec | None
     shapes: dict[str, dict[str, list[int]]]
     metrics: dict[str, float]
 
@@ -65,19 +66,19 @@ def read_source(directory: Path, *, model: str | None = None, draft: str | None 
     directory = newest or directory
     record = read_record(directory, "checkpoint")
     config = _config(record["extra"], directory)
-    config.trainer.policy.model.path = model or config.trainer.policy.model.path
-    config.trainer.dflash.path = draft or config.trainer.dflash.path
+    trainer = config.trainer
+    trainer.policy.model.path = model or trainer.policy.model.path
+    kind = trained_kind(trainer)
+    if kind is not None and draft is not None:
+        config.trainer = trainer = kind.with_path(trainer, draft)
     shapes = {name: part["shapes"] for name, part in record["parts"].items()}
-    spec, dflash = _read_model(config), _read_dflash(config)
-    where = f"checkpoint={directory}"
-    model_path, draft_path = config.trainer.policy.model.path, config.trainer.dflash.path
+    spec, where = _read_model(config), f"checkpoint={directory}"
     if "policy" in shapes:
-        require_shapes(shapes["policy"], tensor_shapes(spec), f"model={model_path}", where)
-    if "draft" in shapes and dflash is not None:
-        require_shapes(shapes["draft"], dflash_tensor_shapes(dflash), f"draft={draft_path}", where)
-    elif "draft" in shapes:
-        require_shapes(shapes["draft"], mtp_tensor_shapes(spec), f"model={model_path}", where)
-    return Source(directory, config, spec, dflash, shapes, record["extra"].get("metrics", {}))
+        require_shapes(shapes["policy"], tensor_shapes(spec), f"model={trainer.policy.model.path}", where)
+    if "draft" in shapes and kind is not None:
+        option = f"{'draft' if kind.has_own_directory else 'model'}={kind.path(trainer)}"
+        require_shapes(shapes["draft"], _draft_shapes(config, spec, kind), option, where)
+    return Source(directory, config, spec, shapes, record["extra"].get("metrics", {}))
 
 
 def export_bundle(source: Source, target: Path) -> Path:
@@ -86,17 +87,17 @@ def export_bundle(source: Source, target: Path) -> Path:
     Raises:
         RunError: it could not be written.
     """
-    trainer = source.config.trainer
+    trainer, kind = source.config.trainer, trained_kind(source.config.trainer)
     weights = _read(source, "policy", policy_rules(source.spec, source.spec.vocab_size))
-    if trainer.mtp.enabled:
-        weights |= _read(source, "draft", mtp_rules(source.spec))
+    draft_weights = {} if kind is None else _read(source, "draft", kind.rules(trainer, source.spec))
+    if kind is not None and not kind.has_own_directory:
+        weights |= draft_weights
     with complete(target) as directory:
         write_model(weights, source.spec.path, source.dtype, directory / "model")
-        if source.dflash is not None:
-            rope_scaling = trainer.dflash.export_rope_scaling
-            draft_config = hf_config(source.dflash, str(source.dtype).removeprefix("torch."), rope_scaling)
-            draft_weights = _read(source, "draft", dflash_rules(source.dflash.layers))
-            write_draft(draft_weights, draft_config, directory / "draft")
+        if kind is not None and kind.has_own_directory:
+            config = kind.hf_config(trainer, str(source.dtype).removeprefix("torch."))
+            assert config is not None
+            write_draft(draft_weights, config, directory / "draft")
         (directory / "README.md").write_text(readme(source))
     return target
 
@@ -108,13 +109,14 @@ def serve_line(source: Source, command: str | None = None) -> str:
 
 def readme(source: Source) -> str:
     """What a bundle says of itself."""
-    trainer = source.config.trainer
+    trainer, kind = source.config.trainer, trained_kind(source.config.trainer)
+    has_directory = kind is not None and kind.has_own_directory
     lines = [
         f"# {trainer.run_name}, {source.directory.name}",
         "",
         f"- policy: `model/`, {source.spec.architecture}, {source.spec.num_layers} layers x {source.spec.hidden_size}, "
         f"{trainer.policy.megatron_config.dtype}, trained from {trainer.policy.model.path}",
-        f"- draft: {describe_draft(trainer)}{' (`draft/`)' if trainer.dflash.enabled else ''}",
+        f"- draft: {describe_draft(trainer)}{' (`draft/`)' if has_directory else ''}",
         f"- exported from: {source.directory}",
         "",
         "Serve it, in this folder:",
@@ -175,13 +177,9 @@ def _read_model(config: Config) -> ModelSpec:
         raise ConfigError(f"{error}; or say where it is now with model=DIR") from None
 
 
-def _read_dflash(config: Config) -> DflashSpec | None:
-    dflash = config.trainer.dflash
-    if not dflash.enabled:
-        return None
-    assert dflash.path is not None
+def _draft_shapes(config: Config, spec: ModelSpec, kind: DraftKind) -> Shapes:
     try:
-        return read_dflash_spec(dflash.path)
+        return kind.shapes(config, spec, kind.path(config.trainer)).tensors
     except ConfigError as error:
         raise ConfigError(f"{error}; or say where it is now with draft=DIR") from None
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 
 RECORD = "checkpoint.json"
 LATEST = "latest"

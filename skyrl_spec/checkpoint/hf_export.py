@@ -7,47 +7,63 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from skyrl_spec.config import RunError
-from skyrl_spec.megatron.conversion import HfTensors
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import read_config
-from skyrl_spec.types import Which
+from skyrl_spec.errors import RunError
+from skyrl_spec.models.conversion import HfTensors
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.specs.files import read_config
+from skyrl_spec.specs.model import ModelSpec
+from skyrl_spec.types import Component
 
 # Everything that is no weight and no config.json is copied as it is: tokenizer, chat template, generation config.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-def save_hf(trainer: PolicyTrainer, run_dir: Path) -> None:
+class ExportedTrainer(Protocol):
+    """What an export needs of the trainer (``training.trainer.PolicyTrainer``)."""
+
+    spec: ModelSpec
+    parallel: Parallel
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def draft_source(self) -> Path | None:
+        """The checkpoint directory that the draft's tensors belong to; None without a draft."""
+        ...
+
+    def draft_hf_config(self) -> dict[str, Any] | None: ...
+    def export(self, component: Component) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def save_hf(trainer: ExportedTrainer, run_dir: Path) -> None:
     """Write ``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own.
 
     An MTP head is a part of the policy's checkpoint. All ranks take part, rank 0 writes; a directory appears under its
     name when it is complete.
     """
-    draft = None if trainer.draft is None else trainer.draft.draft
-    has_own_directory = draft is not None and draft.source != trainer.spec.path
-    in_model: list[Which] = ["policy"] if draft is None or has_own_directory else ["policy", "draft"]
-    _save_model(trainer, in_model, run_dir / "model")
-    if has_own_directory:
+    components: list[Component] = ["policy"]
+    if trainer.draft_source == trainer.spec.path:
+        components.append("draft")
+    _save_model(trainer, components, run_dir / "model")
+    if trainer.draft_source not in (None, trainer.spec.path):
         save_draft(trainer, run_dir)
 
 
-def save_draft(trainer: PolicyTrainer, run_dir: Path) -> None:
-    """The draft alone: ``run_dir/draft``, or ``run_dir/model`` with the policy it is a part of."""
-    assert trainer.draft is not None
-    draft = trainer.draft.draft
-    if draft.source == trainer.spec.path:
+def save_draft(trainer: ExportedTrainer, run_dir: Path) -> None:
+    """Writes the draft alone to ``run_dir/draft``, or to ``run_dir/model`` with the policy it is a part of."""
+    if trainer.draft_source == trainer.spec.path:
         _save_model(trainer, ["draft"], run_dir / "model")
         return
     weights = _gather(trainer, ["draft"])
     if trainer.parallel.rank == 0:
-        config = draft.hf_config(next(trainer.model.parameters()).dtype)
+        config = trainer.draft_hf_config()
         assert config is not None
         write_draft(weights, config, run_dir / "draft")
 
@@ -101,18 +117,18 @@ def complete(target: Path) -> Iterator[Path]:
         raise RunError(f"{target}: could not be written ({reason}); free space or choose another place") from None
 
 
-def _save_model(trainer: PolicyTrainer, whiches: list[Which], target: Path) -> None:
-    weights = _gather(trainer, whiches)
+def _save_model(trainer: ExportedTrainer, components: list[Component], target: Path) -> None:
+    weights = _gather(trainer, components)
     if trainer.parallel.rank == 0:
-        write_model(weights, trainer.spec.path, next(trainer.model.parameters()).dtype, target)
+        write_model(weights, trainer.spec.path, trainer.dtype, target)
 
 
-def _gather(trainer: PolicyTrainer, whiches: list[Which]) -> dict[str, Tensor]:
+def _gather(trainer: ExportedTrainer, components: list[Component]) -> dict[str, Tensor]:
     """Full tensors by HF name, on rank 0; empty elsewhere."""
     weights: dict[str, Tensor] = {}
     if trainer.parallel.dp_rank == 0:
-        for which in whiches:
-            for name, tensor in trainer.export(which):
+        for component in components:
+            for name, tensor in trainer.export(component):
                 if trainer.parallel.rank == 0:
                     weights[name] = tensor.cpu().clone()
     return weights

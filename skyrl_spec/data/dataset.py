@@ -16,7 +16,7 @@ import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.types import Prompt
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.types import Prompt
 
 

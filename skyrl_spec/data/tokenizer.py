@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 
 
 def load_tokenizer(directory: Path, setting: str, vocab_size: int | None = None) -> Any:

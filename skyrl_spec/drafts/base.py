@@ -15,14 +15,14 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from skyrl_spec.megatron.capture import CapturePoint
-from skyrl_spec.megatron.conversion import Rule
 from skyrl_spec.metrics import names
+from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.conversion import Rule
 from skyrl_spec.types import Metric, Metrics
 
 
 @dataclass(frozen=True)
-class Targets:
+class BatchTokens:
     """The tokens of a micro-batch, ``[B, S]``, on the device."""
 
     token_ids: Tensor
@@ -45,10 +45,10 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Supervision:
     """Which draft tokens of a micro-batch are supervised; a draft adds what it needs to know of them."""
 
-    targets: Targets
+    targets: BatchTokens
     # What they count together (float64 scalar): this rank's part of the loss's denominator.
     weight: Tensor
 
@@ -110,12 +110,12 @@ class Draft(ABC):
     num_positions: int
 
     @abstractmethod
-    def plan(self, targets: Targets) -> Plan:
+    def supervise(self, targets: BatchTokens) -> Supervision:
         """What is supervised in a micro-batch. Once for each: a plan may be drawn at random."""
 
     @abstractmethod
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervise: Supervision, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
         """This micro-batch's part of the loss, already divided by the global ``denominator``, and its sums.
 
@@ -125,7 +125,7 @@ class Draft(ABC):
 
     @abstractmethod
     def propose(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, anchor_B: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
     ) -> Tensor:
         """What the draft drafts behind one token of each row, as an engine does: ``[B, K, D]``, ready for the head.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from skyrl_spec.megatron.attention import SdpaAttention
+from skyrl_spec.models.attention import SdpaAttention
 
 # Queries whose scores exist at a time; a longer row is computed in blocks that are recomputed in the backward pass.
 QUERY_BLOCK = 1024

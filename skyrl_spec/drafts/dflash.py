@@ -31,24 +31,24 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from skyrl_spec.config import DflashConfig
-from skyrl_spec.draft_spec import DflashSpec, decay_gamma, hf_config, read_dflash_spec
 from skyrl_spec.drafts.align import expected_acceptance
-from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
+from skyrl_spec.drafts.base import BatchTokens, Draft, DraftSums, Supervision, Teacher
 from skyrl_spec.drafts.block_attention import BlockAttention, block_attention
 from skyrl_spec.drafts.blocks import Blocks, draw_blocks, position_weights
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
-from skyrl_spec.megatron import compat
-from skyrl_spec.megatron.capture import CapturePoint
-from skyrl_spec.megatron.conversion import dflash_rules
-from skyrl_spec.megatron.parallel import Parallel
-from skyrl_spec.model_spec import ModelSpec
+from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.conversion import dflash_rules
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.settings.schema import DflashConfig
+from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, dflash_hf_config, read_dflash_spec
+from skyrl_spec.specs.model import ModelSpec
 
 _ANCHORS = "anchors"
 
 
 @dataclass(frozen=True)
-class DflashPlan(Plan):
+class DflashSupervision(Supervision):
     blocks: Blocks
 
 
@@ -81,7 +81,7 @@ class DflashDraft(Draft):
         gamma = decay_gamma(config, self.num_positions + 1)
         self._weights_K = position_weights(self.num_positions, gamma, parallel.device)
 
-    def plan(self, targets: Targets) -> DflashPlan:
+    def supervise(self, targets: BatchTokens) -> DflashSupervision:
         blocks = draw_blocks(
             targets.loss_mask,
             targets.segment_ids,
@@ -89,41 +89,43 @@ class DflashDraft(Draft):
             self.num_positions,
             self.generator,
         )
-        return DflashPlan(targets, (blocks.supervised_BAK * self._weights_K).sum(dtype=torch.float64), blocks)
+        return DflashSupervision(targets, (blocks.supervised_BAK * self._weights_K).sum(dtype=torch.float64), blocks)
 
-    def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: DflashPlan) -> Tensor:
+    def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: DflashSupervision) -> Tensor:
         """The draft's output at every slot of ``plan``'s blocks, ``[Q, B, D]``, ready for the output head."""
         context_SBE = torch.cat([captured[point] for point in self.capture_points], dim=-1)
         return self.module(
             context_SBE,
-            self._slot_embeddings(teacher, plan),
-            plan.blocks.positions_BQ().t(),
-            block_attention(plan.blocks, plan.targets.segment_ids),
+            self._slot_embeddings(teacher, supervision),
+            supervision.blocks.positions_BQ().t(),
+            block_attention(supervision.blocks, supervision.targets.segment_ids),
             # The last block may reach behind the row.
             num_positions=len(context_SBE) + self.num_positions,
         )
 
     def propose(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, anchor_B: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
     ) -> Tensor:
         supervised_BAK = torch.ones(len(anchor_B), 1, self.num_positions, dtype=torch.bool, device=anchor_B.device)
-        plan = DflashPlan(targets, supervised_BAK.sum().double(), Blocks(anchor_B[:, None], supervised_BAK))
-        return self.forward(captured, teacher, plan)[1:].transpose(0, 1)
+        supervision = DflashSupervision(
+            targets, supervised_BAK.sum().double(), Blocks(anchor_B[:, None], supervised_BAK)
+        )
+        return self.forward(captured, teacher, supervision)[1:].transpose(0, 1)
 
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: Supervision, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
-        assert isinstance(plan, DflashPlan)
-        out_QBD = self.forward(captured, teacher, plan)
-        mask_BAK = plan.blocks.supervised_BAK
+        assert isinstance(supervision, DflashSupervision)
+        out_QBD = self.forward(captured, teacher, supervision)
+        mask_BAK = supervision.blocks.supervised_BAK
         # T drafted tokens, each with the position that predicts it.
         batch_T, block_T, slot_T = mask_BAK.nonzero(as_tuple=True)
-        target_T = plan.blocks.anchor_BA[batch_T, block_T] + slot_T
+        target_T = supervision.blocks.anchor_BA[batch_T, block_T] + slot_T
         # Where anything is supervised a slot 1 is, whose weight is 1.
         weights_T = self._weights_K[slot_T] / denominator.clamp(min=1.0)
-        labels_T = plan.targets.token_ids[batch_T, target_T + 1]
+        labels_T = supervision.targets.token_ids[batch_T, target_T + 1]
         result = vocab_parallel_soft_ce(
-            out_QBD[block_T * plan.blocks.num_slots + slot_T + 1, batch_T][None],
+            out_QBD[block_T * supervision.blocks.num_slots + slot_T + 1, batch_T][None],
             teacher.hidden_SBD[target_T, batch_T],
             teacher.output_weight_vD,
             weights_T.to(torch.float32)[None],
@@ -158,13 +160,13 @@ class DflashDraft(Draft):
         if _ANCHORS in state:
             self.generator.set_state(state[_ANCHORS])
 
-    def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
-        return hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
+    def dflash_hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
 
-    def _slot_embeddings(self, teacher: Teacher, plan: DflashPlan) -> Tensor:
+    def _slot_embeddings(self, teacher: Teacher, supervision: DflashSupervision) -> Tensor:
         """``[Q, B, D]``: the anchor's token, then mask tokens."""
-        blocks = plan.blocks
-        anchor_ids_BA = plan.targets.token_ids.gather(1, blocks.anchor_BA)
+        blocks = supervision.blocks
+        anchor_ids_BA = supervision.targets.token_ids.gather(1, blocks.anchor_BA)
         mask_id = anchor_ids_BA.new_tensor([self.spec.mask_token_id])
         rows = teacher.embed(torch.cat([anchor_ids_BA.flatten(), mask_id]))
         num_rows, num_anchors = anchor_ids_BA.shape
@@ -305,7 +307,7 @@ def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel)
         recompute_method=None,
         recompute_num_layers=None,
     )
-    with compat.megatron_device(parallel.device):
+    with megatron_patches.megatron_device(parallel.device):
         rotary = RotaryEmbedding(
             layers.head_dim,
             rotary_percent=1.0,

@@ -22,24 +22,25 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from skyrl_spec.config import ConfigError, MtpConfig
 from skyrl_spec.drafts.align import chain_mask, document_starts, followed_acceptance
-from skyrl_spec.drafts.base import Draft, DraftSums, Plan, Targets, Teacher
+from skyrl_spec.drafts.base import BatchTokens, Draft, DraftSums, Supervision, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
-from skyrl_spec.megatron import compat
-from skyrl_spec.megatron.capture import CapturePoint
-from skyrl_spec.megatron.conversion import mtp_rules
-from skyrl_spec.megatron.model import layer_spec
-from skyrl_spec.megatron.parallel import Parallel
-from skyrl_spec.model_spec import ModelSpec
+from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.conversion import mtp_rules
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.models.policy import layer_spec
+from skyrl_spec.settings.schema import MtpConfig
+from skyrl_spec.specs.model import ModelSpec
 
 TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "input")
 EMBEDDING = CapturePoint("embedding", "output")
 
 
 @dataclass(frozen=True)
-class MtpPlan(Plan):
+class MtpSupervision(Supervision):
     """``mask_KBS``: depth d is supervised at target position p (``align.chain_mask``)."""
 
     mask_KBS: Tensor
@@ -70,7 +71,7 @@ class MtpDraft(Draft):
             use_cpu_initialization=parallel.device.type == "cpu",
         )
 
-    def forward(self, trunk_SBD: Tensor, embeds_SBD: Tensor, targets: Targets) -> list[Tensor]:
+    def forward(self, trunk_SBD: Tensor, embeds_SBD: Tensor, targets: BatchTokens) -> list[Tensor]:
         """Output of each depth ``[S, B, D]``: ``out[d-1][t]`` drafts token t+d+1.
 
         ``trunk_SBD`` is the trunk before its final norm, ``embeds_SBD`` the embeddings of the same positions.
@@ -98,12 +99,12 @@ class MtpDraft(Draft):
         attention.reset()
         return outputs
 
-    def plan(self, targets: Targets) -> MtpPlan:
+    def supervise(self, targets: BatchTokens) -> MtpSupervision:
         mask_KBS = chain_mask(targets.loss_mask, targets.segment_ids, self.num_positions)
-        return MtpPlan(targets, mask_KBS.sum().double(), mask_KBS)
+        return MtpSupervision(targets, mask_KBS.sum().double(), mask_KBS)
 
     def propose(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: Targets, anchor_B: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
     ) -> Tensor:
         outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], targets)
         # The base of a chain is the position whose next token is its first.
@@ -111,18 +112,18 @@ class MtpDraft(Draft):
         return torch.stack([out[anchor_B - 1, rows_B] for out in outputs], dim=1)
 
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, plan: Plan, denominator: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: Supervision, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
-        assert isinstance(plan, MtpPlan)
-        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], plan.targets)
-        mask_KBS = plan.mask_KBS
+        assert isinstance(supervision, MtpSupervision)
+        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], supervision.targets)
+        mask_KBS = supervision.mask_KBS
         # Depth 1 is supervised wherever a deeper one is, so its target positions hold all.
         batch_T, position_T = mask_KBS[0].nonzero(as_tuple=True)
         mask_KT = mask_KBS[:, batch_T, position_T]
         draft_hidden_KTD = torch.stack(
             [out[(position_T - depth).clamp(min=0), batch_T] for depth, out in enumerate(outputs, start=1)]
         )
-        labels_T = plan.targets.token_ids[batch_T, position_T + 1]
+        labels_T = supervision.targets.token_ids[batch_T, position_T + 1]
         result = vocab_parallel_soft_ce(
             draft_hidden_KTD,
             teacher.hidden_SBD[position_T, batch_T],
@@ -170,5 +171,5 @@ def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPred
     spec = ModuleSpec(
         module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )
-    with compat.megatron_device(parallel.device):
+    with megatron_patches.megatron_device(parallel.device):
         return MultiTokenPredictionBlock(config=config, spec=spec).to(parallel.device, config.params_dtype)

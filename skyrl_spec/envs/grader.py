@@ -14,9 +14,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from skyrl_spec.config import ConfigError, EnvironmentConfig, RunError
 from skyrl_spec.envs.registry import register_custom
 from skyrl_spec.envs.rewards import EnvResult, failed, score
+from skyrl_spec.errors import ConfigError, RunError
+from skyrl_spec.settings.schema import EnvironmentConfig
 from skyrl_spec.types import Prompt
 
 _PR_SET_PDEATHSIG = 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 
 
 def register_custom(custom: dict[str, str]) -> None:

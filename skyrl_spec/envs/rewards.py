@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from skyrl_spec.config import ConfigError, EnvironmentConfig
 from skyrl_spec.envs.registry import check_env_class
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import EnvironmentConfig
 from skyrl_spec.types import Prompt
 
 

@@ -10,16 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from skyrl_spec.config import Config, ConfigError, SamplingConfig
+from skyrl_spec.controller.signals import SignalWatch
 from skyrl_spec.data.tokenizer import load_tokenizer
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.evaluation import prompts as prompt_files
 from skyrl_spec.evaluation.target import Target, open_target
-from skyrl_spec.model_spec import read_config
-from skyrl_spec.options import EvalDraftOptions
-from skyrl_spec.preflight import num_gpus
-from skyrl_spec.trainer.signals import SignalWatch
+from skyrl_spec.planning.preflight import num_gpus
+from skyrl_spec.settings.describe import describe
+from skyrl_spec.settings.options import EvalDraftOptions
+from skyrl_spec.settings.rules import check_allowed
+from skyrl_spec.settings.schema import Config, SamplingConfig
+from skyrl_spec.specs.files import read_config
 from skyrl_spec.types import Prompt
-from skyrl_spec.validation import NOT_NEGATIVE, SEEDS
 
 if TYPE_CHECKING:
     from skyrl_spec.evaluation.measure import Measurement
@@ -29,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalSettings:
     """What ``EvalDraftOptions`` leave open is decided: by the run that the target is of, else by a default."""
 
     device: str
@@ -52,31 +54,31 @@ def run(options: EvalDraftOptions, watch: SignalWatch, *, verbose: bool) -> None
     """
     _check(options)
     with open_target(options) as target:
-        plan = _plan(options, target)
-        prompts = prompt_files.load(plan.files, load_tokenizer(target.model, "target"), plan.max_prompt_length)
-        _check_writable(plan.out)
-        for name, value in _facts(options, plan, target, len(prompts)).items():
+        settings = _eval_settings(options, target)
+        prompts = prompt_files.load(settings.files, load_tokenizer(target.model, "target"), settings.max_prompt_length)
+        _check_writable(settings.out)
+        for name, value in _facts(options, settings, target, len(prompts)).items():
             print(f"{name:<10}{value}")
-        results = _measure(options, plan, target, prompts, watch, verbose=verbose)
+        results = _measure(options, settings, target, prompts, watch, verbose=verbose)
     # Ray and torch are there by now.
     from skyrl_spec.evaluation.result import as_json, recommendation_lines
 
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {plan.device}, {plan.dtype}",
-        "prompts": plan.files,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {settings.device}, {settings.dtype}",
+        "prompts": settings.files,
         "rounds": options.rounds,
     }
-    plan.out.write_text(json.dumps(as_json(target, results, plan.sampling, about), indent=2) + "\n")
+    settings.out.write_text(json.dumps(as_json(target, results, settings.sampling, about), indent=2) + "\n")
     print("\nrecommended number of draft tokens (k)")
     for line in recommendation_lines(results):
         print(f"  {line}")
-    print(f"  written to {plan.out}")
+    print(f"  written to {settings.out}")
 
 
 def _measure(
     options: EvalDraftOptions,
-    plan: Plan,
+    settings: EvalSettings,
     target: Target,
     prompts: list[Prompt],
     watch: SignalWatch,
@@ -84,9 +86,9 @@ def _measure(
     verbose: bool,
 ) -> list[Measurement]:
     # Once everything that can be refused has been.
+    from skyrl_spec.controller.placement import ray_session
     from skyrl_spec.evaluation.measure import measure
     from skyrl_spec.evaluation.result import table_header, table_row
-    from skyrl_spec.trainer.placement import ray_session
 
     def show(measured: list[Measurement]) -> None:
         for item in measured:
@@ -96,10 +98,10 @@ def _measure(
     # Ray puts handlers of its own in place of ours.
     with ray_session(verbose), watch.installed():
         return measure(
-            _engine_settings(options, plan, target),
-            {count: target.speculative_config(count) for count in plan.token_counts},
+            _engine_settings(options, settings, target),
+            {count: target.speculative_config(count) for count in settings.token_counts},
             prompts,
-            plan.sampling,
+            settings.sampling,
             options.batch_sizes,
             rounds=options.rounds,
             min_rollouts=options.min_rollouts,
@@ -113,18 +115,8 @@ def _check(options: EvalDraftOptions) -> None:
         values = getattr(options, name)
         if values is not None and (not values or min(values) < 1):
             raise ConfigError(f"{name}={values}: must be numbers of at least 1; change it")
-    for name in ("rounds", "min_rollouts", "tensor_parallel_size", "max_prompt_length", "max_generate_length"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1; change it")
-    if options.temperature is not None and options.temperature not in NOT_NEGATIVE:
-        raise ConfigError(f"temperature={options.temperature:g}: must be {NOT_NEGATIVE}; change it")
-    if options.seed not in SEEDS:
-        raise ConfigError(f"seed={options.seed}: must be {SEEDS}; change it")
-    for name, allowed in (("device", ("cpu", "cuda")), ("dtype", ("fp32", "bf16"))):
-        value = getattr(options, name)
-        if value is not None and value not in allowed:
-            raise ConfigError(f"{name}={value}: must be {' or '.join(allowed)}; choose one")
+    for setting in describe(EvalDraftOptions):
+        check_allowed(setting.name, getattr(options, setting.name), setting.allowed)
 
 
 def _check_writable(path: Path) -> None:
@@ -132,7 +124,7 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"out={path}: cannot be written; name a file in a directory that is there")
 
 
-def _plan(options: EvalDraftOptions, target: Target) -> Plan:
+def _eval_settings(options: EvalDraftOptions, target: Target) -> EvalSettings:
     run = target.run or _without_run()
     device = _first(options.device, run.trainer.placement.device)
     engine, trained_in = run.generator.inference_engine, run.trainer.policy.megatron_config.dtype
@@ -140,7 +132,7 @@ def _plan(options: EvalDraftOptions, target: Target) -> Plan:
     tp = _first(options.tensor_parallel_size, engine.tensor_parallel_size)
     _check_gpus(device, tp)
     sampling = run.generator.sampling_params
-    plan = Plan(
+    settings = EvalSettings(
         device=device,
         dtype=_first(options.dtype, dtype, "fp32" if device == "cpu" else "bf16"),
         tensor_parallel_size=tp,
@@ -155,19 +147,19 @@ def _plan(options: EvalDraftOptions, target: Target) -> Plan:
         token_counts=target.token_counts(options.num_speculative_tokens),
         out=Path(options.out) if options.out else target.home / "eval_draft.json",
     )
-    return _within_positions(options, plan, read_config(target.model, "target").get("max_position_embeddings"))
+    return _within_positions(options, settings, read_config(target.model, "target").get("max_position_embeddings"))
 
 
-def _within_positions(options: EvalDraftOptions, plan: Plan, positions: int | None) -> Plan:
+def _within_positions(options: EvalDraftOptions, settings: EvalSettings, positions: int | None) -> EvalSettings:
     """Prompt and response within the model's positions: a default gives way, what was asked for does not."""
-    room = None if positions is None else positions - plan.sampling.max_generate_length
-    if room is None or plan.max_prompt_length <= room:
-        return plan
+    room = None if positions is None else positions - settings.sampling.max_generate_length
+    if room is None or settings.max_prompt_length <= room:
+        return settings
     if options.max_prompt_length is None and room > 0:
-        return replace(plan, max_prompt_length=room)
+        return replace(settings, max_prompt_length=room)
     raise ConfigError(
-        f"max_generate_length={plan.sampling.max_generate_length}: with max_prompt_length={plan.max_prompt_length} it "
-        f"passes the model's {positions} positions; lower one"
+        f"max_generate_length={settings.sampling.max_generate_length}: with max_prompt_length="
+        f"{settings.max_prompt_length} it passes the model's {positions} positions; lower one"
     )
 
 
@@ -195,17 +187,17 @@ def _first(*values: T | None) -> T:
     return next(value for value in values if value is not None)
 
 
-def _engine_settings(options: EvalDraftOptions, plan: Plan, target: Target) -> EngineSettings:
+def _engine_settings(options: EvalDraftOptions, settings: EvalSettings, target: Target) -> EngineSettings:
+    from skyrl_spec.controller.placement import num_cores
     from skyrl_spec.rollout.engine import EngineSettings
-    from skyrl_spec.trainer.placement import num_cores
 
-    on_cpu, tp = plan.device == "cpu", plan.tensor_parallel_size
+    on_cpu, tp = settings.device == "cpu", settings.tensor_parallel_size
     return EngineSettings(
         model_path=str(target.model.resolve()),
-        dtype=plan.dtype,
-        device=plan.device,
+        dtype=settings.dtype,
+        device=settings.device,
         tensor_parallel_size=tp,
-        max_model_len=plan.max_prompt_length + plan.sampling.max_generate_length,
+        max_model_len=settings.max_prompt_length + settings.sampling.max_generate_length,
         max_num_seqs=max(options.batch_sizes),
         # Two engines share a GPU.
         gpu_memory_utilization=0.4 if tp == 1 else 0.8,
@@ -214,16 +206,17 @@ def _engine_settings(options: EvalDraftOptions, plan: Plan, target: Target) -> E
         seed=options.seed,
         weight_sync_backend="ray" if on_cpu else "nccl",
         num_threads=num_cores() if on_cpu else None,
-        engine_init_kwargs=plan.engine_init_kwargs,
+        engine_init_kwargs=settings.engine_init_kwargs,
     )
 
 
-def _facts(options: EvalDraftOptions, plan: Plan, target: Target, num_prompts: int) -> dict[str, str]:
+def _facts(options: EvalDraftOptions, settings: EvalSettings, target: Target, num_prompts: int) -> dict[str, str]:
     return {
         "target": target.name,
         "draft": target.method if options.draft is None else f"{target.method}, {target.draft}",
-        "prompts": f"{num_prompts} of {', '.join(plan.files)}",
-        "sampling": f"temperature {plan.sampling.temperature:g}, up to {plan.sampling.max_generate_length} tokens",
-        "engines": f"{plan.device}, TP {plan.tensor_parallel_size}, {plan.dtype}",
+        "prompts": f"{num_prompts} of {', '.join(settings.files)}",
+        "sampling": f"temperature {settings.sampling.temperature:g}, "
+        f"up to {settings.sampling.max_generate_length} tokens",
+        "engines": f"{settings.device}, TP {settings.tensor_parallel_size}, {settings.dtype}",
         "rounds": f"{options.rounds}, with and without the draft by turns; medians are shown",
     }

@@ -12,10 +12,11 @@ from typing import Any
 
 import ray
 
-from skyrl_spec.config import RunError, SamplingConfig
+from skyrl_spec.controller.actors import EngineGroup, cause_of_death
+from skyrl_spec.errors import RunError
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
-from skyrl_spec.trainer.actors import EngineGroup, cause_of_death
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Prompt, SpecCounters
 
 # Seconds that an engine may take to be placed and to load, and to answer.

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from skyrl_spec.config import ConfigError
 from skyrl_spec.data.dataset import read_rows
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.types import Prompt
 
 Messages = list[dict[str, str]]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from skyrl_spec.config import SamplingConfig
 from skyrl_spec.evaluation.measure import Measurement
 from skyrl_spec.evaluation.target import Target
+from skyrl_spec.settings.schema import SamplingConfig
 
 
 def table_header() -> str:

@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from skyrl_spec.checkpoint.folders import RECORD, latest, read_record
-from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.draft_spec import DRAFT_ARCHITECTURE, read_dflash_spec
-from skyrl_spec.model_spec import model_directory, read_config
-from skyrl_spec.options import SPECULATIVE_METHODS, EvalDraftOptions
+from skyrl_spec.drafts.kinds import KINDS, trained_kind
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.options import EvalDraftOptions
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.files import model_directory, read_config
 
 DEFAULT_TOKENS = (1, 2, 3, 5, 7)
 # An n-gram draft proposes what followed the last 2 to 4 tokens before.
@@ -47,7 +48,8 @@ class Target:
         Raises:
             ConfigError: more than a block of the draft has.
         """
-        most = read_dflash_spec(str(self.draft)).block_size - 1 if self.method == "dflash" else None
+        kind = KINDS.get(self.method)
+        most = None if kind is None else kind.max_draft_tokens(self.draft)
         if wanted is None:
             return [count for count in DEFAULT_TOKENS if most is None or count <= most]
         if most is not None and max(wanted) > most:
@@ -93,9 +95,8 @@ def _exported(checkpoint: Path, bundle_directory: Path, options: EvalDraftOption
     read_record(checkpoint, "target")
     source = bundle.read_source(checkpoint, model=options.model)
     bundle.export_bundle(source, bundle_directory)
-    draft = bundle_directory / "draft" if source.dflash is not None else None
-    trainer = source.config.trainer
-    if options.method is None and options.draft is None and not (trainer.mtp.enabled or draft):
+    draft = bundle_directory / "draft" if (bundle_directory / "draft").is_dir() else None
+    if options.method is None and options.draft is None and trained_kind(source.config.trainer) is None:
         raise ConfigError(
             f"target={options.target}: was trained without a draft; name one: method=ngram, or method and draft=DIR"
         )
@@ -113,23 +114,21 @@ def _with_draft(
     model: Path, own: Path | None, options: EvalDraftOptions, *, name: str, home: Path, run: Config | None = None
 ) -> Target:
     """``own`` is the draft that came with the model."""
-    if options.method not in (None, *SPECULATIVE_METHODS):
-        raise ConfigError(f"method={options.method}: must be {' or '.join(SPECULATIVE_METHODS)}; choose one")
     if options.draft is not None and options.method in ("mtp", "ngram"):
         raise ConfigError(f"draft={options.draft}: method={options.method} has no draft beside the model; drop one")
     draft = own if options.draft is None else model_directory(options.draft, "draft")
     method = options.method or _method_of(model, draft, name)
     if method in ("dflash", "eagle3") and draft is None:
         raise ConfigError(f"method={method}: needs a draft, and {name} has none; name one with draft=DIR")
-    if method == "mtp" and not read_config(model, "target").get("num_nextn_predict_layers"):
+    if method == "mtp" and not KINDS["mtp"].is_in(read_config(model, "target")):
         raise ConfigError(f"method=mtp: {name} has no MTP head (num_nextn_predict_layers); choose another method")
     return Target(model, method, draft if method in ("dflash", "eagle3") else None, run, name, home)
 
 
 def _method_of(model: Path, draft: Path | None, name: str) -> str:
     if draft is not None:
-        architecture = (read_config(draft, "draft").get("architectures") or ["none"])[0]
-        return "dflash" if architecture == DRAFT_ARCHITECTURE else "eagle3"
-    if read_config(model, "target").get("num_nextn_predict_layers"):
+        config = read_config(draft, "draft")
+        return next((name for name, kind in KINDS.items() if kind.has_own_directory and kind.is_in(config)), "eagle3")
+    if KINDS["mtp"].is_in(read_config(model, "target")):
         return "mtp"
     raise ConfigError(f"target={name}: has no draft of its own; name one with draft=DIR, or take method=ngram")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from skyrl_spec.config import ConfigError
-
-REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import LOSS_REDUCTIONS
 
 
 def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length: int) -> np.ndarray:
@@ -27,9 +26,9 @@ def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length:
     Raises:
         ConfigError: an unknown reduction.
     """
-    if reduction not in REDUCTIONS:
+    if reduction not in LOSS_REDUCTIONS:
         raise ConfigError(
-            f"trainer.algorithm.loss_reduction={reduction!r} is unknown; allowed are {', '.join(REDUCTIONS)}; "
+            f"trainer.algorithm.loss_reduction={reduction!r} is unknown; allowed are {', '.join(LOSS_REDUCTIONS)}; "
             "set one of these"
         )
     mask_BS = np.asarray(loss_mask_BS, dtype=bool)

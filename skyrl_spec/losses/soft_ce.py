@@ -37,8 +37,7 @@ from skyrl_spec.losses.vocab_parallel import (
     softmax_,
     vocab_shard,
 )
-
-LOSS_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce")
+from skyrl_spec.settings.schema import LOSS_TYPES
 
 
 class DraftLoss(NamedTuple):
@@ -110,7 +109,7 @@ def vocab_parallel_soft_ce(
         # Positions that no draft counts (prompts, padding) cost nothing.
         chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
         logits = ChunkLogits(shard, max(map(len, chunks), default=0), temperature)
-        teacher = _Teacher(teacher_hidden_TD, logits, loss_type, topk, labels_T)
+        teacher = _TeacherChunks(teacher_hidden_TD, logits, loss_type, topk, labels_T)
         result, grad_KTD = _loss_and_grad(draft_hidden_KTD, weights_KT, chunks, teacher, logits, with_grad)
     if with_grad:
         result = result._replace(loss=_KnownGradient.apply(draft_hidden_KTD, result.loss, grad_KTD))
@@ -136,7 +135,7 @@ def _loss_and_grad(
     draft_hidden_KTD: Tensor,
     weights_KT: Tensor,
     chunks: list[Tensor],
-    teacher: _Teacher,
+    teacher: _TeacherChunks,
     logits: ChunkLogits,
     with_grad: bool,
 ) -> tuple[DraftLoss, Tensor | None]:
@@ -168,7 +167,7 @@ def _loss_and_grad(
     return DraftLoss(loss, loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT, argmax_KT), grad_KTD
 
 
-class _Targets(NamedTuple):
+class _ChunkTargets(NamedTuple):
     """What the drafts of a chunk are compared with: the target of the CE, and the full teacher for the metrics."""
 
     target_cv: Tensor
@@ -176,7 +175,7 @@ class _Targets(NamedTuple):
     teacher_argmax_c: Tensor
 
 
-def _compare_(draft_cv: Tensor, targets: _Targets, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+def _compare_(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
     """CE, acceptance probability and argmax id; overwrites the logits with their softmax. One collective.
 
     ``CE(p, q) = lse(logits) - sum_v p_v logits_v``
@@ -195,7 +194,7 @@ def _compare_(draft_cv: Tensor, targets: _Targets, shard: VocabShard) -> tuple[T
     return loss_c, normaliser.of_winner(accept_prob_Rc), normaliser.of_winner(argmax_Rc)
 
 
-class _Teacher:
+class _TeacherChunks:
     """The policy's distribution over a chunk, and what the loss type makes of it."""
 
     def __init__(
@@ -206,7 +205,7 @@ class _Teacher:
         self.buffer = logits.buffer()
         self.target_buffer = self.buffer if loss_type == "soft_ce" else logits.buffer()
 
-    def targets(self, positions_c: Tensor) -> _Targets:
+    def targets(self, positions_c: Tensor) -> _ChunkTargets:
         """For the positions, until the next call. One collective; three for ``topk_soft_ce``."""
         shard = self.logits.shard
         teacher_cv = self.logits.write(self.hidden_TD[positions_c], self.buffer)
@@ -218,7 +217,7 @@ class _Teacher:
             column_c, mine_c = shard.to_local(self.labels_T[positions_c])
             target_cv.zero_().scatter_(1, column_c[:, None], mine_c[:, None].to(target_cv.dtype))
         # For soft_ce, teacher and target are one tensor.
-        return _Targets(target_cv, teacher_cv, softmax_(teacher_cv, shard))
+        return _ChunkTargets(target_cv, teacher_cv, softmax_(teacher_cv, shard))
 
 
 def _mask_below_topk_(logits_cv: Tensor, topk: int, shard: VocabShard) -> None:

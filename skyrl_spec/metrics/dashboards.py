@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.writers import Sample, Writer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.writers import read_jsonl
 

@@ -10,18 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl_spec.config import SamplingConfig
-from skyrl_spec.model_spec import model_directory, read_config
-from skyrl_spec.rollout.speculative import (
-    OWN_ENGINE_ARGS,
-    drafts_under_way,
-    require_exact_rejection,
-    require_exact_sampling,
-    require_other_engine_args,
-)
+from skyrl_spec.drafts.speculation import drafts_under_way, require_exact_rejection, require_exact_sampling
+from skyrl_spec.rollout.engine_args import OWN_ENGINE_ARGS, require_other_engine_args
+from skyrl_spec.settings.schema import SamplingConfig
+from skyrl_spec.specs.dtypes import DTYPES
+from skyrl_spec.specs.files import model_directory, read_config
 from skyrl_spec.types import Generation, Proposals, SpecCounters, Versions
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _COUNTERS = {counter.name for counter in fields(SpecCounters)}
 
 
@@ -102,7 +97,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     require_other_engine_args(settings.engine_init_kwargs)
     args: dict[str, Any] = {
         "model": settings.model_path,
-        "dtype": _DTYPES[settings.dtype],
+        "dtype": DTYPES[settings.dtype].torch_name,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": context_len(settings),
         "max_num_seqs": settings.max_num_seqs,
@@ -167,9 +162,9 @@ class RolloutEngine:
             torch.set_num_threads(settings.num_threads)
         from vllm import LLM
 
-        from skyrl_spec.rollout import compat
+        from skyrl_spec.rollout import vllm_patches
 
-        compat.register()
+        vllm_patches.register()
         self._settings = settings
         self._versions = Versions()
         self._llm = LLM(**args)

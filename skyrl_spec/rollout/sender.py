@@ -77,9 +77,11 @@ def build_senders(
     With ``nccl`` rank 0 broadcasts from its GPU, and address and port are where the ranks meet. With ``ipc`` every
     rank, data-parallel replicas included, packs all weights on its own GPU for the engine there.
     """
-    clients = {which: EnginesClient(engines, tensor_parallel_size, draft=which == "draft") for which in sources}
+    clients = {
+        component: EnginesClient(engines, tensor_parallel_size, draft=component == "draft") for component in sources
+    }
     if backend == "ipc":
-        return {which: _ipc_sender(source, clients[which], rank) for which, source in sources.items()}
+        return {component: _ipc_sender(source, clients[component], rank) for component, source in sources.items()}
     info = NCCLTrainerInitInfo(
         master_address=master_address,
         master_port=master_port,
@@ -106,10 +108,10 @@ def _nccl_senders(
     (first, source), *others = sources.items()
     opened = NCCLTrainerWeightTransferEngine.trainer_init(info, client=clients[first], source=source)
     senders: dict[str, TrainerWeightTransferEngine] = {first: opened}
-    for which, source in others:
+    for component, source in others:
         sender = NCCLTrainerWeightTransferEngine(
-            client=clients[which], source=source, is_sender=info.is_sender, packed=info.packed
+            client=clients[component], source=source, is_sender=info.is_sender, packed=info.packed
         )
         sender.model_update_group = opened.model_update_group
-        senders[which] = sender
+        senders[component] = sender
     return senders

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from skyrl_spec.config import CanaryConfig, RunError, SamplingConfig
+from skyrl_spec.errors import RunError
 from skyrl_spec.metrics import names
-from skyrl_spec.types import Proposals, ProposalScores, Versions, Which
+from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig
+from skyrl_spec.types import Component, Proposals, ProposalScores, Versions
 
 # Mean |difference| of log-probs that trainer and engine may have: while the engine is as it was loaded, and later on
 # if the baseline was better than that. By the coarser dtype of the two.
@@ -40,8 +41,8 @@ class Agreement:
     draft: float | None = None
     favourites: float | None = None
 
-    def of(self, which: Which) -> float | None:
-        return self.policy if which == "policy" else self.draft
+    def of(self, component: Component) -> float | None:
+        return self.policy if component == "policy" else self.draft
 
 
 def compare(proposals: Sequence[Proposals], scores: ProposalScores) -> Agreement:
@@ -133,25 +134,27 @@ class SyncCanary:
         if held != {versions}:
             stated = ", ".join(sorted(map(str, held)))
             return [f"engine {index} says that it holds {stated}, but was given {versions}"]
-        whiches: tuple[Which, Which] = ("policy", "draft")
-        return [line for which in whiches if (line := self._difference(index, which, agreement, versions))]
+        components: tuple[Component, Component] = ("policy", "draft")
+        return [line for component in components if (line := self._difference(index, component, agreement, versions))]
 
-    def _difference(self, index: int, which: Which, agreement: Agreement, versions: Versions) -> str | None:
-        value, limit = agreement.of(which), self._limit(which)
+    def _difference(self, index: int, component: Component, agreement: Agreement, versions: Versions) -> str | None:
+        value, limit = agreement.of(component), self._limit(component)
         # Not "greater": a NaN is a difference.
         if value is None or value <= limit:
             return None
-        tokens = "" if which == "policy" else f", {agreement.favourites:.0%} of its drafted tokens are the trainer's"
+        tokens = (
+            "" if component == "policy" else f", {agreement.favourites:.0%} of its drafted tokens are the trainer's"
+        )
         since = "they never agreed" if self._last_good is None else f"they agreed at {self._last_good} last"
-        loaded = self._baseline.of(which) if self._baseline is not None else None
+        loaded = self._baseline.of(component) if self._baseline is not None else None
         baseline = "" if loaded is None else f", {loaded:.1e} when it was loaded"
         return (
-            f"at {versions} the {which} of engine {index} is not the trainer's: mean |log-prob difference| {value:.1e} "
-            f"({limit:.1e} allowed{baseline}){tokens}; {since}"
+            f"at {versions} the {component} of engine {index} is not the trainer's: mean |log-prob difference| "
+            f"{value:.1e} ({limit:.1e} allowed{baseline}){tokens}; {since}"
         )
 
-    def _limit(self, which: Which) -> float:
-        baseline = None if self._baseline is None else self._baseline.of(which)
+    def _limit(self, component: Component) -> float:
+        baseline = None if self._baseline is None else self._baseline.of(component)
         if baseline is None:
             return _LOADED_LIMIT[self._dtype]
         return max(_SYNCED_FLOOR[self._dtype], _BASELINE_FACTOR * baseline)

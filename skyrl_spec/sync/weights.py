@@ -10,22 +10,21 @@ what it was sampled with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import ray
 
-from skyrl_spec.types import Versions, Which
-
-if TYPE_CHECKING:
-    from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+from skyrl_spec.types import Component, Versions
 
 # What is sent, and its chunks in Ray's object store.
-Update = tuple[Which, Sequence[ray.ObjectRef]]
+Update = tuple[Component, Sequence[ray.ObjectRef]]
 
 
-class Engine(Protocol):
+class UpdatedEngine(Protocol):
+    """What a sync asks of one engine."""
+
     def start_weight_update(self, draft: bool) -> None: ...
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
     def finish_weight_update(self) -> None: ...
@@ -33,10 +32,28 @@ class Engine(Protocol):
     def set_versions(self, versions: Versions) -> None: ...
 
 
-def load_updates(engine: Engine, updates: Iterable[Update], versions: Versions) -> None:
+class UpdatedEngines(Protocol):
+    """What a sync asks of all engines together."""
+
+    handles: list[Any]
+    timeout_s: float
+
+    def all(self, method: str, *args: Any) -> list[Any]: ...
+    def allow_replacement(self, bring_up: Callable[[Any], None]) -> None: ...
+
+
+class SendingWorkers(Protocol):
+    """What a sync asks of the policy workers."""
+
+    def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]: ...
+    def connect(self, backend: str, engines: list[Any], components: list[Component], timeout_s: float) -> None: ...
+    def send(self, component: Component, timeout_s: float) -> int: ...
+
+
+def load_updates(engine: UpdatedEngine, updates: Iterable[Update], versions: Versions) -> None:
     """An engine's side of a sync over the object store. On one host the arrays are mapped, not copied."""
-    for which, chunks in updates:
-        engine.start_weight_update(which == "draft")
+    for component, chunks in updates:
+        engine.start_weight_update(component == "draft")
         for chunk in chunks:
             engine.update_weights(ray.get(chunk))
         engine.finish_weight_update()
@@ -47,25 +64,24 @@ def load_updates(engine: Engine, updates: Iterable[Update], versions: Versions) 
 class WeightSync:
     """Carries the workers' weights to the engines, over Ray's object store or vLLM's GPU transfers.
 
-    ``whiches``: what is trained, in the order it is sent; what is frozen stays at version 0.
+    ``components``: what is trained, in the order it is sent; what is frozen stays at version 0.
     """
 
-    def __init__(self, policy: PolicyGroup, engines: EngineGroup, *, backend: str, whiches: list[Which]):
+    def __init__(self, policy: SendingWorkers, engines: UpdatedEngines, *, backend: str, components: list[Component]):
         self._policy, self._engines, self._over_ray = policy, engines, backend == "ray"
-        self.whiches = whiches
+        self.components = components
         self.versions = Versions()
         if self._over_ray:
             engines.all("init_weight_transfer_engine", {})
-            engines.on_replaced = self._catch_up
+            engines.allow_replacement(self._catch_up)
         else:
-            # Ranks of a transfer group cannot be replaced one by one.
-            engines.is_replaceable = False
-            policy.connect(backend, engines.handles, self.whiches, engines.timeout_s)
+            # Engines are ranks of one transfer group here, and cannot be replaced one by one.
+            policy.connect(backend, engines.handles, self.components, engines.timeout_s)
 
     def sync(self) -> int:
         """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""
         version = 1 + max(self.versions.policy, self.versions.draft)
-        return self.restore(replace(self.versions, **dict.fromkeys(self.whiches, version)))
+        return self.restore(replace(self.versions, **dict.fromkeys(self.components, version)))
 
     def restore(self, versions: Versions) -> int:
         """The same under given versions: the workers' weights are those of a checkpoint."""
@@ -74,15 +90,15 @@ class WeightSync:
             updates, num_bytes = self._export()
             self._engines.all("load_weights", updates, versions)
             return num_bytes
-        num_bytes = sum(self._policy.send(which, self._engines.timeout_s) for which in self.whiches)
+        num_bytes = sum(self._policy.send(component, self._engines.timeout_s) for component in self.components)
         self._engines.all("reset_prefix_cache")
         self._engines.all("set_versions", versions)
         return num_bytes
 
     def _export(self) -> tuple[list[Update], int]:
         """What there is to load, and the bytes of it."""
-        exported = [(which, self._policy.export(which)) for which in self.whiches]
-        updates: list[Update] = [(which, [chunk for chunk, _ in chunks]) for which, chunks in exported]
+        exported = [(component, self._policy.export(component)) for component in self.components]
+        updates: list[Update] = [(component, [chunk for chunk, _ in chunks]) for component, chunks in exported]
         return updates, sum(num_bytes for _, chunks in exported for _, num_bytes in chunks)
 
     def _catch_up(self, engine: Any) -> None:

@@ -12,15 +12,16 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from skyrl_spec.config import Config, LostActorError, RunError
-from skyrl_spec.trainer.actors import PolicyGroup
-from skyrl_spec.trainer.placement import (
+from skyrl_spec.controller.actors import PolicyGroup
+from skyrl_spec.controller.placement import (
     bundles_by_rank,
     engine_options,
     engine_settings,
     reserve_gpus,
     worker_options,
 )
+from skyrl_spec.errors import LostActorError, RunError
+from skyrl_spec.settings.schema import Config
 
 NUM_NODES, GPUS_PER_NODE = 2, 2
 TIMEOUT_S = 3.0

@@ -24,12 +24,13 @@ from runs import ROOT
 from safetensors.numpy import save_file
 
 from skyrl_spec.checkpoint.folders import RECORD, begin, publish
-from skyrl_spec.compose import load_config
-from skyrl_spec.config import ConfigError
-from skyrl_spec.draft_spec import dflash_tensor_shapes, parse_dflash_spec
-from skyrl_spec.model_spec import SUPPORTED_ARCHITECTURES, mtp_tensor_shapes, parse_spec, tensor_shapes
-from skyrl_spec.preflight import preflight
-from skyrl_spec.validation import validate
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.planning.preflight import preflight
+from skyrl_spec.planning.validation import validate
+from skyrl_spec.settings.compose import load_config
+from skyrl_spec.specs.dflash import dflash_tensor_shapes, parse_dflash_spec
+from skyrl_spec.specs.model import SUPPORTED_ARCHITECTURES, parse_spec, tensor_shapes
+from skyrl_spec.specs.mtp import mtp_tensor_shapes
 
 TIME_LIMIT_S = 15.0
 ENGINE = "generator.inference_engine"
@@ -374,7 +375,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "wandb without an account": (
         lambda _: ["trainer.logger=[console,wandb]"],
-        ("trainer.logger=wandb: no account is set up", "WANDB_MODE=offline"),
+        ("trainer.logger=[wandb]: wandb has no key", "WANDB_MODE=offline"),
     ),
     "run directory below a file": (
         lambda space: [f"trainer.run_dir={space.root / 'rows.jsonl' / 'run'}"],

@@ -20,13 +20,13 @@ from ray.actor import ActorHandle
 from recording import DflashRecorder
 from trainer_actor import TrainerActor
 
-from skyrl_spec.compose import load_config
-from skyrl_spec.config import Config, SamplingConfig
+from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.rollout.actor import actor_options
 from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.settings.compose import load_config
+from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 from skyrl_spec.types import SpecCounters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,7 @@ def test_trainer_engine_and_a_plain_vllm_agree_before_and_after_a_sync(
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer, prompts)
     policy = PolicyGroup([trainer], [(0, 0)])
-    sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", whiches=["policy", "draft"])
+    sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", components=["policy", "draft"])
     assert sync.sync() > 0
     _assert_agreement(engine, trainer, prompts)
 

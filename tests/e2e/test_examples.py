@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from runs import ROOT, SMALL, launch, records_of
 
-from skyrl_spec.compose import load_config
 from skyrl_spec.metrics import names
-from skyrl_spec.validation import validate
+from skyrl_spec.planning.validation import validate
+from skyrl_spec.settings.compose import load_config
 
 EXAMPLES = ROOT / "examples"
 CPU = ("arithmetic_mtp", "arithmetic_dflash", "dapo", "own_dataset")

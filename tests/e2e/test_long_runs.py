@@ -11,8 +11,8 @@ import torch
 from runs import ROOT, SMALL, WARMUP, finish, without_timings
 from safetensors.torch import load_file
 
-from skyrl_spec.compose import load_config
 from skyrl_spec.metrics import names
+from skyrl_spec.settings.compose import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

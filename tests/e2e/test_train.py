@@ -14,14 +14,14 @@ from runs import ASKED, ROOT, SMALL, WARMUP, WHOLE, finish, stopped
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
-from skyrl_spec.compose import load_config, to_yaml
-from skyrl_spec.config import Config
-from skyrl_spec.draft_spec import trained_draft
+from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.metrics import names
+from skyrl_spec.settings.compose import load_config, to_yaml
+from skyrl_spec.settings.schema import Config
 
 
 def trained_positions(config: Config) -> int:
-    draft = trained_draft(config.trainer)
+    draft = trained_kind(config.trainer)
     if draft is None:
         return 0
     return config.trainer.mtp.unroll_steps or draft.num_speculative_tokens or config.trainer.dflash.block_size - 1

@@ -19,11 +19,11 @@ from tiny_checkpoints import make_config, write_checkpoint
 from trainer_actor import TrainerActor
 from transformers import Qwen2ForCausalLM
 
-from skyrl_spec.config import SamplingConfig
+from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
 from skyrl_spec.rollout.actor import EngineActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
 
 K = 4
 PROMPT_LENGTHS = (1, 2, 7, 30)
@@ -118,7 +118,7 @@ def test_trainer_engine_and_transformers_agree_before_and_after_a_sync(
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer)
     policy = PolicyGroup([trainer], [(0, 0)])
-    sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", whiches=["policy", "draft"])
+    sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", components=["policy", "draft"])
     assert sync.sync() > 0
     assert sync.versions.policy == sync.versions.draft == 1
     after = _assert_agreement(engine, trainer)

@@ -9,7 +9,7 @@ import ray
 import torch
 from tiny_checkpoints import make_batch
 
-from skyrl_spec.config import Config
+from skyrl_spec.settings.schema import Config
 
 
 @ray.remote
@@ -17,9 +17,9 @@ class TrainerActor:
     """A ``PolicyTrainer`` of one rank."""
 
     def __init__(self, config: Config, store: Path):
-        from skyrl_spec.megatron import parallel
-        from skyrl_spec.megatron.trainer import PolicyTrainer
-        from skyrl_spec.model_spec import load_spec
+        from skyrl_spec.models import parallel
+        from skyrl_spec.specs.model import load_spec
+        from skyrl_spec.training.trainer import PolicyTrainer
 
         torch.set_num_threads(1)
         ranks = parallel.initialize(
@@ -34,7 +34,7 @@ class TrainerActor:
 
     def chain_logits(self, token_ids: list[int], base: int) -> torch.Tensor:
         """``[K, V]``: every depth of an MTP head at ``base``, as the training step computes it."""
-        from skyrl_spec.drafts.base import Targets
+        from skyrl_spec.drafts.base import BatchTokens
         from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN, MtpDraft
 
         # Depth d reads token base+d alone: what follows is padding.
@@ -44,14 +44,14 @@ class TrainerActor:
         draft = self._trainer.draft.draft
         assert isinstance(draft, MtpDraft)
         with torch.no_grad():
-            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], Targets(ids, ones, ones.bool(), None))
+            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], BatchTokens(ids, ones, ones.bool(), None))
         return self._logits(torch.stack([out[base, 0] for out in outputs]))
 
     def block_logits(self, token_ids: list[int], anchors: list[int]) -> torch.Tensor:
         """``[A, K, V]``: a DFlash draft's blocks at ``anchors``, as the training step computes them."""
-        from skyrl_spec.drafts.base import Targets, Teacher
+        from skyrl_spec.drafts.base import BatchTokens, Teacher
         from skyrl_spec.drafts.blocks import Blocks
-        from skyrl_spec.drafts.dflash import DflashDraft, DflashPlan
+        from skyrl_spec.drafts.dflash import DflashDraft, DflashSupervision
 
         trainer, ids = self._trainer, torch.tensor([token_ids])
         ones = torch.ones_like(ids)
@@ -59,8 +59,8 @@ class TrainerActor:
         draft = trainer.draft.draft
         assert isinstance(draft, DflashDraft)
         supervised = torch.ones(1, len(anchors), draft.num_positions, dtype=torch.bool)
-        plan = DflashPlan(
-            Targets(ids, ones, ones.bool(), None), torch.zeros(()), Blocks(torch.tensor([anchors]), supervised)
+        plan = DflashSupervision(
+            BatchTokens(ids, ones, ones.bool(), None), torch.zeros(()), Blocks(torch.tensor([anchors]), supervised)
         )
         with torch.no_grad():
             teacher = Teacher(hidden_SBD, trainer.model.output_weight_vD(), trainer.model.embed)
@@ -87,7 +87,7 @@ class TrainerActor:
 
     def _forward(self, ids: torch.Tensor) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         """What the draft captures, and the trunk's output."""
-        from skyrl_spec.megatron.capture import capture
+        from skyrl_spec.models.capture import capture
 
         draft = self._trainer.draft.draft
         with torch.no_grad(), capture(self._trainer.model, draft.capture_points) as captured:

@@ -17,16 +17,17 @@ from typing import Any
 
 import ray
 
-from skyrl_spec.compose import load_config
-from skyrl_spec.config import RunError, SamplingConfig
-from skyrl_spec.draft_spec import trained_draft
-from skyrl_spec.megatron.worker import PolicyWorker
+from skyrl_spec.controller import placement
+from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.loop import TrainingLoop
+from skyrl_spec.controller.run import make_trainer
+from skyrl_spec.controller.task import Task, load_task
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.errors import RunError
 from skyrl_spec.rollout.actor import EngineActor
-from skyrl_spec.trainer import placement
-from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
-from skyrl_spec.trainer.loop import Trainer
-from skyrl_spec.trainer.run import make_trainer
-from skyrl_spec.trainer.task import Task, load_task
+from skyrl_spec.settings.compose import load_config
+from skyrl_spec.settings.schema import SamplingConfig
+from skyrl_spec.training.worker import PolicyWorker
 from skyrl_spec.types import Generation, Versions
 
 MAX_STEPS = 3
@@ -115,7 +116,7 @@ class _FaultyWorker(PolicyWorker.__ray_metadata__.modified_class):  # type: igno
 
     def inject(self, fault: str | None) -> None:
         from skyrl_spec.drafts import mtp
-        from skyrl_spec.megatron.capture import CapturePoint
+        from skyrl_spec.models.capture import CapturePoint
 
         draft = self._trainer.draft.draft
         if not hasattr(self, "_right"):
@@ -139,23 +140,23 @@ class Fault:
 
     name: str
     draft: str
-    inject: Callable[[Trainer], None]
+    inject: Callable[[TrainingLoop], None]
     from_start: bool = False
 
 
-def in_engine(fault: str | None = None, **more: Any) -> Callable[[Trainer], None]:
+def in_engine(fault: str | None = None, **more: Any) -> Callable[[TrainingLoop], None]:
     return lambda trainer: ray.get([engine.inject.remote(fault, **more) for engine in trainer.engines.handles])
 
 
-def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Trainer], None]:
+def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[TrainingLoop], None]:
     return in_engine(change=change)
 
 
-def in_worker(fault: str) -> Callable[[Trainer], None]:
+def in_worker(fault: str) -> Callable[[TrainingLoop], None]:
     return lambda trainer: ray.get([worker.inject.remote(fault) for worker in trainer.policy.handles])
 
 
-def skip_draft_once(trainer: Trainer) -> None:
+def skip_draft_once(trainer: TrainingLoop) -> None:
     export, skipped = trainer.sync._export, []
 
     def faulty() -> Any:
@@ -242,7 +243,7 @@ class Rig:
         """Everything in order, then the fault, then steps until a check has seen it."""
         for handle in (*self.engines.handles, *self.policy.handles):
             ray.get(handle.inject.remote(None))
-        trainer = make_trainer(Trainer, self.task, self.engines, self.policy, ["policy", "draft"])
+        trainer = make_trainer(TrainingLoop, self.task, self.engines, self.policy, ["policy", "draft"])
         trainer.sync.sync()
         if fault.from_start:
             fault.inject(trainer)
@@ -261,7 +262,7 @@ class Rig:
         return Sighting(fault, found, lines)
 
 
-def _step(trainer: Trainer, step: int) -> None:
+def _step(trainer: TrainingLoop, step: int) -> None:
     if step == 0:
         trainer.canary.check(trainer.sync.versions)
     else:
@@ -299,7 +300,7 @@ def _checks(line: str) -> Iterator[str]:
 def rig(draft: str, run_dir: Path) -> Iterator[Rig]:
     """Actors of a run with ``draft``; needs Ray."""
     task = load_task(load_config([f"experiment={EXPERIMENTS[draft]}", *OVERRIDES, f"trainer.run_dir={run_dir}"]))
-    assert trained_draft(task.config.trainer) is not None
+    assert trained_kind(task.config.trainer) is not None
     classes = (placement.RolloutActor, placement.PolicyWorker)
     placement.RolloutActor, placement.PolicyWorker = FaultyEngine, FaultyWorker  # type: ignore[misc,assignment]
     try:

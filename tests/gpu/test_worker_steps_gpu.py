@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_batch, make_config, write_checkpoint, write_model
 from torch import Tensor
 
-from skyrl_spec.config import Config, SamplingConfig
+from skyrl_spec.controller.placement import start_actors
 from skyrl_spec.drafts.chain_attention import chain_attention
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.attention import SdpaAttention
-from skyrl_spec.megatron.model import document_mask, transformer_config
-from skyrl_spec.megatron.trainer import PolicyTrainer
 from skyrl_spec.metrics.values import values
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.models.attention import SdpaAttention
+from skyrl_spec.models.policy import document_mask, transformer_config
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.settings.schema import Config, SamplingConfig
+from skyrl_spec.specs.model import load_spec
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.placement import start_actors
+from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import SpecCounters
 
 pytestmark = [
@@ -227,7 +227,7 @@ def ask_around_a_sync(config: Config, settings: EngineSettings, exported: Path) 
     old = ask(engines.handles[0])
     for _ in range(10):
         policy.train_mini_batch(make_batch(seed=0))
-    sync = WeightSync(policy, engines, backend=settings.weight_sync_backend, whiches=["policy", "draft"])
+    sync = WeightSync(policy, engines, backend=settings.weight_sync_backend, components=["policy", "draft"])
     assert sync.sync() > 0
     synced = [ask(engine) for engine in engines.handles]
     policy.save_hf(exported)

@@ -20,12 +20,13 @@ from skyrl_spec.checkpoint import dist
 from skyrl_spec.checkpoint.bundle import export_bundle, read_source
 from skyrl_spec.checkpoint.hf_export import save_hf
 from skyrl_spec.cli import main
-from skyrl_spec.compose import to_yaml
-from skyrl_spec.config import Config
-from skyrl_spec.draft_spec import dflash_tensor_shapes, read_dflash_spec
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import load_spec, mtp_tensor_shapes, tensor_shapes
+from skyrl_spec.models import parallel
+from skyrl_spec.settings.compose import to_yaml
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.dflash import dflash_tensor_shapes, read_dflash_spec
+from skyrl_spec.specs.model import load_spec, tensor_shapes
+from skyrl_spec.specs.mtp import mtp_tensor_shapes
+from skyrl_spec.training.trainer import PolicyTrainer
 
 METRICS = {
     "vllm/train/draft_mean_acceptance_length": 2.5,

@@ -11,11 +11,12 @@ from spawn import run_distributed
 from tiny_checkpoints import ARCHITECTURES, VOCAB_SIZE, write_checkpoint
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from skyrl_spec.config import ConfigError, MegatronConfig
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.conversion import HfTensors, export_weights, hf_shapes, load_weights, policy_rules
-from skyrl_spec.megatron.model import build_policy, transformer_config
-from skyrl_spec.model_spec import load_spec, padded_vocab_size
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.models import parallel
+from skyrl_spec.models.conversion import HfTensors, export_weights, hf_shapes, load_weights, policy_rules
+from skyrl_spec.models.policy import build_policy, transformer_config
+from skyrl_spec.settings.schema import MegatronConfig
+from skyrl_spec.specs.model import load_spec, padded_vocab_size
 
 # Two implementations, fp32, sums in another order.
 TOLERANCE = 1e-5

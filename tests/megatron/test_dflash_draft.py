@@ -10,16 +10,16 @@ from dflash_reference import DflashReference
 from spawn import run_distributed
 from tiny_checkpoints import VOCAB_SIZE, dflash_path, make_config, write_model
 
-from skyrl_spec.drafts.base import Targets, Teacher
+from skyrl_spec.drafts.base import BatchTokens, Teacher
 from skyrl_spec.drafts.block_attention import flex_block_attention, sdpa_block_attention
 from skyrl_spec.drafts.blocks import draw_blocks
 from skyrl_spec.drafts.dflash import DflashDraft
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.capture import capture
-from skyrl_spec.megatron.conversion import export_weights
-from skyrl_spec.megatron.model import document_mask
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.models.capture import capture
+from skyrl_spec.models.conversion import export_weights
+from skyrl_spec.models.policy import document_mask
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 TOLERANCE = 1e-5
 
@@ -37,21 +37,21 @@ def _check_reference(_rank: int, path: Path, tp: int) -> None:
     segments = torch.ones_like(token_ids)
     segments[1, 9:] = 2
     loss_mask = torch.arange(21)[None].expand(2, -1) >= 3
-    targets = Targets(token_ids, segments, loss_mask.clone(), document_mask(segments))
+    targets = BatchTokens(token_ids, segments, loss_mask.clone(), document_mask(segments))
     with capture(trainer.model, draft.capture_points) as captured:
         with torch.no_grad(), captured.listening():
             hidden_SBD = trainer.model(token_ids, targets.attention_mask)
         trunk = captured.take()
     teacher = Teacher(hidden_SBD, trainer.model.output_weight_vD(), trainer.model.embed)
-    plan = draft.plan(targets)
-    out_QBD = draft.forward(trunk, teacher, plan)
-    slots = plan.blocks.num_slots
+    supervision = draft.supervise(targets)
+    out_QBD = draft.forward(trunk, teacher, supervision)
+    slots = supervision.blocks.num_slots
     out_BAsD = out_QBD.transpose(0, 1).unflatten(1, (-1, slots))
     weights = torch.randn(out_BAsD.shape, generator=torch.Generator().manual_seed(1))
 
     expected_loss, num_blocks, loss = torch.zeros(()), 0, torch.zeros(())
-    for row, block in plan.blocks.supervised_BAK.any(-1).nonzero().tolist():
-        anchor = int(plan.blocks.anchor_BA[row, block])
+    for row, block in supervision.blocks.supervised_BAK.any(-1).nonzero().tolist():
+        anchor = int(supervision.blocks.anchor_BA[row, block])
         start = int((segments[row] == segments[row, anchor]).nonzero()[0])
         aux = torch.stack([trunk[point][start:, row] for point in draft.capture_points], dim=1)
         ids = torch.tensor([int(token_ids[row, anchor])] + [reference.mask_token] * (slots - 1))

@@ -23,12 +23,12 @@ from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
 from skyrl_spec.checkpoint import dist, folders
-from skyrl_spec.config import ConfigError, RunError
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.conversion import export_weights
-from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.metrics.values import values
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.models.conversion import export_weights
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 EXTRA = {"step": 2, "lr": 0.1 + 0.2, "metrics": {"policy/grad_norm": 1e-300}, "name": "läuft", "none": None}
 

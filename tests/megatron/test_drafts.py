@@ -10,12 +10,12 @@ import torch
 from spawn import run_distributed
 from tiny_checkpoints import VOCAB_SIZE, make_config, write_model
 
-from skyrl_spec.drafts.base import Targets, Teacher
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.capture import capture
-from skyrl_spec.megatron.model import document_mask
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.drafts.base import BatchTokens, Teacher
+from skyrl_spec.models import parallel
+from skyrl_spec.models.capture import capture
+from skyrl_spec.models.policy import document_mask
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 pytestmark = pytest.mark.parametrize("draft", ["mtp", "dflash"])
 
@@ -25,15 +25,15 @@ def _trainer(path: Path, draft: str) -> PolicyTrainer:
     return PolicyTrainer(make_config(path, draft=draft), load_spec(str(path)), ranks, total_optimizer_steps=1)
 
 
-def _targets(token_ids_BS: torch.Tensor, segment_ids_BS: torch.Tensor, loss_mask_BS: torch.Tensor) -> Targets:
-    return Targets(token_ids_BS, segment_ids_BS, loss_mask_BS, document_mask(segment_ids_BS))
+def _targets(token_ids_BS: torch.Tensor, segment_ids_BS: torch.Tensor, loss_mask_BS: torch.Tensor) -> BatchTokens:
+    return BatchTokens(token_ids_BS, segment_ids_BS, loss_mask_BS, document_mask(segment_ids_BS))
 
 
 def _teacher(trainer: PolicyTrainer, hidden_SBD: torch.Tensor) -> Teacher:
     return Teacher(hidden_SBD.detach(), trainer.model.output_weight_vD().detach(), trainer.model.embed)
 
 
-def _loss(trainer: PolicyTrainer, targets: Targets) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+def _loss(trainer: PolicyTrainer, targets: BatchTokens) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Summed (not averaged) loss, gradients and sums of one forward pass."""
     assert trainer.draft is not None
     draft = trainer.draft.draft
@@ -41,9 +41,9 @@ def _loss(trainer: PolicyTrainer, targets: Targets) -> tuple[torch.Tensor, dict[
     with capture(trainer.model, draft.capture_points) as captured:
         with captured.listening():
             hidden_SBD = trainer.model(targets.token_ids, targets.attention_mask)
-        plan = draft.plan(targets)
+        supervision = draft.supervise(targets)
         loss, sums = draft.loss(
-            captured.take(), _teacher(trainer, hidden_SBD), plan, torch.ones((), dtype=torch.float64)
+            captured.take(), _teacher(trainer, hidden_SBD), supervision, torch.ones((), dtype=torch.float64)
         )
     gradients = torch.autograd.grad(loss, list(draft.module.parameters()))
     names = [name for name, _ in draft.module.named_parameters()]
@@ -96,8 +96,8 @@ def _check_isolation(_rank: int, path: Path, draft: str) -> None:
     assert all(not tensor.requires_grad and tensor.grad_fn is None for tensor in tensors.values())
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules()]
     assert sum(hooks) == 0, "hooks stay behind"
-    plan = trained.plan(_targets(token_ids, torch.ones_like(token_ids), mask))
-    loss, _ = trained.loss(tensors, _teacher(trainer, hidden_SBD), plan, torch.ones(()).double())
+    supervision = trained.supervise(_targets(token_ids, torch.ones_like(token_ids), mask))
+    loss, _ = trained.loss(tensors, _teacher(trainer, hidden_SBD), supervision, torch.ones(()).double())
     loss.backward()
     assert all(p.main_grad.abs().max() == 0 and p.grad is None for p in trainer.model.parameters())
     assert all(p.main_grad.abs().max() > 0 for p in trained.module.parameters())

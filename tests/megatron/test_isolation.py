@@ -18,12 +18,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.optim import Trainable
-from skyrl_spec.megatron.parallel import Parallel
-from skyrl_spec.megatron.trainer import PolicyTrainer
 from skyrl_spec.metrics.values import values
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.optimizer import Trainable
+from skyrl_spec.training.trainer import PolicyTrainer
 
 # Tensor and data parallelism.
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))

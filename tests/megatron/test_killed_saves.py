@@ -14,9 +14,9 @@ import torch.distributed
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
 from skyrl_spec.checkpoint import dist, folders
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 NUM_KILLS = 20
 KEEP = 2

@@ -11,13 +11,13 @@ from spawn import run_distributed
 from tiny_checkpoints import VOCAB_SIZE, make_config, tiny_config, write_checkpoint
 
 from skyrl_spec.drafts import chain_attention
-from skyrl_spec.drafts.base import Targets
+from skyrl_spec.drafts.base import BatchTokens
 from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.capture import capture
-from skyrl_spec.megatron.model import document_mask
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.models.capture import capture
+from skyrl_spec.models.policy import document_mask
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 TOLERANCE = 1e-5
 NUM_DEPTHS = 3
@@ -28,8 +28,8 @@ def _trainer(path: Path) -> PolicyTrainer:
     return PolicyTrainer(make_config(path), load_spec(str(path)), ranks, total_optimizer_steps=1)
 
 
-def _targets(token_ids_BS: torch.Tensor, segment_ids_BS: torch.Tensor, loss_mask_BS: torch.Tensor) -> Targets:
-    return Targets(token_ids_BS, segment_ids_BS, loss_mask_BS, document_mask(segment_ids_BS))
+def _targets(token_ids_BS: torch.Tensor, segment_ids_BS: torch.Tensor, loss_mask_BS: torch.Tensor) -> BatchTokens:
+    return BatchTokens(token_ids_BS, segment_ids_BS, loss_mask_BS, document_mask(segment_ids_BS))
 
 
 def _check_reference(_rank: int, path: Path) -> None:

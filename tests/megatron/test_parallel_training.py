@@ -13,11 +13,11 @@ import torch
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.conversion import export_weights
-from skyrl_spec.megatron.trainer import PolicyTrainer
 from skyrl_spec.metrics.values import values
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.models.conversion import export_weights
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 # fp32, sums in another order.
 TOLERANCE = 1e-5
@@ -42,12 +42,12 @@ def _train(rank: int, path: Path, out: Path, tp: int, options: dict[str, Any], n
     for step in range(num_steps):
         batch = make_batch(seed=step)
         sums = trainer.forward_backward(batch)
-        whiches = ("policy", "draft") if trainer.draft is not None else ("policy",)
+        components = ("policy", "draft") if trainer.draft is not None else ("policy",)
         # The distributed optimizer leaves a rank the sum of its own shard alone.
         if not options.get("distributed"):
-            record["gradients"].append({which: _gradients(trainer, which) for which in whiches})
+            record["gradients"].append({which: _gradients(trainer, which) for which in components})
         record["metrics"].append(values(trainer._reduce(sums) | trainer.optimizer_step()))
-    record["weights"] = {which: dict(trainer.export(which)) for which in whiches}  # type: ignore[arg-type]
+    record["weights"] = {which: dict(trainer.export(which)) for which in components}  # type: ignore[arg-type]
     if rank == 0:
         torch.save(record, out)
 

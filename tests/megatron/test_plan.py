@@ -10,10 +10,10 @@ from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 
 from skyrl_spec.checkpoint import dist
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.trainer import PolicyTrainer
-from skyrl_spec.model_spec import load_spec
-from skyrl_spec.plan import make_plan
+from skyrl_spec.models import parallel
+from skyrl_spec.planning.memory import plan_memory
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 
 
 def nbytes(tensors: list[torch.Tensor]) -> int:
@@ -41,7 +41,7 @@ def compare(rank: int, model: Path, root: Path, draft: str, tp: int, dtype: str,
     config.trainer.algorithm.use_kl_loss = True
     trainer = PolicyTrainer(config, load_spec(str(model)), ranks, total_optimizer_steps=10)
     trainer.train_mini_batch(make_batch(0))
-    plan = make_plan(config).worker
+    plan = plan_memory(config).worker
     trained = list(dist.parts(trainer).values())
     assert plan.weights == nbytes([p for part in trained for p in part.trainable.module.parameters()])
     buffers = [b.grad_data for part in trained for b in part.trainable.ddp.buffers]
@@ -57,7 +57,7 @@ def compare(rank: int, model: Path, root: Path, draft: str, tp: int, dtype: str,
     if rank == 0:
         files = sum(path.stat().st_size for path in (root / "step_1").glob("*.distcp"))
         # A tensor's entry has a header of its own.
-        assert make_plan(config).checkpoint < files < make_plan(config).checkpoint * 1.3
+        assert plan_memory(config).checkpoint < files < plan_memory(config).checkpoint * 1.3
 
 
 @pytest.mark.parametrize(

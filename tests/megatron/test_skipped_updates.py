@@ -10,11 +10,11 @@ import torch
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 
-from skyrl_spec.config import RunError
-from skyrl_spec.megatron import parallel
-from skyrl_spec.megatron.trainer import PolicyTrainer
+from skyrl_spec.errors import RunError
 from skyrl_spec.metrics.values import values
-from skyrl_spec.model_spec import load_spec
+from skyrl_spec.models import parallel
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import TrainBatch
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tiny_models import write_tiny_dflash
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from skyrl_spec.config import Config
 from skyrl_spec.losses.reduce import token_weights
+from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import TrainBatch
 
 # Odd, so that the last shard is padded.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyrl_spec.rollout import compat
+from skyrl_spec.rollout import vllm_patches
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 
 
@@ -10,7 +10,7 @@ class UnmendedEngine(RolloutEngine):
     """An engine on vLLM as it comes."""
 
     def __init__(self, settings: EngineSettings):
-        compat.register(mends=(), cpu_mends=())
+        vllm_patches.register(mends=(), cpu_mends=())
         super().__init__(settings)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from dflash_reference import DflashReference, TargetReference
 from torch import Tensor
 
-from skyrl_spec.config import SamplingConfig
 from skyrl_spec.rollout.actor import EngineActor
+from skyrl_spec.settings.schema import SamplingConfig
 
 
 @dataclass

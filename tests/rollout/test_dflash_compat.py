@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import PROMPT, dflash
 from updates import update
 
-from skyrl_spec.rollout import compat
+from skyrl_spec.rollout import vllm_patches
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.sync.payload import pack_weights
 
@@ -28,10 +28,10 @@ class EngineWithout(DflashRecorder):
     """An engine on vLLM with some mends left out."""
 
     def __init__(self, settings: EngineSettings, *left_out: str):
-        every = {mend.__name__: mend for mend in (*compat.MENDS, *compat.CPU_MENDS)}
+        every = {mend.__name__: mend for mend in (*vllm_patches.MENDS, *vllm_patches.CPU_MENDS)}
         for name in left_out:
             del every[name]
-        compat.register(mends=(), cpu_mends=tuple(every.values()))
+        vllm_patches.register(mends=(), cpu_mends=tuple(every.values()))
         super().__init__(settings)
 
 

@@ -18,12 +18,12 @@ from ray.actor import ActorHandle
 from safetensors.torch import load_file
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
-from skyrl_spec.config import SamplingConfig
-from skyrl_spec.megatron.worker import PolicyWorker
+from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
 from skyrl_spec.rollout.actor import EngineActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.trainer.actors import EngineGroup, PolicyGroup
+from skyrl_spec.training.worker import PolicyWorker
 from skyrl_spec.types import SpecCounters
 
 # Two ranks of one model replica, and an engine on the "GPU" of each.
@@ -133,7 +133,7 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
     tmp_path: Path,
 ) -> None:
     group = EngineGroup(engines, timeout_s=300)
-    sync = WeightSync(PolicyGroup(workers, [(0, 0), (0, 1)]), group, backend="ipc", whiches=["policy", "draft"])
+    sync = WeightSync(PolicyGroup(workers, [(0, 0), (0, 1)]), group, backend="ipc", components=["policy", "draft"])
     # The second sync finds what the first one left.
     first = train_and_sync(workers, sync, engines, tmp_path / "first")
     second = train_and_sync(workers, sync, engines, tmp_path / "second")

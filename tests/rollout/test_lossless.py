@@ -14,8 +14,8 @@ from engine_process import EngineProcess
 from faulty_engines import LossyEngine, UnmendedEngine
 from tiny_models import LONG_PROMPT, PROMPT, generate, sequence_p_value
 
-from skyrl_spec.config import SamplingConfig
-from skyrl_spec.trainer.lossless import two_sample_p_value
+from skyrl_spec.controller.lossless import two_sample_p_value
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation
 
 # A good engine fails one such test in a thousand; the seeds are fixed, so it is not chance from run to run.

@@ -13,10 +13,10 @@ from skyrl_spec.rollout.sender import ExportSource, build_senders
 SOURCE = ExportSource([("w", torch.float32, (2, 2))], lambda: iter(()))
 
 
-@pytest.mark.parametrize("whiches", [["policy", "draft"], ["policy"], ["draft"]])
+@pytest.mark.parametrize("components", [["policy", "draft"], ["policy"], ["draft"]])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_whatever_is_trained_goes_through_one_group(
-    whiches: list[str], rank: int, monkeypatch: pytest.MonkeyPatch
+    components: list[str], rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A warm-up has a draft alone."""
     opened: list[Any] = []
@@ -31,7 +31,7 @@ def test_whatever_is_trained_goes_through_one_group(
 
     monkeypatch.setattr(NCCLTrainerWeightTransferEngine, "trainer_init", staticmethod(trainer_init))
     senders = build_senders(
-        dict.fromkeys(whiches, SOURCE),
+        dict.fromkeys(components, SOURCE),
         [None, None],
         backend="nccl",
         rank=rank,
@@ -39,7 +39,7 @@ def test_whatever_is_trained_goes_through_one_group(
         master_address="127.0.0.1",
         master_port=1,
     )
-    assert list(senders) == whiches
+    assert list(senders) == components
     (info,) = opened
     assert (info.world_size, info.rank) == (5, rank)
     assert len({id(sender.model_update_group) for sender in senders.values()}) == 1

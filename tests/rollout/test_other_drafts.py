@@ -9,9 +9,9 @@ import pytest
 from engine_process import EngineProcess
 from tiny_models import LONG_PROMPT, PROMPT, write_tiny_eagle3, write_tiny_qwen3
 
-from skyrl_spec.config import SamplingConfig
 from skyrl_spec.evaluation.target import open_target
-from skyrl_spec.options import EvalDraftOptions
+from skyrl_spec.settings.options import EvalDraftOptions
+from skyrl_spec.settings.schema import SamplingConfig
 
 GREEDY = SamplingConfig(temperature=0.0, max_generate_length=40)
 # Repeats itself, so that an n-gram draft has something to find.

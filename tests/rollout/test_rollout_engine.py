@@ -19,8 +19,9 @@ from tiny_models import (
     token_p_values,
 )
 
-from skyrl_spec.config import ConfigError, SamplingConfig
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, context_len
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import SpecCounters, Versions
 
 SAMPLINGS = {

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from skyrl_spec.rollout.spec_metrics import acceptance_metrics
+from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.types import SpecCounters
 
 BEFORE = SpecCounters(10, 30, 12, (6, 4, 2))

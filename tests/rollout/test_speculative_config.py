@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
-from skyrl_spec.config import ConfigError, MtpConfig, SamplingConfig, TrainerConfig
+from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.drafts.speculation import require_exact_rejection, require_exact_sampling
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.rollout.engine import EngineSettings, engine_args
-from skyrl_spec.rollout.speculative import build_speculative_config, require_exact_rejection, require_exact_sampling
+from skyrl_spec.settings.schema import MtpConfig, SamplingConfig, TrainerConfig
 
 LOSSY = {
     "rejection_sample_method": "synthetic",
@@ -63,6 +65,6 @@ def test_engine_arguments_of_ours_cannot_be_passed_through() -> None:
 
 
 def test_the_check_imports_no_engine() -> None:
-    code = "import sys, skyrl_spec.rollout.speculative; print(sorted({'vllm', 'torch', 'ray'} & set(sys.modules)))"
+    code = "import sys, skyrl_spec.drafts.speculation; print(sorted({'vllm', 'torch', 'ray'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == "[]"

@@ -18,7 +18,7 @@ from tiny_models import (
     split_weights,
 )
 
-from skyrl_spec.config import SamplingConfig
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_weights
 
 

@@ -12,7 +12,7 @@ from tiny_models import LONG_PROMPT, PROMPT, assert_exact_logprobs, generate, sp
 from torch import Tensor
 from updates import GREEDY, assert_equals_fresh, run, update
 
-from skyrl_spec.config import SamplingConfig
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_chunks, pack_weights
 
 

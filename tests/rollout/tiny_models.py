@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from skyrl_spec.config import SamplingConfig
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation
 
 # Odd on purpose: vLLM pads it.

@@ -8,7 +8,7 @@ from typing import Any
 from engine_process import EngineProcess
 from tiny_models import LONG_PROMPT, PROMPT, generate
 
-from skyrl_spec.config import SamplingConfig
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation, SpecCounters
 
 GREEDY = SamplingConfig(temperature=0.0, max_generate_length=32)

@@ -7,8 +7,9 @@ import statistics
 import numpy as np
 import pytest
 
-from skyrl_spec.config import AlgorithmConfig, ConfigError
-from skyrl_spec.trainer.advantages import build_estimator, group_advantages, overlong_penalty
+from skyrl_spec.algorithms.advantages import build_estimator, group_advantages, overlong_penalty
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import AlgorithmConfig
 
 
 def test_group_by_hand() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skyrl_spec.config import CanaryConfig, RunError, SamplingConfig
+from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
+from skyrl_spec.controller.lossless import LosslessCanary
+from skyrl_spec.errors import RunError
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.engine import _anchors
+from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig
 from skyrl_spec.sync.canary import Agreement, SyncCanary, compare, fixed_prompts
-from skyrl_spec.trainer.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
-from skyrl_spec.trainer.lossless import LosslessCanary
 from skyrl_spec.types import Generation, Prompt, Proposals, ProposalScores, Rollout, TrainBatch, Versions
 
 ENGINE = Proposals(

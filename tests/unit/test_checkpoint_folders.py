@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from skyrl_spec.checkpoint import folders
-from skyrl_spec.compose import load_config
-from skyrl_spec.config import ConfigError
-from skyrl_spec.trainer.checkpoints import begin, newest
+from skyrl_spec.controller.checkpoints import begin, newest
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.compose import load_config
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir")
 

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from skyrl_spec.cli import main
-from skyrl_spec.compose import load_config
+from skyrl_spec.settings.compose import load_config
 
 
 def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skyrl_spec.compose import load_config, to_yaml
-from skyrl_spec.config import Config, ConfigError
-from skyrl_spec.trainer.warmup import warmup_config
-from skyrl_spec.validation import parallel_layout, validate
+from skyrl_spec.controller.warmup import warmup_config
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.planning.validation import validate
+from skyrl_spec.settings.compose import load_config, to_yaml
+from skyrl_spec.settings.derived import parallel_sizes
+from skyrl_spec.settings.schema import Config
 
 EXPERIMENT = "experiment=cpu_mtp_grpo"
 # A composition takes a tenth of a second.
@@ -58,7 +60,7 @@ def answer(arguments: list[str]) -> Config | str:
     try:
         config = load_config(arguments)
         validate(config)
-        parallel_layout(config)
+        parallel_sizes(config)
         warmup_config(config)
     except ConfigError as error:
         return " ".join(str(error).split())

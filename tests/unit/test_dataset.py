@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from skyrl_spec.config import ConfigError
 from skyrl_spec.data.dataset import LoadedPrompts, load_prompts, read_rows
+from skyrl_spec.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic_mtp"
 

@@ -9,22 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from skyrl_spec.compose import load_config
-from skyrl_spec.config import ConfigError, DflashConfig
-from skyrl_spec.draft_spec import (
+from skyrl_spec.controller.warmup import warmup_config
+from skyrl_spec.drafts.kinds import KINDS, trained_kind
+from skyrl_spec.drafts.kinds.dflash import decided, plan_dflash, resolve_mask_token
+from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.compose import load_config
+from skyrl_spec.settings.schema import DflashConfig
+from skyrl_spec.specs.dflash import (
     decay_gamma,
-    decided,
     default_target_layers,
-    hf_config,
+    dflash_hf_config,
     parse_dflash_spec,
-    plan_dflash,
     read_dflash_spec,
-    resolve_mask_token,
-    trained_draft,
 )
-from skyrl_spec.model_spec import load_spec
-from skyrl_spec.rollout.speculative import build_speculative_config
-from skyrl_spec.trainer.warmup import warmup_config
+from skyrl_spec.specs.model import load_spec
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/arithmetic_dflash"
 
@@ -74,7 +73,7 @@ def test_a_fresh_draft_has_its_targets_width_and_survives_its_config_json(tmp_pa
     spec = plan_dflash(config, target, None, mask_token_id=104)
     assert (spec.layers.hidden_size, spec.layers.num_layers, spec.block_size) == (192, 5, 6)
     assert spec.target_layer_ids == (1, 9, 17, 25, 33)
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(spec, "float32")))
+    (tmp_path / "config.json").write_text(json.dumps(dflash_hf_config(spec, "float32")))
     again = read_dflash_spec(str(tmp_path))
     assert replace(again, layers=replace(again.layers, path=spec.layers.path)) == spec
     dflash = decided(config, spec, str(tmp_path)).trainer.dflash
@@ -83,7 +82,7 @@ def test_a_fresh_draft_has_its_targets_width_and_survives_its_config_json(tmp_pa
 
 def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
     spec = read_dflash_spec(str(EXAMPLE / "draft"))
-    exported = hf_config(spec, "bfloat16", {"rope_type": "yarn", "factor": 4.0})
+    exported = dflash_hf_config(spec, "bfloat16", {"rope_type": "yarn", "factor": 4.0})
     assert exported["rope_scaling"]["factor"] == 4.0
     assert exported["rope_theta"] == spec.layers.rope_theta
     with pytest.raises(ConfigError, match=r"rope_scaling of its config\.json is not supported"):
@@ -137,10 +136,10 @@ def test_a_published_drafts_config_json_is_read(tmp_path: Path) -> None:
 
 def test_engines_draft_what_is_trained() -> None:
     trainer = load_config(["experiment=cpu_dflash_grpo", "trainer.dflash.num_speculative_tokens=7"]).trainer
-    assert trained_draft(trainer) is trainer.dflash
+    assert trained_kind(trainer) is KINDS["dflash"]
     expected = {"method": "dflash", "model": trainer.dflash.path, "num_speculative_tokens": 7}
     assert build_speculative_config(trainer, None) == expected
-    user = {"method": "dflash", "draft_sample_method": "probabilistic"}
+    user = {"method": "dflash", "disable_padded_drafter_batch": True}
     assert build_speculative_config(trainer, user) == user | expected
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from skyrl_spec.cli import main
-from skyrl_spec.compose import load_config
-from skyrl_spec.model_spec import load_spec
-from skyrl_spec.plan import count, draft_shapes, make_plan, plan_facts, readable
-from skyrl_spec.trainer.compare import _asked, _is_done, arms
+from skyrl_spec.evaluation.compare import _asked, _is_done, arms
+from skyrl_spec.planning.memory import count, plan_facts, plan_memory, readable, trained_draft_shapes
+from skyrl_spec.settings.compose import load_config
+from skyrl_spec.specs.model import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,9 @@ def test_a_plan_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "trainer.dry_run=true", f"trainer.run_dir={tmp_path / 'run'}"]) == 0
     out, err = capsys.readouterr()
     for line, what in zip(
-        err.splitlines(), ("trainer.logger=wandb: no account", "trainer.placement.device=cuda: no CUDA"), strict=True
+        err.splitlines(),
+        ("trainer.logger=[wandb]: wandb has no key", "trainer.placement.device=cuda: no CUDA"),
+        strict=True,
     ):
         assert line.startswith(f"skyrl-spec: warning: not on this machine: {what}")
     assert re.search(r"^GPUs +2$", out, flags=re.MULTILINE)
@@ -74,16 +76,18 @@ def test_mistakes_are_found_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_warm_up_and_frozen_and_absent_drafts_take_less() -> None:
     config = load_config(["experiment=cpu_dflash_grpo"])
-    run, warmup = make_plan(config), make_plan(config, trains_policy=False)
-    draft = 4 * count(draft_shapes(config, load_spec(config.trainer.policy.model.path)))
+    run, warmup = plan_memory(config), plan_memory(config, trains_policy=False)
+    draft = 4 * count(trained_draft_shapes(config, load_spec(config.trainer.policy.model.path)))
     assert (warmup.sync, warmup.checkpoint) == (draft, 3 * draft)
     assert warmup.worker.gradients == draft < run.worker.gradients
     assert warmup.worker.weights == run.worker.weights
-    frozen, none = (make_plan(arm) for arm in list(arms(config).values())[1:])
+    frozen, none = (plan_memory(arm) for arm in list(arms(config).values())[1:])
     assert frozen.engine_weights == run.engine_weights == none.engine_weights + draft
     assert frozen.kv_bytes_per_token == run.kv_bytes_per_token > none.kv_bytes_per_token
     dapo = load_config(["experiment=cpu_mtp_dapo"])
-    assert make_plan(dapo).tokens_per_step == 4 * make_plan(load_config(["experiment=cpu_mtp_grpo"])).tokens_per_step
+    assert (
+        plan_memory(dapo).tokens_per_step == 4 * plan_memory(load_config(["experiment=cpu_mtp_grpo"])).tokens_per_step
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_sizes_of_a_large_model(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config_json))
     config = load_config(["experiment=mimo_7b_dapo_8gpu", f"trainer.policy.model.path={tmp_path}"])
-    plan = make_plan(config)
+    plan = plan_memory(config)
     # bf16: 2 bytes each in a sync; 2 + 4 + 8 in a checkpoint.
     assert plan.sync == pytest.approx(2 * 7.83e9, rel=0.01)
     assert plan.checkpoint == 7 * plan.sync

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from skyrl_spec.config import ConfigError, EnvironmentConfig
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.envs.registry import check_env_class, register_custom
 from skyrl_spec.envs.rewards import check_environments, score
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import EnvironmentConfig
 from skyrl_spec.types import Prompt
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic_mtp"
@@ -141,7 +142,7 @@ def test_imports_stay_light() -> None:
 import sys
 import skyrl_spec.data.dataset, skyrl_spec.data.packing, skyrl_spec.data.prompts, skyrl_spec.envs.rewards
 import skyrl_spec.metrics.console, skyrl_spec.metrics.writers
-import skyrl_spec.trainer.advantages, skyrl_spec.trainer.filters
+import skyrl_spec.algorithms.advantages, skyrl_spec.algorithms.filters
 early = {"pandas", "wandb", "skyrl_gym"} & set(sys.modules)
 assert not early, early
 import skyrl_gym

@@ -17,8 +17,9 @@ import psutil
 import pytest
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from skyrl_spec.config import ConfigError, EnvironmentConfig, RunError
 from skyrl_spec.envs.grader import Grader
+from skyrl_spec.errors import ConfigError, RunError
+from skyrl_spec.settings.schema import EnvironmentConfig
 from skyrl_spec.types import Prompt
 
 TIMEOUT_S = 1.0

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.console import ConsoleWriter, header_line, step_line
 from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
@@ -144,7 +144,7 @@ def test_samples_are_a_few_of_each_step(tmp_path: Path) -> None:
 WANDB_SCRIPT = """
 import sys
 from pathlib import Path
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics.dashboards import WandbWriter
 try:
     writer = WandbWriter(Path(sys.argv[1]), "project", "name", {"a": 1})

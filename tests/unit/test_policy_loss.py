@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skyrl_spec.losses.policy import kl_k3, policy_token_loss
+from skyrl_spec.algorithms.clipped_surrogate import policy_token_loss
+from skyrl_spec.algorithms.kl import kl_k3
 
 LOW, HIGH = 0.2, 0.28
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl_spec.config import ConfigError
 from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.types import Prompt
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from skyrl_spec.config import ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.losses.reduce import token_weights
 
 MASK_BS = np.array([[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=bool)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from skyrl_spec.cli import SCHEMAS
-from skyrl_spec.compose import load_config, read_options
-from skyrl_spec.config import Config, ConfigError
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.reference import REFERENCE, description
-from skyrl_spec.options import EvalDraftOptions, ReportOptions
-from skyrl_spec.schema import describe, sections
+from skyrl_spec.settings.compose import load_config, read_options
+from skyrl_spec.settings.describe import describe, sections
+from skyrl_spec.settings.options import EvalDraftOptions, ReportOptions
+from skyrl_spec.settings.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_setting_says_what_it_means() -> None:
     settings = [setting for section in sections(Config) for setting in section.settings]
     assert len(settings) > 100
-    assert [setting.name for setting in settings if not setting.comment] == []
+    assert [setting.name for setting in settings if not setting.doc] == []
     for schema in SCHEMAS.values():
-        assert [setting.name for setting in describe(schema) if not setting.comment] == []
+        assert [setting.name for setting in describe(schema) if not setting.doc] == []
 
 
 def test_defaults_are_those_of_the_schema() -> None:
@@ -36,11 +37,10 @@ def test_defaults_are_those_of_the_schema() -> None:
     assert by_name["trainer.policy.optimizer_config.adam_betas"].default == "[0.9,0.95]"
     assert by_name["trainer.mtp.unroll_steps"].default == "null"
     assert by_name["trainer.mtp.unroll_steps"].type_name == "int or null"
-    # A comment of two lines, in words that people type.
-    assert (
-        by_name["trainer.algorithm.clip_ratio_c"].comment
-        == "null: no dual clip; else c > 1 of the dual-clip PPO objective."
-    )
+    clip = by_name["trainer.algorithm.clip_ratio_c"]
+    assert clip.doc == "Bound c > 1 of the dual-clip objective for negative advantages. null: no dual clip."
+    assert clip.allowed_text == "above 1"
+    assert by_name["trainer.placement.device"].allowed_text == "cpu, cuda"
 
 
 def test_every_metric_is_described_and_no_other() -> None:

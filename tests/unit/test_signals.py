@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from skyrl_spec.trainer.signals import Interrupted, SignalWatch
+from skyrl_spec.controller.signals import Interrupted, SignalWatch
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,148 @@
+"""This rank's pieces of every trained tensor, as boxes of the full tensors in the canonical layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from skyrl_spec.checkpoint.optimizer_state import TrainableState, main_parameter, optimizers
+from skyrl_spec.models.conversion import Rule, canonical_shard, hf_shapes
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.types import Component
+
+
+@dataclass(frozen=True)
+class SavedComponent:
+    """A trained module with its optimizer, and the rules that cut its parameters."""
+
+    trainable: TrainableState
+    rules: list[Rule]
+
+
+def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, ShardedTensor]:
+    """This rank's pieces of everything, as views: a load writes through them into place."""
+    pieces: dict[str, ShardedTensor] = {}
+    for name, component in components.items():
+        module = component.trainable.module
+        parameters = dict(module.named_parameters())
+        # Anything else that has a state would be lost without a word.
+        stateful = {key for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+        assert stateful <= parameters.keys() == {rule.megatron for rule in component.rules}, (
+            stateful ^ parameters.keys()
+        )
+        for rule in component.rules:
+            for kind, flat, start, replica in _tensors(component.trainable, parameters[rule.megatron]):
+                place = _Place.of(rule, parameters[rule.megatron], component.trainable.parallel)
+                key = tensor_key(name, kind, rule)
+                for index, piece in enumerate(place.pieces(key, flat, start, replica)):
+                    pieces[f"{key}.{index}"] = piece
+    return pieces
+
+
+def tensor_key(name: str, kind: str, rule: Rule) -> str:
+    """Under which a tensor is stored, in the canonical layout: of a part, the parameter or a moment of it."""
+    return f"{name}.{kind}.{rule.megatron}"
+
+
+def _tensors(trainable: TrainableState, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
+    """A parameter and its optimizer state: kind, flat range of it, where the range starts, which copy of it this is.
+
+    Without the distributed optimizer each data-parallel rank has a copy of the state; with it, each has its own range.
+    """
+    dp_rank = trainable.parallel.dp_rank
+    yield "param", _flat(parameter), 0, dp_rank
+    for optimizer in optimizers(trainable):
+        main, start, replica = main_parameter(optimizer, parameter), 0, dp_rank
+        if main is None:
+            continue
+        if isinstance(optimizer, DistributedOptimizer):
+            start, replica = optimizer._get_model_param_range_map(parameter)["param"].start, 0
+        state = optimizer.optimizer.state[main]
+        yield "exp_avg", _flat(state["exp_avg"]), start, replica
+        yield "exp_avg_sq", _flat(state["exp_avg_sq"]), start, replica
+        if main.dtype != parameter.dtype:
+            yield "master", _flat(main), start, replica
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank's part of a parameter lies in the full one, in the canonical layout."""
+
+    local_shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tp_replica: int
+    # Rows were added that depend on the tensor-parallel size; they are zero, and so is their optimizer state.
+    padded: bool
+
+    @staticmethod
+    def of(rule: Rule, parameter: Tensor, parallel: Parallel) -> _Place:
+        local = tuple(canonical_shard(parameter.detach(), rule).shape)
+        full, offset = list(local), [0] * len(local)
+        if rule.shard_axis is not None:
+            full[rule.shard_axis] *= parallel.tp_size
+            offset[rule.shard_axis] = parallel.tp_rank * local[rule.shard_axis]
+        exported = sum(math.prod(shape) for shape in hf_shapes(rule, parameter, parallel))
+        return _Place(
+            local_shape=local,
+            full_shape=tuple(full),
+            offset=tuple(offset),
+            tp_replica=parallel.tp_rank if rule.shard_axis is None else 0,
+            padded=exported < math.prod(full),
+        )
+
+    def pieces(self, key: str, flat: Tensor, start: int, replica: int) -> Iterator[ShardedTensor]:
+        """Boxes of the full tensor that together are ``flat``, elements ``start`` and up of this rank's part."""
+        position = 0
+        for corner, sizes in _boxes(start, start + flat.numel(), self.local_shape):
+            numel = math.prod(sizes)
+            yield ShardedTensor(
+                key=key,
+                data=flat[position : position + numel].view(sizes),
+                dtype=flat.dtype,
+                local_shape=sizes,
+                global_shape=self.full_shape,
+                global_offset=tuple(a + b for a, b in zip(corner, self.offset, strict=True)),
+                axis_fragmentations=None,
+                replica_id=(self.tp_replica, replica),
+                allow_shape_mismatch=self.padded,
+            )
+            position += numel
+
+
+def _boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements ``start`` to ``end`` of a row-major array as boxes (corner, sizes), in order, each contiguous.
+
+    At most ``2 * len(shape) - 1``: a part of a first row, whole rows, a part of a last one, and so on inside these.
+    """
+    if start >= end:
+        return
+    if len(shape) == 1:
+        yield (start,), (end - start,)
+        return
+    row_numel = math.prod(shape[1:])
+    first_whole, end_whole = -(-start // row_numel), end // row_numel
+    if first_whole > end_whole:
+        yield from _boxes_of_row(end_whole, start, end, shape)
+        return
+    yield from _boxes_of_row(first_whole - 1, start, first_whole * row_numel, shape)
+    if first_whole < end_whole:
+        yield (first_whole, *[0] * (len(shape) - 1)), (end_whole - first_whole, *shape[1:])
+    yield from _boxes_of_row(end_whole, end_whole * row_numel, end, shape)
+
+
+def _boxes_of_row(
+    row: int, start: int, end: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    before = row * math.prod(shape[1:])
+    for corner, sizes in _boxes(start - before, end - before, shape[1:]):
+        yield (row, *corner), (1, *sizes)

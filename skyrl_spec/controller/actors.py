@@ -1,0 +1,308 @@
+"""Engines and workers as groups: who gets what, how answers come together again, what happens when one is lost."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from skyrl_spec.data.packing import gather_shards
+from skyrl_spec.errors import ConfigError, LostActorError, RunError
+from skyrl_spec.settings.schema import SamplingConfig
+from skyrl_spec.types import (
+    Component,
+    Generation,
+    Prompt,
+    Proposals,
+    ProposalScores,
+    SpecCounters,
+    StepReport,
+    TrainBatch,
+)
+
+# Seconds between looks at the workers while engines are busy.
+_LOOK_INTERVAL_S = 5.0
+# Seconds that the others' deaths may take to be heard of, after a rank has failed because of one.
+_DEATHS_HEARD_S = 5.0
+
+Call = Callable[[Any], ray.ObjectRef]
+
+
+def _call(method: str, *args: Any) -> Call:
+    return lambda actor: getattr(actor, method).remote(*args)
+
+
+class EngineGroup:
+    """All rollout engines as one. One that dies, or does not answer in time, is replaced and asked again.
+
+    Every response has a random stream of its own, so what is asked again is answered as it would have been.
+
+    Args:
+        start: builds engine number i anew and waits for it.
+        max_restarts: restarts of all engines together.
+        while_waiting: called every few seconds while engines work; raises if something else went wrong.
+    """
+
+    def __init__(
+        self,
+        handles: list[Any],
+        timeout_s: float,
+        start: Callable[[int], Any] | None = None,
+        max_restarts: int = 0,
+        while_waiting: Callable[[], None] = lambda: None,
+    ):
+        self.handles, self.timeout_s = handles, timeout_s
+        self._start, self._while_waiting = start, while_waiting
+        self._bring_up: Callable[[Any], None] | None = None
+        self._max_restarts, self._num_restarts = max_restarts, 0
+        # What is known of each engine, and of those that are gone.
+        self._counters = [SpecCounters()] * len(handles)
+        self._counters_of_lost = SpecCounters()
+
+    def allow_replacement(self, bring_up: Callable[[Any], None]) -> None:
+        """From now on, lost engines are replaced. ``bring_up`` gives a new engine the weights of the others."""
+        self._bring_up = bring_up
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[list[Generation]]:
+        """``n`` responses a prompt, prompts dealt out over the engines."""
+        stride = len(self.handles)
+        shares = {index: [prompt.token_ids for prompt in prompts[index::stride]] for index in range(stride)}
+        answers = self._ask(
+            {
+                index: _call("generate", share, sampling, n, seed * stride + index)
+                for index, share in shares.items()
+                if share
+            }
+        )
+        out: list[list[Generation]] = [[] for _ in prompts]
+        for index, answer in answers.items():
+            out[index::stride] = answer
+        return out
+
+    def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
+        """What each engine answers to the same prompts, with what its draft proposed."""
+        return self.all("propose", prompts, sampling, seed)
+
+    def propose_on_one(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
+        """The same of the first engine alone."""
+        return self._ask({0: _call("propose", prompts, sampling, seed)})[0]
+
+    def spec_counters(self) -> SpecCounters:
+        """Speculation since the engines started, over all of them; of a lost one, up to the last time it was asked."""
+        self._counters = self.all("spec_counters")
+        return sum(self._counters, self._counters_of_lost)
+
+    def all(self, method: str, *args: Any) -> list[Any]:
+        """The answer of every engine to the same call, which may be made again."""
+        call = _call(method, *args)
+        answers = self._ask(dict.fromkeys(range(len(self.handles)), call))
+        return [answers[index] for index in range(len(self.handles))]
+
+    def shutdown(self, timeout_s: float = 5.0) -> None:
+        """Let engines free what they share with processes of their own; one that is busy too long just ends."""
+        ray.wait(
+            [engine.shutdown.remote() for engine in self.handles], num_returns=len(self.handles), timeout=timeout_s
+        )
+        for handle in self.handles:
+            ray.kill(handle)
+
+    def _ask(self, calls: Mapping[int, Call]) -> dict[int, Any]:
+        """Answers by engine.
+
+        Raises:
+            LostActorError: an engine is lost and may not, or cannot, be replaced.
+        """
+        answers: dict[int, Any] = {}
+        waiting: dict[ray.ObjectRef, tuple[int, float]] = {}
+
+        def ask(index: int) -> None:
+            waiting[calls[index](self.handles[index])] = index, time.monotonic() + self.timeout_s
+
+        for index in calls:
+            ask(index)
+        while waiting:
+            left_s = min(deadline for _, deadline in waiting.values()) - time.monotonic()
+            ready, _ = ray.wait(list(waiting), timeout=min(max(left_s, 0.0), _LOOK_INTERVAL_S))
+            overdue = [ref for ref, (_, deadline) in waiting.items() if deadline <= time.monotonic()]
+            for ref in ready or overdue:
+                index, _ = waiting.pop(ref)
+                problem = f"did not answer within generator.inference_engine.generate_timeout_s={self.timeout_s:g}"
+                if ready:
+                    answer, problem = self._answer(ref)
+                if problem:
+                    self._replace(index, problem)
+                    ask(index)
+                else:
+                    answers[index] = answer
+            if not ready and not overdue:
+                self._while_waiting()
+        return answers
+
+    def _answer(self, ref: ray.ObjectRef) -> tuple[Any, str]:
+        """What an engine answered, or why it is lost."""
+        try:
+            return ray.get(ref), ""
+        except ray.exceptions.RayActorError as error:
+            return None, f"died ({cause_of_death(error)})"
+        except ray.exceptions.RayTaskError as error:
+            # vLLM's own engine process is gone, and the actor's is of no use without it.
+            if type(error.cause).__name__ == "EngineDeadError":
+                return None, f"died ({cause_of_death(error.cause)})"
+            # Weights that an engine was to load are gone with the worker that had them.
+            self._while_waiting()
+            raise
+
+    def _replace(self, index: int, problem: str) -> None:
+        what = f"rollout engine {index} {problem}"
+        if self._start is None or self._bring_up is None:
+            raise LostActorError(what)
+        if self._num_restarts == self._max_restarts:
+            raise LostActorError(
+                f"{what}, and generator.inference_engine.max_restarts={self._max_restarts} were restarted before: "
+                "look for the cause (memory?), or raise it"
+            )
+        self._num_restarts += 1
+        print(f"skyrl-spec: warning: {what}; it is restarted, and its prompts are generated again", file=sys.stderr)
+        self._counters_of_lost += self._counters[index]
+        self._counters[index] = SpecCounters()
+        ray.kill(self.handles[index])
+        try:
+            self.handles[index] = self._start(index)
+            self._bring_up(self.handles[index])
+        except (RunError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise LostActorError(f"{what}, and could not be restarted ({cause_of_death(error)})") from None
+
+
+class PolicyGroup:
+    """All policy workers as one. A batch is put into the object store once; every rank takes its shard from there.
+
+    Every call is one of all ranks. If one is lost the others may wait for it for ever, so the first failure counts.
+    """
+
+    def __init__(self, handles: list[Any], places: list[tuple[int, int]], gpus: PlacementGroup | None = None):
+        self.handles = handles
+        self._gpus = gpus
+        # The tensor-parallel rank 0 of each data-parallel rank speaks for its replica.
+        self._speakers = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
+
+    def check(self) -> None:
+        """That all of them are there; not while they are busy."""
+        self._all("ping")
+
+    def forward_logprobs(self, batch: TrainBatch) -> TrainBatch:
+        """``batch`` with the policy's (and the reference's) log-probs before this batch's updates."""
+        answers = self._all("forward_logprobs", ray.put(batch))
+        return replace(batch, **gather_shards(batch, [answers[speaker] for speaker in self._speakers]))
+
+    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step; the metrics are of all ranks."""
+        return self._all("train_mini_batch", ray.put(batch))[0]
+
+    def train_draft(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step of the draft alone."""
+        return self._all("train_draft", ray.put(batch))[0]
+
+    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+        """What policy and draft make of an engine's responses and drafted tokens."""
+        return self._all("score_proposals", ray.put(proposals))[0]
+
+    def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]:
+        """Weights in Ray's object store, in chunks with their bytes."""
+        return self._all("export", component)[0]
+
+    def connect(self, backend: str, engines: list[Any], components: list[Component], timeout_s: float) -> None:
+        """Open one of vLLM's own transfers to the engines."""
+        address = ray.get(self.handles[0].address.remote())
+        self._all("connect", backend, engines, components, address, timeout_s=timeout_s)
+
+    def send(self, component: Component, timeout_s: float) -> int:
+        """One update of the engines through ``connect``'s transfer; returns the bytes sent.
+
+        Raises:
+            LostActorError: also if it takes longer. An engine that fails leaves the sender waiting, inside NCCL.
+        """
+        return self._all("send", component, timeout_s=timeout_s)[0]
+
+    def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
+        """All ranks write ``directory`` together; it is there once it is complete."""
+        self._all("save_checkpoint", directory, extra)
+
+    def load_checkpoint(self, directory: Path) -> dict[str, Any]:
+        """The driver's part of the checkpoint."""
+        return self._all("load_checkpoint", directory)[0]
+
+    def export_checkpoint(self, directory: Path, target: Path) -> None:
+        """What ``skyrl-spec export`` does, of a checkpoint that is there: one worker reads it, the others are idle."""
+        ray.get(self.handles[0].export_checkpoint.remote(directory, target))
+
+    def save_hf(self, run_dir: Path) -> None:
+        """``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own."""
+        self._all("save_hf", run_dir)
+
+    def save_draft_hf(self, run_dir: Path) -> None:
+        """The draft alone, where ``save_hf`` would write it."""
+        self._all("save_draft_hf", run_dir)
+
+    def shutdown(self) -> None:
+        """End the workers and give their GPUs back. What else runs on these GPUs ends too."""
+        for handle in self.handles:
+            ray.kill(handle)
+        if self._gpus is not None:
+            remove_placement_group(self._gpus)
+
+    def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """Every rank's answer.
+
+        Raises:
+            LostActorError: a rank died, or one did not answer in time.
+        """
+        refs = [getattr(worker, method).remote(*args) for worker in self.handles]
+        waiting, answers, start = list(refs), {}, time.monotonic()
+        while waiting:
+            left_s = None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic())
+            ready, waiting = ray.wait(waiting, timeout=left_s)
+            if not ready:
+                raise LostActorError(
+                    f"policy worker {refs.index(waiting[0])} did not {method} to the engines within generator."
+                    f"inference_engine.generate_timeout_s={timeout_s:g}: an engine died or failed (-v shows why)"
+                )
+            (ref,) = ready
+            try:
+                answers[ref] = ray.get(ref)
+            except ray.exceptions.RayActorError as error:
+                raise self._lost(refs.index(ref), error) from None
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, ConfigError | RunError):
+                    # A rank whose partner died fails in a collective, with less to say.
+                    self._raise_first_death(refs, waiting)
+                raise
+        return [answers[ref] for ref in refs]
+
+    def _raise_first_death(self, refs: list[ray.ObjectRef], waiting: list[ray.ObjectRef]) -> None:
+        deadline = time.monotonic() + _DEATHS_HEARD_S
+        while waiting and (left_s := deadline - time.monotonic()) > 0:
+            ready, waiting = ray.wait(waiting, timeout=left_s)
+            for ref in ready:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    raise self._lost(refs.index(ref), error) from None
+                except ray.exceptions.RayTaskError:
+                    continue
+
+    def _lost(self, rank: int, error: Exception) -> LostActorError:
+        return LostActorError(f"policy worker {rank} of {len(self.handles)} died ({cause_of_death(error)})")
+
+
+def cause_of_death(error: BaseException) -> str:
+    """The last line of what an actor died of: a traceback may come before; of Ray's guesses at causes only the fact."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = re.sub(r".*Worker exit detail: (.*?) Some common causes include.*", r"killed or crashed: \1", lines[-1])
+    return line[:200]

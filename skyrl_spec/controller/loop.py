@@ -1,0 +1,287 @@
+"""The training step.
+
+    prompts -> engines -> scored groups (filtered, DAPO) -> advantages -> train batch
+            -> log-probs before the update -> mini-batches: one optimizer step of policy and draft each
+            -> sync: policy, then draft, one version -> canaries -> metrics
+
+Whatever draft is trained, or none, this file does not know it: acceptance comes from the engines' counters, draft
+losses from the workers' reports.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from skyrl_spec.algorithms.advantages import build_estimator, overlong_penalty
+from skyrl_spec.algorithms.filters import Collected, Group, collect_groups
+from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
+from skyrl_spec.controller.lossless import LosslessCanary, PlainEngine
+from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
+from skyrl_spec.data.packing import build_train_batch, mini_batches
+from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.metrics import names
+from skyrl_spec.metrics.values import merge
+from skyrl_spec.metrics.values import values as metric_values
+from skyrl_spec.settings.derived import coarser_dtype
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.sync.canary import SyncCanary
+from skyrl_spec.sync.weights import WeightSync
+from skyrl_spec.types import DraftedResponse, Prompt, Rollout, StepReport, TrainBatch, Versions
+
+OnStep = Callable[[int, dict[str, float], Sequence[Rollout], Sequence[DraftedResponse]], None]
+Shield = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The first half of a step: groups to train on, and its metrics and times so far."""
+
+    groups: list[Group]
+    values: dict[str, float]
+    timings: dict[str, float]
+    seconds: float
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group]
+
+
+class TrainingLoop:
+    """Holds what a step needs; ``close`` ends the process that scores, the others are not the loop's."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokenizer: Any,
+        stream: PromptStream,
+        eval_prompts: list[Prompt],
+        engines: EngineGroup,
+        policy: PolicyGroup,
+        sync: WeightSync,
+        canary: SyncCanary,
+        lossless: LosslessCanary | None = None,
+    ):
+        self.config, self.stream, self.eval_prompts = config, stream, eval_prompts
+        self.engines, self.policy, self.sync = engines, policy, sync
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.sampler = RolloutSampler(config, engines, tokenizer)
+        self.canary, self.lossless = canary, lossless
+        sampling = config.generator.sampling_params
+        self._watch = Watch(config.trainer.canary, dtype=coarser_dtype(config), temperature=sampling.temperature)
+        self._said_short_batch = False
+        self.estimate_advantages = build_estimator(config.trainer.algorithm)
+
+    def close(self) -> None:
+        self.sampler.close()
+
+    def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0, shield: Shield = nullcontext) -> None:
+        """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last.
+
+        Within ``shield`` a step must not be broken off: weights have moved, and are not yet a step's.
+        """
+        trainer = self.config.trainer
+        if trainer.canary.enabled:
+            self.canary.check(self.sync.versions)
+        if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
+            on_step(0, self.evaluate(), [], self.sampler.sample_with_drafts(self.eval_prompts))
+        for step in range(steps_done + 1, num_steps + 1):
+            if self.stream.epoch >= trainer.epochs:
+                break
+            sampled = self.sample()
+            with shield():
+                values = self.train(sampled)
+                drafted: list[DraftedResponse] = []
+                # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
+                is_last = step == num_steps or self.stream.epoch >= trainer.epochs
+                due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
+                if due and self.eval_prompts:
+                    values |= self.evaluate()
+                    drafted = self.sampler.sample_with_drafts(self.eval_prompts)
+                on_step(step, values, sampled.rollouts, drafted)
+            if is_last:
+                break
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What the driver has to know to go on after ``step``; plain data."""
+        return {
+            "step": step,
+            "stream": self.stream.state_dict(),
+            "num_train_calls": self.sampler.num_train_calls,
+            "versions": asdict(self.sync.versions),
+            "canary": self.canary.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: the workers have their weights back, the engines get them under the old versions."""
+        self.stream.load_state_dict(state["stream"])
+        self.sampler.num_train_calls = state["num_train_calls"]
+        self.sync.restore(Versions(**state["versions"]))
+        self.canary.load_state_dict(state["canary"])
+
+    def sample(self) -> Sampled:
+        """The first half of a step: what it trains on. Nothing that is trained has moved yet."""
+        start = time.perf_counter()
+        timings: dict[str, float] = {}
+        speculation = SpeculationMeter(self.engines, "train")
+        with timed(timings, "generate"):
+            collected, throughput = self._sample_groups()
+        values = reward_metrics(collected.sampled, self.config.generator.n_samples_per_prompt)
+        values |= speculation.metrics() | {names.THROUGHPUT: throughput}
+        values |= self._sampling_metrics(collected)
+        return Sampled(collected.groups, values, timings, time.perf_counter() - start)
+
+    def train(self, sampled: Sampled) -> dict[str, float]:
+        """The second half: mini-batches, sync, canaries; returns the contract's metrics of the whole step."""
+        start = time.perf_counter()
+        values, timings = dict(sampled.values), dict(sampled.timings)
+        if sampled.rollouts:
+            require_current(sampled.rollouts, self.sync.versions)
+            values |= self._train(self._build_batch(sampled.groups), timings)
+            values |= acceptance_gap(values)
+            with timed(timings, "sync_weights"):
+                values |= {names.SYNC_BYTES: self.sync.sync()}
+            values |= self._run_canaries(timings)
+            self._watch.look(values)
+        values |= self._versions()
+        timings["step"] = sampled.seconds + time.perf_counter() - start
+        return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean reward on the held-out prompts, sampled as ``generator.eval_sampling_params`` says (greedily)."""
+        size = self.config.trainer.eval_batch_size
+        speculation = SpeculationMeter(self.engines, "eval")
+        rewards = [
+            rollout.reward
+            for start in range(0, len(self.eval_prompts), size)
+            for group in self.sampler.sample_for_evaluation(self.eval_prompts[start : start + size])
+            for rollout in group
+        ]
+        return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
+
+    def _run_canaries(self, timings: dict[str, float]) -> dict[str, float]:
+        """What is due at this version."""
+        values: dict[str, float] = {}
+        if self.canary.is_due(self.sync.versions):
+            with timed(timings, "canary"):
+                values |= self.canary.check(self.sync.versions)
+        if self.lossless is not None and self.lossless.is_due(self.sync.versions):
+            with timed(timings, "lossless"):
+                values |= self.lossless.check(self.engines, seed=max(asdict(self.sync.versions).values()))
+        return values
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
+        """All optimizer steps that ``batch`` is for; adds the phases' seconds to ``timings``."""
+        with timed(timings, "fwd_logprobs"):
+            batch = self.policy.forward_logprobs(batch)
+        num_epochs = self.config.trainer.update_epochs_per_batch
+        reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch, num_epochs)]
+        timings |= _train_timings(reports)
+        return _report_values(reports) | logprob_agreement(batch)
+
+    def _sample_groups(self) -> tuple[Collected, float]:
+        """The groups of one train batch, and the tokens per second they were generated with."""
+        trainer = self.config.trainer
+        tokens_before, seconds_before = self.sampler.num_tokens, self.sampler.generate_s
+        collected = collect_groups(
+            lambda: self.sampler.sample_for_training(self.stream.next_batch()),
+            trainer.train_batch_size,
+            trainer.algorithm.dynamic_sampling,
+        )
+        num_tokens = self.sampler.num_tokens - tokens_before
+        return collected, num_tokens / (self.sampler.generate_s - seconds_before)
+
+    def _build_batch(self, groups: Sequence[Group]) -> TrainBatch:
+        algorithm, sampling = self.config.trainer.algorithm, self.config.generator.sampling_params
+        rewards_PG = np.array([[rollout.reward for rollout in group] for group in groups])
+        lengths_PG = np.array([[len(rollout.generation.token_ids) for rollout in group] for group in groups])
+        rewards_PG = rewards_PG + overlong_penalty(
+            lengths_PG, sampling.max_generate_length, algorithm.overlong.buffer_len, algorithm.overlong.penalty_factor
+        )
+        return build_train_batch(
+            [rollout for group in groups for rollout in group],
+            self.estimate_advantages(rewards_PG).reshape(-1),
+            pad_token_id=self.pad_token_id,
+            loss_reduction=algorithm.loss_reduction,
+            max_response_length=sampling.max_generate_length,
+        )
+
+    def _mini_batches(self, batch: TrainBatch, num_epochs: int) -> Iterator[TrainBatch]:
+        trainer, generator = self.config.trainer, self.config.generator
+        for _ in range(num_epochs):
+            yield from mini_batches(
+                batch,
+                trainer.policy_mini_batch_size * generator.n_samples_per_prompt,
+                loss_reduction=trainer.algorithm.loss_reduction,
+                max_response_length=generator.sampling_params.max_generate_length,
+            )
+
+    def _versions(self) -> dict[str, float]:
+        versions = self.sync.versions
+        metrics: dict[str, float] = {names.POLICY_VERSION: versions.policy}
+        return metrics | ({names.DRAFT_VERSION: versions.draft} if "draft" in self.sync.components else {})
+
+    def _sampling_metrics(self, collected: Collected) -> dict[str, float]:
+        """What dynamic sampling took; said aloud, once, where it did not fill the batch."""
+        trainer = self.config.trainer
+        if trainer.algorithm.dynamic_sampling.type is None:
+            return {}
+        if len(collected.groups) < trainer.train_batch_size and not self._said_short_batch:
+            self._said_short_batch = True
+            print(
+                f"skyrl-spec: trainer.algorithm.dynamic_sampling.max_sample_batches={collected.num_batches}: gave "
+                f"{len(collected.groups)} of {trainer.train_batch_size} groups whose rewards differ; the step goes on "
+                "with them (said once)",
+                file=sys.stderr,
+            )
+        return {names.NUM_SAMPLE_BATCHES: collected.num_batches, names.NUM_KEPT_GROUPS: collected.num_kept}
+
+
+class DraftWarmup(TrainingLoop):
+    """The same step with a frozen policy: what is trained and synced is the draft."""
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
+        num_epochs = self.config.trainer.update_epochs_per_batch
+        reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
+        timings["draft_train"] = sum(report.draft_train_s for report in reports)
+        return _report_values(reports)
+
+
+def measure_speedup(trainer: TrainingLoop, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 3) -> float:
+    """Median over ``rounds`` of rollout tokens/s with the draft over tokens/s without, on the same prompts by turns."""
+    sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain.updated())
+    ratios = []
+    # The first round warms both up.
+    for seed in range(rounds + 1):
+        speeds = []
+        for engines in groups:
+            start = time.perf_counter()
+            generations = engines.generate(list(prompts), sampling, 1, seed)
+            speeds.append(sum(len(g.token_ids) for group in generations for g in group) / (time.perf_counter() - start))
+        ratios.append(speeds[0] / speeds[1])
+    return float(np.median(ratios[1:]))
+
+
+@contextmanager
+def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[phase] = time.perf_counter() - start
+
+
+def _report_values(reports: Sequence[StepReport]) -> dict[str, float]:
+    return metric_values(merge(*(report.metrics for report in reports)))
+
+
+def _train_timings(reports: Sequence[StepReport]) -> dict[str, float]:
+    timings = {"policy_train": sum(report.policy_train_s for report in reports)}
+    draft_s = sum(report.draft_train_s for report in reports)
+    return timings | ({"draft_train": draft_s} if draft_s else {})

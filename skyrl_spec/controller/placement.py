@@ -1,0 +1,255 @@
+"""Where the actors run: Ray, one machine or many (``RAY_ADDRESS`` joins a cluster)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.lossless import PlainEngine
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.errors import RunError
+from skyrl_spec.rollout.actor import RolloutActor, actor_options
+from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.training.worker import PolicyWorker
+
+# Of a GPU that a worker and an engine share. It is how Ray counts; gpu_memory_utilization is what divides the memory.
+_GPU_SHARE = 0.5
+
+
+@contextmanager
+def ray_session(verbose: bool) -> Iterator[None]:
+    """Ray for the time of a run. A local one keeps its files in a folder that is removed at the end."""
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING if verbose else logging.ERROR}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without log_to_driver Ray still prints a paragraph for every process that dies; the run says it in a line.
+    ray._private.worker._worker_logs_enabled = verbose
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # The prefix is short: sockets below it must stay within 107 characters.
+    directory = tempfile.mkdtemp(prefix="skyrl-")
+    try:
+        ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
+        yield
+    finally:
+        ray.shutdown()
+        _remove(directory)
+
+
+def _remove(directory: str, patience_s: float = 5.0) -> None:
+    """Ray's processes write their last log lines while they end, so a first attempt may leave some behind."""
+    deadline = time.monotonic() + patience_s
+    while os.path.exists(directory) and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """``generator.inference_engine`` with everything decided."""
+    engine, device = config.generator.inference_engine, config.trainer.placement.device
+    longest = max(
+        sampling.max_generate_length
+        for sampling in (config.generator.sampling_params, config.generator.eval_sampling_params)
+    )
+    return EngineSettings(
+        model_path=_on_any_node(config.trainer.policy.model.path),
+        dtype=engine_dtype(config),
+        device=device,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_model_len=config.trainer.max_prompt_length + longest,
+        max_num_seqs=engine.max_num_seqs,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        cpu_kvcache_space=engine.cpu_kvcache_space,
+        enable_prefix_caching=engine.enable_prefix_caching,
+        enforce_eager=engine.enforce_eager,
+        seed=config.trainer.seed,
+        speculative_config=_speculative_on_any_node(config),
+        weight_sync_backend=sync_backend(config),
+        num_threads=max(1, num_cores() // engine.num_engines) if device == "cpu" else None,
+        engine_init_kwargs=engine.engine_init_kwargs,
+    )
+
+
+def _on_any_node(path: str) -> str:
+    """An actor's working directory is that of its node's Ray, not the driver's. Hub names stay what they are."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+
+def _speculative_on_any_node(config: Config) -> dict[str, Any] | None:
+    speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config)
+    if speculative is None or not speculative.get("model"):
+        return speculative
+    return speculative | {"model": _on_any_node(speculative["model"])}
+
+
+def _workers_config(config: Config) -> Config:
+    """``config`` with directories that a worker finds on any node."""
+    trainer, policy = config.trainer, config.trainer.policy
+    kind = trained_kind(trainer)
+    path = None if kind is None else kind.path(trainer)
+    if kind is not None and path is not None:
+        trainer = kind.with_path(trainer, _on_any_node(path))
+    policy = replace(policy, model=replace(policy.model, path=_on_any_node(policy.model.path)))
+    return replace(config, trainer=replace(trainer, policy=policy))
+
+
+def start_actors(
+    config: Config, settings: EngineSettings, total_optimizer_steps: int, *, freeze_policy: bool = False
+) -> tuple[EngineGroup, PolicyGroup]:
+    """Start engines and workers side by side; those that share GPUs one after the other.
+
+    Raises:
+        RunError: they were not up within ``trainer.placement.timeout_s``.
+    """
+    deadline = time.monotonic() + config.trainer.placement.timeout_s
+    gpus = reserve_gpus(config, deadline)
+    bundles = bundles_by_rank(gpus)
+    options = engine_options(config, settings, bundles)
+    engines = [_create_engine(settings, *numbered) for numbered in enumerate(options)]
+    pings = [engine.ping.remote() for engine in engines]
+    if config.trainer.placement.colocate_all:
+        # vLLM measures the GPU's free memory while it starts, and fails or takes less where someone else changes it.
+        _get(pings, deadline, "rollout engines", config)
+    workers = _create_workers(config, worker_options(config, bundles))
+    init_method = "tcp://{}:{}".format(*_get([workers[0].address.remote()], deadline, "policy workers", config)[0])
+    started = [worker.start.remote(init_method, total_optimizer_steps, freeze_policy) for worker in workers]
+    _get(started, deadline, "policy workers", config)
+    _get(pings, deadline, "rollout engines", config)
+    places = ray.get([worker.place.remote() for worker in workers])
+    policy = PolicyGroup(workers, places, gpus)
+    return _engine_group(config, engines, partial(_restart_engine, config, settings, options), policy), policy
+
+
+def start_plain_engine(config: Config, settings: EngineSettings, policy: PolicyGroup) -> PlainEngine:
+    """A further engine of the same build without a draft, to compare with."""
+    plain = replace(settings, speculative_config=None)
+    start = partial(_restart_engine, config, plain, [actor_options(plain)])
+    return PlainEngine(_engine_group(config, [start(0)], start, policy), policy)
+
+
+def _engine_group(config: Config, engines: list[Any], start: Callable[[int], Any], policy: PolicyGroup) -> EngineGroup:
+    engine = config.generator.inference_engine
+    # A worker that dies while engines generate is noticed at once, not after.
+    return EngineGroup(engines, engine.generate_timeout_s, start, engine.max_restarts, policy.check)
+
+
+def _restart_engine(config: Config, settings: EngineSettings, options: list[dict[str, Any]], index: int) -> Any:
+    """Build an engine, in place of a former one or not, and wait for it."""
+    engine = _create_engine(settings, index, options[index])
+    deadline = time.monotonic() + config.trainer.placement.timeout_s
+    _get([engine.ping.remote()], deadline, "rollout engines", config)
+    return engine
+
+
+def reserve_gpus(config: Config, deadline: float) -> PlacementGroup | None:
+    """A GPU for each policy worker, on as few nodes as Ray finds; None on CPU, where nobody asks Ray for anything.
+
+    Removing the group gives the GPUs back; Ray does it too when the driver's connection ends.
+
+    Raises:
+        RunError: the GPUs were not there by ``deadline`` (of ``time.monotonic``).
+    """
+    if config.trainer.placement.device == "cpu":
+        return None
+    world_size, _, _ = parallel_sizes(config)
+    group = placement_group([{"GPU": 1, "CPU": 1}] * world_size, strategy="PACK")
+    try:
+        _get([group.ready()], deadline, "policy workers", config)
+    except RunError:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def bundles_by_rank(group: PlacementGroup | None) -> list[PlacementGroupSchedulingStrategy]:
+    """Where each rank goes: node after node, because neighbours make up tensor-parallel groups. Empty on CPU."""
+    if group is None:
+        return []
+    node_ids: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    indices = sorted(node_ids, key=lambda index: (node_ids[index], index))
+    return [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) for index in indices]
+
+
+def engine_options(
+    config: Config, settings: EngineSettings, bundles: list[PlacementGroupSchedulingStrategy]
+) -> list[dict[str, Any]]:
+    """Ray's options for each engine: GPUs of its own, or with ``colocate_all`` a part of the same rank's worker's."""
+    options = actor_options(settings)
+    if config.trainer.placement.colocate_all:
+        return [options | {"num_gpus": _GPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
+    return [options] * config.generator.inference_engine.num_engines
+
+
+def worker_options(config: Config, bundles: list[PlacementGroupSchedulingStrategy]) -> list[dict[str, Any]]:
+    """Ray's options for each rank's worker."""
+    placement = config.trainer.placement
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if placement.device == "cpu":
+        environment["OMP_NUM_THREADS"] = str(_threads_per_worker(config))
+        # On CPU engines and workers take turns on the same cores, so none of them asks Ray for one.
+        options = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
+        return [options] * parallel_sizes(config).world_size
+    share = _GPU_SHARE if placement.colocate_all else 1
+    options = {"num_cpus": 1, "num_gpus": share, "runtime_env": {"env_vars": environment}}
+    return [options | {"scheduling_strategy": bundle} for bundle in bundles]
+
+
+def _create_engine(settings: EngineSettings, index: int, options: dict[str, Any]) -> Any:
+    actor_class: Any = RolloutActor
+    return actor_class.options(**options).remote(replace(settings, seed=settings.seed + index))
+
+
+def _create_workers(config: Config, options: list[dict[str, Any]]) -> list[Any]:
+    num_threads = _threads_per_worker(config) if config.trainer.placement.device == "cpu" else None
+    worker_class: Any = PolicyWorker
+    config = _workers_config(config)
+    return [
+        worker_class.options(**own).remote(config, rank, len(options), num_threads) for rank, own in enumerate(options)
+    ]
+
+
+def _threads_per_worker(config: Config) -> int:
+    return max(1, num_cores() // parallel_sizes(config).world_size)
+
+
+def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[Any]:
+    try:
+        return ray.get(refs, timeout=max(0.0, deadline - time.monotonic()))
+    except ray.exceptions.GetTimeoutError:
+        have, free = ray.cluster_resources(), ray.available_resources()
+        raise RunError(
+            f"trainer.placement.timeout_s={config.trainer.placement.timeout_s:g}: {what} were not up in time "
+            f"(GPUs in the cluster: {have.get('GPU', 0):g}, free: {free.get('GPU', 0):g}); "
+            "ask for fewer GPUs, add nodes, or raise it"
+        ) from None
+
+
+def num_cores() -> int:
+    """Of this process."""
+    return len(os.sched_getaffinity(0))

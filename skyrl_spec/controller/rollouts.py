@@ -1,0 +1,135 @@
+"""Prompts to scored groups of rollouts, and what the sampling said of itself."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from skyrl_spec.algorithms.filters import Group
+from skyrl_spec.controller.actors import EngineGroup
+from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.envs.grader import Grader
+from skyrl_spec.metrics import names
+from skyrl_spec.metrics.acceptance import acceptance_metrics
+from skyrl_spec.settings.schema import Config, SamplingConfig
+from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, Rollout
+
+# Prompts whose drafts are shown, and tokens of each response: they are sampled one after the other.
+_NUM_SHOWN, _LONGEST_SHOWN = 2, 128
+# Failures of a batch that are told one by one.
+_NUM_FAILURES_TOLD = 3
+
+
+class RolloutSampler:
+    """Generates with the engines and scores with the environments."""
+
+    def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
+        self._config, self._engines, self._tokenizer = config, engines, tokenizer
+        self._grader = Grader(config.environment)
+        user = config.generator.inference_engine.speculative_config
+        self._has_draft = build_speculative_config(config.trainer, user) is not None
+        self.num_train_calls = 0
+        self.num_tokens, self.generate_s = 0, 0.0
+
+    def sample_for_training(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """A batch of groups; its seed depends on how many came before, and on no evaluation."""
+        self.num_train_calls += 1
+        generator, seed = self._config.generator, self._config.trainer.seed
+        return self._sample(
+            prompts, generator.sampling_params, generator.n_samples_per_prompt, seed * 1_000_003 + self.num_train_calls
+        )
+
+    def sample_for_evaluation(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Groups sampled as ``generator.eval_sampling_params`` says, every time with the same seed."""
+        generator = self._config.generator
+        return self._sample(prompts, generator.eval_sampling_params, generator.eval_n_samples_per_prompt, seed=0)
+
+    def sample_with_drafts(self, prompts: Sequence[Prompt]) -> list[DraftedResponse]:
+        """The beginnings of a few responses, whose tokens are told apart: drafted and accepted, or the policy's own.
+
+        Empty where the engines have no draft with a distribution. Nothing is scored: what is cut cannot be.
+        """
+        if not self._has_draft:
+            return []
+        sampling = self._config.generator.sampling_params
+        sampling = replace(sampling, max_generate_length=min(sampling.max_generate_length, _LONGEST_SHOWN))
+        shown = list(prompts[:_NUM_SHOWN])
+        answers = self._engines.propose_on_one([prompt.token_ids for prompt in shown], sampling, seed=0)
+        return [
+            DraftedResponse(prompt, answer.generation, _pieces(self._tokenizer, answer))
+            for prompt, answer in zip(shown, answers, strict=True)
+            if answer.anchors
+        ]
+
+    def close(self) -> None:
+        """End the process that scores."""
+        self._grader.close()
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
+        """``n`` scored rollouts a prompt; adds to ``num_tokens`` and ``generate_s``."""
+        start = time.perf_counter()
+        generations = self._engines.generate(list(prompts), sampling, n, seed)
+        self.generate_s += time.perf_counter() - start
+        self.num_tokens += sum(len(g.token_ids) for group in generations for g in group)
+        return self._score(prompts, generations)
+
+    def _score(self, prompts: Sequence[Prompt], generations: list[list[Generation]]) -> list[Group]:
+        flat = [
+            (prompt, generation) for prompt, group in zip(prompts, generations, strict=True) for generation in group
+        ]
+        texts = self._tokenizer.batch_decode([g.token_ids for _, g in flat], skip_special_tokens=True)
+        results = self._grader.score_all([prompt for prompt, _ in flat], texts)
+        _tell_failures([result.error for result in results if result.error is not None])
+        rollouts = [
+            Rollout(prompt, generation, text, result.reward, [1] * len(generation.token_ids), result.error)
+            for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
+        ]
+        ends = np.cumsum([len(group) for group in generations])
+        return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
+
+
+def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
+    """Texts of the tokens; a character of several tokens is with the last of them."""
+    ids, pieces, before = answer.generation.token_ids, [], ""
+    for end, accepted in enumerate(answer.accepted(), start=1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+        pieces.append((text[len(before) :], accepted))
+        before = text
+    return pieces
+
+
+def _tell_failures(errors: Sequence[str]) -> None:
+    """Of a batch."""
+    for error in errors[:_NUM_FAILURES_TOLD]:
+        print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
+    if len(errors) > _NUM_FAILURES_TOLD:
+        print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_TOLD} more of this batch", file=sys.stderr)
+
+
+def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float]:
+    """Mean reward, the share of prompts with at least one rewarded response, and how many could not be scored."""
+    rewards = [rollout.reward for group in groups for rollout in group]
+    num_failed = sum(rollout.error is not None for group in groups for rollout in group)
+    solved = [any(rollout.reward > 0 for rollout in group) for group in groups]
+    return {
+        names.AVG_RAW_REWARD: float(np.mean(rewards)),
+        names.pass_at(num_samples): float(np.mean(solved)),
+        names.NUM_FAILED: num_failed,
+    }
+
+
+class SpeculationMeter:
+    """Acceptance between two readings of the engines' counters; silent where the engines have no draft."""
+
+    def __init__(self, engines: EngineGroup, mode: str):
+        self._engines, self._mode = engines, mode
+        self._start = engines.spec_counters()
+
+    def metrics(self) -> dict[str, float]:
+        counters = self._engines.spec_counters() - self._start
+        return acceptance_metrics(counters, f"vllm/{self._mode}")

@@ -1,0 +1,291 @@
+"""A run from configuration to exit code: what is checked, started, written and taken down, in this order."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skyrl_spec.checkpoint.serving import serve_command
+from skyrl_spec.controller.output import Output, open_output
+from skyrl_spec.controller.signals import SIGNAL_EXIT, SignalWatch
+from skyrl_spec.controller.task import Task, load_task
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.errors import ConfigError, LostActorError, RunError
+from skyrl_spec.settings.derived import sync_backend
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.types import Component, DraftedResponse, Rollout
+
+if TYPE_CHECKING:
+    from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+    from skyrl_spec.controller.checkpoints import Checkpointer
+    from skyrl_spec.controller.loop import TrainingLoop
+    from skyrl_spec.controller.lossless import PlainEngine
+
+# Of a disk or folder that cannot be written any more.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
+
+
+def run_training(config: Config, *, verbose: bool = False) -> int:
+    """Train as ``config`` says; see ``run_job``."""
+    return run_job(train, config, verbose=verbose)
+
+
+def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *, verbose: bool) -> int:
+    """``job(config, verbose, watch)`` to its end, or to a signal; returns the process's exit code.
+
+    That is 0 where SIGTERM (a pre-empted job) left a checkpoint to go on from.
+
+    Raises:
+        ConfigError: what the user can mend, before or after processes were started (all are gone by then).
+    """
+    watch = SignalWatch()
+    try:
+        with watch.installed():
+            job(config, verbose, watch)
+        return 0
+    except Exception as error:
+        if watch.received is not None:
+            name, run_dir = signal.Signals(watch.received).name, config.trainer.run_dir
+            if watch.received == signal.SIGTERM and watch.saved is not None:
+                print(f"skyrl-spec: {name}: saved {watch.saved}; {_how_to_go_on(config)}", file=sys.stderr)
+                return 0
+            if (line := _error_line(error, config)) is not None:
+                print(f"skyrl-spec: error: {line}", file=sys.stderr)
+            print(f"skyrl-spec: {name}: stopped; what was measured is in {run_dir}", file=sys.stderr)
+            return SIGNAL_EXIT + watch.received
+        if (line := _error_line(error, config)) is not None:
+            print(f"skyrl-spec: error: {line}", file=sys.stderr)
+            return 1
+        raise
+
+
+def _how_to_go_on(config: Config) -> str:
+    no_path = "" if config.trainer.resume_path is None else " trainer.resume_path=null"
+    return f"the same command with trainer.resume_mode=latest{no_path} goes on"
+
+
+def _error_line(error: Exception, config: Config) -> str | None:
+    """One line for what can happen to a run that was rightly configured; None for what should not."""
+    if isinstance(error, LostActorError):
+        if error.checkpoint is None:
+            return f"{error}; there is no checkpoint to go on from: start it again (-v shows what processes print)"
+        return f"{error}; {_how_to_go_on(config)} from {error.checkpoint}"
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        return f"{error.filename or 'a file of the run'}: {error.strerror}; free space, or set another trainer.run_dir"
+    return None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A loop over actors that are up."""
+
+    trainer: TrainingLoop
+    engines: EngineGroup
+    policy: PolicyGroup
+    checkpointer: Checkpointer
+    # The engine without a draft, where losslessness is checked.
+    plain: PlainEngine | None
+
+
+def train(config: Config, verbose: bool, watch: SignalWatch) -> None:
+    def attempt(resume_from: Path | None) -> None:
+        task = load_task(config, resume_from)
+        with open_output(task) as output:
+            _train_on_cluster(task, output, verbose, watch)
+
+    with_restarts(config, "policy", watch, attempt)
+
+
+def with_restarts(
+    config: Config, trained: Component, watch: SignalWatch, attempt: Callable[[Path | None], None]
+) -> None:
+    """``attempt``, and where it loses an actor again, ``trainer.max_restarts`` times, from the last checkpoint."""
+    from skyrl_spec.controller.checkpoints import find
+
+    resume_from, restarts_left = find(config, trained), config.trainer.max_restarts
+    while True:
+        try:
+            # Ray leaves handlers of its own behind.
+            with watch.installed():
+                attempt(resume_from)
+            return
+        except LostActorError as error:
+            if restarts_left == 0 or watch.received is not None:
+                raise
+            restarts_left -= 1
+            resume_from = error.checkpoint or resume_from
+            where = resume_from or "the beginning"
+            print(f"skyrl-spec: warning: {error}; going on from {where} (trainer.max_restarts)", file=sys.stderr)
+
+
+def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
+    # Ray and torch are imported once everything that can be refused has been.
+    from skyrl_spec.controller.loop import TrainingLoop, measure_speedup
+    from skyrl_spec.controller.placement import engine_settings, start_plain_engine
+
+    trainer, speedup = task.config.trainer, None
+    has_draft = trained_kind(trainer) is not None
+    with on_cluster(task, TrainingLoop, ["policy", "draft"] if has_draft else ["policy"], watch, verbose) as running:
+        run_steps(running, task, output, watch)
+        if trainer.save_final_model:
+            running.policy.save_hf(output.run_dir.resolve())
+        settings = engine_settings(task.config)
+        # Also of a draft that is not trained.
+        if trainer.measure_speedup and settings.speculative_config is not None:
+            plain = running.plain or start_plain_engine(task.config, settings, running.policy)
+            speedup = measure_speedup(running.trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
+            plain.shutdown()
+    output.summarize(speedup=speedup, next_commands=_next_commands(task.config, output.run_dir))
+
+
+@contextmanager
+def on_cluster(
+    task: Task, trainer_class: type[TrainingLoop], components: list[Component], watch: SignalWatch, verbose: bool
+) -> Iterator[Running]:
+    """Ray, engines, workers and the loop over them, back where its checkpoint was; all gone when the context ends.
+
+    ``components`` is what is trained; a policy that is not is frozen.
+    """
+    from skyrl_spec.controller.checkpoints import Checkpointer, newest, resume
+    from skyrl_spec.controller.placement import engine_settings, ray_session, start_actors, start_plain_engine
+
+    config, settings = task.config, engine_settings(task.config)
+    updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
+    total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
+    # Ray puts handlers of its own in place of ours when it starts.
+    with ray_session(verbose), watch.installed(), plain_errors():
+        engines, policy = start_actors(config, settings, total_steps, freeze_policy="policy" not in components)
+        try:
+            checks_losslessness = settings.speculative_config is not None and config.trainer.canary.lossless_interval
+            plain = start_plain_engine(config, settings, policy) if checks_losslessness else None
+            trainer = make_trainer(trainer_class, task, engines, policy, components, plain)
+            checkpointer = Checkpointer(trainer, policy)
+            try:
+                with plain_errors():
+                    if task.resume_from is not None:
+                        resume(trainer, policy, task.resume_from)
+                    yield Running(trainer, engines, policy, checkpointer, plain)
+            except LostActorError as error:
+                error.checkpoint = newest(config)
+                raise
+            finally:
+                trainer.close()
+        finally:
+            engines.shutdown()
+            policy.shutdown()
+
+
+def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) -> None:
+    """All steps, with checkpoints; SIGTERM leaves one of the last step that was done."""
+    checkpointer = running.checkpointer
+
+    def on_step(
+        step: int, values: dict[str, float], rollouts: Sequence[Rollout], drafted: Sequence[DraftedResponse]
+    ) -> None:
+        output.on_step(step, values, rollouts, drafted)
+        if step > 0:
+            checkpointer.after_step(step, values)
+
+    try:
+        running.trainer.run(task.steps, on_step, steps_done=task.steps_done or 0, shield=watch.shield)
+        with watch.shield():
+            checkpointer.after_run()
+    except Exception:
+        # Otherwise weights have moved that are not a step's.
+        if watch.received == signal.SIGTERM and not watch.is_broken:
+            watch.saved = checkpointer.save_last()
+        raise
+    # For a SIGTERM that comes later.
+    watch.saved = checkpointer.saved
+
+
+def make_trainer(
+    trainer_class: type[TrainingLoop],
+    task: Task,
+    engines: EngineGroup,
+    policy: PolicyGroup,
+    components: list[Component],
+    plain: PlainEngine | None = None,
+) -> TrainingLoop:
+    """The loop over actors that are up, with the transfer of what is trained (``components``) opened.
+
+    ``plain``: the engine to check losslessness against, if that is to be.
+    """
+    from skyrl_spec.controller.lossless import LosslessCanary
+    from skyrl_spec.settings.derived import coarser_dtype
+    from skyrl_spec.sync.canary import SyncCanary, fixed_prompts
+    from skyrl_spec.sync.weights import WeightSync
+
+    config = task.config
+    settings, sampling, dtype = config.trainer.canary, config.generator.sampling_params, coarser_dtype(config)
+    prompts = [prompt.token_ids for prompt in task.stream.prompts]
+    canary = SyncCanary(
+        settings,
+        engines,
+        policy,
+        fixed_prompts(prompts, settings.num_prompts, min(config.trainer.max_prompt_length, _prefill_tokens(config))),
+        temperature=sampling.temperature,
+        dtype=dtype,
+    )
+    lossless = None
+    if plain is not None:
+        few = task.stream.prompts[: settings.num_prompts]
+        lossless = LosslessCanary(settings, sampling, few, plain, exact=dtype == "fp32")
+    return trainer_class(
+        config,
+        tokenizer=task.tokenizer,
+        stream=task.stream,
+        eval_prompts=task.eval_prompts,
+        engines=engines,
+        policy=policy,
+        sync=WeightSync(policy, engines, backend=sync_backend(config), components=components),
+        canary=canary,
+        lossless=lossless,
+    )
+
+
+def _prefill_tokens(config: Config) -> int:
+    """Half of what the user lets an engine prefill in a step, if that is set: drafts take some of the rest."""
+    tokens = config.generator.inference_engine.engine_init_kwargs.get("max_num_batched_tokens")
+    return sys.maxsize if tokens is None else max(1, tokens // 2)
+
+
+def _next_commands(config: Config, run_dir: Path) -> list[str]:
+    """What one would type after this run."""
+    commands, kind = [f"skyrl-spec report {run_dir}"], trained_kind(config.trainer)
+    if config.trainer.ckpt_interval > 0:
+        commands.append(f"skyrl-spec export checkpoint={run_dir} out={run_dir}/bundle")
+        if kind is not None:
+            commands.append(f"skyrl-spec eval-draft target={run_dir}")
+    if config.trainer.save_final_model:
+        policy, draft = f"{run_dir}/model", f"{run_dir}/draft"
+        go_on = f"skyrl-spec train ... trainer.policy.model.path={policy}"
+        if kind is not None and kind.has_own_directory:
+            go_on += f" trainer.{kind.method}.path={draft}"
+        commands += [serve_command(config.trainer, policy, draft), f"{go_on}   (goes on from these weights)"]
+    return commands
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What an actor raised reaches the user as itself, without Ray's wrapping; a dead actor as one line."""
+    import ray
+
+    from skyrl_spec.controller.actors import cause_of_death
+
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        raise LostActorError(f"an engine or worker died ({cause_of_death(error)}); -v shows what it printed") from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigError | RunError):
+            raise error.cause from None
+        raise

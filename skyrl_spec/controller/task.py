@@ -1,0 +1,82 @@
+"""What a run trains, on what, for how long: configuration, model, tokenizer and prompts, before anything starts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skyrl_spec.checkpoint.folders import read_record
+from skyrl_spec.data.dataset import load_prompts
+from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.data.tokenizer import load_tokenizer
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.envs.registry import register_custom
+from skyrl_spec.envs.rewards import check_environments
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.model import ModelSpec, load_spec
+from skyrl_spec.types import Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, for how long."""
+
+    config: Config
+    spec: ModelSpec
+    tokenizer: Any
+    stream: PromptStream
+    eval_prompts: list[Prompt]
+    steps: int
+    # The checkpoint that it goes on from.
+    resume_from: Path | None = None
+    # False: a warm-up, whose policy is frozen.
+    trains_policy: bool = True
+
+    @property
+    def steps_done(self) -> int | None:
+        """None: it begins."""
+        return None if self.resume_from is None else read_record(self.resume_from)["extra"]["trainer"]["step"]
+
+
+def num_steps(config: Config, stream: PromptStream) -> int:
+    """Steps of the run: ``epochs``, or fewer if ``max_training_steps`` says so."""
+    steps = stream.steps_per_epoch * config.trainer.epochs
+    limit = config.trainer.max_training_steps
+    return steps if limit is None else min(steps, limit)
+
+
+def load_task(config: Config, resume_from: Path | None = None, *, may_write: bool = True) -> Task:
+    """Everything read and decided; a draft from scratch is written to run_dir if that is allowed.
+
+    Raises:
+        ConfigError: model, tokenizer, draft, data or environments do not fit the configuration.
+    """
+    # Of a hub name a plan needs no weights.
+    spec = load_spec(config.trainer.policy.model.path, weights=may_write)
+    tokenizer = load_tokenizer(spec.path, "trainer.policy.model.path", spec.vocab_size)
+    kind = trained_kind(config.trainer)
+    if kind is not None:
+        config = kind.decide(config, spec, tokenizer, may_write=may_write)
+    register_custom(config.environment.custom)
+    train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
+    validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
+    check_environments([*train, *validation], config.environment)
+    stream = PromptStream(train, config.trainer.train_batch_size, seed=config.trainer.seed, shuffle=config.data.shuffle)
+    return Task(config, spec, tokenizer, stream, validation, num_steps(config, stream), resume_from)
+
+
+def _load_prompts(config: Config, tokenizer: Any, paths: list[str], setting: str) -> list[Prompt]:
+    limit = config.trainer.max_prompt_length
+    loaded = load_prompts(
+        paths, tokenizer, max_prompt_length=limit, default_env_class=config.environment.env_class, setting=setting
+    )
+    if loaded.num_skipped:
+        total = loaded.num_skipped + len(loaded.prompts)
+        print(
+            f"skyrl-spec: {setting}: {loaded.num_skipped} of {total} prompts are longer than "
+            f"trainer.max_prompt_length={limit} tokens and are skipped",
+            file=sys.stderr,
+        )
+    return loaded.prompts

@@ -1,0 +1,137 @@
+"""Interface of a kind of draft: everything the rest of the code asks about it before, around and after training.
+
+A kind is stateless. Methods take the settings, so they work before a process starts; none of them needs torch, except
+those that say so. What is trained is a ``drafts.base.Draft``, which ``build`` makes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import Config, DflashConfig, MtpConfig, TrainerConfig
+from skyrl_spec.specs.files import Shapes
+from skyrl_spec.specs.model import ModelSpec
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from skyrl_spec.drafts.base import Draft
+    from skyrl_spec.models.conversion import Rule
+    from skyrl_spec.models.parallel import Parallel
+
+DraftSettings = MtpConfig | DflashConfig
+SPECULATIVE_CONFIG = "generator.inference_engine.speculative_config"
+
+
+class DraftShapes(NamedTuple):
+    """Shapes of a draft's tensors in its checkpoint, and its number of layers."""
+
+    tensors: Shapes
+    num_layers: int
+
+
+class DraftKind(ABC):
+    """A kind of draft that can be trained. ``method`` is vLLM's name of it, and the section of its settings."""
+
+    method: str
+    # False: its tensors are part of the policy's checkpoint.
+    has_own_directory: bool
+    # Begins the errors of users who enabled it.
+    on_setting: str
+
+    # ---- Settings ---------------------------------------------------------------------------------------------------
+
+    def settings(self, trainer: TrainerConfig) -> DraftSettings:
+        """``trainer.<method>``."""
+        return getattr(trainer, self.method)
+
+    def with_settings(self, trainer: TrainerConfig, **changes: Any) -> TrainerConfig:
+        """``trainer`` with some of ``trainer.<method>`` changed."""
+        section: Any = replace(self.settings(trainer), **changes)
+        return replace(trainer, **{self.method: section})
+
+    @abstractmethod
+    def describe(self, trainer: TrainerConfig) -> str:
+        """One line for the start-up panel."""
+
+    @abstractmethod
+    def check_user_speculation(self, user: dict[str, Any]) -> None:
+        """Raises ``ConfigError`` if the user's speculative_config contradicts the draft that is trained."""
+
+    # ---- Start ------------------------------------------------------------------------------------------------------
+
+    def path(self, trainer: TrainerConfig) -> str | None:
+        """Directory or hub name of the checkpoint that the draft starts from. None: from scratch."""
+        return trainer.policy.model.path
+
+    def with_path(self, trainer: TrainerConfig, path: str | None) -> TrainerConfig:
+        """``trainer`` with another place of the draft's own directory; as it is for a draft without one."""
+        return trainer
+
+    @abstractmethod
+    def preflight(self, config: Config, spec: ModelSpec, *, from_scratch: bool) -> None:
+        """Raises ``ConfigError`` if the draft does not fit the policy, or its files are incomplete."""
+
+    def decide(self, config: Config, spec: ModelSpec, tokenizer: Any, *, may_write: bool) -> Config:
+        """``config`` with all settings of the draft decided. Writes a draft from scratch to run_dir if allowed."""
+        return config
+
+    def write_fresh(self, config: Config) -> Config:
+        """``config`` of a warm-up from scratch, its draft written with random weights. Imports torch."""
+        return config
+
+    # ---- Shapes -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def shapes(self, config: Config, spec: ModelSpec, path: str | None) -> DraftShapes:
+        """Shapes of the draft at ``path`` (for a draft with its own directory) on the policy ``spec``."""
+
+    @abstractmethod
+    def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
+        """Tokens times draft layers that a micro-batch of ``tokens`` tokens runs through the draft."""
+
+    # ---- vLLM -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def speculative_config(self, trainer: TrainerConfig) -> dict[str, Any]:
+        """vLLM's speculative_config for the draft."""
+
+    @abstractmethod
+    def frozen_config(self, trainer: TrainerConfig) -> dict[str, Any]:
+        """vLLM's speculative_config for the draft as it starts, not trained.
+
+        Raises:
+            ConfigError: the draft starts from scratch.
+        """
+
+    def max_draft_tokens(self, draft: Path | None) -> int | None:
+        """Tokens that the draft in directory ``draft`` can draft at most; None: any number."""
+        return None
+
+    @abstractmethod
+    def is_in(self, config: dict[str, Any]) -> bool:
+        """Whether ``config`` is the config.json of a checkpoint with a draft of this kind."""
+
+    # ---- Training and export ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, config: Config, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel) -> Draft:
+        """The draft on this rank's device, weights not yet loaded. Imports Megatron."""
+
+    @abstractmethod
+    def rules(self, trainer: TrainerConfig, spec: ModelSpec) -> list[Rule]:
+        """Conversion of the draft's weights. Imports Megatron."""
+
+    def hf_config(self, trainer: TrainerConfig, torch_dtype: str) -> dict[str, Any] | None:
+        """config.json of an exported draft with its own directory; ``torch_dtype`` as in "float32"."""
+        return None
+
+
+def require_user_speculation(condition: bool, user: dict[str, Any], message: str) -> None:
+    """Raises ``ConfigError`` about the user's speculative_config unless ``condition``."""
+    if not condition:
+        raise ConfigError(f"{SPECULATIVE_CONFIG}={user}: {message}")

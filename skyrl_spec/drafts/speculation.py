@@ -1,0 +1,64 @@
+"""Rules for the speculative decoding of the engines. Imports no vLLM: they are checked before any process starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import SamplingConfig
+
+_SETTING = "generator.inference_engine.speculative_config"
+
+# Options of vLLM's SpeculativeConfig that decide whether rollouts come from the policy's own distribution, and the
+# values that keep it exact. "block" verification is exact on paper, but vLLM's V1 sampler, used on CPU, ignores it.
+# Adaptive verification drops drafted tokens by how probable the draft finds them, which biases what is kept.
+_EXACT_VALUES: dict[str, tuple[Any, ...]] = {
+    "rejection_sample_method": ("standard",),
+    "synthetic_acceptance_rates": (None,),
+    "synthetic_acceptance_length": (None,),
+    "enable_adaptive_verification": (False,),
+}
+# Options that hide the draft from the sync canary, and the values that show it. The recorder reads the drafter's
+# logits, which a local argmax never gathers. It takes their argmax for the drafted token: a sampled draft is another.
+_VISIBLE_VALUES: dict[str, tuple[Any, ...]] = {
+    "use_local_argmax_reduction": (False,),
+    "draft_sample_method": ("greedy",),
+}
+
+
+def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:
+    """Raises ``ConfigError`` unless drafted tokens go through exact rejection sampling."""
+    _require_values(speculative_config, _EXACT_VALUES, "rollouts must come from the policy's own distribution")
+
+
+def require_visible_draft(speculative_config: dict[str, Any] | None) -> None:
+    """Raises ``ConfigError`` for an option that hides from the sync canary what the engines draft."""
+    _require_values(speculative_config, _VISIBLE_VALUES, "the sync canary must see what the engines draft")
+
+
+def require_exact_sampling(
+    sampling: SamplingConfig, speculative_config: dict[str, Any] | None, setting: str = "generator.sampling_params"
+) -> None:
+    """Raises ``ConfigError`` for ``min_p`` with a draft: vLLM's rejection sampler does not apply it."""
+    if speculative_config is not None and sampling.min_p > 0:
+        raise ConfigError(
+            f"{setting}.min_p={sampling.min_p}: vLLM does not apply min_p to drafted tokens, so it must be 0 with"
+            " speculative decoding; use top_p or top_k, or turn the draft off"
+        )
+
+
+def drafts_under_way(device: str) -> int:
+    """Number of drafts that an engine needs room for behind a sequence; without it, it stops drafting for its batch.
+
+    These are the draft being verified and the next one. On GPUs vLLM schedules a step before it knows what the last
+    one accepted, and assumes that all of it was: one more.
+    """
+    return 2 if device == "cpu" else 3
+
+
+def _require_values(config: dict[str, Any] | None, values: dict[str, tuple[Any, ...]], reason: str) -> None:
+    for key, allowed in values.items():
+        if config and key in config and config[key] not in allowed:
+            raise ConfigError(
+                f"{_SETTING}.{key}={config[key]!r}: {reason}, so only {allowed[0]!r} is allowed; remove the key"
+            )

@@ -1,0 +1,26 @@
+"""Errors that a user sees as one line. Each can be pickled, so that it crosses Ray unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A mistake the user can fix. One line: setting, value, what is allowed, the fix. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The end of a run whose configuration is right, such as no space for an actor. One line, exit code 1."""
+
+
+class RestartableError(RunError):
+    """A failure that a restart from a checkpoint can cure; ``trainer.max_restarts`` counts them.
+
+    ``checkpoint`` is the newest checkpoint of the run, None if it has none.
+    """
+
+    checkpoint: Path | None = None
+
+
+class LostActorError(RestartableError):
+    """An engine or a worker died or did not answer in time, and could not be replaced."""

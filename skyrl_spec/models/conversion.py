@@ -1,0 +1,235 @@
+"""HF <-> Megatron weights: one invertible table, read in both directions.
+
+Every rule brings HF tensors into a *canonical* layout in which tensor parallelism cuts a single axis, whatever Megatron
+interleaves: QKV is ``[groups, (heads of a group + 2) * head_dim, D]``, gate and up are ``[2, ffn, D]``. A rank's
+shard is a chunk along that axis, flattened to the parameter's shape. The way back gathers and undoes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.specs.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the HF tensors it is made of."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    # Axis of the canonical layout that tensor parallelism cuts; None: replicated.
+    shard_axis: int | None
+    to_canonical: Callable[[list[Tensor]], Tensor]
+    from_canonical: Callable[[Tensor], list[Tensor]]
+    # How the parameter's rows unfold into the leading axes of the canonical layout.
+    rows: tuple[int, ...] = (-1,)
+
+    @property
+    def partition_dim(self) -> int:
+        """Dimension of the parameter itself that is sharded (rows that unfold are one dimension there)."""
+        assert self.shard_axis is not None
+        return max(0, self.shard_axis - len(self.rows) + 1)
+
+
+def plain(megatron: str, hf: str, shard_axis: int | None) -> Rule:
+    return Rule(megatron, (hf,), shard_axis, lambda tensors: tensors[0], lambda full: [full])
+
+
+def vocab(megatron: str, hf: str, vocab_size: int, padded_size: int) -> Rule:
+    """Rows by token, zero rows appended up to ``padded_size``."""
+
+    def pad(tensors: list[Tensor]) -> Tensor:
+        padding = tensors[0].new_zeros(padded_size - vocab_size, *tensors[0].shape[1:])
+        return torch.cat([tensors[0], padding])
+
+    return Rule(megatron, (hf,), 0, pad, lambda full: [full[:vocab_size]])
+
+
+def qkv(megatron: str, hf_prefix: str, kind: str, spec: ModelSpec) -> Rule:
+    """Megatron interleaves per query group: its query heads, then its key, then its value."""
+    names = tuple(f"{hf_prefix}{name}_proj.{kind}" for name in "qkv")
+    rows = [spec.num_heads // spec.num_kv_heads * spec.head_dim, spec.head_dim, spec.head_dim]
+
+    def merge(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(spec.num_kv_heads, -1, *t.shape[1:]) for t in tensors], dim=1)
+
+    def split(full: Tensor) -> list[Tensor]:
+        return [part.flatten(0, 1) for part in full.split(rows, dim=1)]
+
+    return Rule(megatron, names, 0, merge, split, rows=(-1, sum(rows)))
+
+
+def gate_up(megatron: str, hf_prefix: str) -> Rule:
+    names = (f"{hf_prefix}gate_proj.weight", f"{hf_prefix}up_proj.weight")
+    return Rule(megatron, names, 1, torch.stack, lambda full: list(full.unbind()), rows=(2, -1))
+
+
+def input_projection(megatron: str, hf: str) -> Rule:
+    """MiMo's ``input_proj`` takes [hidden, embedding], Megatron's ``eh_proj`` [embedding, hidden]: swap the halves."""
+
+    def swap(weight: Tensor) -> Tensor:
+        return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
+
+    return Rule(megatron, (hf,), 0, lambda tensors: swap(tensors[0]), lambda full: [swap(full)])
+
+
+def layer_rules(megatron: str, hf: str, spec: ModelSpec) -> list[Rule]:
+    """One transformer layer; both prefixes end in a dot."""
+    rules = [
+        plain(f"{megatron}input_layernorm.weight", f"{hf}input_layernorm.weight", None),
+        qkv(f"{megatron}self_attention.linear_qkv.weight", f"{hf}self_attn.", "weight", spec),
+        plain(f"{megatron}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", 1),
+        plain(f"{megatron}pre_mlp_layernorm.weight", f"{hf}post_attention_layernorm.weight", None),
+        gate_up(f"{megatron}mlp.linear_fc1.weight", f"{hf}mlp."),
+        plain(f"{megatron}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", 1),
+    ]
+    if spec.qkv_bias:
+        rules.append(qkv(f"{megatron}self_attention.linear_qkv.bias", f"{hf}self_attn.", "bias", spec))
+    if spec.qk_norm:
+        rules += [
+            plain(f"{megatron}self_attention.{name}_layernorm.weight", f"{hf}self_attn.{name}_norm.weight", None)
+            for name in "qk"
+        ]
+    return rules
+
+
+def policy_rules(spec: ModelSpec, padded_vocab: int) -> list[Rule]:
+    """The trunk, embedding and (untied) output head."""
+    rules = [
+        vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", spec.vocab_size, padded_vocab),
+        *(
+            rule
+            for layer in range(spec.num_layers)
+            for rule in layer_rules(f"decoder.layers.{layer}.", f"model.layers.{layer}.", spec)
+        ),
+        plain("decoder.final_layernorm.weight", "model.norm.weight", None),
+    ]
+    if not spec.tie_word_embeddings:
+        rules.append(vocab("output_layer.weight", "lm_head.weight", spec.vocab_size, padded_vocab))
+    return rules
+
+
+def mtp_rules(spec: ModelSpec) -> list[Rule]:
+    """MiMo's first MTP layer, the one vLLM serves, as layer 0 of Megatron's MultiTokenPredictionBlock."""
+    hf, megatron = "model.mtp_layers.0.", "layers.0."
+    return [
+        plain(f"{megatron}enorm.weight", f"{hf}token_layernorm.weight", None),
+        plain(f"{megatron}hnorm.weight", f"{hf}hidden_layernorm.weight", None),
+        input_projection(f"{megatron}eh_proj.weight", f"{hf}input_proj.weight"),
+        *layer_rules(f"{megatron}transformer_layer.", hf, spec),
+        plain(f"{megatron}final_layernorm.weight", f"{hf}final_layernorm.weight", None),
+    ]
+
+
+def dflash_rules(layers: ModelSpec) -> list[Rule]:
+    """A DFlash draft: no embedding and no output head, which are the policy's."""
+    return [
+        plain("fc.weight", "fc.weight", 0),
+        plain("hidden_norm.weight", "hidden_norm.weight", None),
+        *(
+            rule
+            for layer in range(layers.num_layers)
+            for rule in layer_rules(f"layers.{layer}.", f"layers.{layer}.", layers)
+        ),
+        plain("norm.weight", "norm.weight", None),
+    ]
+
+
+class HfTensors:
+    """The safetensors files of a checkpoint directory, read tensor by tensor; ``setting`` is what named it."""
+
+    def __init__(self, directory: Path, setting: str = "trainer.policy.model.path"):
+        self.directory, self.setting = directory, setting
+        self._files: dict[str, Path] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file)
+        if not self._files:
+            raise ConfigError(f"{setting}={directory}: has no *.safetensors; convert the checkpoint to safetensors")
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ConfigError(f"{self.setting}={self.directory}: has no tensor {name}; the checkpoint is incomplete")
+        with safe_open(self._files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+
+def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, parallel: Parallel) -> None:
+    """Fill every parameter of ``module`` with this rank's shard.
+
+    Raises:
+        ConfigError: a tensor is missing or has another shape than ``config.json`` says.
+    """
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == {rule.megatron for rule in rules}, parameters.keys() ^ {rule.megatron for rule in rules}
+    for rule in rules:
+        parameter = parameters[rule.megatron]
+        try:
+            canonical = rule.to_canonical([tensors[name] for name in rule.hf])
+            if rule.shard_axis is not None:
+                canonical = canonical.chunk(parallel.tp_size, dim=rule.shard_axis)[parallel.tp_rank]
+            shard = canonical.reshape(parameter.shape)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{tensors.setting}={tensors.directory}: {', '.join(rule.hf)} does not have the shape that "
+                f"config.json says ({error}); the checkpoint does not match its config.json"
+            ) from None
+        with torch.no_grad():
+            parameter.copy_(shard)
+        if rule.shard_axis is not None:
+            _mark_sharded(parameter, rule.partition_dim)
+
+
+def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
+    """HF names and full tensors, on every rank of the tensor-parallel group (all of them must iterate)."""
+    parameters = dict(module.named_parameters())
+    for rule in rules:
+        shard = parameters[rule.megatron].detach()
+        full = _gather(shard, rule, parallel)
+        yield from zip(rule.hf, rule.from_canonical(full), strict=True)
+
+
+def hf_shapes(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[torch.Size]:
+    """Shapes of the HF tensors of ``rule``, without any communication."""
+    shard = parameter.detach().to("meta")
+    canonical = canonical_shard(shard, rule)
+    if rule.shard_axis is not None:
+        canonical = torch.cat([canonical] * parallel.tp_size, dim=rule.shard_axis)
+    return [tensor.shape for tensor in rule.from_canonical(canonical)]
+
+
+def _mark_sharded(parameter: Tensor, dim: int) -> None:
+    """Tell Megatron that this rank holds a part of its own: unmarked, only tensor-parallel rank 0 enters the grad norm.
+
+    Megatron sets this while it initializes weights, which is left out here since a checkpoint is read.
+    """
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+
+
+def _gather(shard: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
+    canonical = canonical_shard(shard, rule)
+    if rule.shard_axis is None or parallel.tp_size == 1:
+        return canonical
+    shards = [torch.empty_like(canonical) for _ in range(parallel.tp_size)]
+    dist.all_gather(shards, canonical.contiguous(), group=parallel.tp_group)
+    return torch.cat(shards, dim=rule.shard_axis)
+
+
+def canonical_shard(shard: Tensor, rule: Rule) -> Tensor:
+    """A parameter, or something of its shape, in the canonical layout: still this rank's part along the shard axis."""
+    return shard.reshape(*rule.rows, *shard.shape[1:])

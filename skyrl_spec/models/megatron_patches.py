@@ -1,0 +1,124 @@
+"""What Megatron-core 0.16 needs to run on CPU. It assumes CUDA in a few places; each is mended by one function here.
+
+Everything goes when Megatron-core takes its device from the parameters or an accelerator API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.distributed import checkpoint
+from torch.overrides import TorchFunctionMode
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Inside, ``device="cuda"`` makes CPU tensors, ``Tensor.cuda()`` is the identity and ``Tensor.type()`` says CUDA.
+
+    Megatron allocates its flags and norms with ``device="cuda"`` and sorts parameters by ``"torch.cuda.FloatTensor"``.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+class NoForkRngTracker:
+    """Stands in for the CUDA RNG tracker, whose states need a CUDA device.
+
+    Nothing here draws random numbers in a forward pass (dropout is 0) and weights come from a checkpoint, so a fork
+    of the RNG has nothing to keep apart.
+    """
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def add(self, name: str, seed: int) -> None:
+        pass
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        pass
+
+    @contextmanager
+    def fork(self, name: str = "") -> Iterator[None]:
+        yield
+
+
+def current_device_is_cpu() -> None:
+    """``torch.cuda.current_device()`` names the CPU: Megatron's buffers are allocated there."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def replace_rng_tracker() -> None:
+    """See ``NoForkRngTracker``."""
+    for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"):
+        if not hasattr(megatron_random, name):
+            raise RuntimeError(
+                f"megatron.core.tensor_parallel.random.{name} is gone: "
+                "mend skyrl_spec.models.megatron_patches.replace_rng_tracker"
+            )
+    megatron_random._CUDA_RNG_STATE_TRACKER = NoForkRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def prepare(device: torch.device) -> None:
+    """Once a process, before anything of Megatron is built."""
+    if device.type == "cpu":
+        current_device_is_cpu()
+        replace_rng_tracker()
+    else:
+        megatron_random.model_parallel_cuda_manual_seed(0)
+
+
+def megatron_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Around every call into Megatron that allocates: building, schedules, optimizer steps."""
+    return CudaMeansCpu() if device.type == "cpu" else nullcontext()
+
+
+def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
+    """What ``dist_checkpointing.save`` writes of sharded tensors, by PyTorch's own writer and in this process.
+
+    Megatron's writer synchronizes CUDA, starts a manager process (which imports the main module again) and forks
+    writers; a Ray actor has threads, whose locks a fork may copy locked. Goes when Megatron can write without a fork.
+    """
+    for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
+        if not hasattr(torch_dist, name):
+            raise RuntimeError(
+                f"{torch_dist.__name__}.{name} is gone: mend skyrl_spec.models.megatron_patches.save_sharded"
+            )
+    by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    checkpoint.save(
+        torch_dist.mcore_to_pyt_state_dict(by_key),
+        storage_writer=_ShardWriter(directory, sync_files=True),
+        planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+
+
+class _ShardWriter(checkpoint.FileSystemWriter):
+    """Says why a file could not be written: ``torch.save`` raises an error of its zip format over the file's own."""
+
+    def write_data(self, plan: checkpoint.SavePlan, planner: checkpoint.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

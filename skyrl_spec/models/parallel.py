@@ -1,0 +1,79 @@
+"""Process groups of the policy workers: gloo on CPU, NCCL on GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from skyrl_spec.models import megatron_patches
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place. Groups are passed from here, never fetched from a global inside a loss."""
+
+    device: torch.device
+    rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def tp_rank(self) -> int:
+        return dist.get_rank(self.tp_group)
+
+    @property
+    def tp_size(self) -> int:
+        return dist.get_world_size(self.tp_group)
+
+    @property
+    def dp_rank(self) -> int:
+        return dist.get_rank(self.dp_group)
+
+    @property
+    def dp_size(self) -> int:
+        return dist.get_world_size(self.dp_group)
+
+
+def initialize(
+    *,
+    rank: int,
+    world_size: int,
+    tensor_parallel_size: int,
+    device: torch.device,
+    init_method: str,
+    timeout_s: float = 600.0,
+) -> Parallel:
+    """Join the workers' process group and lay Megatron's groups over it (tensor parallelism innermost)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return lay_out(tensor_parallel_size, device)
+
+
+def lay_out(tensor_parallel_size: int, device: torch.device) -> Parallel:
+    """Megatron's groups over the process group that is there."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    megatron_patches.prepare(device)
+    return Parallel(
+        device=device,
+        rank=dist.get_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def shutdown() -> None:
+    """Leave all groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

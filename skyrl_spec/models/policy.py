@@ -1,0 +1,141 @@
+"""The policy: Megatron's GPTModel built without MTP, whose forward gives hidden states, not logits.
+
+Logits exist only in chunks, inside the losses, and the draft sits outside (``drafts/``): nothing it does can reach the
+policy's parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.attention import SdpaAttention
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.settings.schema import MegatronConfig
+from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.device) -> TransformerConfig:
+    """Megatron's configuration of the trunk. Fusions that need Apex or Transformer Engine are off."""
+    dtype = DTYPES[megatron.dtype]
+    recompute: dict[str, Any] = (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if megatron.recompute_activations
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        use_cpu_initialization=device.type == "cpu",
+        # Every weight is read from a checkpoint.
+        perform_initialization=False,
+        # Losses arrive with the global denominator in their weights, so Megatron must not divide again.
+        calculate_per_token_loss=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = SdpaAttention) -> ModuleSpec:
+    """Megatron's local transformer layer with ``core_attention`` in place of its own."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = spec.submodules.self_attention
+    submodules = replace(attention.submodules, core_attention=core_attention)
+    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, submodules=submodules)))
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose forward stops before the output layer."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Trunk hidden states after the final norm, ``[S, B, D]``, of ``input_ids`` ``[B, S]``.
+
+        Positions count from 0 along the row. For documents packed behind one another this is exact as well: RoPE is
+        relative, and ``attention_mask`` keeps documents apart.
+        """
+        hidden_SBD = self.embedding(input_ids=input_ids, position_ids=None)
+        return self.decoder(
+            hidden_states=hidden_SBD,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self.rotary_pos_emb(input_ids.shape[1]),
+        )
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the current embedding, ``[..., D]``, without gradient; collective over tensor parallelism."""
+        return self.embedding.word_embeddings(token_ids)
+
+    def output_weight_vD(self) -> Tensor:
+        """This rank's rows of the output head (the embedding itself where they are tied)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel) -> PolicyModel:
+    """The policy on this rank's device, weights not yet loaded."""
+    with megatron_patches.megatron_device(parallel.device):
+        model = PolicyModel(
+            config=config,
+            # The norm is named: Megatron's default depends on what else is installed.
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(config)] * spec.num_layers, layer_norm=WrappedTorchNorm
+            ),
+            vocab_size=padded_vocab_size(spec.vocab_size, parallel.tp_size),
+            max_sequence_length=spec.max_position_embeddings,
+            share_embeddings_and_output_weights=spec.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+        )
+        # Megatron's plain norms know no dtype and would stay fp32.
+        return model.to(parallel.device, config.params_dtype)
+
+
+def document_mask(segment_ids_BS: Tensor) -> Tensor | None:
+    """Attention mask ``[B, 1, S, S]`` (True: barred) of packed rows; None where each row is one document.
+
+    Padding is on the right, so a causal mask alone keeps it out of what real tokens see. Padding rows attend to
+    themselves and so stay finite.
+    """
+    if int(segment_ids_BS.max()) <= 1:
+        return None
+    seq_len = segment_ids_BS.shape[1]
+    index_S = torch.arange(seq_len, device=segment_ids_BS.device)
+    causal_SS = index_S[None, :] <= index_S[:, None]
+    same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    return ~(causal_SS & same_BSS)[:, None]

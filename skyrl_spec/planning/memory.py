@@ -1,0 +1,216 @@
+"""What a run will take, from the shapes of its model: processes, memory, sizes. Nothing is started, no torch imported.
+
+Parameters, gradients, optimizer state, checkpoint and KV cache are counted as the trainer and vLLM hold them;
+activations are an estimate. What frameworks take for themselves is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from skyrl_spec.drafts.kinds import KINDS, trained_kind
+from skyrl_spec.drafts.kinds.kind import DraftShapes
+from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.dtypes import DTYPES
+from skyrl_spec.specs.files import Shapes
+from skyrl_spec.specs.model import ModelSpec, load_spec, padded_vocab_size, tensor_shapes
+
+_FP32 = DTYPES["fp32"].num_bytes
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes on a policy worker; ``reference`` is the frozen policy of the KL term.
+
+    ``update``: what AdamW holds besides while it updates all parameters at once, as PyTorch does on GPUs. Activations
+    are gone by then, so only the larger of both counts.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    update: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to ``total``."""
+        lasting = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "reference": self.reference,
+        }
+        if self.update > self.activations:
+            return lasting | {"update": self.update}
+        return lasting | {"activations": self.activations}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, except for the counts of tokens."""
+
+    worker: WorkerMemory
+    engine_weights: int
+    # Of one engine's cache, which on GPUs is what its share of the memory leaves.
+    kv_bytes_per_token: int
+    checkpoint: int
+    sync: int
+    # At most: every response as long as it may be.
+    tokens_per_step: int
+
+
+def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
+    """The sizes of ``config``'s run, whose model and draft must be there; without ``trains_policy`` of a warm-up's."""
+    trainer, engine = config.trainer, config.generator.inference_engine
+    spec = load_spec(trainer.policy.model.path, weights=False)
+    policy, draft = tensor_shapes(spec), trained_draft_shapes(config, spec)
+    _, tp, dp = parallel_sizes(config)
+    size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
+    engine_size = DTYPES[engine_dtype(config)].num_bytes
+    engine_tp, served = engine.tensor_parallel_size, _served_draft(config, spec)
+    policy_on_rank, draft_on_rank = count_on_rank(policy, tp, padded=True), count_on_rank(draft, tp)
+    trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
+    # Adam's, and fp32 masters of shorter parameters.
+    moments = 2 * _FP32 + (_FP32 if size != _FP32 else 0)
+    whole = count(draft) + (count(policy) if trains_policy else 0)
+    # How many ways the optimizer's part of a rank is cut.
+    shards = dp if trainer.policy.megatron_config.use_distributed_optimizer else 1
+    return MemoryPlan(
+        worker=WorkerMemory(
+            weights=(policy_on_rank + draft_on_rank) * size,
+            gradients=trained * _FP32,
+            optimizer=trained * moments // shards,
+            reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
+            activations=activations(config, spec, tp),
+            update=trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
+        ),
+        engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
+        kv_bytes_per_token=2
+        * (spec.num_layers + served.num_layers)
+        * spec.num_kv_heads
+        * spec.head_dim
+        * engine_size
+        // engine_tp,
+        checkpoint=whole * (size + moments),
+        sync=whole * size,
+        tokens_per_step=_sampled_prompts(config)
+        * config.generator.n_samples_per_prompt
+        * (trainer.max_prompt_length + config.generator.sampling_params.max_generate_length),
+    )
+
+
+def _sampled_prompts(config: Config) -> int:
+    """Of a step, at most: dynamic sampling may take several batches."""
+    dynamic = config.trainer.algorithm.dynamic_sampling
+    return config.trainer.train_batch_size * (1 if dynamic.type is None else dynamic.max_sample_batches)
+
+
+def trained_draft_shapes(config: Config, spec: ModelSpec) -> Shapes:
+    """Shapes of the draft that is trained; empty without one."""
+    kind = trained_kind(config.trainer)
+    return {} if kind is None else kind.shapes(config, spec, kind.path(config.trainer)).tensors
+
+
+def _served_draft(config: Config, spec: ModelSpec) -> DraftShapes:
+    """Shapes of the draft in the engines, trained or not. Kinds that are not known here (EAGLE-3, n-gram) count 0."""
+    speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config) or {}
+    kind = KINDS.get(speculative.get("method", ""))
+    return DraftShapes({}, 0) if kind is None else kind.shapes(config, spec, speculative.get("model"))
+
+
+def count(shapes: Shapes) -> int:
+    """Elements."""
+    return sum(map(math.prod, shapes.values()))
+
+
+def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
+    """Elements on one tensor-parallel rank: matrices and biases are cut, norms are not.
+
+    ``padded``: rows of the vocabulary as the trainer pads them.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        if padded and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            shape = (padded_vocab_size(shape[0], tp), *shape[1:])
+        is_cut = len(shape) > 1 or name.endswith(".bias")
+        total += math.prod(shape) // tp if is_cut else math.prod(shape)
+    return total
+
+
+def activations(config: Config, spec: ModelSpec, tp: int) -> int:
+    """Bytes, about: what a micro-batch of full length keeps for its backward pass, and a chunk of logits."""
+    trainer = config.trainer
+    size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
+    length = trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
+    tokens = trainer.micro_train_batch_size_per_gpu * length
+    attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
+    # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
+    per_layer = 6 * spec.hidden_size + (3 * attention + 4 * ffn) // tp
+    if trainer.policy.megatron_config.recompute_activations:
+        layers = spec.num_layers * spec.hidden_size + per_layer
+    else:
+        layers = spec.num_layers * per_layer
+    kind = trained_kind(trainer)
+    draft_tokens = 0 if kind is None else kind.training_layer_tokens(config, spec, tokens)
+    # Logits of a chunk, their softmax and their gradient.
+    logits = 3 * trainer.logprobs_chunk_size * (spec.vocab_size // tp) * _FP32
+    return (tokens * layers + draft_tokens * per_layer) * size + logits
+
+
+def memory_line(plan: MemoryPlan) -> str:
+    """For the start-up panel."""
+    worker = plan.worker
+    return (
+        f"about {readable(worker.total)} a worker, {readable(plan.engine_weights)} of weights an engine, "
+        f"checkpoint {readable(plan.checkpoint)}"
+    )
+
+
+def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[str, str]:
+    """What ``trainer.dry_run`` prints besides the start-up panel, a line a fact."""
+    world_size, tp, dp = parallel_sizes(config)
+    trainer, engine, worker = config.trainer, config.generator.inference_engine, plan.worker
+    on_cpu = trainer.placement.device == "cpu"
+    drafted = build_speculative_config(trainer, engine.speculative_config) is not None
+    plain_engines = int((trainer.measure_speedup or bool(trainer.canary.lossless_interval)) and drafted)
+    own_gpus = 0 if trainer.placement.colocate_all else engine.num_engines * engine.tensor_parallel_size
+    shares = ", ".join(f"{name} {readable(part)}" for name, part in worker.parts.items() if part)
+    facts = {
+        "processes": f"driver, scorer, {world_size} x worker (TP {tp} x DP {dp}), {engine.num_engines} x engine "
+        f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
+        "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
+        "worker": f"about {readable(worker.total)} each: {shares}",
+        "engine": f"weights {readable(plan.engine_weights)} a GPU; {_cache(config, plan)}",
+        "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
+        "checkpoint": f"{readable(plan.checkpoint)} each, "
+        + (f"{trainer.max_ckpts_to_keep} kept" if trainer.ckpt_interval else "only where SIGTERM stops the run"),
+        "tokens": f"at most {plan.tokens_per_step:,} a step, prompts included",
+    }
+    return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
+
+
+def _cache(config: Config, plan: MemoryPlan) -> str:
+    engine = config.generator.inference_engine
+    per_token = f"KV cache {readable(plan.kv_bytes_per_token)} a token"
+    if config.trainer.placement.device == "cuda":
+        return f"{per_token}, in what {engine.gpu_memory_utilization:.0%} of a GPU leaves"
+    cache = engine.cpu_kvcache_space * 2**30
+    return f"{per_token}, {readable(cache)} for {cache / plan.kv_bytes_per_token:,.0f} tokens"
+
+
+def readable(num_bytes: float) -> str:
+    """As in 1.5 GB, in powers of ten."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes, units = num_bytes / 1000, units[1:]
+    decimals = 0 if num_bytes >= 100 or units[0] == "B" else 1
+    return f"{num_bytes:.{decimals}f} {units[0]}"

@@ -1,0 +1,51 @@
+"""All rules that the settings alone decide: those of the settings, of the draft and of the engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skyrl_spec.drafts.kinds import check_one_draft, trained_kind
+from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.drafts.speculation import require_exact_sampling
+from skyrl_spec.rollout.engine_args import require_other_engine_args
+from skyrl_spec.settings.rules import SAMPLINGS, check_rules, get_setting, require
+from skyrl_spec.settings.schema import Config
+
+_ENGINE = "generator.inference_engine"
+
+
+def validate(config: Config) -> None:
+    """Checks every rule that needs no file and no device.
+
+    Raises:
+        ConfigError: the first rule that ``config`` breaks.
+    """
+    check_one_draft(config)
+    check_rules(config)
+    engine = config.generator.inference_engine
+    require(
+        "speculative_config" not in engine.engine_init_kwargs,
+        f"{_ENGINE}.engine_init_kwargs.speculative_config",
+        engine.engine_init_kwargs.get("speculative_config"),
+        f"belongs in {_ENGINE}.speculative_config; move it there",
+    )
+    require_other_engine_args(engine.engine_init_kwargs)
+    if engine.speculative_config is not None:
+        _check_user_speculation(config, engine.speculative_config)
+    speculative = build_speculative_config(config.trainer, engine.speculative_config)
+    for setting in SAMPLINGS:
+        require_exact_sampling(get_setting(config, setting), speculative, setting)
+
+
+def _check_user_speculation(config: Config, user: dict[str, Any]) -> None:
+    """The user's speculative_config counts something, and does not contradict the draft that is trained."""
+    num_tokens = user.get("num_speculative_tokens", 1)
+    require(
+        isinstance(num_tokens, int) and num_tokens >= 1,
+        f"{_ENGINE}.speculative_config.num_speculative_tokens",
+        num_tokens,
+        "must be an integer of at least 1; change it",
+    )
+    kind = trained_kind(config.trainer)
+    if kind is not None:
+        kind.check_user_speculation(user)

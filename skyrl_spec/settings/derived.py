@@ -1,0 +1,67 @@
+"""Values that follow from the settings of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import Config
+
+
+class ParallelSizes(NamedTuple):
+    """Number of policy workers, of workers a model replica, and of replicas."""
+
+    world_size: int
+    tp: int
+    dp: int
+
+
+def parallel_sizes(config: Config) -> ParallelSizes:
+    """Sizes of the policy workers' parallel layout.
+
+    Raises:
+        ConfigError: the workers do not make a whole number of model replicas.
+    """
+    placement = config.trainer.placement
+    tp = config.trainer.policy.megatron_config.tensor_model_parallel_size
+    world_size = placement.policy_num_nodes * workers_per_node(config)
+    if world_size % tp:
+        raise ConfigError(
+            f"trainer.policy.megatron_config.tensor_model_parallel_size={tp}: must divide the {world_size} policy "
+            "workers (policy_num_nodes x policy_num_gpus_per_node); change it or "
+            "trainer.placement.policy_num_gpus_per_node"
+        )
+    return ParallelSizes(world_size, tp, world_size // tp)
+
+
+def workers_per_node(config: Config) -> int:
+    """Policy workers on each machine."""
+    per_node = config.trainer.placement.policy_num_gpus_per_node
+    return config.trainer.policy.megatron_config.tensor_model_parallel_size if per_node is None else per_node
+
+
+def sync_backend(config: Config) -> str:
+    """Transport of weights to the engines: "ray", "nccl" or "ipc".
+
+    vLLM's ``ipc`` engine maps memory of a GPU that both sides are on. NCCL refuses two ranks on one GPU.
+    """
+    placement = config.trainer.placement
+    if placement.device == "cpu":
+        return "ray"
+    return "ipc" if placement.colocate_all else "nccl"
+
+
+def engine_dtype(config: Config) -> str:
+    """Type of the engines' weights: "fp32" or "bf16"."""
+    return config.generator.inference_engine.dtype or config.trainer.policy.megatron_config.dtype
+
+
+def coarser_dtype(config: Config) -> str:
+    """ "bf16" if trainer or engines compute in it, else "fp32"."""
+    return "bf16" if "bf16" in (config.trainer.policy.megatron_config.dtype, engine_dtype(config)) else "fp32"
+
+
+def uses_fp32_head(config: Config) -> bool:
+    """Whether logits are computed in fp32 from bf16 states and weights."""
+    wanted = config.trainer.policy.megatron_config.fp32_output_head
+    return config.trainer.placement.device == "cuda" if wanted is None else wanted

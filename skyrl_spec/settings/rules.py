@@ -1,0 +1,235 @@
+"""Rules that the settings alone decide, checked before anything is read or started.
+
+Allowed values of one setting are declared with it (``schema``). This module holds the rules that tie settings
+together. Rules about a draft are in ``drafts.kinds``; ``planning.validation`` runs all of them. Checks that need the
+disk (model, data, devices) are in ``planning.preflight``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.allowed import PROBABILITY, Allowed, Range
+from skyrl_spec.settings.derived import parallel_sizes, sync_backend
+from skyrl_spec.settings.describe import sections
+from skyrl_spec.settings.schema import LOGGERS, Config, TrainerConfig
+
+_ENGINE = "generator.inference_engine"
+_MEGATRON = "trainer.policy.megatron_config"
+_OPTIMIZERS = tuple(f"trainer.{part}.optimizer_config" for part in ("policy", "mtp", "dflash", "warmup"))
+SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
+# An engine holds its part of a GPU all the time. The trainer needs the rest: gradients and optimizer state alone are
+# several times the weights that it shares the GPU with.
+MAX_COLOCATED_MEMORY = 0.6
+
+
+def check_rules(config: Config) -> None:
+    """Checks all rules in the order of this function.
+
+    Raises:
+        ConfigError: the first rule that ``config`` breaks.
+    """
+    for section in sections(Config):
+        for setting in section.settings:
+            check_allowed(setting.name, get_setting(config, setting.name), setting.allowed)
+    for optimizer in _OPTIMIZERS:
+        _check_optimizer(optimizer, get_setting(config, optimizer))
+    _check_sampling(config)
+    _check_paths(config)
+    _check_logger(config.trainer)
+    _check_batches(config)
+    _check_lengths(config)
+    _check_colocation(config)
+    _check_sync_backend(config)
+    _check_device_settings(config)
+
+
+def check_allowed(setting: str, value: Any, allowed: Allowed) -> None:
+    """Raises ``ConfigError`` unless ``value`` is None or one of ``allowed``."""
+    if value is None or allowed is None or value in allowed:
+        return
+    if isinstance(allowed, Range):
+        raise ConfigError(f"{setting}={value}: must be {allowed}; change it")
+    raise ConfigError(f"{setting}={value}: must be {' or '.join(allowed)}; choose one")
+
+
+def get_setting(config: Any, setting: str) -> Any:
+    """The value of a dotted setting."""
+    for name in setting.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def require(condition: bool, setting: str, value: object, message: str) -> None:
+    """Raises ``ConfigError`` unless ``condition``."""
+    if not condition:
+        raise ConfigError(f"{setting}={value}: {message}")
+
+
+def _check_optimizer(prefix: str, optimizer: Any) -> None:
+    betas = optimizer.adam_betas
+    require(
+        len(betas) == 2 and all(beta in PROBABILITY for beta in betas),
+        f"{prefix}.adam_betas",
+        betas,
+        f"must be two numbers, each {PROBABILITY}; the usual ones are [0.9,0.95]",
+    )
+    require(
+        optimizer.min_lr <= optimizer.lr,
+        f"{prefix}.min_lr",
+        optimizer.min_lr,
+        f"must be at most {prefix}.lr={optimizer.lr}, from which it decays; lower it",
+    )
+
+
+def _check_sampling(config: Config) -> None:
+    # Rollouts at temperature 0 are all equal, and their log-probs belong to no distribution.
+    temperature = config.generator.sampling_params.temperature
+    require(temperature > 0, "generator.sampling_params.temperature", temperature, "must be above 0; change it")
+    for sampling in SAMPLINGS:
+        top_k = get_setting(config, sampling).top_k
+        require(top_k == -1 or top_k >= 1, f"{sampling}.top_k", top_k, "must be at least 1, or -1 for all tokens")
+
+
+def _check_paths(config: Config) -> None:
+    start = "set it, or start from experiment=NAME"
+    trainer, data = config.trainer, config.data
+    path = trainer.policy.model.path
+    require(path != "", "trainer.policy.model.path", "''", f"no model is named; {start}")
+    require(data.train_data != [], "data.train_data", "[]", f"no .parquet or .jsonl file is named; {start}")
+    require(trainer.run_dir != "", "trainer.run_dir", "''", "must name a directory for what the run writes; set it")
+    require(
+        (trainer.resume_mode == "from_path") == (trainer.resume_path is not None),
+        "trainer.resume_path",
+        trainer.resume_path,
+        f"goes with trainer.resume_mode=from_path, and that is {trainer.resume_mode}; set both or neither",
+    )
+    require(
+        trainer.hf_save_interval == 0
+        or (trainer.ckpt_interval > 0 and trainer.hf_save_interval % trainer.ckpt_interval == 0),
+        "trainer.hf_save_interval",
+        trainer.hf_save_interval,
+        f"must be a multiple of trainer.ckpt_interval={trainer.ckpt_interval}: checkpoints are what is exported; "
+        "change one of them",
+    )
+    if trainer.eval_interval > 0 or trainer.eval_before_train:
+        require(
+            data.val_data != [],
+            "data.val_data",
+            "[]",
+            "evaluation needs a file; set it, or trainer.eval_interval=0 trainer.eval_before_train=false",
+        )
+
+
+def _check_logger(trainer: TrainerConfig) -> None:
+    for logger in trainer.logger:
+        require(
+            logger in LOGGERS, "trainer.logger", trainer.logger, f"{logger} is none of {', '.join(LOGGERS)}; drop it"
+        )
+
+
+def _check_batches(config: Config) -> None:
+    trainer, samples = config.trainer, config.generator.n_samples_per_prompt
+    mini = trainer.policy_mini_batch_size
+    require(
+        trainer.train_batch_size % mini == 0,
+        "trainer.train_batch_size",
+        trainer.train_batch_size,
+        f"must be a multiple of trainer.policy_mini_batch_size={mini}; change one of them",
+    )
+    require(
+        trainer.algorithm.advantage_estimator != "grpo" or samples >= 2,
+        "generator.n_samples_per_prompt",
+        samples,
+        "must be at least 2: grpo compares the responses to one prompt; raise it",
+    )
+    dp = parallel_sizes(config).dp
+    require(
+        mini * samples % dp == 0,
+        "trainer.policy_mini_batch_size",
+        mini,
+        f"times generator.n_samples_per_prompt={samples} must be a multiple of the {dp} data-parallel ranks; change it",
+    )
+
+
+def _check_lengths(config: Config) -> None:
+    length = config.generator.sampling_params.max_generate_length
+    buffer = config.trainer.algorithm.overlong.buffer_len
+    require(
+        buffer < length,
+        "trainer.algorithm.overlong.buffer_len",
+        buffer,
+        f"must be below generator.sampling_params.max_generate_length={length}; lower it",
+    )
+
+
+def _check_device_settings(config: Config) -> None:
+    trainer, sampling = config.trainer, config.generator.sampling_params
+    on_cpu = trainer.placement.device == "cpu"
+    require(
+        not (trainer.policy.megatron_config.recompute_activations and on_cpu),
+        f"{_MEGATRON}.recompute_activations",
+        "true",
+        "Megatron recomputes on cuda alone; leave it false on cpu",
+    )
+    require(
+        trainer.canary.lossless_interval == 0 or on_cpu,
+        "trainer.canary.lossless_interval",
+        trainer.canary.lossless_interval,
+        "needs an engine more than the run has, so it is for cpu alone; set it to 0",
+    )
+    require(
+        not trainer.measure_speedup or on_cpu,
+        "trainer.measure_speedup",
+        "true",
+        "needs an engine more than the run has, so it is for cpu alone; set it to false",
+    )
+    truncated = sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0
+    require(
+        not (trainer.algorithm.use_tis and truncated),
+        "trainer.algorithm.use_tis",
+        "true",
+        "compares log-probs of the whole distribution, but generator.sampling_params truncates it; "
+        "set top_p=1 top_k=-1 min_p=0, or turn it off",
+    )
+
+
+def _check_colocation(config: Config) -> None:
+    placement, engine = config.trainer.placement, config.generator.inference_engine
+    if not placement.colocate_all:
+        return
+    setting = "trainer.placement.colocate_all"
+    require(placement.device == "cuda", setting, "true", "shares GPUs, and trainer.placement.device=cpu; set it false")
+    require(
+        engine.tensor_parallel_size == 1,
+        f"{_ENGINE}.tensor_parallel_size",
+        engine.tensor_parallel_size,
+        f"must be 1 with {setting}: an engine shares the one GPU of its worker; set it to 1",
+    )
+    num_workers = parallel_sizes(config).world_size
+    require(
+        engine.num_engines == num_workers,
+        f"{_ENGINE}.num_engines",
+        engine.num_engines,
+        f"must be {num_workers} with {setting}, one for each policy worker; change it",
+    )
+    require(
+        engine.gpu_memory_utilization <= MAX_COLOCATED_MEMORY,
+        f"{_ENGINE}.gpu_memory_utilization",
+        engine.gpu_memory_utilization,
+        f"must be at most {MAX_COLOCATED_MEMORY} with {setting}: the trainer's weights, gradients and optimizer state "
+        "need the rest of the GPU; lower it",
+    )
+
+
+def _check_sync_backend(config: Config) -> None:
+    backend, right = config.generator.inference_engine.weight_sync_backend, sync_backend(config)
+    fixes = {
+        "ray": "with trainer.placement.device=cpu it must be ray; leave it null",
+        "nccl": "with trainer.placement.device=cuda it must be nccl, unless trainer.placement.colocate_all=true puts "
+        "trainer and engine on the same GPU, as ipc needs; leave it null, or set that",
+        "ipc": "with trainer.placement.colocate_all=true it must be ipc (NCCL refuses two ranks on one GPU); "
+        "leave it null",
+    }
+    require(backend in (None, right), f"{_ENGINE}.weight_sync_backend", backend, fixes[right])

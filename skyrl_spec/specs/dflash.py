@@ -1,0 +1,190 @@
+"""Shapes of a DFlash draft, from its ``config.json`` or from the settings of a draft from scratch. Imports no torch.
+
+A DFlash draft always starts from a directory: the user's, or one that is written first with random weights. Trainer and
+engines both read that directory, so they cannot disagree about the draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.schema import DflashConfig
+from skyrl_spec.specs.files import model_directory, read_config, read_config_only
+from skyrl_spec.specs.model import ModelSpec, layer_tensor_shapes
+
+DFLASH_PATH = "trainer.dflash.path"
+DRAFT_ARCHITECTURE = "DFlashDraftModel"
+# Targets whose hidden states vLLM can hand to a draft.
+DFLASH_TARGETS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DEFAULT_NUM_LAYERS = 5
+DEFAULT_BLOCK_SIZE = 16
+# Block size -> gamma of the position weights, as published.
+_DECAY_GAMMAS = {8: 4.0, 10: 5.0, 16: 7.0}
+
+
+@dataclass(frozen=True)
+class DflashSpec:
+    """A DFlash draft's shape: its layers (as those of a model) and how it is fed."""
+
+    layers: ModelSpec
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    # Depth of the target it was made for.
+    num_target_layers: int
+
+
+def default_target_layers(num_target_layers: int, num_layers: int) -> list[int]:
+    """``round(1 + j (L - 4) / (n - 1))`` for draft layer j of n on a target of L layers; the middle one for n = 1."""
+    if num_layers == 1:
+        return [num_target_layers // 2]
+    return [round(1 + j * (num_target_layers - 4) / (num_layers - 1)) for j in range(num_layers)]
+
+
+def decay_gamma(dflash: DflashConfig, block_size: int) -> float:
+    """Gamma of the position weights."""
+    if dflash.loss_decay_gamma is not None:
+        return dflash.loss_decay_gamma
+    return _DECAY_GAMMAS.get(block_size, block_size / 2)
+
+
+def read_dflash_spec(path: str, *, weights: bool = True) -> DflashSpec:
+    """The shape of the draft in a directory, or of a hub name (downloaded where it is not cached)."""
+    directory = model_directory(path, DFLASH_PATH, weights=weights)
+    return parse_dflash_spec(directory, read_config(directory, DFLASH_PATH))
+
+
+def read_dflash_config(path: str) -> DflashSpec:
+    """The shape of the draft at ``path``; of a hub name only ``config.json`` is downloaded."""
+    return parse_dflash_spec(*read_config_only(path, DFLASH_PATH))
+
+
+def parse_dflash_spec(directory: Path, config: dict[str, Any]) -> DflashSpec:
+    """``config.json`` of a draft.
+
+    Raises:
+        ConfigError: not a DFlash draft's, or an entry that this trainer cannot follow.
+    """
+    setting = f"{DFLASH_PATH}={directory}"
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture != DRAFT_ARCHITECTURE:
+        raise ConfigError(
+            f"{setting}: is a {architecture}, not a {DRAFT_ARCHITECTURE}; give a DFlash draft's directory"
+        )
+    dflash = config.get("dflash_config") or {}
+    _refuse_unsupported(setting, config, dflash)
+    try:
+        rope = config.get("rope_parameters") or {}
+        return DflashSpec(
+            layers=ModelSpec(
+                path=directory,
+                architecture=architecture,
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                ffn_hidden_size=config["intermediate_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=config["num_attention_heads"],
+                num_kv_heads=config["num_key_value_heads"],
+                head_dim=config["head_dim"],
+                rms_norm_eps=config["rms_norm_eps"],
+                # What vLLM takes where it is absent.
+                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 1e6),
+                max_position_embeddings=config["max_position_embeddings"],
+                tie_word_embeddings=False,
+                qkv_bias=False,
+                qk_norm=True,
+                num_mtp_layers=0,
+            ),
+            block_size=config["block_size"],
+            target_layer_ids=tuple(dflash["target_layer_ids"]),
+            mask_token_id=dflash["mask_token_id"],
+            num_target_layers=config["num_target_layers"],
+        )
+    except KeyError as error:
+        raise ConfigError(f"{setting}: config.json has no {error}; it is needed") from None
+
+
+def _refuse_unsupported(setting: str, config: dict[str, Any], dflash: dict[str, Any]) -> None:
+    """Entries that would be computed wrongly, without an error, if they were ignored."""
+    unsupported = {
+        "dflash_config.causal": dflash.get("causal", False),
+        "dflash_config.use_swa": dflash.get("use_swa", False),
+        "attention_bias": config.get("attention_bias", False),
+        "layer_types": any(kind != "full_attention" for kind in config.get("layer_types") or ()),
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "draft_vocab_size": config.get("draft_vocab_size") not in (None, config.get("vocab_size")),
+        "rope_scaling": bool(config.get("rope_scaling")),
+        # transformers 5 writes the scaling here.
+        "rope_parameters.rope_type": (config.get("rope_parameters") or {}).get("rope_type", "default") != "default",
+        "target_hidden_size": config.get("target_hidden_size") not in (None, config.get("hidden_size")),
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise ConfigError(f"{setting}: {name} of its config.json is not supported; use a draft without it")
+
+
+def fresh_dflash_spec(dflash: DflashConfig, target: ModelSpec, mask_token_id: int) -> DflashSpec:
+    """The shape of a draft from scratch: layers like the target's."""
+    num_layers = dflash.num_layers or DEFAULT_NUM_LAYERS
+    ids = dflash.target_layer_ids or default_target_layers(target.num_layers, num_layers)
+    layers = replace(
+        target,
+        path=Path(),
+        architecture=DRAFT_ARCHITECTURE,
+        num_layers=num_layers,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+        num_mtp_layers=0,
+    )
+    return DflashSpec(layers, dflash.block_size or DEFAULT_BLOCK_SIZE, tuple(ids), mask_token_id, target.num_layers)
+
+
+def dflash_tensor_shapes(spec: DflashSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a draft's checkpoint."""
+    hidden = spec.layers.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, len(spec.target_layer_ids) * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
+    for layer in range(spec.layers.num_layers):
+        shapes |= layer_tensor_shapes(spec.layers, f"layers.{layer}.")
+    return shapes
+
+
+def dflash_hf_config(spec: DflashSpec, dtype: str, rope_scaling: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``config.json`` of a draft as vLLM reads it; ``dtype`` as in "float32"."""
+    layers = spec.layers
+    config: dict[str, Any] = {
+        "architectures": [DRAFT_ARCHITECTURE],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": layers.hidden_size,
+        "intermediate_size": layers.ffn_hidden_size,
+        "num_hidden_layers": layers.num_layers,
+        "num_attention_heads": layers.num_heads,
+        "num_key_value_heads": layers.num_kv_heads,
+        "head_dim": layers.head_dim,
+        "rms_norm_eps": layers.rms_norm_eps,
+        "rope_theta": layers.rope_theta,
+        "max_position_embeddings": layers.max_position_embeddings,
+        "vocab_size": layers.vocab_size,
+        "tie_word_embeddings": False,
+        "block_size": spec.block_size,
+        "num_target_layers": spec.num_target_layers,
+        "dflash_config": {
+            "mask_token_id": spec.mask_token_id,
+            "target_layer_ids": list(spec.target_layer_ids),
+            "causal": False,
+        },
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if rope_scaling is not None:
+        config["rope_scaling"] = rope_scaling
+    return config

@@ -1,0 +1,164 @@
+"""Files of Hugging Face checkpoints: directories, hub names, ``config.json``, tensor shapes. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+from safetensors import SafetensorError, safe_open
+
+from skyrl_spec.errors import ConfigError
+
+# Names and shapes of tensors.
+Shapes = Mapping[str, tuple[int, ...]]
+
+POLICY_PATH = "trainer.policy.model.path"
+HUB_TIMEOUT_S = 5.0
+_WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
+# Entries of config.json that are sizes.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "block_size",
+    "num_target_layers",
+)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether ``path`` has the form owner/name and is no local directory."""
+    return not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def model_directory(path: str, setting: str = POLICY_PATH, *, weights: bool = True) -> Path:
+    """The local directory of ``path``: itself, or the snapshot of a hub name (downloaded if it is not cached).
+
+    Without ``weights`` only the small files of a hub name are downloaded.
+
+    Raises:
+        ConfigError: neither a directory nor a name the hub answers to.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ConfigError(f"{setting}={path}: no such directory; give a Hugging Face checkpoint directory or hub name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=None if weights else _WEIGHT_FILES))
+    # ValueError: the hub allows no such name.
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ConfigError(
+            f"{setting}={path}: neither a local directory nor downloadable ({reason}); check the path or the network"
+        ) from error
+
+
+def read_config_only(path: str, setting: str) -> tuple[Path, dict[str, Any]]:
+    """Directory and ``config.json`` of a model; of a hub name only ``config.json`` is downloaded."""
+    if is_hub_name(path):
+        return Path(path), _hub_config(path, setting)
+    directory = model_directory(path, setting)
+    return directory, read_config(directory, setting)
+
+
+def read_config(directory: Path, setting: str = POLICY_PATH) -> dict[str, Any]:
+    """The parsed ``config.json``."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{setting}={directory}: has no config.json; give a checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}={directory}: config.json is unreadable ({error}); copy it again") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{setting}={directory}: config.json holds no object; copy it again")
+    _check_sizes(directory, config, setting)
+    return config
+
+
+def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in ``directory``, from the headers of its ``*.safetensors``.
+
+    Raises:
+        ConfigError: there is no such file, or one cannot be read.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{setting}={directory}: has no *.safetensors; give a complete checkpoint directory")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                # ``tensors`` is no dictionary.
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{setting}={directory}: {file.name} cannot be read ({error}); copy it again") from error
+    return shapes
+
+
+def require_tensors(path: str, setting: str, expected: Shapes) -> None:
+    """Checks that a local checkpoint has the ``expected`` tensors. A hub name's weights are not there yet.
+
+    Raises:
+        ConfigError: a tensor is missing or has another shape.
+    """
+    if not Path(path).is_dir():
+        return
+    found = read_shapes(Path(path), setting)
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigError(f"{setting}={path}: has no tensor {name}; the checkpoint is incomplete, copy it again")
+        if found[name] != shape:
+            raise ConfigError(
+                f"{setting}={path}: {name} is {list(found[name])}, by config.json it should be {list(shape)}; "
+                "the weights are not those of this config.json, copy both again"
+            )
+
+
+def require_shapes(saved: dict[str, list[int]], expected: Shapes, setting: str, checkpoint: str) -> None:
+    """Raises ``ConfigError`` unless the tensors of ``checkpoint`` are those of the model that ``setting`` names."""
+    for name in sorted(saved.keys() | expected.keys()):
+        found, wanted = saved.get(name), list(expected[name]) if name in expected else None
+        if found != wanted:
+            raise ConfigError(
+                f"{setting}: {checkpoint} is of another model, whose {name} is {found or 'not there'}, here it is "
+                f"{wanted or 'not there'}; set the one it was trained from"
+            )
+
+
+def _check_sizes(directory: Path, config: dict[str, Any], setting: str) -> None:
+    for name in _SIZES:
+        size = config.get(name)
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ConfigError(f"{setting}={directory}: {name}={size!r} in config.json is no size; copy it again")
+
+
+def _hub_config(name: str, setting: str) -> dict[str, Any]:
+    """``config.json`` from the hub's cache, else from one request: the hub's client would retry for half a minute."""
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return read_config(Path(cached).parent)
+    request = Request(hf_hub_url(name, "config.json"), headers=build_hf_headers())
+    try:
+        with urlopen(request, timeout=HUB_TIMEOUT_S) as reply:
+            return json.load(reply)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{setting}={name}: neither a local directory nor found on the Hugging Face hub "
+            f"({str(error).splitlines()[0]}); correct it or check the network"
+        ) from error

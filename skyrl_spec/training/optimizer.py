@@ -1,0 +1,155 @@
+"""A module with a gradient buffer, an optimizer, a clip and a learning-rate schedule of its own.
+
+Policy and draft each are one ``Trainable``. They share no parameter, no buffer and no norm, so nothing about the
+draft can change a bit of the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from skyrl_spec.errors import RunError
+from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.settings.schema import MegatronConfig, OptimizerConfig
+from skyrl_spec.types import Metric, Metrics
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """``is_skipped``: the gradient was not finite, and nothing was updated."""
+
+    grad_norm: float
+    lr: float
+    is_skipped: bool
+
+    def metrics(self, prefix: str) -> Metrics:
+        """The norm is that of the updates that were made."""
+        norm = Metric() if self.is_skipped else Metric(self.grad_norm, 1)
+        return {
+            f"{prefix}/grad_norm": norm,
+            f"{prefix}/lr": Metric(self.lr, 1),
+            f"{prefix}/skipped_updates": Metric(float(self.is_skipped), 1),
+        }
+
+
+class Trainable:
+    """DDP, optimizer and schedule around ``module``."""
+
+    def __init__(
+        self,
+        module: MegatronModule,
+        config: TransformerConfig,
+        optimizer: OptimizerConfig,
+        megatron: MegatronConfig,
+        parallel: Parallel,
+        total_steps: int,
+        max_skipped_updates: int,
+    ):
+        self.parallel = parallel
+        self._max_skipped, self._skipped_in_a_row = max_skipped_updates, 0
+        self.module = module
+        with megatron_patches.megatron_device(parallel.device):
+            self.ddp = DistributedDataParallel(
+                config=config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=megatron.use_distributed_optimizer,
+                    overlap_grad_reduce=False,
+                ),
+                module=module,
+            )
+            self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+                _megatron_optimizer_config(optimizer, megatron, config.params_dtype), [self.ddp]
+            )
+        self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
+
+    def zero_grad(self) -> None:
+        """Before the first micro-batch of a mini-batch."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def reduce_grads(self) -> None:
+        """Sum gradients over data parallelism; every rank must call it, with or without tokens of its own."""
+        with megatron_patches.megatron_device(self.parallel.device):
+            finalize_model_grads([self.ddp], num_tokens=None)
+
+    def step(self) -> OptimizerStep:
+        """Clip, update, move the schedule on; with a gradient that is not finite, none of it.
+
+        Megatron's own ``step`` in two parts: without a gradient scaler it would update whatever the norm is. All ranks
+        see the same norm.
+
+        Raises:
+            RunError: too many updates in a row were skipped.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        with megatron_patches.megatron_device(self.parallel.device):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            is_skipped = not math.isfinite(grad_norm)
+            if not is_skipped:
+                self._clip(grad_norm)
+                self.optimizer.step_with_ready_grads()
+                self.scheduler.step(increment=1)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        if self._skipped_in_a_row > self._max_skipped:
+            raise RunError(
+                f"trainer.max_skipped_updates={self._max_skipped}: the gradient norm of {type(self.module).__name__} "
+                f"is {grad_norm}, and {self._skipped_in_a_row} updates in a row were skipped for that; "
+                "lower the learning rate, or look at samples.jsonl for what it was trained on"
+            )
+        return OptimizerStep(grad_norm, lr, is_skipped)
+
+    def _clip(self, grad_norm: float) -> None:
+        parts = self.optimizer.chained_optimizers if isinstance(self.optimizer, ChainedOptimizer) else [self.optimizer]
+        for part in parts:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+
+
+def _megatron_optimizer_config(
+    optimizer: OptimizerConfig, megatron: MegatronConfig, params_dtype: torch.dtype
+) -> MegatronOptimizerConfig:
+    beta1, beta2 = optimizer.adam_betas
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.max_grad_norm,
+        bf16=params_dtype == torch.bfloat16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+    )
+
+
+def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        # Not 0: the first update counts.
+        init_lr=config.lr / (config.num_warmup_steps + 1),
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.num_warmup_steps,
+        # The schedule asserts that decay ends after warm-up.
+        lr_decay_steps=max(total_steps, config.num_warmup_steps + 1),
+        lr_decay_style=config.scheduler,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,417 @@
+"""A rank's policy, draft and reference: forward, one optimizer step, export. The Ray actor around it is ``worker``.
+
+A mini-batch goes through Megatron's schedule micro-batch by micro-batch. In each, the policy's forward pass leaves
+detached trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs
+the policy's backward pass. Gradients are summed over data parallelism and both optimizers step, one after the other,
+knowing nothing of each other. With a frozen policy (warm-up of a draft) only the draft's half happens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from skyrl_spec.checkpoint.pieces import SavedComponent
+from skyrl_spec.data.packing import assemble, micro_batch_rows, micro_batches, shard
+from skyrl_spec.drafts.base import BatchTokens, Draft, Supervision, Teacher, draft_metrics, num_sums
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
+from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.capture import Captured, capture
+from skyrl_spec.models.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.files import POLICY_PATH
+from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
+from skyrl_spec.training.optimizer import Trainable
+from skyrl_spec.training.proposals import BlockRows, block_rows, response_batch
+from skyrl_spec.training.step import POLICY_SUMS, Micro, policy_loss, response_logprobs, to_device
+from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
+
+
+@dataclass(frozen=True)
+class TrainableDraft:
+    draft: Draft
+    trainable: Trainable
+
+
+class PolicyTrainer:
+    """Everything one rank trains. All ranks call every method together."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: ModelSpec,
+        parallel: Parallel,
+        total_optimizer_steps: int,
+        *,
+        freeze_policy: bool = False,
+    ):
+        self.config, self.spec, self.parallel = config, spec, parallel
+        megatron = config.trainer.policy.megatron_config
+        self._draft_clock = DeviceClock(parallel.device)
+        self._trunk_config = transformer_config(spec, megatron, parallel.device)
+        tensors = HfTensors(spec.path)
+        self.rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
+        self.model = self._load_policy(tensors)
+        # A frozen policy needs neither gradients nor optimizer state.
+        self.policy = (
+            None
+            if freeze_policy
+            else Trainable(
+                self.model,
+                self._trunk_config,
+                config.trainer.policy.optimizer_config,
+                megatron,
+                parallel,
+                total_optimizer_steps,
+                config.trainer.max_skipped_updates,
+            )
+        )
+        self.draft = self._load_draft(total_optimizer_steps)
+        self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
+
+    def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
+        """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if there is one.
+
+        Returns:
+            ``policy_logprobs`` (and ``ref_logprobs``), ``[rows of the shard, S]`` float32, 0 off the response.
+        """
+        mine = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
+        out = {"policy_logprobs": self._logprobs(self.model, mine)}
+        if self.reference is not None:
+            out["ref_logprobs"] = self._logprobs(self.reference, mine)
+        return out
+
+    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
+        """Forward and backward over this rank's shard of ``batch``, then one optimizer step of policy and draft."""
+        start = time.perf_counter()
+        self._draft_clock.reset()
+        metrics = self._reduce(self.forward_backward(batch))
+        metrics |= self.optimizer_step()
+        draft_s = self._draft_clock.seconds()
+        return StepReport(metrics=metrics, policy_train_s=time.perf_counter() - start - draft_s, draft_train_s=draft_s)
+
+    def train_draft(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step of the draft on this rank's shard of ``batch``; the policy only runs forward."""
+        assert self.draft is not None
+        start = time.perf_counter()
+        micros = self._micros(batch)
+        supervisions, denominator = self._supervise_draft(micros)
+        sums = self._zero_sums()
+        self.draft.trainable.zero_grad()
+        with self._capture() as captured:
+            for micro, supervision in zip(micros, supervisions, strict=True):
+                with torch.no_grad():
+                    hidden_SBD = self._hidden(self.model, micro.targets, captured)
+                sums += self._train_draft(captured, hidden_SBD, supervision, denominator)
+        self.draft.trainable.reduce_grads()
+        dist.all_reduce(sums, group=self.parallel.dp_group)
+        metrics = draft_metrics(sums.tolist()) | self._draft_step()
+        return StepReport(metrics=metrics, draft_train_s=time.perf_counter() - start)
+
+    def forward_backward(self, batch: TrainBatch) -> Tensor:
+        """Leave the gradients of ``batch``, summed over all ranks, in both gradient buffers.
+
+        Returns:
+            This rank's sums (policy, then draft; float64).
+        """
+        assert self.policy is not None
+        micros = self._micros(batch)
+        supervisions, denominator = self._supervise_draft(micros)
+        policy_sums = torch.zeros(len(POLICY_SUMS) + 1, dtype=torch.float64, device=self.parallel.device)
+        draft_sums = self._zero_sums()
+        self.policy.zero_grad()
+        if self.draft is not None:
+            self.draft.trainable.zero_grad()
+        with self._capture() as captured:
+
+            def forward_step(
+                data: Iterator[tuple[Micro, Supervision | None]], model: torch.nn.Module
+            ) -> tuple[Tensor, Callable[..., Any]]:
+                micro, supervision = next(data)
+                hidden_SBD = self._hidden(model, micro.targets, captured)
+                if supervision is not None:
+                    with self._draft_clock:
+                        draft_sums.add_(self._train_draft(captured, hidden_SBD, supervision, denominator))
+                return hidden_SBD, lambda hidden: self._policy_loss(hidden, micro, policy_sums)
+
+            with megatron_patches.megatron_device(self.parallel.device):
+                get_forward_backward_func()(
+                    forward_step_func=forward_step,
+                    data_iterator=iter(list(zip(micros, supervisions, strict=True))),
+                    model=self.policy.ddp,
+                    num_microbatches=len(micros),
+                    seq_length=batch.token_ids.shape[1],
+                    micro_batch_size=self.config.trainer.micro_train_batch_size_per_gpu,
+                )
+        self.policy.reduce_grads()
+        if self.draft is not None:
+            with self._draft_clock:
+                self.draft.trainable.reduce_grads()
+        return torch.cat([policy_sums, draft_sums])
+
+    def optimizer_step(self) -> Metrics:
+        """Update policy and draft from their gradient buffers."""
+        assert self.policy is not None
+        metrics = self.policy.step().metrics("policy")
+        if self.draft is not None:
+            with self._draft_clock:
+                metrics |= self._draft_step()
+        return metrics
+
+    @torch.no_grad()
+    def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
+        """What policy and draft, as they are here now, make of an engine's responses and drafted tokens.
+
+        Collective over tensor parallelism alone: data-parallel replicas are the same.
+        """
+        batch, rows_at_a_time = response_batch(proposals), self.config.trainer.micro_forward_batch_size_per_gpu
+        policy_logprobs = self._logprobs(self.model, batch)[batch.loss_mask]
+        num_positions = 0 if self.draft is None else self.draft.draft.num_positions
+        parts = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
+        if self.draft is not None:
+            with self._capture() as captured:
+                blocks = block_rows(proposals, num_positions, rows_at_a_time, self.parallel.device)
+                parts = [self._score_blocks(rows, captured) for rows in blocks] or parts
+        logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ProposalScores(policy_logprobs, logprobs, favourites)
+
+    def random_state(self) -> dict[str, Tensor]:
+        """States of this rank's own generators."""
+        return {} if self.draft is None else self.draft.draft.random_state()
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        if self.draft is not None:
+            self.draft.draft.set_random_state(state)
+
+    def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors by HF name, in the layout vLLM loads; all ranks of a tensor-parallel group must iterate."""
+        module, rules = self._exported(component)
+        return export_weights(module, rules, self.parallel)
+
+    def export_shapes(self, component: Component) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what ``export`` will yield, in its order; no communication."""
+        module, rules = self._exported(component)
+        parameters = dict(module.named_parameters())
+        return [
+            (name, parameters[rule.megatron].dtype, tuple(shape))
+            for rule in rules
+            for name, shape in zip(rule.hf, hf_shapes(rule, parameters[rule.megatron], self.parallel), strict=True)
+        ]
+
+    def saved_components(self) -> dict[Component, SavedComponent]:
+        """Everything that is trained, as a checkpoint saves it."""
+        saved: dict[Component, SavedComponent] = {}
+        if self.policy is not None:
+            saved["policy"] = SavedComponent(self.policy, self.rules)
+        if self.draft is not None:
+            saved["draft"] = SavedComponent(self.draft.trainable, self.draft.draft.rules)
+        return saved
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the policy's parameters."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def draft_source(self) -> Path | None:
+        """The checkpoint directory that the draft's tensors belong to; None without a draft."""
+        return None if self.draft is None else self.draft.draft.source
+
+    def draft_hf_config(self) -> dict[str, Any] | None:
+        """``config.json`` of the exported draft, if it has a directory of its own."""
+        return None if self.draft is None else self.draft.draft.hf_config(self.dtype)
+
+    def _exported(self, component: Component) -> tuple[torch.nn.Module, list[Rule]]:
+        if component == "policy":
+            return self.model, self.rules
+        assert self.draft is not None
+        return self.draft.draft.module, self.draft.draft.rules
+
+    def _load_policy(self, tensors: HfTensors) -> PolicyModel:
+        model = build_policy(self.spec, self._trunk_config, self.parallel)
+        load_weights(model, self.rules, tensors, self.parallel)
+        return model
+
+    def _load_draft(self, total_optimizer_steps: int) -> TrainableDraft | None:
+        trainer = self.config.trainer
+        kind = trained_kind(trainer)
+        if kind is None:
+            return None
+        draft = kind.build(self.config, self.spec, self._trunk_config, self.parallel)
+        setting = f"trainer.{kind.method}.path" if kind.has_own_directory else POLICY_PATH
+        load_weights(draft.module, draft.rules, HfTensors(draft.source, setting), self.parallel)
+        trainable = Trainable(
+            draft.module,
+            draft.module.config,
+            kind.settings(trainer).optimizer_config,
+            trainer.policy.megatron_config,
+            self.parallel,
+            total_optimizer_steps,
+            trainer.max_skipped_updates,
+        )
+        return TrainableDraft(draft, trainable)
+
+    @torch.no_grad()
+    def _logprobs(self, model: PolicyModel, batch: TrainBatch) -> np.ndarray:
+        rows = micro_batch_rows(batch, self.config.trainer.micro_forward_batch_size_per_gpu)
+        parts = []
+        for part_rows in rows:
+            micro = to_device(batch.select(part_rows), self.parallel.device)
+            hidden_SBD = self._hidden(model, micro.targets, None)
+            logprobs_BS = torch.zeros(micro.targets.token_ids.shape, device=self.parallel.device)
+            logprobs_BS[micro.row_T, micro.position_T] = self._token_logprobs(
+                model, hidden_SBD, micro
+            ).logprobs_T.float()
+            parts.append(logprobs_BS.cpu().numpy())
+        return assemble(parts, rows, batch.token_ids.shape)
+
+    def _token_logprobs(self, model: PolicyModel, hidden_SBD: Tensor, micro: Micro) -> Any:
+        return response_logprobs(
+            hidden_SBD,
+            model.output_weight_vD(),
+            micro,
+            vocab_size=self.spec.vocab_size,
+            temperature=self.config.generator.sampling_params.temperature,
+            chunk_size=self.config.trainer.logprobs_chunk_size,
+            group=self.parallel.tp_group,
+        )
+
+    def _policy_loss(self, hidden_SBD: Tensor, micro: Micro, sums: Tensor) -> tuple[Tensor, Tensor, None]:
+        loss, micro_sums = policy_loss(
+            self._token_logprobs(self.model, hidden_SBD, micro), micro, self.config.trainer.algorithm
+        )
+        sums[: len(micro_sums)] += micro_sums
+        # The schedule divides by nothing when it is told a number of tokens and calculate_per_token_loss is set.
+        return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
+
+    def _micros(self, batch: TrainBatch) -> list[Micro]:
+        mine = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
+        rows = self.config.trainer.micro_train_batch_size_per_gpu
+        return [to_device(part, self.parallel.device) for part in micro_batches(mine, rows)]
+
+    def _hidden(self, model: torch.nn.Module, targets: BatchTokens, captured: Captured | None) -> Tensor:
+        """The trunk's forward pass, ``[S, B, D]``, which leaves in ``captured`` what the hooks are there for."""
+        with (
+            megatron_patches.megatron_device(self.parallel.device),
+            nullcontext() if captured is None else captured.listening(),
+        ):
+            return model(targets.token_ids, targets.attention_mask)
+
+    def _supervise_draft(self, micros: list[Micro]) -> tuple[list[Supervision | None], Tensor]:
+        """What the draft is supervised on in each micro-batch, and the weight of that over all ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        if self.draft is None:
+            return [None] * len(micros), total
+        supervisions: list[Supervision | None] = []
+        with self._draft_clock:
+            for micro in micros:
+                supervision = self.draft.draft.supervise(micro.targets)
+                total += supervision.weight
+                supervisions.append(supervision)
+            dist.all_reduce(total, group=self.parallel.dp_group)
+        return supervisions, total
+
+    def _train_draft(
+        self, captured: Captured | None, hidden_SBD: Tensor, supervision: Supervision | None, denominator: Tensor
+    ) -> Tensor:
+        """The draft's forward and backward pass on detached tensors; leaves gradients in its own buffer."""
+        assert self.draft is not None
+        assert captured is not None
+        assert supervision is not None
+        loss, sums = self.draft.draft.loss(captured.take(), self._teacher(hidden_SBD), supervision, denominator)
+        loss.backward()
+        return sums.flat()
+
+    def _teacher(self, hidden_SBD: Tensor) -> Teacher:
+        return Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
+
+    def _score_blocks(self, rows: BlockRows, captured: Captured | None) -> tuple[np.ndarray, np.ndarray]:
+        """Of every drafted token its log-prob under this draft, and what this one drafts there, ``[R, K]``."""
+        assert self.draft is not None
+        assert captured is not None
+        hidden_SBD = self._hidden(self.model, rows.targets, captured)
+        num_positions = rows.drafted_RK.shape[1]
+        proposed_RKD = self.draft.draft.propose(
+            captured.take(), self._teacher(hidden_SBD), rows.targets, rows.anchor_R
+        )[:, :num_positions]
+        head: dict[str, Any] = {
+            "vocab_size": self.spec.vocab_size,
+            "chunk_size": self.config.trainer.logprobs_chunk_size,
+            "group": self.parallel.tp_group,
+        }
+        hidden_TD, weight_vD = proposed_RKD.flatten(0, 1), self.model.output_weight_vD()
+        logprobs_T = vocab_parallel_logprobs(
+            hidden_TD, weight_vD, rows.drafted_RK.flatten(), temperature=1.0, **head
+        ).logprobs_T
+        favourites_T = vocab_parallel_argmax(hidden_TD, weight_vD, **head)
+        shape = (-1, num_positions)
+        return logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
+
+    def _draft_step(self) -> Metrics:
+        assert self.draft is not None
+        return self.draft.trainable.step().metrics("draft")
+
+    def _zero_sums(self) -> Tensor:
+        width = 0 if self.draft is None else num_sums(self.draft.draft.num_positions)
+        return torch.zeros(width, dtype=torch.float64, device=self.parallel.device)
+
+    def _capture(self) -> AbstractContextManager[Captured | None]:
+        return nullcontext() if self.draft is None else capture(self.model, self.draft.draft.capture_points)
+
+    def _reduce(self, sums: Tensor) -> Metrics:
+        """Sums and counts of all data-parallel ranks, in one collective. A loss is a mean of its mini-batch already."""
+        dist.all_reduce(sums, group=self.parallel.dp_group)
+        values = sums.tolist()
+        loss, *token_sums, num_tokens = values[: len(POLICY_SUMS) + 1]
+        metrics = {"policy/policy_loss": Metric(loss, 1)}
+        metrics |= {
+            f"policy/{name}": Metric(total, num_tokens) for name, total in zip(POLICY_SUMS[1:], token_sums, strict=True)
+        }
+        if self.draft is not None:
+            metrics |= draft_metrics(values[len(POLICY_SUMS) + 1 :])
+        if self.reference is None:
+            del metrics["policy/kl"]
+        return metrics
+
+
+class DeviceClock:
+    """Seconds spent inside its context, added up; on a GPU measured by events, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        self._intervals: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self._intervals.append((self._start, self._now()))
+
+    def seconds(self) -> float:
+        if not self._cuda:
+            return sum(end - start for start, end in self._intervals)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._intervals) / 1000.0
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,165 @@
+"""The Ray shell of a rank's trainer. Megatron is imported when a worker starts, never in the driver."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.types import Component, Proposals, ProposalScores, StepReport, TrainBatch
+
+
+@ray.remote
+class PolicyWorker:
+    """One rank. All ranks are called together: most methods are collective."""
+
+    def __init__(self, config: Config, rank: int, world_size: int, num_threads: int | None):
+        # Megatron says on import, a line each, what is not installed.
+        logging.disable(logging.INFO)
+        warnings.filterwarnings("ignore")
+        import torch
+
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._senders: dict[str, Any] = {}
+
+    def ping(self) -> None:
+        """Answers if there is anyone."""
+
+    def address(self) -> tuple[str, int]:
+        """This node's IP and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, init_method: str, total_optimizer_steps: int, freeze_policy: bool) -> None:
+        """Join the other ranks and load policy and draft."""
+        import torch
+
+        from skyrl_spec.models import parallel
+        from skyrl_spec.training.trainer import PolicyTrainer
+
+        placement = self._config.trainer.placement
+        # A rank sees the one GPU that Ray gave it.
+        device = torch.device("cpu") if placement.device == "cpu" else torch.device("cuda", 0)
+        ranks = parallel.initialize(
+            rank=self._rank,
+            world_size=self._world_size,
+            tensor_parallel_size=self._config.trainer.policy.megatron_config.tensor_model_parallel_size,
+            device=device,
+            init_method=init_method,
+        )
+        torch.manual_seed(self._config.trainer.seed)
+        spec = load_spec(self._config.trainer.policy.model.path)
+        self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps, freeze_policy=freeze_policy)
+
+    def place(self) -> tuple[int, int]:
+        """Data-parallel and tensor-parallel rank."""
+        return self._trainer.parallel.dp_rank, self._trainer.parallel.tp_rank
+
+    def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
+        return self._trainer.forward_logprobs(batch)
+
+    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
+        return self._trainer.train_mini_batch(batch)
+
+    def train_draft(self, batch: TrainBatch) -> StepReport:
+        return self._trainer.train_draft(batch)
+
+    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+        return self._trainer.score_proposals(proposals)
+
+    def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]:
+        """Weights in Ray's object store, in chunks with their bytes, from rank 0; the others gather with it."""
+        from skyrl_spec.sync.payload import pack_chunks, payload_bytes
+
+        if self._trainer.parallel.dp_rank > 0:
+            return []
+        chunks = pack_chunks(self._trainer.export(component))
+        if self._rank > 0:
+            for _ in chunks:
+                pass
+            return []
+        return [(ray.put(chunk), payload_bytes(chunk)) for chunk in chunks]
+
+    def connect(self, backend: str, engines: list[Any], components: list[Component], address: tuple[str, int]) -> None:
+        """Open vLLM's own transfer to the engines, ``nccl`` or ``ipc``."""
+        from skyrl_spec.rollout.sender import ExportSource, build_senders
+
+        trainer = self._trainer
+        sources = {
+            component: ExportSource(trainer.export_shapes(component), partial(trainer.export, component))
+            for component in components
+        }
+        self._senders = build_senders(
+            sources,  # type: ignore[arg-type]
+            engines,
+            backend=backend,
+            rank=self._rank,
+            tensor_parallel_size=self._config.generator.inference_engine.tensor_parallel_size,
+            master_address=address[0],
+            master_port=address[1],
+        )
+
+    def send(self, component: Component) -> int:
+        """One update of the engines through ``connect``'s transfer; returns the bytes sent."""
+        import torch
+
+        # The sender packs on CUDA streams of its own, which do not wait for the optimizer's.
+        torch.cuda.synchronize()
+        self._senders[component].send_weights()
+        return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(component))
+
+    def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
+        """Everything that is trained, with the driver's ``extra``."""
+        from skyrl_spec.checkpoint import dist
+
+        dist.save(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
+
+    def load_checkpoint(self, directory: Path) -> dict[str, Any]:
+        """Back to where the checkpoint was, in what it and this run both train; returns the driver's ``extra``.
+
+        A draft may come or go, the policy may not.
+        """
+        from skyrl_spec.checkpoint import dist
+        from skyrl_spec.checkpoint.folders import contents
+
+        saved, mine = contents(directory), self._trainer.saved_components()
+        both = {
+            name: component for name, component in mine.items() if name in saved or name == "policy" or len(mine) == 1
+        }
+        loaded = dist.load(directory, both)
+        self._trainer.set_random_state(loaded.per_rank)
+        return loaded.extra
+
+    def export_checkpoint(self, directory: Path, target: Path) -> None:
+        """Not collective: from the files."""
+        from skyrl_spec.checkpoint.bundle import export_bundle, read_source
+
+        trainer = self._config.trainer
+        # Where they are for this node; the checkpoint's settings have them as the user wrote them.
+        kind = trained_kind(trainer)
+        draft = None if kind is None else kind.path(trainer)
+        export_bundle(read_source(directory, model=trainer.policy.model.path, draft=draft), target)
+
+    def save_hf(self, run_dir: Path) -> None:
+        """Write policy and draft as Hugging Face checkpoints that vLLM loads."""
+        from skyrl_spec.checkpoint.hf_export import save_hf
+
+        save_hf(self._trainer, run_dir)
+
+    def save_draft_hf(self, run_dir: Path) -> None:
+        """Write the draft alone."""
+        from skyrl_spec.checkpoint.hf_export import save_draft
+
+        save_draft(self._trainer, run_dir)
