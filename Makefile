@@ -47,6 +47,8 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python scripts/sizes.py
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python scripts/reference.py --check
 
 faults: setup
