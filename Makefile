@@ -30,7 +30,7 @@ train: setup
 	@$(BIN)/skyrl-spec train experiment=cpu_mtp_grpo $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 examples: setup
 	@$(BIN)/python -m pytest -m examples tests/e2e/test_examples.py $(ARGS)

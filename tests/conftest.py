@@ -1,4 +1,4 @@
-"""What all tests share: one local Ray, and how the processes begin that tests start."""
+"""Shared by all tests: one local Ray, how the processes of tests start, which tests share a worker."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ multiprocessing.set_forkserver_preload(
 )
 # Too late in those processes for the environment that an engine's own process begins with.
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives tests that share fixtures to one worker (``make test`` runs two): those of a file, and those of ``whole``.
+
+    The fixture ``whole`` is a run that takes minutes.
+    """
+    for item in items:
+        fixtures = item.fixturenames if isinstance(item, pytest.Function) else []
+        item.add_marker(pytest.mark.xdist_group("whole" if "whole" in fixtures else str(item.path)))
 
 
 @pytest.fixture(scope="session")
