@@ -221,7 +221,7 @@ def _dtypes(component: SavedComponent) -> set[str]:
 
 def _shapes(component: SavedComponent) -> dict[str, list[int]]:
     """Of the full tensors, by HF name."""
-    parameters = dict(component.trainable.module.named_parameters())
+    parameters = megatron_patches.named_parameters(component.trainable.module)
     return {
         name: list(shape)
         for rule in component.rules

@@ -11,6 +11,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from skyrl_spec.checkpoint.optimizer_state import TrainableState, main_parameter, optimizers
+from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.conversion import Rule, canonical_shard, hf_shapes
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.types import Component
@@ -29,9 +30,13 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
     pieces: dict[str, ShardedTensor] = {}
     for name, component in components.items():
         module = component.trainable.module
-        parameters = dict(module.named_parameters())
+        parameters = megatron_patches.named_parameters(module)
         # Anything else that has a state would be lost without a word.
-        stateful = {key for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+        stateful = {
+            megatron_patches.canonical_name(key)
+            for key, value in module.state_dict().items()
+            if isinstance(value, Tensor)
+        }
         assert stateful <= parameters.keys() == {rule.megatron for rule in component.rules}, (
             stateful ^ parameters.keys()
         )

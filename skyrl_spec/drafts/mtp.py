@@ -77,7 +77,7 @@ class MtpDraft(Draft):
         ``trunk_SBD`` is the trunk before its final norm, ``embeds_SBD`` the embeddings of the same positions.
         """
         layer = self.module.layers[0]
-        attention: ChainAttention = layer.transformer_layer.self_attention.core_attention
+        attention: ChainAttention = megatron_patches.mtp_transformer_layer(layer).self_attention.core_attention
         seq_len = trunk_SBD.shape[0]
         rotary = self._rotary(seq_len + self.num_positions)
         starts_SB1 = document_starts(targets.segment_ids).t()[..., None]
@@ -87,7 +87,8 @@ class MtpDraft(Draft):
             next_embeds_SBD = torch.roll(embeds_SBD, -depth, dims=0)
             if depth == 1:
                 next_embeds_SBD = next_embeds_SBD.masked_fill(starts_SB1, 0.0)
-            hidden_SBD, _, _ = layer(
+            # Megatron returns a padding mask too since 0.18.
+            hidden_SBD, *_ = layer(
                 input_ids=targets.token_ids,
                 position_ids=targets.token_ids,
                 hidden_states=hidden_SBD,

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.specs.model import ModelSpec
 
@@ -174,7 +175,7 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
     Raises:
         ConfigError: a tensor is missing or has another shape than ``config.json`` says.
     """
-    parameters = dict(module.named_parameters())
+    parameters = megatron_patches.named_parameters(module)
     assert parameters.keys() == {rule.megatron for rule in rules}, parameters.keys() ^ {rule.megatron for rule in rules}
     for rule in rules:
         parameter = parameters[rule.megatron]
@@ -196,7 +197,7 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
 
 def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
     """HF names and full tensors, on every rank of the tensor-parallel group (all of them must iterate)."""
-    parameters = dict(module.named_parameters())
+    parameters = megatron_patches.named_parameters(module)
     for rule in rules:
         shard = parameters[rule.megatron].detach()
         full = _gather(shard, rule, parallel)

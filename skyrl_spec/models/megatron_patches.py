@@ -1,12 +1,14 @@
-"""What Megatron-core 0.16 needs to run on CPU. It assumes CUDA in a few places; each is mended by one function here.
+"""Fixes for Megatron-core 0.16 to 0.19, one function each, of two kinds.
 
-Everything goes when Megatron-core takes its device from the parameters or an accelerator API.
+It assumes CUDA in a few places: those fixes go when it takes its device from the parameters or an accelerator API.
+Its versions differ: each of those says which version it goes with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.tensor_parallel import random as megatron_random
+from torch import nn
 from torch.distributed import checkpoint
 from torch.overrides import TorchFunctionMode
 
@@ -73,7 +76,7 @@ def replace_rng_tracker() -> None:
         if not hasattr(megatron_random, name):
             raise RuntimeError(
                 f"megatron.core.tensor_parallel.random.{name} is gone: "
-                "mend skyrl_spec.models.megatron_patches.replace_rng_tracker"
+                "fix skyrl_spec.models.megatron_patches.replace_rng_tracker"
             )
     megatron_random._CUDA_RNG_STATE_TRACKER = NoForkRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
@@ -102,7 +105,7 @@ def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
     for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
         if not hasattr(torch_dist, name):
             raise RuntimeError(
-                f"{torch_dist.__name__}.{name} is gone: mend skyrl_spec.models.megatron_patches.save_sharded"
+                f"{torch_dist.__name__}.{name} is gone: fix skyrl_spec.models.megatron_patches.save_sharded"
             )
     by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     checkpoint.save(
@@ -122,3 +125,34 @@ class _ShardWriter(checkpoint.FileSystemWriter):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+# What an MTP layer calls the transformer layer inside it: in 0.16, and since 0.17.
+_MTP_LAYER_NAMES = ("transformer_layer", "mtp_model_layer")
+
+
+def mtp_transformer_layer(mtp_layer: nn.Module) -> Any:
+    """The transformer layer inside ``mtp_layer``. Goes with Megatron 0.16, which has another name for it."""
+    for name, module in mtp_layer.named_children():
+        if name in _MTP_LAYER_NAMES:
+            return module
+    raise RuntimeError(
+        f"megatron-core {version('megatron-core')}: an MTP layer has none of {', '.join(_MTP_LAYER_NAMES)} "
+        f"(it has: {', '.join(name for name, _ in mtp_layer.named_children())}): "
+        "fix skyrl_spec.models.megatron_patches.mtp_transformer_layer"
+    )
+
+
+def canonical_name(name: str) -> str:
+    """The name of a parameter in the tables of ``conversion`` and in checkpoints, the same with every Megatron.
+
+    It is that of 0.16. Megatron's own checkpoints keep it too (``MultiTokenPredictionLayer.sharded_state_dict``).
+    Stays while checkpoints with these names are read.
+    """
+    old, new = _MTP_LAYER_NAMES
+    return name.replace(f".{new}.", f".{old}.")
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of ``module`` by ``canonical_name``."""
+    return {canonical_name(name): parameter for name, parameter in module.named_parameters()}

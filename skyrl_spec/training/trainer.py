@@ -204,7 +204,7 @@ class PolicyTrainer:
     def export_shapes(self, component: Component) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of what ``export`` will yield, in its order; no communication."""
         module, rules = self._exported(component)
-        parameters = dict(module.named_parameters())
+        parameters = megatron_patches.named_parameters(module)
         return [
             (name, parameters[rule.megatron].dtype, tuple(shape))
             for rule in rules
