@@ -1,5 +1,6 @@
 # make train   set up if needed, then the run every other one starts from; ARGS="trainer.epochs=2" adds overrides
 # make test    set up if needed, then the tests; ARGS="-k name" chooses among them
+# make test-py312  the tests of Megatron and vLLM on Python 3.12 with the newest megatron-core, in .venv312
 # make long    the tests that take minutes each: what the shipped experiments are to reach
 # make lint    formatting, lint and types
 # make faults  puts faults into a run, one at a time, and prints which check saw each (docs/fidelity.md)
@@ -8,22 +9,26 @@
 # make examples  the examples' scripts that need no GPU, cut short
 # make docs    docs/ as a site in build/site, references made anew from the code
 # make bench   the tables of docs/benchmarks.md
-# make clean   caches and build products; neither .venv nor runs/
+# make clean   caches and build products; neither .venv, .venv312 nor runs/
 
-PYTHON ?= python3.11
+VERSION := 3.11
+PYTHON ?= python$(VERSION)
+PYTHON312 ?= python3.12
+VENV := .venv
+LOCK := requirements-cpu.lock
 ARGS ?=
-BIN := .venv/bin
-READY := .venv/.ready
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 BENCH := prompts=examples/arithmetic_mtp/data/validation.jsonl batch_sizes=[1,2,4,8,16,32,64] min_rollouts=16 \
 	 max_prompt_length=64 max_generate_length=96 out=build/eval_draft.json
 
-.PHONY: setup train test examples long lint docs faults kills soak bench clean
+.PHONY: setup train test test-py312 examples long lint docs faults kills soak bench clean
 .DEFAULT_GOAL := train
 
 setup: $(READY)
 
-$(READY): requirements-cpu.lock pyproject.toml scripts/setup.sh
-	@PYTHON=$(PYTHON) scripts/setup.sh
+$(READY): $(LOCK) pyproject.toml scripts/setup.sh
+	@scripts/setup.sh $(PYTHON) $(VERSION) $(VENV) $(LOCK)
 	@touch $@
 
 train: setup
@@ -31,6 +36,10 @@ train: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-py312:
+	@$(MAKE) --no-print-directory test VERSION=3.12 PYTHON=$(PYTHON312) VENV=.venv312 LOCK=requirements-cpu-py312.lock \
+	    ARGS="tests/megatron tests/rollout tests/unit/test_imports.py $(ARGS)"
 
 examples: setup
 	@$(BIN)/python -m pytest -m examples tests/e2e/test_examples.py $(ARGS)
@@ -68,5 +77,5 @@ bench: setup
 	    num_speculative_tokens=[7]
 
 clean:
-	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs

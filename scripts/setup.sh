@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Makes or updates .venv from requirements-cpu.lock (`make setup` calls this). One line a phase; pip's own go to LOG.
+# scripts/setup.sh PYTHON VERSION VENV LOCK: makes or updates VENV from LOCK (`make setup` calls this).
+# One line a phase; pip's own go to LOG.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3.11}
+PYTHON=$1
+VERSION=$2
+VENV=$3
+LOCK=$4
+# The Makefile's variable for PYTHON: PYTHON of .venv, PYTHON312 of .venv312.
+SETTING=PYTHON${VENV#.venv}
 TORCH_INDEX=https://download.pytorch.org/whl/cpu
-VENV=.venv
-LOCK=requirements-cpu.lock
 LOG=$VENV/setup.log
 
 fail() {
@@ -23,10 +27,12 @@ why() {
     grep '^ERROR' "$LOG" | tail -n 1
 }
 
+# A shim of pyenv runs only the version that is chosen; other commands do not read the variable.
+"$PYTHON" -c '' 2>/dev/null || export PYENV_VERSION=$VERSION
 command -v "$PYTHON" >/dev/null ||
-    fail "$PYTHON not found: Python 3.11 is needed; install it, or say where it is: make PYTHON=/path/to/python3.11"
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-    fail "$PYTHON is not Python 3.11, which $LOCK is for; say where it is: make PYTHON=/path/to/python3.11"
+    fail "$PYTHON not found: Python $VERSION is needed; install it, or say where it is: make $SETTING=/path/to/python$VERSION"
+[ "$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$VERSION" ] ||
+    fail "$PYTHON is not Python $VERSION, which $LOCK is for; say where it is: make $SETTING=/path/to/python$VERSION"
 
 if [ ! -x "$VENV/bin/pip" ]; then
     echo "setup: making $VENV"
