@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, SMALL, WARMUP, finish, without_timings
+from runs import ROOT, SKYRL_SPEC, SMALL, WARMUP, finish, launch, without_timings
 from safetensors.torch import load_file
 
 from skyrl_spec.metrics import names
@@ -16,6 +17,8 @@ from skyrl_spec.settings.compose import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+HELD_OUT = ROOT / "examples" / "arithmetic_mtp" / "data" / "validation.jsonl"
+SHIPPED_DFLASH = ROOT / "examples" / "arithmetic_dflash" / "draft"
 TRAIN_ACCEPTANCE, EVAL_ACCEPTANCE = names.acceptance_length("train"), names.acceptance_length("eval")
 
 
@@ -29,6 +32,16 @@ def run(tmp_path: Path, experiment: str, minutes: float, command: str = "train")
     _, records = finish(tmp_path / "run", f"experiment={experiment}", *where, command=command, timeout_s=1700)
     assert time.monotonic() - start < 60 * minutes
     return records
+
+
+def acceptance_of(model: Path, draft: Path, out: Path) -> float:
+    """Mean acceptance length of ``draft`` on held-out prompts answered by ``model``."""
+    words = [f"target={model}", f"draft={draft}", f"prompts={HELD_OUT}", "num_speculative_tokens=[7]"]
+    words += ["batch_sizes=[64]", "rounds=1", "max_generate_length=80", f"out={out}"]
+    measured = launch(out.parent, [*SKYRL_SPEC, "eval-draft", *words])
+    output = measured.output(timeout_s=420)
+    assert measured.process.returncode == 0, output
+    return json.loads(out.read_text())["measurements"][0]["mean_acceptance_length"]
 
 
 def test_mtp(tmp_path: Path) -> None:
@@ -45,6 +58,13 @@ def test_dflash(tmp_path: Path) -> None:
     assert rewards[-1] > rewards[0] + 0.1
     # Of some thousand drafts a step, which is more than one evaluation has.
     assert sum(lengths[-4:]) / 4 >= sum(lengths[:4]) / 4
+    # The policy has moved away from the draft that the run began with; the trained one has followed it.
+    model = tmp_path / "run" / "model"
+    trained, frozen = (
+        acceptance_of(model, draft, tmp_path / f"{name}.json")
+        for name, draft in {"trained": tmp_path / "run" / "draft", "frozen": SHIPPED_DFLASH}.items()
+    )
+    assert trained >= frozen + 0.4
 
 
 def test_dflash_warmup(tmp_path: Path) -> None:

@@ -136,12 +136,19 @@ FaultyWorker = ray.remote(_FaultyWorker)
 
 @dataclass(frozen=True)
 class Fault:
-    """``inject`` puts it in; ``from_start`` ones are there before engine and trainer are first compared."""
+    """``inject`` puts it in; ``from_start`` ones are there before engine and trainer are first compared.
+
+    ``seen_by``: every check that sees it, in step 1, or in step 0 if it is there from the start.
+    """
 
     name: str
     draft: str
+    seen_by: tuple[str, ...]
     inject: Callable[[TrainingLoop], None]
     from_start: bool = False
+
+    def expected(self) -> Sighting:
+        return Sighting(self, dict.fromkeys(self.seen_by, 0 if self.from_start else 1), [])
 
 
 def in_engine(fault: str | None = None, **more: Any) -> Callable[[TrainingLoop], None]:
@@ -201,23 +208,30 @@ def corrupt(part: str) -> Callable[[Tensors], Tensors]:
     return change
 
 
+POLICY, DRAFT, VERSION = (f"sync canary ({side})" for side in ("policy", "draft", "version"))
+TRANSFER, LOGPROBS = "weight transfer", "log-prob agreement"
+
 FAULTS = (
-    Fault("none", "mtp", lambda _: None),
-    Fault("the draft's sync is skipped once", "mtp", skip_draft_once),
-    Fault("two layers of the policy are swapped", "mtp", with_tensors(swap_layers)),
-    Fault("a chunk of the policy is lost", "mtp", with_tensors(lose("layers.5.mlp.down_proj"))),
-    Fault("a chunk of the policy is sent twice", "mtp", with_tensors(repeat("model.layers.5.mlp.down_proj"))),
-    Fault("a chunk of the draft is lost", "mtp", with_tensors(lose("mtp_layers.0.input_proj"))),
-    Fault("a row of the policy is corrupted", "mtp", with_tensors(corrupt("model.layers.5.mlp.up_proj"))),
-    Fault("a row of the draft is corrupted", "mtp", with_tensors(corrupt("mtp_layers.0.mlp.up_proj"))),
-    Fault("the prefix cache is kept", "mtp", in_engine(skipped="reset_prefix_cache")),
-    Fault("an engine is not told its version", "mtp", in_engine(skipped="set_versions")),
-    Fault("engines sample at another temperature", "mtp", in_engine("temperature")),
-    Fault("the draft is trained on normed hidden states", "mtp", in_worker("post-norm"), from_start=True),
-    Fault("none", "dflash", lambda _: None),
-    Fault("the draft's sync is skipped once", "dflash", skip_draft_once),
-    Fault("the drafter's fused buffers stay stale", "dflash", in_engine("stale buffers")),
-    Fault("captured layers are shifted by one", "dflash", in_worker("shifted layers"), from_start=True),
+    Fault("none", "mtp", (), lambda _: None),
+    Fault("the draft's sync is skipped once", "mtp", (DRAFT,), skip_draft_once),
+    Fault("two layers of the policy are swapped", "mtp", (POLICY, DRAFT), with_tensors(swap_layers)),
+    Fault("a chunk of the policy is lost", "mtp", (TRANSFER,), with_tensors(lose("layers.5.mlp.down_proj"))),
+    Fault(
+        "a chunk of the policy is sent twice", "mtp", (TRANSFER,), with_tensors(repeat("model.layers.5.mlp.down_proj"))
+    ),
+    Fault("a chunk of the draft is lost", "mtp", (TRANSFER,), with_tensors(lose("mtp_layers.0.input_proj"))),
+    Fault(
+        "a row of the policy is corrupted", "mtp", (POLICY, DRAFT), with_tensors(corrupt("model.layers.5.mlp.up_proj"))
+    ),
+    Fault("a row of the draft is corrupted", "mtp", (DRAFT,), with_tensors(corrupt("mtp_layers.0.mlp.up_proj"))),
+    Fault("the prefix cache is kept", "mtp", (POLICY, DRAFT), in_engine(skipped="reset_prefix_cache")),
+    Fault("an engine is not told its version", "mtp", (VERSION,), in_engine(skipped="set_versions")),
+    Fault("engines sample at another temperature", "mtp", (POLICY, LOGPROBS), in_engine("temperature")),
+    Fault("the draft is trained on normed hidden states", "mtp", (DRAFT,), in_worker("post-norm"), from_start=True),
+    Fault("none", "dflash", (), lambda _: None),
+    Fault("the draft's sync is skipped once", "dflash", (DRAFT,), skip_draft_once),
+    Fault("the drafter's fused buffers stay stale", "dflash", (DRAFT,), in_engine("stale buffers")),
+    Fault("captured layers are shifted by one", "dflash", (DRAFT,), in_worker("shifted layers"), from_start=True),
 )
 EXPERIMENTS = {"mtp": "cpu_mtp_grpo", "dflash": "cpu_dflash_grpo"}
 
@@ -284,12 +298,12 @@ def _watched(act: Callable[[], Any]) -> str:
 
 def _checks(line: str) -> Iterator[str]:
     if "sync canary" in line:
-        sides = {"policy": "the policy of engine", "draft": "the draft of engine", "version": "says that it holds"}
-        yield from (f"sync canary ({side})" for side, words in sides.items() if words in line)
+        sides = {POLICY: "the policy of engine", DRAFT: "the draft of engine", VERSION: "says that it holds"}
+        yield from (check for check, words in sides.items() if words in line)
     elif "weight transfer:" in line:
-        yield "weight transfer"
+        yield TRANSFER
     elif "rollout_train_logprobs_abs_diff" in line:
-        yield "log-prob agreement"
+        yield LOGPROBS
     elif "acceptance length" in line:
         yield "predicted acceptance"
     elif "were sampled under" in line:
