@@ -160,7 +160,7 @@ class DflashDraft(Draft):
         if _ANCHORS in state:
             self.generator.set_state(state[_ANCHORS])
 
-    def dflash_hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
+    def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
         return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
 
     def _slot_embeddings(self, teacher: Teacher, supervision: DflashSupervision) -> Tensor:

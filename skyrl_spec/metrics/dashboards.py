@@ -92,17 +92,20 @@ class TensorBoardWriter(Writer):
 
 
 def check_wandb() -> None:
-    """Raises ConfigError where ``wandb.init`` would ask for a key on the terminal."""
+    """Raises ``ConfigError`` if ``wandb.init`` would ask for a key on the terminal."""
     import wandb
     from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
-    if settings.mode in ("offline", "dryrun", "disabled"):
-        return
     try:
+        settings = wandb.setup().settings
+        if settings.mode in ("offline", "dryrun", "disabled"):
+            return
         credentials = wbauth.authenticate_session(host=settings.base_url, source="skyrl_spec", prompt=False)
     except wandb.errors.Error as error:
         raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
+    finally:
+        # ``setup`` starts a process of wandb's own.
+        wandb.teardown()
     if credentials is None:
         raise ConfigError(_wandb_line("wandb has no key"))
 

@@ -117,14 +117,18 @@ def _sampled_prompts(config: Config) -> int:
 def trained_draft_shapes(config: Config, spec: ModelSpec) -> Shapes:
     """Shapes of the draft that is trained; empty without one."""
     kind = trained_kind(config.trainer)
-    return {} if kind is None else kind.shapes(config, spec, kind.path(config.trainer)).tensors
+    return {} if kind is None else kind.shapes(config, spec, kind.path(config.trainer), may_be_unwritten=True).tensors
 
 
 def _served_draft(config: Config, spec: ModelSpec) -> DraftShapes:
     """Shapes of the draft in the engines, trained or not. Kinds that are not known here (EAGLE-3, n-gram) count 0."""
     speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config) or {}
     kind = KINDS.get(speculative.get("method", ""))
-    return DraftShapes({}, 0) if kind is None else kind.shapes(config, spec, speculative.get("model"))
+    return (
+        DraftShapes({}, 0)
+        if kind is None
+        else kind.shapes(config, spec, speculative.get("model"), may_be_unwritten=True)
+    )
 
 
 def count(shapes: Shapes) -> int:

@@ -72,6 +72,8 @@ def test_a_run_writes_no_metric_that_is_not_described(whole: Whole) -> None:
     assert {key for record in whole[2] for key in record if description(key) is None} == set()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_comparison_of_a_trained_a_frozen_and_no_draft(tmp_path: Path) -> None:
     root = tmp_path / "compare"
     overrides = ["experiment=cpu_dflash_grpo", *SMALL, "trainer.eval_before_train=false"]

@@ -52,7 +52,7 @@ def train_and_save(rank: int, model: Path, draft: str, tp: int, dtype: str, run_
     for seed in range(2):
         (trainer.train_draft if freeze else trainer.train_mini_batch)(make_batch(seed))
     extra = {"config": to_yaml(config), "metrics": METRICS, "trainer": {"step": 2}}
-    dist.save(run_dir / "checkpoints" / "step_2", dist.parts(trainer), extra)
+    dist.save(run_dir / "checkpoints" / "step_2", trainer.saved_components(), extra)
     save_hf(trainer, run_dir)
 
 

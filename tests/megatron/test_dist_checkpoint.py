@@ -22,7 +22,8 @@ import torch.distributed
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
-from skyrl_spec.checkpoint import dist, folders
+from skyrl_spec.checkpoint import dist, folders, pieces
+from skyrl_spec.checkpoint.optimizer_state import initialize_optimizer, optimizers
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
@@ -93,14 +94,14 @@ def _train(trainer: PolicyTrainer, seeds: range) -> list[dict[str, float]]:
 def _state(trainer: PolicyTrainer, only: str | None = None) -> dict[str, Any]:
     """Everything that training changed, of policy and draft or ``only`` one, as this rank has it."""
     state: dict[str, Any] = {}
-    for name, part in dist.parts(trainer).items():
+    for name, part in trainer.saved_components().items():
         if only not in (None, name):
             continue
-        dist._initialize_optimizer(part.trainable)
+        initialize_optimizer(part.trainable)
         for key, parameter in part.trainable.module.named_parameters():
-            for kind, flat, start, _ in dist._tensors(part.trainable, parameter):
+            for kind, flat, start, _ in pieces._tensors(part.trainable, parameter):
                 state[f"{name}.{key}.{kind}.{start}"] = flat.clone()
-        inner = [optimizer.optimizer for optimizer in dist._optimizers(part.trainable)]
+        inner = [optimizer.optimizer for optimizer in optimizers(part.trainable)]
         state[f"{name}.steps"] = [int(entry["step"]) for optimizer in inner for entry in optimizer.state.values()]
         groups = [group for optimizer in inner for group in optimizer.param_groups]
         state[f"{name}.groups"] = [{key: group[key] for key in group if key != "params"} for group in groups]
@@ -121,10 +122,10 @@ def _assert_same(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 def _full_state(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
     """Parameters, moments and masters as full tensors by HF name, put together without the code under test."""
     full: dict[str, torch.Tensor] = {}
-    for name, part in dist.parts(trainer).items():
+    for name, part in trainer.saved_components().items():
         by_kind: dict[str, dict[str, torch.Tensor]] = {}
         for key, parameter in part.trainable.module.named_parameters():
-            tensors = {kind: (flat, start) for kind, flat, start, _ in dist._tensors(part.trainable, parameter)}
+            tensors = {kind: (flat, start) for kind, flat, start, _ in pieces._tensors(part.trainable, parameter)}
             kinds = ["param", "exp_avg", "exp_avg_sq", *(["master"] if parameter.dtype == torch.bfloat16 else [])]
             for kind in kinds:
                 whole = torch.zeros(parameter.numel())
@@ -152,11 +153,11 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
         directory = root / layout / "step_2"
         torch.manual_seed(rank)
         trainer = _build(model, layout)
-        for part in dist.parts(trainer).values():
-            dist._initialize_optimizer(part.trainable)
+        for part in trainer.saved_components().values():
+            initialize_optimizer(part.trainable)
         fresh = _full_state(trainer)
         _train(trainer, range(2))
-        dist.save(directory, dist.parts(trainer), EXTRA, _per_rank())
+        dist.save(directory, trainer.saved_components(), EXTRA, _per_rank())
         saved, full = _state(trainer), _full_state(trainer)
         if rank == 0:
             torch.save(full, root / layout / "full.pt")
@@ -168,7 +169,7 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
 
         torch.manual_seed(99)
         resumed = _build(model, layout)
-        loaded = dist.load(directory, dist.parts(resumed))
+        loaded = dist.load(directory, resumed.saved_components())
         assert loaded.extra == EXTRA
         assert torch.equal(loaded.per_rank["generator"], _per_rank()["generator"])
         assert torch.equal(torch.get_rng_state(), rng)
@@ -191,10 +192,10 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
         torch.manual_seed(99)
         trainer = _build(model, target)
         before = torch.get_rng_state()
-        loaded = dist.load(directory, dist.parts(trainer))
+        loaded = dist.load(directory, trainer.saved_components())
         assert loaded.extra == EXTRA
         _assert_same(_full_state(trainer), torch.load(root / source / "full.pt", weights_only=True))
-        assert all(part.trainable.scheduler.num_steps == 2 for part in dist.parts(trainer).values())
+        assert all(part.trainable.scheduler.num_steps == 2 for part in trainer.saved_components().values())
         # States come from the same data-parallel index, equal within a tensor-parallel group; else they stay.
         saved_world = 1 if source.startswith("tp1") else 2
         saved_dp = 2 if source.startswith("dp2") else 1
@@ -216,10 +217,10 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
             assert metrics[key] == pytest.approx(reference[key], rel=1e-4 if "bf16" not in source else 0.05), key
         # What comes out of a resharded load can be saved, and loads as the same again.
         again = root / f"{source}-{target}" / "step_3"
-        dist.save(again, dist.parts(trainer), EXTRA)
+        dist.save(again, trainer.saved_components(), EXTRA)
         state = _state(trainer)
         other = _build(model, target)
-        dist.load(again, dist.parts(other))
+        dist.load(again, other.saved_components())
         _assert_same(_state(other), state)
 
 
@@ -235,7 +236,7 @@ def _says(action: Callable[[], object], kind: type[Exception], *parts: str) -> N
 def _errors_job(model: Path, other_model: Path, root: Path) -> None:
     """What a user gets wrong is one line, and nothing was changed by then."""
     trainer = _build(model, "tp1")
-    parts, here = dist.parts(trainer), root / "errors"
+    parts, here = trainer.saved_components(), root / "errors"
     _train(trainer, range(1))
     dist.save(here / "step_1", parts, EXTRA)
     dist.save(here / "step_2", {"draft": parts["draft"]}, EXTRA)
@@ -256,30 +257,30 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
     (broken / ".metadata").write_bytes(bytes((broken / ".metadata").stat().st_size))
     _says(lambda: dist.load(broken, parts), ConfigError, "step_3: .metadata cannot be read")
 
-    bf16 = dist.parts(_build(model, "tp1-bf16"))
+    bf16 = _build(model, "tp1-bf16").saved_components()
     _says(lambda: dist.load(here / "step_1", bf16), ConfigError, "in fp32, this run is set to bf16", "dtype=fp32")
-    other = dist.parts(_build(other_model, "tp1"))
+    other = _build(other_model, "tp1").saved_components()
     _says(lambda: dist.load(here / "step_1", other), ConfigError, "is another model", "[150, 128], here [97, 128]")
 
     # A draft newly enabled, or dropped, or warmed up alone, by what is asked for.
     without = _build(model, "tp1", draft=None)
-    dist.load(here / "step_1", dist.parts(without))
+    dist.load(here / "step_1", without.saved_components())
     policy_state = {key: value for key, value in state.items() if key.startswith("policy.")}
     _assert_same(policy_state, _state(without))
-    dist.save(here / "step_4", dist.parts(without), EXTRA)
+    dist.save(here / "step_4", without.saved_components(), EXTRA)
     again = _build(model, "tp1")
     started = _state(again, "draft")
-    dist.load(here / "step_4", {"policy": dist.parts(again)["policy"]})
+    dist.load(here / "step_4", {"policy": again.saved_components()["policy"]})
     _assert_same(policy_state, _state(again, "policy"))
     _assert_same(_state(again, "draft"), started)
-    dist.load(here / "step_2", {"draft": dist.parts(again)["draft"]})
+    dist.load(here / "step_2", {"draft": again.saved_components()["draft"]})
     _assert_same(_state(again), state)
 
 
 def _full_disk_job(rank: int, model: Path, root: Path) -> None:
     """Files of one rank cannot grow: all ranks say so, nothing half written is left, and the next save works."""
     trainer = _build(model, "tp2")
-    parts, here = dist.parts(trainer), root / "full"
+    parts, here = trainer.saved_components(), root / "full"
     dist.save(here / "step_1", parts, EXTRA)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -334,7 +335,7 @@ def test_resume_is_bitwise_and_resharding_and_errors(model: Path, tmp_path: Path
 def _killed_job(rank: int, model: Path, root: Path) -> None:
     """The second save dies on rank 1 when it has written, but not yet told so, its file of tensors."""
     trainer = _build(model, "tp2")
-    dist.save(root / "step_1", dist.parts(trainer), EXTRA)
+    dist.save(root / "step_1", trainer.saved_components(), EXTRA)
     real = os.fsync
 
     def die(descriptor: int) -> None:
@@ -344,7 +345,7 @@ def _killed_job(rank: int, model: Path, root: Path) -> None:
 
     if rank == 1:
         os.fsync = die
-    dist.save(root / "step_2", dist.parts(trainer), EXTRA)
+    dist.save(root / "step_2", trainer.saved_components(), EXTRA)
 
 
 def test_a_save_killed_half_way_leaves_the_old_one(model: Path, tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ def test_boxes_are_the_range_in_order(shape: tuple[int, ...]) -> None:
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
     for start in range(numbers.numel() + 1):
         for end in range(start, numbers.numel() + 1):
-            boxes = list(dist._boxes(start, end, shape))
+            boxes = list(pieces._boxes(start, end, shape))
             parts = [
                 numbers[tuple(slice(c, c + n) for c, n in zip(corner, sizes, strict=True))].flatten()
                 for corner, sizes in boxes

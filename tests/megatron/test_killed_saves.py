@@ -13,7 +13,8 @@ import torch
 import torch.distributed
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
-from skyrl_spec.checkpoint import dist, folders
+from skyrl_spec.checkpoint import dist, folders, pieces
+from skyrl_spec.checkpoint.optimizer_state import initialize_optimizer
 from skyrl_spec.models import parallel
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.trainer import PolicyTrainer
@@ -28,7 +29,7 @@ def run(model: Path, root: Path, store: Path, said: Connection) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     ranks = parallel.lay_out(1, torch.device("cpu"))
     trainer = PolicyTrainer(make_config(model), load_spec(str(model)), ranks, total_optimizer_steps=10_000)
-    parts, step = dist.parts(trainer), 0
+    parts, step = trainer.saved_components(), 0
     newest = folders.latest(root)
     if newest is not None:
         extra = dist.load(newest, parts).extra
@@ -49,10 +50,10 @@ def run(model: Path, root: Path, store: Path, said: Connection) -> None:
 def checksum(trainer: PolicyTrainer) -> float:
     """Of everything that is trained, moments included."""
     total = 0.0
-    for part in dist.parts(trainer).values():
-        dist._initialize_optimizer(part.trainable)
+    for part in trainer.saved_components().values():
+        initialize_optimizer(part.trainable)
         for parameter in part.trainable.module.parameters():
-            for _, flat, _, _ in dist._tensors(part.trainable, parameter):
+            for _, flat, _, _ in pieces._tensors(part.trainable, parameter):
                 total += float(flat.double().sum())
     return total
 

@@ -23,7 +23,7 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
 def optimizer_bytes(trainer: PolicyTrainer) -> int:
     """Moments and fp32 masters on this rank."""
     held: dict[int, torch.Tensor] = {}
-    for part in dist.parts(trainer).values():
+    for part in trainer.saved_components().values():
         for optimizer in getattr(part.trainable.optimizer, "chained_optimizers", [part.trainable.optimizer]):
             parameters = {id(p) for p in part.trainable.module.parameters()}
             for parameter, state in optimizer.optimizer.state.items():
@@ -42,7 +42,7 @@ def compare(rank: int, model: Path, root: Path, draft: str, tp: int, dtype: str,
     trainer = PolicyTrainer(config, load_spec(str(model)), ranks, total_optimizer_steps=10)
     trainer.train_mini_batch(make_batch(0))
     plan = plan_memory(config).worker
-    trained = list(dist.parts(trainer).values())
+    trained = list(trainer.saved_components().values())
     assert plan.weights == nbytes([p for part in trained for p in part.trainable.module.parameters()])
     buffers = [b.grad_data for part in trained for b in part.trainable.ddp.buffers]
     # A distributed optimizer's buffer is padded.
@@ -53,7 +53,7 @@ def compare(rank: int, model: Path, root: Path, draft: str, tp: int, dtype: str,
     torch.distributed.all_reduce(found)
     # Ranges of a distributed optimizer need not be equal.
     assert abs(float(found) / 2 / plan.optimizer - 1) < (0.05 if distributed else 1e-6), (float(found), plan.optimizer)
-    dist.save(root / "step_1", dist.parts(trainer), {})
+    dist.save(root / "step_1", trainer.saved_components(), {})
     if rank == 0:
         files = sum(path.stat().st_size for path in (root / "step_1").glob("*.distcp"))
         # A tensor's entry has a header of its own.

@@ -41,7 +41,7 @@ def test_exact_values_are_accepted() -> None:
 
 def test_speculative_config_of_the_user_is_left_alone() -> None:
     user = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
-    assert build_speculative_config(TrainerConfig(mtp=MtpConfig(enabled=True)), user) is user
+    assert build_speculative_config(TrainerConfig(mtp=MtpConfig(enabled=True)), user) == user
     assert user == {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 
 

@@ -88,8 +88,13 @@ class DflashKind(DraftKind):
             write_fresh_dflash(draft, directory, config.trainer.policy.megatron_config.dtype, config.trainer.seed)
         return decided(config, draft, str(directory))
 
-    def shapes(self, config: Config, spec: ModelSpec, path: str | None) -> DraftShapes:
-        draft = _spec_at(config, spec, path)
+    def shapes(
+        self, config: Config, spec: ModelSpec, path: str | None, *, may_be_unwritten: bool = False
+    ) -> DraftShapes:
+        if path is None or may_be_unwritten:
+            draft = _spec_at(config, spec, path)
+        else:
+            draft = read_dflash_spec(path, weights=False)
         return DraftShapes(dflash_tensor_shapes(draft), draft.layers.num_layers)
 
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
@@ -155,8 +160,8 @@ def plan_dflash(
     dflash = config.trainer.dflash
     if target.architecture not in DFLASH_TARGETS:
         raise ConfigError(
-            f"trainer.dflash.enabled=true: vLLM cannot hand hidden states of a {target.architecture} to a draft; use "
-            f"a {' or '.join(DFLASH_TARGETS)}, or trainer.mtp.enabled=true for a model with an MTP head"
+            f"trainer.dflash.enabled=true: vLLM cannot hand the hidden states of a {target.architecture} to a draft; "
+            f"use a {' or '.join(DFLASH_TARGETS)}, or trainer.mtp.enabled=true for a model with an MTP head"
         )
     spec = fresh_dflash_spec(dflash, target, mask_token_id or 0) if found is None else found
     if found is not None:

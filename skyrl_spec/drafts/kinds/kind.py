@@ -87,8 +87,13 @@ class DraftKind(ABC):
     # ---- Shapes -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def shapes(self, config: Config, spec: ModelSpec, path: str | None) -> DraftShapes:
-        """Shapes of the draft at ``path`` (for a draft with its own directory) on the policy ``spec``."""
+    def shapes(
+        self, config: Config, spec: ModelSpec, path: str | None, *, may_be_unwritten: bool = False
+    ) -> DraftShapes:
+        """Shapes of the draft at ``path`` (for a draft with its own directory) on the policy ``spec``.
+
+        ``may_be_unwritten``: a draft from scratch has no files before the run starts.
+        """
 
     @abstractmethod
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:

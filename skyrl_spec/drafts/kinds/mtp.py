@@ -64,7 +64,9 @@ class MtpKind(DraftKind):
         policy = replace(trainer.policy, model=replace(trainer.policy.model, path=str(directory)))
         return replace(config, trainer=replace(trainer, policy=policy))
 
-    def shapes(self, config: Config, spec: ModelSpec, path: str | None) -> DraftShapes:
+    def shapes(
+        self, config: Config, spec: ModelSpec, path: str | None, *, may_be_unwritten: bool = False
+    ) -> DraftShapes:
         return DraftShapes(mtp_tensor_shapes(spec), 1)
 
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
