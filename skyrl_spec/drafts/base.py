@@ -108,6 +108,8 @@ class Draft(ABC):
     capture_points: tuple[CapturePoint, ...]
     # Drafted tokens of a chain, K.
     num_positions: int
+    # Logits of the loss are computed in float32 from a shorter dtype (``losses.vocab_parallel.ChunkLogits``).
+    fp32_logits: bool = False
 
     @abstractmethod
     def supervise(self, targets: BatchTokens) -> Supervision:

@@ -136,6 +136,7 @@ class DflashDraft(Draft):
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
             labels_T=labels_T,
+            fp32_logits=self.fp32_logits,
         )
         here = (slot_T, batch_T, block_T)
         top1_KBA, hit_KBA = mask_BAK.new_zeros((2, mask_BAK.shape[2], *mask_BAK.shape[:2]))

@@ -137,6 +137,7 @@ class MtpDraft(Draft):
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
             labels_T=labels_T,
+            fp32_logits=self.fp32_logits,
         )
         accept_prob_KBS = torch.zeros(mask_KBS.shape, dtype=torch.float64, device=mask_KBS.device)
         accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.double()

@@ -44,6 +44,7 @@ def vocab_parallel_logprobs(
     temperature: float,
     chunk_size: int,
     group: ProcessGroup | None,
+    fp32_logits: bool = False,
 ) -> TokenLogprobs:
     """``log softmax(hidden W^T / temperature)[target]`` and the entropy of that softmax.
 
@@ -60,11 +61,12 @@ def vocab_parallel_logprobs(
         chunk_size: tokens whose logits exist at a time: at most two float32 [chunk_size, v], and one in the dtype of
             the weight if that is a shorter one.
         group: tensor-parallel ranks; None: the weight is whole. One all-gather forward, one all-reduce backward.
+        fp32_logits: with a shorter dtype, logits in float32 that were never rounded to it (``ChunkLogits``).
 
     Returns:
         Both [T], in float32 (float64 if the inputs are).
     """
-    shard = vocab_shard(output_weight_vD, vocab_size, group)
+    shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
     logprobs_T, entropy_T = _VocabParallelLogprobs.apply(
         hidden_TD, output_weight_vD, targets_T, shard, temperature, chunk_size
     )
@@ -73,10 +75,16 @@ def vocab_parallel_logprobs(
 
 @torch.no_grad()
 def vocab_parallel_argmax(
-    hidden_TD: Tensor, output_weight_vD: Tensor, *, vocab_size: int, chunk_size: int, group: ProcessGroup | None
+    hidden_TD: Tensor,
+    output_weight_vD: Tensor,
+    *,
+    vocab_size: int,
+    chunk_size: int,
+    group: ProcessGroup | None,
+    fp32_logits: bool = False,
 ) -> Tensor:
     """The most probable token of each position, ``[T]`` int64; the lowest id of equals. Arguments as above."""
-    shard = vocab_shard(output_weight_vD, vocab_size, group)
+    shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
     logits = ChunkLogits(shard, max(1, min(chunk_size, len(hidden_TD))), temperature=1.0)
     buffer = logits.buffer()
     best_2T = hidden_TD.new_zeros((2, len(hidden_TD)), dtype=logits.dtype)

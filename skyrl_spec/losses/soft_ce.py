@@ -68,6 +68,7 @@ def vocab_parallel_soft_ce(
     loss_type: str = "soft_ce",
     topk: int = 32,
     labels_T: Tensor | None = None,
+    fp32_logits: bool = False,
 ) -> DraftLoss:
     """``sum_{k,t} weights_KT * CE(target_t, q_kt)`` with ``q = softmax(draft_hidden W^T / temperature)``.
 
@@ -95,6 +96,7 @@ def vocab_parallel_soft_ce(
         loss_type: see above.
         topk: for ``topk_soft_ce``.
         labels_T: for ``hard_ce``, token ids.
+        fp32_logits: with a shorter dtype, logits in float32 that were never rounded to it (``ChunkLogits``).
 
     Raises:
         ValueError: an unknown loss type, or ``hard_ce`` without labels.
@@ -105,7 +107,7 @@ def vocab_parallel_soft_ce(
         raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or take another loss type")
     with_grad = torch.is_grad_enabled() and draft_hidden_KTD.requires_grad
     with torch.no_grad():
-        shard = vocab_shard(output_weight_vD, vocab_size, group)
+        shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
         # Positions that no draft counts (prompts, padding) cost nothing.
         chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
         logits = ChunkLogits(shard, max(map(len, chunks), default=0), temperature)

@@ -30,6 +30,8 @@ class VocabShard:
     rank: int
     is_padding: bool
     group: ProcessGroup | None
+    # Logits are computed in float32 from a shorter dtype, not rounded to it first.
+    fp32_logits: bool
 
     def to_local(self, ids_c: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each global id (any column where it is another rank's) and whether it is this rank's."""
@@ -42,7 +44,9 @@ class VocabShard:
         return columns_c.to(dtype) + self.start
 
 
-def vocab_shard(output_weight_vD: Tensor, vocab_size: int, group: ProcessGroup | None) -> VocabShard:
+def vocab_shard(
+    output_weight_vD: Tensor, vocab_size: int, group: ProcessGroup | None, fp32_logits: bool = False
+) -> VocabShard:
     """This rank's shard: rank r of ``group`` holds rows [r v, (r + 1) v) of the padded weight.
 
     Rows from ``vocab_size`` on are padding.
@@ -57,13 +61,16 @@ def vocab_shard(output_weight_vD: Tensor, vocab_size: int, group: ProcessGroup |
         rank=rank,
         is_padding=num_tokens == 0,
         group=group if size > 1 else None,
+        fp32_logits=fp32_logits,
     )
 
 
 class ChunkLogits:
     """Makes the logits of one chunk of tokens, in memory that every chunk uses again.
 
-    Matrix products run in the dtype of the weight, everything else in float32 (float64 if the weight is).
+    Matrix products run in the dtype of the weight, everything else in float32 (float64 if the weight is). With
+    ``shard.fp32_logits`` the product that makes the logits yields float32: CUDA kernels sum in float32 and skip the
+    rounding; a CPU has no such kernel and multiplies float32 copies of both operands (4 bytes a weight of the shard).
     """
 
     def __init__(self, shard: VocabShard, chunk_size: int, temperature: float) -> None:
@@ -72,8 +79,11 @@ class ChunkLogits:
         self.temperature = temperature
         self.shape = (chunk_size, len(shard.weight_vD))
         self.dtype = compute_dtype(shard.weight_vD)
-        # What goes in and out of matrix products; None where that is already the dtype of the buffers.
+        # Operands of matrix products in the dtype of the weight; None if the buffers have it.
         self.staging_cv = None if self.dtype == shard.weight_vD.dtype else shard.weight_vD.new_empty(self.shape)
+        is_wide = shard.fp32_logits and self.staging_cv is not None
+        self.is_wide_on_cuda = is_wide and shard.weight_vD.is_cuda
+        self.wide_weight_vD = shard.weight_vD.float() if is_wide and not shard.weight_vD.is_cuda else None
 
     def buffer(self) -> Tensor:
         return self.shard.weight_vD.new_empty(self.shape, dtype=self.dtype)
@@ -83,6 +93,10 @@ class ChunkLogits:
         logits_cv = buffer_cv[: len(hidden_cD)]
         if self.staging_cv is None:
             torch.mm(hidden_cD, self.shard.weight_vD.t(), out=logits_cv)
+        elif self.is_wide_on_cuda:
+            torch.mm(hidden_cD, self.shard.weight_vD.t(), out_dtype=torch.float32, out=logits_cv)
+        elif self.wide_weight_vD is not None:
+            torch.mm(hidden_cD.float(), self.wide_weight_vD.t(), out=logits_cv)
         else:
             logits_cv.copy_(torch.mm(hidden_cD, self.shard.weight_vD.t(), out=self.staging_cv[: len(hidden_cD)]))
         if self.temperature != 1.0:

@@ -82,11 +82,33 @@ def replace_rng_tracker() -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
+def recompute_keeps_cpu_rng_alone() -> None:
+    """Recompute saves and restores the CPU generator only: there is no CUDA generator to ask.
+
+    Goes when Megatron's recompute skips CUDA states where no CUDA device is.
+    """
+
+    def get_states() -> tuple[torch.Tensor, None, dict[str, torch.Tensor]]:
+        return torch.get_rng_state(), None, {}
+
+    def set_states(cpu_state: torch.Tensor, _cuda_state: None, _tracker_states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(cpu_state)
+
+    for name, replacement in (("_get_all_rng_states", get_states), ("_set_all_rng_states", set_states)):
+        if not hasattr(megatron_random, name):
+            raise RuntimeError(
+                f"megatron.core.tensor_parallel.random.{name} is gone: "
+                "fix skyrl_spec.models.megatron_patches.recompute_keeps_cpu_rng_alone"
+            )
+        setattr(megatron_random, name, replacement)
+
+
 def prepare(device: torch.device) -> None:
     """Once a process, before anything of Megatron is built."""
     if device.type == "cpu":
         current_device_is_cpu()
         replace_rng_tracker()
+        recompute_keeps_cpu_rng_alone()
     else:
         megatron_random.model_parallel_cuda_manual_seed(0)
 

@@ -16,7 +16,6 @@ from skyrl_spec.settings.describe import sections
 from skyrl_spec.settings.schema import LOGGERS, Config, TrainerConfig
 
 _ENGINE = "generator.inference_engine"
-_MEGATRON = "trainer.policy.megatron_config"
 _OPTIMIZERS = tuple(f"trainer.{part}.optimizer_config" for part in ("policy", "mtp", "dflash", "warmup"))
 SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
 # An engine holds its part of a GPU all the time. The trainer needs the rest: gradients and optimizer state alone are
@@ -167,12 +166,6 @@ def _check_lengths(config: Config) -> None:
 def _check_device_settings(config: Config) -> None:
     trainer, sampling = config.trainer, config.generator.sampling_params
     on_cpu = trainer.placement.device == "cpu"
-    require(
-        not (trainer.policy.megatron_config.recompute_activations and on_cpu),
-        f"{_MEGATRON}.recompute_activations",
-        "true",
-        "Megatron recomputes on cuda alone; leave it false on cpu",
-    )
     require(
         trainer.canary.lossless_interval == 0 or on_cpu,
         "trainer.canary.lossless_interval",

@@ -60,6 +60,7 @@ def response_logprobs(
     temperature: float,
     chunk_size: int,
     group: torch.distributed.ProcessGroup,
+    fp32_logits: bool = False,
 ) -> TokenLogprobs:
     """Log-prob and entropy of every response token, predicted at the position before it."""
     return vocab_parallel_logprobs(
@@ -70,6 +71,7 @@ def response_logprobs(
         temperature=temperature,
         chunk_size=chunk_size,
         group=group,
+        fp32_logits=fp32_logits,
     )
 
 

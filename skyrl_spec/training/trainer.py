@@ -31,6 +31,7 @@ from skyrl_spec.models.capture import Captured, capture
 from skyrl_spec.models.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
+from skyrl_spec.settings.derived import uses_fp32_head
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import POLICY_PATH
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
@@ -251,6 +252,7 @@ class PolicyTrainer:
         if kind is None:
             return None
         draft = kind.build(self.config, self.spec, self._trunk_config, self.parallel)
+        draft.fp32_logits = uses_fp32_head(self.config)
         setting = f"trainer.{kind.method}.path" if kind.has_own_directory else POLICY_PATH
         load_weights(draft.module, draft.rules, HfTensors(draft.source, setting), self.parallel)
         trainable = Trainable(
@@ -287,6 +289,7 @@ class PolicyTrainer:
             temperature=self.config.generator.sampling_params.temperature,
             chunk_size=self.config.trainer.logprobs_chunk_size,
             group=self.parallel.tp_group,
+            fp32_logits=uses_fp32_head(self.config),
         )
 
     def _policy_loss(self, hidden_SBD: Tensor, micro: Micro, sums: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -351,6 +354,7 @@ class PolicyTrainer:
             "vocab_size": self.spec.vocab_size,
             "chunk_size": self.config.trainer.logprobs_chunk_size,
             "group": self.parallel.tp_group,
+            "fp32_logits": uses_fp32_head(self.config),
         }
         hidden_TD, weight_vD = proposed_RKD.flatten(0, 1), self.model.output_weight_vD()
         logprobs_T = vocab_parallel_logprobs(

@@ -209,9 +209,6 @@ RULES = {
         "trainer.policy.optimizer_config.min_lr=1.0"
     ),
     "trainer.policy.optimizer_config.min_lr=1": "trainer.policy.optimizer_config.min_lr=1.0: must be at most",
-    "trainer.policy.megatron_config.recompute_activations=true": (
-        "trainer.policy.megatron_config.recompute_activations=true: Megatron recomputes on cuda alone"
-    ),
     "trainer.placement.device=cuda": "trainer.measure_speedup=true: needs an engine more",
     "trainer.algorithm.use_tis=true generator.sampling_params.top_p=0.9": (
         "trainer.algorithm.use_tis=true: compares log-probs of the whole distribution"

@@ -1,0 +1,115 @@
+"""Recompute changes no number: gradients, losses and captured states are those of a run that keeps its activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_distributed
+from tiny_checkpoints import make_batch, make_config, write_model
+from torch import Tensor
+
+from skyrl_spec.metrics.values import values
+from skyrl_spec.models import megatron_patches, parallel
+from skyrl_spec.models.capture import capture
+from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.optimizer import Trainable
+from skyrl_spec.training.trainer import PolicyTrainer
+
+
+def _build(path: Path, ranks: Parallel, draft: str | None, recompute: bool) -> PolicyTrainer:
+    torch.manual_seed(0)
+    config = make_config(path, tp=ranks.tp_size, draft=draft)
+    config.trainer.policy.megatron_config.recompute_activations = recompute
+    return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+
+
+def _gradients(trainable: Trainable) -> dict[str, Tensor]:
+    return {name: parameter.main_grad.clone() for name, parameter in trainable.module.named_parameters()}
+
+
+def _train(trainer: PolicyTrainer) -> dict[str, Any]:
+    """Two steps: metrics, gradients before clipping, and weights at the end, of policy and draft."""
+    trained: dict[str, Trainable] = {"policy": trainer.policy}
+    if trainer.draft is not None:
+        trained["draft"] = trainer.draft.trainable
+    record: dict[str, Any] = {"metrics": []}
+    for step in range(2):
+        sums = trainer.forward_backward(make_batch(seed=step))
+        for name, trainable in trained.items():
+            record[f"{name} gradients {step}"] = _gradients(trainable)
+        record["metrics"].append(values(trainer._reduce(sums) | trainer.optimizer_step()))
+    for name, trainable in trained.items():
+        record[f"{name} weights"] = {
+            key: parameter.detach().clone() for key, parameter in trainable.module.named_parameters()
+        }
+    return record
+
+
+def _assert_equal(mine: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+    for key, expected in theirs.items():
+        if key == "metrics":
+            for one, other in zip(mine[key], expected, strict=True):
+                assert {name: one[name] for name in other} == other, where
+            continue
+        assert mine[key].keys() == expected.keys(), (where, key)
+        for name, tensor in expected.items():
+            assert torch.equal(mine[key][name], tensor), (where, key, name)
+
+
+def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"))
+    kept = _train(_build(path, ranks, draft, recompute=False))
+    recomputed = _train(_build(path, ranks, draft, recompute=True))
+    _assert_equal(recomputed, kept, "recompute against kept activations")
+    assert all(gradient.abs().max() > 0 for gradient in kept["draft gradients 0"].values())
+    # Isolation: the policy's record is the same without a draft.
+    _assert_equal(recomputed, _train(_build(path, ranks, None, recompute=True)), "draft against none")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("draft", ["mtp", "dflash"])
+def test_recompute_changes_no_bit_of_policy_and_draft(tmp_path: Path, draft: str, tp: int) -> None:
+    run_distributed(_check, tp, write_model(tmp_path / "model", draft), draft, tp, timeout_s=300.0)
+
+
+def _captured(trainer: PolicyTrainer) -> tuple[dict[Any, Tensor], int]:
+    """The captured states of one forward pass, and how often a layer ran by the end of the backward pass."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = trainer.model.decoder.layers[0].register_forward_hook(count)
+    with (
+        capture(trainer.model, trainer.draft.draft.capture_points) as captured,
+        megatron_patches.megatron_device(trainer.parallel.device),
+    ):
+        with captured.listening():
+            hidden_SBD = trainer.model(torch.arange(12).view(2, 6), None)
+        states = captured.take()
+        hidden_SBD.square().sum().backward()
+        # The hooks ran again; what they saw must not stay alive.
+        assert captured.take() == {}
+    handle.remove()
+    return states, calls
+
+
+def _check_capture(_rank: int, path: Path, draft: str) -> None:
+    ranks = parallel.lay_out(1, torch.device("cpu"))
+    kept, kept_calls = _captured(_build(path, ranks, draft, recompute=False))
+    recomputed, recomputed_calls = _captured(_build(path, ranks, draft, recompute=True))
+    assert (kept_calls, recomputed_calls) == (1, 2)
+    assert kept.keys() == recomputed.keys()
+    for point, state in kept.items():
+        assert torch.equal(recomputed[point], state), point
+        assert not recomputed[point].requires_grad, point
+
+
+@pytest.mark.parametrize("draft", ["mtp", "dflash"])
+def test_captured_states_are_those_of_the_forward_pass_and_are_let_go(tmp_path: Path, draft: str) -> None:
+    run_distributed(_check_capture, 1, write_model(tmp_path / "model", draft), draft)
