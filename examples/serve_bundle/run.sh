@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Export a run, serve policy and draft with vLLM, ask it something: examples/serve_bundle/run.sh [RUN] [PORT]
+# Exports a run, serves policy and draft with vLLM, and asks it two sums: examples/serve_bundle/run.sh [RUN] [PORT]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -11,8 +11,8 @@ trap '[ -z "$server" ] || { kill "$server" && wait "$server" || true; } 2>/dev/n
 python examples/serve_bundle/ask.py --free "http://127.0.0.1:$port"
 skyrl-spec export checkpoint="$run" out="$bundle"
 cat "$bundle/README.md"
-# The first command that the README has for the vLLM that is installed.
-command=$(python -c 'import sys; from skyrl_spec.serve import command_here as here
+# The bundle's README has a command for each vLLM package. This is the one for the installed package.
+command=$(python -c 'import sys; from skyrl_spec.checkpoint.serving import command_here as here
 print(next(l for l in open(sys.argv[1]) if l.startswith(here().split(" --")[0])))' "$bundle/README.md")
 (cd "$bundle" && eval "exec $command --port $port" >"$bundle/server.log" 2>&1) &
 server=$!
