@@ -1,15 +1,16 @@
-# make train   set up if needed, then the run every other one starts from; ARGS="trainer.epochs=2" adds overrides
-# make test    set up if needed, then the tests; ARGS="-k name" chooses among them
+# make train   set up if needed, then train the tiny example; ARGS="trainer.epochs=2" adds settings
+# make test    set up if needed, then run the tests; ARGS="-k name" selects tests
 # make test-py312  the tests of Megatron and vLLM on Python 3.12 with the newest megatron-core, in .venv312
-# make long    the tests that take minutes each: what the shipped experiments are to reach
-# make lint    formatting, lint and types
-# make faults  puts faults into a run, one at a time, and prints which check saw each (docs/fidelity.md)
+# make long    the tests that take minutes each: what the shipped experiments must reach
+# make lint    formatting, lint, types, import layers, sizes of files and functions, reference pages
+# make mutants  breaks the code one line at a time in a copy and shows which test fails (docs/fidelity.md)
+# make faults  puts faults into a run, one at a time, and shows which check sees each (docs/fidelity.md)
 # make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
-# make soak    200 short steps, and what the processes hold at the start and at the end
-# make examples  the examples' scripts that need no GPU, cut short
-# make docs    docs/ as a site in build/site, references made anew from the code
+# make soak    200 short steps; compares memory, files and threads of every process early and late
+# make examples  the scripts of the examples that need no GPU, cut short
+# make docs    builds docs/ as a site in build/site, with the reference pages generated from the code
 # make bench   the tables of docs/benchmarks.md
-# make clean   caches and build products; neither .venv, .venv312 nor runs/
+# make clean   removes caches and build products; keeps .venv, .venv312 and runs/
 
 VERSION := 3.11
 PYTHON ?= python$(VERSION)
