@@ -22,5 +22,11 @@ class RestartableError(RunError):
     checkpoint: Path | None = None
 
 
+class ActorError(RestartableError):
+    """An exception inside an engine or a worker; ``traceback`` is the one of the actor, for a log file."""
+
+    traceback: str = ""
+
+
 class LostActorError(RestartableError):
     """An engine or a worker died or did not answer in time, and could not be replaced."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from skyrl_spec.data.packing import gather_shards
-from skyrl_spec.errors import ConfigError, LostActorError, RunError
+from skyrl_spec.errors import ActorError, ConfigError, LostActorError, RunError
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import (
     Component,
@@ -29,8 +29,12 @@ from skyrl_spec.types import (
 
 # Seconds between looks at the workers while engines are busy.
 _LOOK_INTERVAL_S = 5.0
-# Seconds that the others' deaths may take to be heard of, after a rank has failed because of one.
+# Grace period to find which rank died first.
 _DEATHS_HEARD_S = 5.0
+# Seconds for an idle worker to answer that it is alive.
+_PING_S = 60.0
+# Ports tried for a GPU weight transfer: each is free when it is chosen, and may be taken when vLLM binds it.
+_CONNECT_TRIES = 3
 
 Call = Callable[[Any], ray.ObjectRef]
 
@@ -186,15 +190,27 @@ class PolicyGroup:
     Every call is one of all ranks. If one is lost the others may wait for it for ever, so the first failure counts.
     """
 
-    def __init__(self, handles: list[Any], places: list[tuple[int, int]], gpus: PlacementGroup | None = None):
-        self.handles = handles
-        self._gpus = gpus
+    def __init__(
+        self,
+        handles: list[Any],
+        places: list[tuple[int, int]],
+        timeout_s: float,
+        gpus: Sequence[PlacementGroup] = (),
+    ):
+        """Workers that are up.
+
+        Args:
+            places: data-parallel and tensor-parallel rank of each worker.
+            timeout_s: seconds for the workers to answer one call (``trainer.placement.worker_timeout_s``).
+            gpus: the reserved GPUs, given back by ``shutdown``.
+        """
+        self.handles, self._timeout_s, self._gpus = handles, timeout_s, gpus
         # The tensor-parallel rank 0 of each data-parallel rank speaks for its replica.
         self._speakers = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
 
     def check(self) -> None:
-        """That all of them are there; not while they are busy."""
-        self._all("ping")
+        """Checks that all workers are alive. Call it only while they are idle."""
+        self._all("ping", deadline=Deadline(_PING_S, "a minute while idle"))
 
     def forward_logprobs(self, batch: TrainBatch) -> TrainBatch:
         """``batch`` with the policy's (and the reference's) log-probs before this batch's updates."""
@@ -218,9 +234,15 @@ class PolicyGroup:
         return self._all("export", component)[0]
 
     def connect(self, backend: str, engines: list[Any], components: list[Component], timeout_s: float) -> None:
-        """Open one of vLLM's own transfers to the engines."""
-        address = ray.get(self.handles[0].address.remote())
-        self._all("connect", backend, engines, components, address, timeout_s=timeout_s)
+        """Opens one of vLLM's own transfers to the engines."""
+        for attempt in range(1, _CONNECT_TRIES + 1):
+            address = ray.get(self.handles[0].free_address.remote())
+            try:
+                self._all("connect", backend, engines, components, address, deadline=_transfer_deadline(timeout_s))
+                return
+            except ActorError as error:
+                if attempt == _CONNECT_TRIES or "address already in use" not in error.traceback.lower():
+                    raise
 
     def send(self, component: Component, timeout_s: float) -> int:
         """One update of the engines through ``connect``'s transfer; returns the bytes sent.
@@ -228,7 +250,7 @@ class PolicyGroup:
         Raises:
             LostActorError: also if it takes longer. An engine that fails leaves the sender waiting, inside NCCL.
         """
-        return self._all("send", component, timeout_s=timeout_s)[0]
+        return self._all("send", component, deadline=_transfer_deadline(timeout_s))[0]
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
         """All ranks write ``directory`` together; it is there once it is complete."""
@@ -239,8 +261,13 @@ class PolicyGroup:
         return self._all("load_checkpoint", directory)[0]
 
     def export_checkpoint(self, directory: Path, target: Path) -> None:
-        """What ``skyrl-spec export`` does, of a checkpoint that is there: one worker reads it, the others are idle."""
-        ray.get(self.handles[0].export_checkpoint.remote(directory, target))
+        """Exports a checkpoint as ``skyrl-spec export`` does. One worker reads it, the others are idle."""
+        reference = self.handles[0].export_checkpoint.remote(directory, target)
+        try:
+            ray.get(reference, timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            setting = f"trainer.placement.worker_timeout_s={self._timeout_s:g}"
+            raise LostActorError(f"policy worker 0 did not export {directory} within {setting}") from None
 
     def save_hf(self, run_dir: Path) -> None:
         """``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own."""
@@ -254,25 +281,26 @@ class PolicyGroup:
         """End the workers and give their GPUs back. What else runs on these GPUs ends too."""
         for handle in self.handles:
             ray.kill(handle)
-        if self._gpus is not None:
-            remove_placement_group(self._gpus)
+        for group in self._gpus:
+            remove_placement_group(group)
 
-    def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+    def _all(self, method: str, *args: Any, deadline: Deadline | None = None) -> list[Any]:
         """Every rank's answer.
 
         Raises:
             LostActorError: a rank died, or one did not answer in time.
+            ActorError: a rank raised an exception.
         """
+        deadline = deadline or Deadline(
+            self._timeout_s, f"trainer.placement.worker_timeout_s={self._timeout_s:g}: it hangs, or needs more time"
+        )
         refs = [getattr(worker, method).remote(*args) for worker in self.handles]
         waiting, answers, start = list(refs), {}, time.monotonic()
         while waiting:
-            left_s = None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic())
-            ready, waiting = ray.wait(waiting, timeout=left_s)
+            ready, waiting = ray.wait(waiting, timeout=max(0.0, start + deadline.seconds - time.monotonic()))
             if not ready:
-                raise LostActorError(
-                    f"policy worker {refs.index(waiting[0])} did not {method} to the engines within generator."
-                    f"inference_engine.generate_timeout_s={timeout_s:g}: an engine died or failed (-v shows why)"
-                )
+                rank = refs.index(waiting[0])
+                raise LostActorError(f"policy worker {rank} did not answer {method} within {deadline.words}")
             (ref,) = ready
             try:
                 answers[ref] = ray.get(ref)
@@ -282,6 +310,7 @@ class PolicyGroup:
                 if not isinstance(error.cause, ConfigError | RunError):
                     # A rank whose partner died fails in a collective, with less to say.
                     self._raise_first_death(refs, waiting)
+                    raise actor_error(f"policy worker {refs.index(ref)} of {len(refs)}", error) from None
                 raise
         return [answers[ref] for ref in refs]
 
@@ -299,6 +328,27 @@ class PolicyGroup:
 
     def _lost(self, rank: int, error: Exception) -> LostActorError:
         return LostActorError(f"policy worker {rank} of {len(self.handles)} died ({cause_of_death(error)})")
+
+
+class Deadline(NamedTuple):
+    """Seconds for an answer, and the words of an error about them: the setting, and what it may mean."""
+
+    seconds: float
+    words: str
+
+
+def _transfer_deadline(timeout_s: float) -> Deadline:
+    setting = f"generator.inference_engine.generate_timeout_s={timeout_s:g}"
+    return Deadline(timeout_s, f"{setting}: an engine died or failed (-v shows why)")
+
+
+def actor_error(who: str, error: ray.exceptions.RayTaskError) -> ActorError:
+    """The exception that an actor raised, as one line with its traceback attached."""
+    cause = error.cause if isinstance(error.cause, BaseException) else error
+    first_line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+    raised = ActorError(f"{who} raised {type(cause).__name__}: {first_line[:200]}".rstrip(": "))
+    raised.traceback = str(error)
+    return raised
 
 
 def cause_of_death(error: BaseException) -> str:

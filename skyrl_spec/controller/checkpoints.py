@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyrl_spec.checkpoint.folders import contents, latest, name_latest, read_record, rotate, set_aside
 from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.errors import ConfigError, LostActorError, RunError
+from skyrl_spec.errors import ConfigError, RestartableError, RunError
 from skyrl_spec.settings.compose import to_yaml
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import require_shapes
@@ -163,7 +163,7 @@ class Checkpointer:
         except Exception as error:
             # Of a worker, it comes wrapped.
             cause = getattr(error, "cause", error)
-            may_go_on = isinstance(cause, RunError) and not isinstance(cause, LostActorError)
+            may_go_on = isinstance(cause, RunError) and not isinstance(cause, RestartableError)
             if not may_go_on or self._settings.on_ckpt_failure == "error":
                 raise
             print(f"skyrl-spec: warning: {cause}", file=sys.stderr)

@@ -18,7 +18,6 @@ import ray
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
-    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -30,7 +29,7 @@ from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.errors import RunError
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
-from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend
+from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend, workers_per_node
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.training.worker import PolicyWorker
 
@@ -137,12 +136,12 @@ def start_actors(
         # vLLM measures the GPU's free memory while it starts, and fails or takes less where someone else changes it.
         _get(pings, deadline, "rollout engines", config)
     workers = _create_workers(config, worker_options(config, bundles))
-    init_method = "tcp://{}:{}".format(*_get([workers[0].address.remote()], deadline, "policy workers", config)[0])
-    started = [worker.start.remote(init_method, total_optimizer_steps, freeze_policy) for worker in workers]
+    (store_address,) = _get([workers[0].serve_store.remote()], deadline, "policy workers", config)
+    started = [worker.start.remote(store_address, total_optimizer_steps, freeze_policy) for worker in workers]
     _get(started, deadline, "policy workers", config)
     _get(pings, deadline, "rollout engines", config)
     places = ray.get([worker.place.remote() for worker in workers])
-    policy = PolicyGroup(workers, places, gpus)
+    policy = PolicyGroup(workers, places, config.trainer.placement.worker_timeout_s, gpus)
     return _engine_group(config, engines, partial(_restart_engine, config, settings, options), policy), policy
 
 
@@ -167,33 +166,36 @@ def _restart_engine(config: Config, settings: EngineSettings, options: list[dict
     return engine
 
 
-def reserve_gpus(config: Config, deadline: float) -> PlacementGroup | None:
-    """A GPU for each policy worker, on as few nodes as Ray finds; None on CPU, where nobody asks Ray for anything.
+def reserve_gpus(config: Config, deadline: float) -> list[PlacementGroup]:
+    """A GPU for each policy worker: for each of ``policy_num_nodes`` a group on one machine. Empty on CPU.
 
-    Removing the group gives the GPUs back; Ray does it too when the driver's connection ends.
+    Removing the groups gives the GPUs back; Ray does it too when the driver's connection ends.
 
     Raises:
         RunError: the GPUs were not there by ``deadline`` (of ``time.monotonic``).
     """
-    if config.trainer.placement.device == "cpu":
-        return None
-    world_size, _, _ = parallel_sizes(config)
-    group = placement_group([{"GPU": 1, "CPU": 1}] * world_size, strategy="PACK")
-    try:
-        _get([group.ready()], deadline, "policy workers", config)
-    except RunError:
-        remove_placement_group(group)
-        raise
-    return group
-
-
-def bundles_by_rank(group: PlacementGroup | None) -> list[PlacementGroupSchedulingStrategy]:
-    """Where each rank goes: node after node, because neighbours make up tensor-parallel groups. Empty on CPU."""
-    if group is None:
+    placement = config.trainer.placement
+    if placement.device == "cpu":
         return []
-    node_ids: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    indices = sorted(node_ids, key=lambda index: (node_ids[index], index))
-    return [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) for index in indices]
+    node = [{"GPU": 1, "CPU": 1}] * workers_per_node(config)
+    groups = [placement_group(node, strategy="STRICT_PACK") for _ in range(placement.policy_num_nodes)]
+    what = f"{len(node)} policy workers on each of {placement.policy_num_nodes} machines"
+    try:
+        _get([group.ready() for group in groups], deadline, what, config)
+    except RunError:
+        for group in groups:
+            remove_placement_group(group)
+        raise
+    return groups
+
+
+def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupSchedulingStrategy]:
+    """Where each rank goes: machine after machine, because neighbours form tensor-parallel groups. Empty on CPU."""
+    return [
+        PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        for group in groups
+        for index in range(group.bundle_count)
+    ]
 
 
 def engine_options(
@@ -246,7 +248,8 @@ def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[An
         raise RunError(
             f"trainer.placement.timeout_s={config.trainer.placement.timeout_s:g}: {what} were not up in time "
             f"(GPUs in the cluster: {have.get('GPU', 0):g}, free: {free.get('GPU', 0):g}); "
-            "ask for fewer GPUs, add nodes, or raise it"
+            "ask for fewer GPUs (trainer.placement.policy_num_gpus_per_node, policy_num_nodes), add machines, "
+            "or raise it"
         ) from None
 
 

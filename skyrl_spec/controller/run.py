@@ -16,7 +16,7 @@ from skyrl_spec.controller.output import Output, open_output
 from skyrl_spec.controller.signals import SIGNAL_EXIT, SignalWatch
 from skyrl_spec.controller.task import Task, load_task
 from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.errors import ConfigError, LostActorError, RunError
+from skyrl_spec.errors import ActorError, ConfigError, LostActorError, RestartableError, RunError
 from skyrl_spec.settings.derived import sync_backend
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import Component, DraftedResponse, Rollout
@@ -72,7 +72,7 @@ def _how_to_go_on(config: Config) -> str:
 
 def _error_line(error: Exception, config: Config) -> str | None:
     """One line for what can happen to a run that was rightly configured; None for what should not."""
-    if isinstance(error, LostActorError):
+    if isinstance(error, RestartableError):
         if error.checkpoint is None:
             return f"{error}; there is no checkpoint to go on from: start it again (-v shows what processes print)"
         return f"{error}; {_how_to_go_on(config)} from {error.checkpoint}"
@@ -117,7 +117,7 @@ def with_restarts(
             with watch.installed():
                 attempt(resume_from)
             return
-        except LostActorError as error:
+        except RestartableError as error:
             if restarts_left == 0 or watch.received is not None:
                 raise
             restarts_left -= 1
@@ -161,7 +161,7 @@ def on_cluster(
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
     total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
     # Ray puts handlers of its own in place of ours when it starts.
-    with ray_session(verbose), watch.installed(), plain_errors():
+    with ray_session(verbose), watch.installed(), plain_errors(Path(config.trainer.run_dir)):
         engines, policy = start_actors(config, settings, total_steps, freeze_policy="policy" not in components)
         try:
             checks_losslessness = settings.speculative_config is not None and config.trainer.canary.lossless_interval
@@ -169,11 +169,11 @@ def on_cluster(
             trainer = make_trainer(trainer_class, task, engines, policy, components, plain)
             checkpointer = Checkpointer(trainer, policy)
             try:
-                with plain_errors():
+                with plain_errors(Path(config.trainer.run_dir)):
                     if task.resume_from is not None:
                         resume(trainer, policy, task.resume_from)
                     yield Running(trainer, engines, policy, checkpointer, plain)
-            except LostActorError as error:
+            except RestartableError as error:
                 error.checkpoint = newest(config)
                 raise
             finally:
@@ -275,11 +275,16 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """What an actor raised reaches the user as itself, without Ray's wrapping; a dead actor as one line."""
+def plain_errors(run_dir: Path) -> Iterator[None]:
+    """Turns errors of actors into one line: ours as they are, others with their traceback in a log file.
+
+    Raises:
+        ActorError: an actor raised an exception that is not ours; the line names the log file in ``run_dir``.
+        LostActorError: an actor died.
+    """
     import ray
 
-    from skyrl_spec.controller.actors import cause_of_death
+    from skyrl_spec.controller.actors import actor_error, cause_of_death
 
     try:
         yield
@@ -288,4 +293,17 @@ def plain_errors() -> Iterator[None]:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ConfigError | RunError):
             raise error.cause from None
-        raise
+        raise _logged(actor_error("an engine or worker", error), run_dir) from None
+    except ActorError as error:
+        raise _logged(error, run_dir) from None
+
+
+def _logged(error: ActorError, run_dir: Path) -> ActorError:
+    """``error`` with the place of its traceback, which is written to a log file once."""
+    if not error.traceback:
+        return error
+    folder = run_dir / "errors"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"actor_error_{1 + len(list(folder.glob('actor_error_*.log')))}.log"
+    path.write_text(error.traceback)
+    return ActorError(f"{error} (traceback: {path})")

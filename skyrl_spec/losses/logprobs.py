@@ -1,7 +1,7 @@
-"""Log-probs of given tokens, over a sharded vocabulary, a chunk of tokens at a time.
+"""Log-probs of given tokens over a sharded vocabulary, one chunk of tokens at a time.
 
-The forward pass keeps [T] numbers; the backward pass makes the logits of a chunk again and, with the saved
-log-sum-exp, is at the softmax at once.
+The forward pass keeps only tensors of shape [T]. The backward pass computes the logits of each chunk again, and the
+saved log-sum-exp turns them into the softmax.
 
 Shape suffixes: T tokens, D hidden, v this rank's shard of the vocabulary, c tokens of one chunk, R ranks.
 """
@@ -29,7 +29,7 @@ from skyrl_spec.losses.vocab_parallel import (
 
 
 class TokenLogprobs(NamedTuple):
-    """``logprobs_T`` is differentiable, ``entropy_T`` (nats, of the same distribution) is detached."""
+    """Log-probs of the target tokens (differentiable) and entropy in nats of the distribution (detached)."""
 
     logprobs_T: Tensor
     entropy_T: Tensor
@@ -48,23 +48,23 @@ def vocab_parallel_logprobs(
 ) -> TokenLogprobs:
     """``log softmax(hidden W^T / temperature)[target]`` and the entropy of that softmax.
 
-    Gradient reaches ``hidden_TD`` (complete on every rank: one all-reduce over ``group``) and ``output_weight_vD``
-    (this rank's shard; 0 in padded rows). Tokens whose log-prob gets no gradient add nothing to either, and cost
-    nothing in the backward pass. Second derivatives are not defined.
+    Gradient reaches ``hidden_TD`` (one all-reduce over ``group`` makes it complete on every rank) and
+    ``output_weight_vD`` (this rank's shard; 0 in padded rows). A token whose log-prob has gradient 0 adds nothing to
+    either and costs nothing in the backward pass. Second derivatives are not defined.
 
     Args:
-        hidden_TD: hidden states, ready for the output weight; same dtype as the weight, the same on every rank.
+        hidden_TD: hidden states after the final norm, in the dtype of the weight, equal on all ranks.
         output_weight_vD: this rank's shard of the padded output weight (rank r: rows [r v, (r + 1) v)).
-        targets_T: token ids. One outside the vocabulary gives a number without meaning; give it no weight.
-        vocab_size: tokens of the vocabulary; rows of the weight from there on are padding.
+        targets_T: token ids. The result for an id outside the vocabulary is meaningless; give it no weight.
+        vocab_size: number of tokens. Rows of the weight from there on are padding.
         temperature: above 0.
-        chunk_size: tokens whose logits exist at a time: at most two float32 [chunk_size, v], and one in the dtype of
-            the weight if that is a shorter one.
-        group: tensor-parallel ranks; None: the weight is whole. One all-gather forward, one all-reduce backward.
-        fp32_logits: with a shorter dtype, logits in float32 that were never rounded to it (``ChunkLogits``).
+        chunk_size: number of tokens whose logits exist at a time: two float32 tensors [chunk_size, v], and one more in
+            the dtype of the weight if that is 16 bits wide.
+        group: tensor-parallel ranks; None if the weight is whole. One all-gather forward, one all-reduce backward.
+        fp32_logits: with a 16-bit weight, float32 logits that are never rounded to 16 bits (``ChunkLogits``).
 
     Returns:
-        Both [T], in float32 (float64 if the inputs are).
+        Both [T], in float32, or float64 if the inputs are float64.
     """
     shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
     logprobs_T, entropy_T = _VocabParallelLogprobs.apply(
@@ -83,7 +83,10 @@ def vocab_parallel_argmax(
     group: ProcessGroup | None,
     fp32_logits: bool = False,
 ) -> Tensor:
-    """The most probable token of each position, ``[T]`` int64; the lowest id of equals. Arguments as above."""
+    """Most probable token of each position, [T] int64; of several, the lowest id.
+
+    The arguments are those of ``vocab_parallel_logprobs``.
+    """
     shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
     logits = ChunkLogits(shard, max(1, min(chunk_size, len(hidden_TD))), temperature=1.0)
     buffer = logits.buffer()
@@ -138,9 +141,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for positions_c in nonzero_chunks(grad_logprobs_T, ctx.chunk_size):
             hidden_cD = hidden_TD[positions_c]
             softmax_cv = logits.write(hidden_cD, buffer).sub_(lse_T[positions_c, None]).exp_()
-            column_c, mine_c = ctx.shard.to_local(targets_T[positions_c])
-            softmax_cv.scatter_add_(1, column_c[:, None], -mine_c[:, None].to(softmax_cv.dtype))
-            # The rows' factors go to the [c, D] side of both products.
+            column_c, is_local_c = ctx.shard.to_local(targets_T[positions_c])
+            softmax_cv.scatter_add_(1, column_c[:, None], -is_local_c[:, None].to(softmax_cv.dtype))
+            # Row factors multiply the [c, D] side of both products, which has fewer elements.
             dlogits_cv = logits.operand(softmax_cv)
             factor_c1 = -grad_logprobs_T[positions_c, None] / ctx.temperature
             if grad_hidden_TD is not None:
@@ -157,9 +160,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
 
 def _local_stats(logits_cv: Tensor, exp_buffer: Tensor, targets_c: Tensor, shard: VocabShard) -> Tensor:
-    """[4, c]: max, sum of e = exp(logits - max), sum of e * (logits - max), target's logit (0 if another rank's)."""
-    column_c, mine_c = shard.to_local(targets_c)
-    target_c = logits_cv.gather(1, column_c[:, None])[:, 0] * mine_c
+    """This rank's part of the statistics of a chunk, [4, c].
+
+    They are the maximum, the sum of e = exp(logits - max), the sum of e * (logits - max), and the target's logit (0 if
+    another rank holds the target). Overwrites the logits.
+    """
+    column_c, is_local_c = shard.to_local(targets_c)
+    target_c = logits_cv.gather(1, column_c[:, None])[:, 0] * is_local_c
     max_c = logits_cv.amax(-1)
     shifted_cv = logits_cv.sub_(max_c[:, None])
     exp_cv = torch.exp(shifted_cv, out=exp_buffer[: len(shifted_cv)])

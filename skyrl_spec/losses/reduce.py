@@ -1,4 +1,7 @@
-"""The one denominator: a weight for every token, so that a loss is a plain sum. Numpy alone: the driver calls it."""
+"""Token weights that carry the global denominator, so that a loss is a plain sum over ranks and micro-batches.
+
+Numpy only: the driver computes them.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from skyrl_spec.settings.schema import LOSS_REDUCTIONS
 
 
 def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length: int) -> np.ndarray:
-    """Weights ``w`` with which ``sum(w * token_loss)`` over all ranks and micro-batches is the mean asked for.
+    """Weights ``w`` such that ``sum(w * token_loss)`` over all ranks and micro-batches is the mean of ``reduction``.
 
     - ``token_mean``: 1 / (tokens of all sequences)
-    - ``sequence_mean``: 1 / (sequences that have a token * tokens of this sequence)
+    - ``sequence_mean``: 1 / (sequences with at least one token * tokens of this sequence)
     - ``seq_mean_token_sum_norm``: 1 / (sequences * max_response_length); every row of the mask is a sequence
 
     Args:
-        loss_mask_BS: bool, True where a loss is taken; the whole global mini-batch, before it is sharded.
-        reduction: one of the three above.
-        max_response_length: tokens a response can have; read by the third alone.
+        loss_mask_BS: bool, True at tokens that are trained on. The global mini-batch, before it is sharded.
+        reduction: one of the above.
+        max_response_length: most tokens of a response; for ``seq_mean_token_sum_norm``.
 
     Returns:
-        [B, S] float32, 0 outside the mask, and all 0 if the mask is empty.
+        [B, S] float32, 0 outside the mask.
 
     Raises:
-        ConfigError: an unknown reduction.
+        ConfigError: ``reduction`` is unknown.
     """
     if reduction not in LOSS_REDUCTIONS:
         raise ConfigError(
@@ -40,5 +43,5 @@ def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length:
     else:
         assert max_response_length > 0
         denominator_B = np.full(len(tokens_B), len(tokens_B) * max_response_length)
-    # A row without tokens has no entry in the mask: what its denominator is does not matter, but it must not be 0.
+    # A row without tokens has no entry in the mask. Its denominator has no effect, but must not be 0.
     return (mask_BS / np.maximum(denominator_B, 1)[:, None]).astype(np.float32)

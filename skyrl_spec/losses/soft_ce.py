@@ -1,16 +1,16 @@
-"""The draft's loss: cross entropy to the policy's own distribution, over a sharded vocabulary, a chunk at a time.
+"""The draft's loss: cross-entropy against the policy's distribution, over a sharded vocabulary, in chunks.
 
-The usual way makes the logits of all tokens, keeps them (and their log-softmax) for the backward pass, and so needs
-several [K, T, V] tensors. Here only the draft's hidden states get a gradient, and the gradient of a cross entropy is
-known as soon as its softmax is::
+A plain implementation keeps the logits of all tokens and their log-softmax for the backward pass: several [K, T, V]
+tensors. Here only the draft's hidden states get a gradient, and the softmax alone gives the gradient of the
+cross-entropy::
 
     loss                    = sum_{k,t} w_kt CE(p_t, q_kt)
     d loss / d draft_logits = w_kt (q_kt - p_t) / temperature
     d loss / d draft_hidden = (d loss / d draft_logits) @ W
 
-so the forward pass finishes the gradient of a chunk ([c, D]) while its logits are there, and then overwrites them with
-those of the next. The backward pass is one multiplication by the incoming scalar. Nothing is computed twice, and the
-K drafts of a target position share the teacher's logits.
+The forward pass therefore finishes the gradient of a chunk ([c, D]) while its logits exist, and overwrites them with
+the logits of the next chunk. The backward pass is one multiplication by the incoming scalar. Nothing is computed twice,
+and the K drafts of a target position share the teacher's logits.
 
 Shape suffixes: K drafts (depths), T target positions, D hidden, v this rank's shard of the vocabulary, c tokens of one
 chunk, R ranks.
@@ -41,18 +41,21 @@ from skyrl_spec.settings.schema import LOSS_TYPES
 
 
 class DraftLoss(NamedTuple):
-    """The loss and, for every draft and target position, what it is made of; 0 (False) where the weight is 0.
+    """The loss, and its terms for every draft and target position.
 
-    ``argmax_KT`` is the draft's favourite, which an engine drafts, and -1 where the weight is 0. ``accept_prob_KT`` is
-    the teacher's probability of it: the probability with which exact rejection sampling accepts a greedily drafted
-    token.
+    All but ``loss`` are detached. Where the weight is 0, a term is 0, False, or -1 for ``argmax_KT``.
     """
 
-    loss: Tensor  # scalar, differentiable
-    loss_KT: Tensor  # detached CE, before weighting
-    accept_prob_KT: Tensor  # detached
-    top1_KT: Tensor  # bool: draft argmax == teacher argmax
-    argmax_KT: Tensor  # int64
+    # Scalar, differentiable.
+    loss: Tensor
+    # Cross-entropy, before weighting.
+    loss_KT: Tensor
+    # Teacher's probability of the draft's argmax: how probably exact rejection sampling accepts a greedy draft.
+    accept_prob_KT: Tensor
+    # Bool: the draft's argmax is the teacher's.
+    top1_KT: Tensor
+    # Draft's most probable token, int64: the token that an engine drafts.
+    argmax_KT: Tensor
 
 
 def vocab_parallel_soft_ce(
@@ -75,28 +78,27 @@ def vocab_parallel_soft_ce(
     The target, by ``loss_type``, with ``p = softmax(teacher_hidden W^T / temperature)``:
 
     - ``soft_ce``: p
-    - ``topk_soft_ce``: p restricted to its ``topk`` most probable tokens (all of those that tie for the last place)
-      and renormalised
+    - ``topk_soft_ce``: p restricted to its ``topk`` most probable tokens and renormalised. Tokens that tie for the last
+      place are all kept.
     - ``hard_ce``: the token ``labels_T``
 
-    Gradient reaches ``draft_hidden_KTD`` alone; weight, teacher and token weights are constants. It is complete on
-    every rank (one all-reduce over ``group``). Where the weight is 0 nothing counts, not even a hidden state that is
-    NaN.
+    Gradient reaches only ``draft_hidden_KTD``: output weight, teacher and token weights are constants. One all-reduce
+    over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN.
 
     Args:
-        draft_hidden_KTD: hidden states of K drafts for each target position, ready for the output weight.
-        teacher_hidden_TD: the policy's, for the same target positions; same dtype as the output weight.
+        draft_hidden_KTD: hidden states of K drafts for each target position, after the draft's final norm.
+        teacher_hidden_TD: the policy's hidden states at the same positions, in the dtype of the output weight.
         output_weight_vD: this rank's shard of the padded output weight (rank r: rows [r v, (r + 1) v)).
-        weights_KT: what each entry counts; the one global denominator is in here.
-        vocab_size: tokens of the vocabulary; rows of the weight from there on are padding.
+        weights_KT: weight of each entry, with the global denominator in it.
+        vocab_size: number of tokens. Rows of the weight from there on are padding.
         temperature: of both distributions, above 0.
-        chunk_size: target positions whose logits exist at a time: at most two float32 [chunk_size, v] (three but for
-            ``soft_ce``), and one in the dtype of the weight if that is a shorter one.
-        group: tensor-parallel ranks; None: the weight is whole. Every rank has the same hidden states and weights.
+        chunk_size: number of target positions whose logits exist at a time: two float32 tensors [chunk_size, v] for
+            ``soft_ce``, else three, and one more in the dtype of the weight if that is 16 bits wide.
+        group: tensor-parallel ranks; None if the weight is whole. All ranks hold the same hidden states and weights.
         loss_type: see above.
         topk: for ``topk_soft_ce``.
-        labels_T: for ``hard_ce``, token ids.
-        fp32_logits: with a shorter dtype, logits in float32 that were never rounded to it (``ChunkLogits``).
+        labels_T: token ids, for ``hard_ce``.
+        fp32_logits: with a 16-bit weight, float32 logits that are never rounded to 16 bits (``ChunkLogits``).
 
     Raises:
         ValueError: an unknown loss type, or ``hard_ce`` without labels.
@@ -104,11 +106,11 @@ def vocab_parallel_soft_ce(
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(LOSS_TYPES)}; set one of these")
     if loss_type == "hard_ce" and labels_T is None:
-        raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or take another loss type")
+        raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or choose another loss type")
     with_grad = torch.is_grad_enabled() and draft_hidden_KTD.requires_grad
     with torch.no_grad():
         shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
-        # Positions that no draft counts (prompts, padding) cost nothing.
+        # Positions without weight (prompts, padding) cost nothing.
         chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
         logits = ChunkLogits(shard, max(map(len, chunks), default=0), temperature)
         teacher = _TeacherChunks(teacher_hidden_TD, logits, loss_type, topk, labels_T)
@@ -119,7 +121,7 @@ def vocab_parallel_soft_ce(
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A loss whose gradient with respect to ``hidden`` was computed with it."""
+    """Attaches a gradient with respect to ``hidden`` that was computed with the loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden_KTD: Tensor, loss: Tensor, grad_KTD: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def _loss_and_grad(
     logits: ChunkLogits,
     with_grad: bool,
 ) -> tuple[DraftLoss, Tensor | None]:
-    """The loop over chunks, and over the drafts within each. The gradient is for an incoming gradient of 1."""
+    """The loss, and its gradient with respect to the hidden states for an incoming gradient of 1."""
     counts_KT = weights_KT != 0
     weights_KT = weights_KT.to(logits.dtype)
     loss_KT, accept_prob_KT = torch.zeros_like(weights_KT), torch.zeros_like(weights_KT)
@@ -152,7 +154,7 @@ def _loss_and_grad(
         targets = teacher.targets(positions_c)
         for k in range(len(weights_KT)):
             here = (k, positions_c)
-            # 0 in place of what does not count: it may be NaN, which a weight of 0 would keep.
+            # Entries of weight 0 become 0: one may be NaN, and 0 * NaN is NaN.
             hidden_cD = draft_hidden_KTD[here].masked_fill_(~counts_KT[here][:, None], 0)
             draft_cv = logits.write(hidden_cD, buffer)
             loss_KT[here], accept_prob_KT[here], argmax_c = _compare_(draft_cv, targets, logits.shard)
@@ -160,7 +162,7 @@ def _loss_and_grad(
             if grad_KTD is not None:
                 dlogits_cv = logits.operand(draft_cv.sub_(targets.target_cv))
                 grad_cD = torch.mm(dlogits_cv, logits.shard.weight_vD)
-                # After the product, on few numbers: a weight may be 1e-6, which a short dtype is better without.
+                # Weights multiply the product, not its operands: a weight may be as small as 1e-6.
                 grad_KTD[here] = (grad_cD * (weights_KT[here] / logits.temperature)[:, None]).to(grad_KTD.dtype)
     if grad_KTD is not None and logits.shard.group is not None:
         dist.all_reduce(grad_KTD, group=logits.shard.group)
@@ -170,7 +172,7 @@ def _loss_and_grad(
 
 
 class _ChunkTargets(NamedTuple):
-    """What the drafts of a chunk are compared with: the target of the CE, and the full teacher for the metrics."""
+    """Target distribution of the cross-entropy, and teacher distribution for the metrics, of one chunk."""
 
     target_cv: Tensor
     teacher_cv: Tensor
@@ -178,9 +180,9 @@ class _ChunkTargets(NamedTuple):
 
 
 def _compare_(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, acceptance probability and argmax id; overwrites the logits with their softmax. One collective.
+    """Cross-entropy, acceptance probability and argmax id of each token. One collective.
 
-    ``CE(p, q) = lse(logits) - sum_v p_v logits_v``
+    ``CE(p, q) = lse(logits) - sum_v p_v logits_v``. Overwrites the logits with their softmax.
     """
     max_c, column_c = draft_cv.max(-1)
     accept_prob_c = targets.teacher_cv.gather(1, column_c[:, None])[:, 0]
@@ -197,7 +199,7 @@ def _compare_(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tu
 
 
 class _TeacherChunks:
-    """The policy's distribution over a chunk, and what the loss type makes of it."""
+    """The policy's distribution over one chunk, and the target that the loss type derives from it."""
 
     def __init__(
         self, hidden_TD: Tensor, logits: ChunkLogits, loss_type: str, topk: int, labels_T: Tensor | None
@@ -208,7 +210,7 @@ class _TeacherChunks:
         self.target_buffer = self.buffer if loss_type == "soft_ce" else logits.buffer()
 
     def targets(self, positions_c: Tensor) -> _ChunkTargets:
-        """For the positions, until the next call. One collective; three for ``topk_soft_ce``."""
+        """Targets of the positions, valid until the next call. One collective; three for ``topk_soft_ce``."""
         shard = self.logits.shard
         teacher_cv = self.logits.write(self.hidden_TD[positions_c], self.buffer)
         target_cv = self.target_buffer[: len(positions_c)]
@@ -216,14 +218,14 @@ class _TeacherChunks:
             _mask_below_topk_(target_cv.copy_(teacher_cv), self.topk, shard)
             softmax_(target_cv, shard)
         elif self.labels_T is not None and self.loss_type == "hard_ce":
-            column_c, mine_c = shard.to_local(self.labels_T[positions_c])
-            target_cv.zero_().scatter_(1, column_c[:, None], mine_c[:, None].to(target_cv.dtype))
-        # For soft_ce, teacher and target are one tensor.
+            column_c, is_local_c = shard.to_local(self.labels_T[positions_c])
+            target_cv.zero_().scatter_(1, column_c[:, None], is_local_c[:, None].to(target_cv.dtype))
+        # For soft_ce, teacher and target are the same tensor.
         return _ChunkTargets(target_cv, teacher_cv, softmax_(teacher_cv, shard))
 
 
 def _mask_below_topk_(logits_cv: Tensor, topk: int, shard: VocabShard) -> None:
-    """Takes the logits below the ``topk``-th largest of all ranks out of the softmax. One collective."""
+    """Masks the logits below the ``topk``-th largest over all ranks. One collective."""
     lowest = torch.finfo(logits_cv.dtype).min
     candidates_cn = logits_cv.new_full((len(logits_cv), topk), lowest)
     num_local = min(topk, logits_cv.shape[1])

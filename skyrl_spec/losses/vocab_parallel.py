@@ -1,10 +1,10 @@
-"""A softmax over a vocabulary that is sharded over tensor-parallel ranks, for a chunk of tokens at a time.
+"""Softmax over a vocabulary that is sharded over tensor-parallel ranks, one chunk of tokens at a time.
 
-Shape suffixes: c tokens of one chunk, D hidden, v this rank's tokens of the vocabulary (padding already cut off),
-R ranks of the group, N numbers exchanged a token.
+A rank reduces its own columns first. The ranks then exchange a few numbers per token (``all_gather_columns``), and
+every rank combines them (``Normaliser``). A softmax costs one collective, or none without a group.
 
-A rank reduces its own columns first; the ranks then exchange a few numbers a token (``all_gather_columns``), and every
-rank combines them (``Normaliser``). So a softmax costs one collective, and none without a group.
+Shape suffixes: c tokens of one chunk, D hidden, v this rank's tokens of the vocabulary (padding removed), R ranks of
+the group, N numbers exchanged per token.
 """
 
 from __future__ import annotations
@@ -14,40 +14,45 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.distributed import ProcessGroup
+
+from skyrl_spec.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The rows of the output weight that are tokens of this rank; ``start`` is the id of the first.
+    """This rank's rows of the output weight that belong to tokens.
 
-    A wholly padded shard keeps one row, whose logits are the lowest number there is: it never wins a maximum and gets
-    probability 0, and nothing else has to know of empty shards.
+    A shard that is all padding keeps one row, and its logits are the lowest finite number. That row never wins a
+    maximum and has probability 0, so no other code handles empty shards.
     """
 
     weight_vD: Tensor
+    # Token id of the first row.
     start: int
     rank: int
+    # The shard holds no token.
     is_padding: bool
     group: ProcessGroup | None
-    # Logits are computed in float32 from a shorter dtype, not rounded to it first.
+    # See ``ChunkLogits``.
     fp32_logits: bool
 
     def to_local(self, ids_c: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of each global id (any column where it is another rank's) and whether it is this rank's."""
+        """Local column of each token id, and whether this rank holds the id (if not, the column is arbitrary)."""
         columns_c = ids_c - self.start
-        mine_c = (columns_c >= 0) & (columns_c < len(self.weight_vD))
-        return columns_c.clamp(0, len(self.weight_vD) - 1), mine_c
+        is_local_c = (columns_c >= 0) & (columns_c < len(self.weight_vD))
+        return columns_c.clamp(0, len(self.weight_vD) - 1), is_local_c
 
     def to_global(self, columns_c: Tensor, dtype: torch.dtype) -> Tensor:
-        """Ids as floats, to travel with other numbers: exact below 2^24."""
+        """Token ids as floats, so that they share a collective with other numbers. Exact below 2^24."""
         return columns_c.to(dtype) + self.start
 
 
 def vocab_shard(
     output_weight_vD: Tensor, vocab_size: int, group: ProcessGroup | None, fp32_logits: bool = False
 ) -> VocabShard:
-    """This rank's shard: rank r of ``group`` holds rows [r v, (r + 1) v) of the padded weight.
+    """This rank's shard. Rank r of ``group`` holds rows [r v, (r + 1) v) of the padded weight.
 
     Rows from ``vocab_size`` on are padding.
     """
@@ -65,12 +70,31 @@ def vocab_shard(
     )
 
 
-class ChunkLogits:
-    """Makes the logits of one chunk of tokens, in memory that every chunk uses again.
+def require_float32_product(matrix_product: OpOverloadPacket = torch.ops.aten.mm) -> None:
+    """Checks that ``matrix_product`` takes an ``out_dtype``, as ``torch.mm`` does since torch 2.8.
 
-    Matrix products run in the dtype of the weight, everything else in float32 (float64 if the weight is). With
-    ``shard.fp32_logits`` the product that makes the logits yields float32: CUDA kernels sum in float32 and skip the
-    rounding; a CPU has no such kernel and multiplies float32 copies of both operands (4 bytes a weight of the shard).
+    Raises:
+        ConfigError: it does not.
+    """
+    if "dtype_out" not in matrix_product.overloads():
+        raise ConfigError(
+            f"trainer.policy.megatron_config.fp32_output_head=true: torch {torch.__version__} has no "
+            f"{matrix_product.__name__} with out_dtype; install torch 2.8 or newer, or set it to false"
+        )
+
+
+class ChunkLogits:
+    """Logits of one chunk of tokens at a time, in memory that all chunks share.
+
+    Matrix products run in the dtype of the weight. All other arithmetic runs in float32, or in float64 if the weight
+    is float64.
+
+    With bf16 weights the logits are rounded to bf16 by default, an error of up to 0.06 where |logit| is 16 to 32. With
+    ``shard.fp32_logits`` they are float32 from bf16 operands and are never rounded:
+
+    - CUDA: the matrix product writes its float32 accumulator (``out_dtype``). No additional memory.
+    - CPU: no such kernel exists. The product runs on float32 copies of the chunk's hidden states and of the weight
+      shard. The copy of the shard (4 v D bytes) exists as long as this object.
     """
 
     def __init__(self, shard: VocabShard, chunk_size: int, temperature: float) -> None:
@@ -79,48 +103,60 @@ class ChunkLogits:
         self.temperature = temperature
         self.shape = (chunk_size, len(shard.weight_vD))
         self.dtype = compute_dtype(shard.weight_vD)
-        # Operands of matrix products in the dtype of the weight; None if the buffers have it.
+        # Operands of matrix products in the dtype of the weight; None if the buffers have that dtype.
         self.staging_cv = None if self.dtype == shard.weight_vD.dtype else shard.weight_vD.new_empty(self.shape)
-        is_wide = shard.fp32_logits and self.staging_cv is not None
-        self.is_wide_on_cuda = is_wide and shard.weight_vD.is_cuda
-        self.wide_weight_vD = shard.weight_vD.float() if is_wide and not shard.weight_vD.is_cuda else None
+        self.has_float32_product = shard.fp32_logits and self.staging_cv is not None
+        self.float32_weight_vD: Tensor | None = None
+        if self.has_float32_product and shard.weight_vD.is_cuda:
+            require_float32_product()
+        elif self.has_float32_product:
+            self.float32_weight_vD = shard.weight_vD.float()
 
     def buffer(self) -> Tensor:
+        """Uninitialized memory for the logits of one chunk."""
         return self.shard.weight_vD.new_empty(self.shape, dtype=self.dtype)
 
     def write(self, hidden_cD: Tensor, buffer_cv: Tensor) -> Tensor:
-        """``hidden @ W^T / temperature``, in the first rows of the buffer."""
+        """``hidden @ W^T / temperature``, written to the first rows of the buffer."""
         logits_cv = buffer_cv[: len(hidden_cD)]
-        if self.staging_cv is None:
-            torch.mm(hidden_cD, self.shard.weight_vD.t(), out=logits_cv)
-        elif self.is_wide_on_cuda:
-            torch.mm(hidden_cD, self.shard.weight_vD.t(), out_dtype=torch.float32, out=logits_cv)
-        elif self.wide_weight_vD is not None:
-            torch.mm(hidden_cD.float(), self.wide_weight_vD.t(), out=logits_cv)
-        else:
-            logits_cv.copy_(torch.mm(hidden_cD, self.shard.weight_vD.t(), out=self.staging_cv[: len(hidden_cD)]))
+        self._write_product(hidden_cD, logits_cv)
         if self.temperature != 1.0:
             logits_cv.div_(self.temperature)
         if self.shard.is_padding:
             logits_cv.fill_(torch.finfo(self.dtype).min)
         return logits_cv
 
+    def _write_product(self, hidden_cD: Tensor, logits_cv: Tensor) -> None:
+        weight_Dv = self.shard.weight_vD.t()
+        if self.staging_cv is None:
+            torch.mm(hidden_cD, weight_Dv, out=logits_cv)
+        elif self.float32_weight_vD is not None:
+            torch.mm(hidden_cD.float(), self.float32_weight_vD.t(), out=logits_cv)
+        elif self.has_float32_product:
+            torch.mm(hidden_cD, weight_Dv, out_dtype=torch.float32, out=logits_cv)
+        else:
+            logits_cv.copy_(torch.mm(hidden_cD, weight_Dv, out=self.staging_cv[: len(hidden_cD)]))
+
     def operand(self, values_cv: Tensor) -> Tensor:
-        """The values in the dtype of the weight, for a matrix product; until the next call of any method."""
+        """The values in the dtype of the weight, for a matrix product. Valid until the next call of any method."""
         return values_cv if self.staging_cv is None else self.staging_cv[: len(values_cv)].copy_(values_cv)
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """The softmax denominators of a chunk, from every rank's maximum and its sum of ``exp(logits - maximum)``."""
+    """Softmax denominators of a chunk."""
 
     max_c: Tensor
-    log_sum_c: Tensor  # log of the sum of exp(logits - max)
-    share_Rc: Tensor  # a rank's exp(logits - its own maximum) times its share is the softmax
-    winner_c: Tensor  # the rank that has the maximum; the first where several have it, so that the lowest id wins
+    # log(sum(exp(logits - max)))
+    log_sum_c: Tensor
+    # softmax = exp(logits - the rank's own maximum) * the rank's share
+    share_Rc: Tensor
+    # Rank that has the maximum; the first one of several, so that the lowest token id wins.
+    winner_c: Tensor
 
     @classmethod
     def combine(cls, max_Rc: Tensor, sum_Rc: Tensor) -> Normaliser:
+        """Denominators from every rank's maximum and its sum of ``exp(logits - maximum)``."""
         max_c, winner_c = max_Rc.max(0)
         scale_Rc = (max_Rc - max_c).exp()
         sum_c = (scale_Rc * sum_Rc).sum(0)
@@ -128,19 +164,21 @@ class Normaliser:
 
     @property
     def lse_c(self) -> Tensor:
+        """Log-sum-exp of the logits."""
         return self.max_c + self.log_sum_c
 
     def of_winner(self, values_Rc: Tensor) -> Tensor:
+        """Each token's value from the rank that has its maximum."""
         return values_Rc.gather(0, self.winner_c[None])[0]
 
 
 def all_gather_columns(columns: list[Tensor], group: ProcessGroup | None) -> tuple[Tensor, ...]:
-    """Each [c, ...] tensor as [R, c, ...], all ranks' together, in one collective that every rank must reach."""
-    mine_Nc = torch.stack(columns)
+    """Every [c, ...] tensor of all ranks, as [R, c, ...]. One collective, which every rank must reach."""
+    local_Nc = torch.stack(columns)
     if group is None:
-        return mine_Nc.unsqueeze(1).unbind(0)
-    all_RNc = mine_Nc.new_empty(group.size(), *mine_Nc.shape)
-    dist.all_gather(list(all_RNc), mine_Nc, group=group)
+        return local_Nc.unsqueeze(1).unbind(0)
+    all_RNc = local_Nc.new_empty(group.size(), *local_Nc.shape)
+    dist.all_gather(list(all_RNc), local_Nc, group=group)
     return all_RNc.unbind(1)
 
 
@@ -150,7 +188,7 @@ def exp_minus_max_(logits_cv: Tensor, max_c: Tensor) -> Tensor:
 
 
 def softmax_(logits_cv: Tensor, shard: VocabShard) -> Tensor:
-    """Overwrites the logits with their softmax over all ranks' columns; returns its argmax ids [c]. One collective."""
+    """Overwrites the logits with their softmax over all ranks and returns the argmax token ids [c]. One collective."""
     max_c, column_c = logits_cv.max(-1)
     sum_c = exp_minus_max_(logits_cv, max_c)
     max_Rc, sum_Rc, argmax_Rc = all_gather_columns([max_c, sum_c, shard.to_global(column_c, max_c.dtype)], shard.group)
@@ -160,15 +198,19 @@ def softmax_(logits_cv: Tensor, shard: VocabShard) -> Tensor:
 
 
 def nonzero_chunks(values_T: Tensor, chunk_size: int) -> list[Tensor]:
-    """The positions whose value is not 0, ``chunk_size`` at a time."""
+    """Positions whose value is not 0, in chunks of ``chunk_size``."""
     positions_N = values_T.nonzero().squeeze(1)
     return [positions_N[start : start + chunk_size] for start in range(0, len(positions_N), chunk_size)]
 
 
 def row_dot(a_cv: Tensor, b_cv: Tensor) -> Tensor:
-    """Row-wise dot products without a product as large as the chunk, and without the TF32 a matrix product may use."""
+    """Row-wise dot products [c].
+
+    Neither a temporary as large as the chunk nor a matrix product, which may use TF32.
+    """
     return torch.cat([(a * b).sum(-1) for a, b in zip(a_cv.chunk(8), b_cv.chunk(8), strict=True)])
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype of the arithmetic on logits: float64 for a float64 tensor, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -44,15 +44,20 @@ def initialize(
     world_size: int,
     tensor_parallel_size: int,
     device: torch.device,
-    init_method: str,
-    timeout_s: float = 600.0,
+    store: dist.Store,
+    timeout_s: float,
 ) -> Parallel:
-    """Join the workers' process group and lay Megatron's groups over it (tensor parallelism innermost)."""
+    """Joins the workers' process group and lays Megatron's groups over it, tensor parallelism innermost.
+
+    Args:
+        store: where the ranks meet; rank 0 serves it.
+        timeout_s: seconds that a rank waits for the others in a collective.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
-        init_method=init_method,
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

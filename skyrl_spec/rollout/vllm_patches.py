@@ -16,16 +16,16 @@ WEIGHT_ENGINE = "ray"
 _registered = False
 
 
-def mend_sampling_parameter_expansion() -> None:
+def fix_sampling_parameter_expansion() -> None:
     """Gives every drafted token its request's temperature, top-k and top-p.
 
     vLLM's CPU version writes them to an int64 copy of the output and drops the copy, so drafted tokens are sampled
     with uninitialised memory for a temperature.
-    Remove when tests/rollout/test_vllm_compat.py::test_sampling_is_wrong_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_patches.py::test_sampling_is_wrong_without_the_fix fails.
     """
     from vllm.utils import cpu_triton_utils
 
-    _require(cpu_triton_utils, "_expand_kernel_impl", mend_sampling_parameter_expansion)
+    _require(cpu_triton_utils, "_expand_kernel_impl", fix_sampling_parameter_expansion)
 
     def expand(
         output: Tensor,  # [T] drafted tokens
@@ -42,15 +42,15 @@ def mend_sampling_parameter_expansion() -> None:
     cpu_triton_utils._expand_kernel_impl = expand
 
 
-def mend_top_k_of_no_tokens() -> None:
+def fix_top_k_of_no_tokens() -> None:
     """Lets logits without rows pass through top-k.
 
     vLLM takes the largest k of the rows, and a step in which nothing was drafted has no row of drafted tokens.
-    Remove when tests/rollout/test_vllm_compat.py::test_top_k_fails_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_patches.py::test_top_k_fails_without_the_fix fails.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    _require(topk_topp_sampler, "apply_top_k_only", mend_top_k_of_no_tokens)
+    _require(topk_topp_sampler, "apply_top_k_only", fix_top_k_of_no_tokens)
     upstream = topk_topp_sampler.apply_top_k_only
 
     def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
@@ -59,17 +59,17 @@ def mend_top_k_of_no_tokens() -> None:
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
 
 
-def mend_reload_of_tied_output_weights() -> None:
+def fix_reload_of_tied_output_weights() -> None:
     """Packs output weights that are tied to the embeddings again when a weight update ends.
 
     On CPU vLLM multiplies with a packed copy of them. A reload loads the tied tensor through the embeddings alone,
     so the copy keeps the old weights: hidden states of the new policy, logits with the output weights of the old.
-    Remove when tests/rollout/test_vllm_compat.py::test_tied_output_weights_stay_old_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_patches.py::test_tied_output_weights_stay_old_without_the_fix fails.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader import reload
 
-    _require(reload, "finalize_layerwise_reload", mend_reload_of_tied_output_weights)
+    _require(reload, "finalize_layerwise_reload", fix_reload_of_tied_output_weights)
     upstream = reload.finalize_layerwise_reload
 
     def finalize_layerwise_reload(model: torch.nn.Module, model_config: Any) -> None:
@@ -82,18 +82,18 @@ def mend_reload_of_tied_output_weights() -> None:
     reload.finalize_layerwise_reload = finalize_layerwise_reload
 
 
-def mend_context_keys_of_later_layers() -> None:
+def fix_context_keys_of_later_layers() -> None:
     """Norms the context keys of each layer of a DFlash draft with that layer's weight.
 
     vLLM norms the keys of all layers in one call, with a row of weights for each. Its CPU kernel knows of one row: the
     keys of every layer are normed with the weight of the first.
-    Remove when tests/rollout/test_dflash_compat.py::test_context_keys_are_wrong_without_the_mend fails.
+    Remove when tests/rollout/test_dflash_patches.py::test_context_keys_are_wrong_without_the_fix fails.
     """
     from vllm import _custom_ops
     from vllm.model_executor.models import qwen3_dflash
 
     draft_class: Any = qwen3_dflash.DFlashQwen3Model
-    _require(draft_class, "_normalize_context_k", mend_context_keys_of_later_layers)
+    _require(draft_class, "_normalize_context_k", fix_context_keys_of_later_layers)
 
     def _normalize_context_k(self: Any, all_k: Tensor) -> Tensor:
         normed = torch.empty_like(all_k)
@@ -104,17 +104,17 @@ def mend_context_keys_of_later_layers() -> None:
     draft_class._normalize_context_k = _normalize_context_k
 
 
-def mend_context_projection_of_packed_weights() -> None:
+def fix_context_projection_of_packed_weights() -> None:
     """Projects the context of a DFlash draft with its layers themselves, not with a copy of their weights.
 
     On CPU a linear layer packs its weights and empties ``weight``. The copy, made of ``weight`` before that, cannot be
     made again when a weight update ends. Without it vLLM asks the layers, as it does with quantized ones.
-    Remove when tests/rollout/test_dflash_compat.py::test_an_update_breaks_the_draft_without_the_mend fails for it.
+    Remove when tests/rollout/test_dflash_patches.py::test_an_update_breaks_the_draft_without_the_fix fails for it.
     """
     from vllm.model_executor.models import qwen3_dflash
 
     draft_class: Any = qwen3_dflash.DFlashQwen3Model
-    _require(draft_class, "_build_context_kv_buffers", mend_context_projection_of_packed_weights)
+    _require(draft_class, "_build_context_kv_buffers", fix_context_projection_of_packed_weights)
     upstream = draft_class._build_context_kv_buffers
 
     def _build_context_kv_buffers(self: Any, layers_attn: list[torch.nn.Module], has_bias: bool) -> None:
@@ -124,21 +124,21 @@ def mend_context_projection_of_packed_weights() -> None:
     draft_class._build_context_kv_buffers = _build_context_kv_buffers
 
 
-def mend_reload_of_context_buffers() -> None:
+def fix_reload_of_context_buffers() -> None:
     """Builds what a DFlash draft projects its context with when a weight update ends, and not in the middle of it.
 
     These are copies of parameters, and references to some. ``load_weights`` builds them, but in a weight update the
     parameters of layers that wait for tensors, and the RoPE table, are without values then. So the next draft fails or
     is computed with old weights. The new values go into the tensors that are there, which a CUDA graph may point to.
-    Remove when tests/rollout/test_dflash_compat.py::test_an_update_breaks_the_draft_without_the_mend fails for it.
+    Remove when tests/rollout/test_dflash_patches.py::test_an_update_breaks_the_draft_without_the_fix fails for it.
     """
     from vllm.model_executor.model_loader import reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
     from vllm.model_executor.models import qwen3_dflash
 
     draft_class: Any = qwen3_dflash.DFlashQwen3Model
-    _require(reload, "finalize_layerwise_reload", mend_reload_of_context_buffers)
-    _require(draft_class, "_build_fused_kv_buffers", mend_reload_of_context_buffers)
+    _require(reload, "finalize_layerwise_reload", fix_reload_of_context_buffers)
+    _require(draft_class, "_build_fused_kv_buffers", fix_reload_of_context_buffers)
     upstream_finalize = reload.finalize_layerwise_reload
     upstream_build = draft_class._build_fused_kv_buffers
 
@@ -166,18 +166,18 @@ def mend_reload_of_context_buffers() -> None:
     reload.finalize_layerwise_reload = finalize_layerwise_reload
 
 
-def mend_rewinding_of_generators() -> None:
+def fix_rewinding_of_generators() -> None:
     """Puts a request's random numbers back where a prompt is prefilled in parts, and a sampled token is thrown away.
 
     vLLM moves the generator's offset back, which a CPU generator does not have: the engine dies of the first seeded
     request whose prompt does not fit into a step. Here the state of before is kept.
-    Remove when tests/rollout/test_vllm_compat.py::test_a_prompt_in_parts_fails_without_the_mend fails.
+    Remove when tests/rollout/test_vllm_patches.py::test_a_prompt_in_parts_fails_without_the_fix fails.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     runner_class: Any = CPUModelRunner
     for name in ("_sample", "_bookkeeping_sync"):
-        _require(runner_class, name, mend_rewinding_of_generators)
+        _require(runner_class, name, fix_rewinding_of_generators)
     upstream_sample, upstream_bookkeeping = runner_class._sample, runner_class._bookkeeping_sync
 
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,19 +199,19 @@ def mend_rewinding_of_generators() -> None:
     runner_class._sample, runner_class._bookkeeping_sync = _sample, _bookkeeping_sync
 
 
-MENDS: tuple[Callable[[], None], ...] = (mend_reload_of_context_buffers,)
-CPU_MENDS: tuple[Callable[[], None], ...] = (
-    mend_sampling_parameter_expansion,
-    mend_top_k_of_no_tokens,
-    mend_reload_of_tied_output_weights,
-    mend_rewinding_of_generators,
-    mend_context_keys_of_later_layers,
-    mend_context_projection_of_packed_weights,
+FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
+CPU_FIXES: tuple[Callable[[], None], ...] = (
+    fix_sampling_parameter_expansion,
+    fix_top_k_of_no_tokens,
+    fix_reload_of_tied_output_weights,
+    fix_rewinding_of_generators,
+    fix_context_keys_of_later_layers,
+    fix_context_projection_of_packed_weights,
 )
 
 
-def register(mends: Sequence[Callable[[], None]] = MENDS, cpu_mends: Sequence[Callable[[], None]] = CPU_MENDS) -> None:
-    """Tells vLLM of the weight engine and applies the mends. Only a process's first call does anything."""
+def register(fixes: Sequence[Callable[[], None]] = FIXES, cpu_fixes: Sequence[Callable[[], None]] = CPU_FIXES) -> None:
+    """Tells vLLM of the weight engine and applies the fixes. Only a process's first call does anything."""
     global _registered
     if _registered:
         return
@@ -222,14 +222,14 @@ def register(mends: Sequence[Callable[[], None]] = MENDS, cpu_mends: Sequence[Ca
     WeightTransferEngineFactory.register_engine(
         WEIGHT_ENGINE, "skyrl_spec.rollout.weight_engine", "RayWeightTransferEngine"
     )
-    for mend in (*mends, *(cpu_mends if current_platform.is_cpu() else ())):
-        mend()
+    for fix in (*fixes, *(cpu_fixes if current_platform.is_cpu() else ())):
+        fix()
 
 
-def _require(owner: Any, name: str, mend: Callable[[], None]) -> None:
-    """A mend of something that is gone must be looked at, not skipped. ``owner``: a module or a class."""
+def _require(owner: Any, name: str, fix: Callable[[], None]) -> None:
+    """A fix of something that is gone must be looked at, not skipped. ``owner``: a module or a class."""
     if not hasattr(owner, name):
         raise RuntimeError(
             f"{owner.__name__}.{name} is gone from vLLM: "
-            f"adapt or remove skyrl_spec.rollout.vllm_patches.{mend.__name__}"
+            f"adapt or remove skyrl_spec.rollout.vllm_patches.{fix.__name__}"
         )

@@ -41,6 +41,7 @@ def check_rules(config: Config) -> None:
     _check_lengths(config)
     _check_colocation(config)
     _check_sync_backend(config)
+    _check_timeouts(config)
     _check_device_settings(config)
 
 
@@ -160,6 +161,17 @@ def _check_lengths(config: Config) -> None:
         "trainer.algorithm.overlong.buffer_len",
         buffer,
         f"must be below generator.sampling_params.max_generate_length={length}; lower it",
+    )
+
+
+def _check_timeouts(config: Config) -> None:
+    placement = config.trainer.placement
+    require(
+        placement.collective_timeout_s <= placement.worker_timeout_s,
+        "trainer.placement.collective_timeout_s",
+        placement.collective_timeout_s,
+        f"must be at most trainer.placement.worker_timeout_s={placement.worker_timeout_s}, the time of a whole call; "
+        "lower it",
     )
 
 

@@ -32,19 +32,29 @@ class PolicyWorker:
             torch.set_num_threads(num_threads)
         self._config, self._rank, self._world_size = config, rank, world_size
         self._senders: dict[str, Any] = {}
+        self._store: Any = None
 
     def ping(self) -> None:
         """Answers if there is anyone."""
 
-    def address(self) -> tuple[str, int]:
-        """This node's IP and a port that is free now."""
+    def serve_store(self) -> tuple[str, int]:
+        """Serves the store where the ranks meet, on a port that stays bound; returns this node's IP and the port."""
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        self._store = TCPStore(host, 0, self._world_size, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def free_address(self) -> tuple[str, int]:
+        """This node's IP and a port that is free now. vLLM binds it later, so it may be taken by then."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, init_method: str, total_optimizer_steps: int, freeze_policy: bool) -> None:
-        """Join the other ranks and load policy and draft."""
+    def start(self, store_address: tuple[str, int], total_optimizer_steps: int, freeze_policy: bool) -> None:
+        """Joins the other ranks at rank 0's store, and loads policy and draft."""
         import torch
+        from torch.distributed import TCPStore
 
         from skyrl_spec.models import parallel
         from skyrl_spec.training.trainer import PolicyTrainer
@@ -52,12 +62,15 @@ class PolicyWorker:
         placement = self._config.trainer.placement
         # A rank sees the one GPU that Ray gave it.
         device = torch.device("cpu") if placement.device == "cpu" else torch.device("cuda", 0)
+        if self._rank > 0:
+            self._store = TCPStore(*store_address, self._world_size, is_master=False)
         ranks = parallel.initialize(
             rank=self._rank,
             world_size=self._world_size,
             tensor_parallel_size=self._config.trainer.policy.megatron_config.tensor_model_parallel_size,
             device=device,
-            init_method=init_method,
+            store=self._store,
+            timeout_s=placement.collective_timeout_s,
         )
         torch.manual_seed(self._config.trainer.seed)
         spec = load_spec(self._config.trainer.policy.model.path)

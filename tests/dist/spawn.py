@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+
 def run_distributed(fn: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 120.0) -> None:
     """``fn(rank, *args)`` on ``world_size`` fresh processes (forked as in tests/conftest.py), one gloo group over all of them.
 

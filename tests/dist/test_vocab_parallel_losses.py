@@ -1,12 +1,13 @@
-"""Two real gloo processes, each with half of the output weight, give what one process with all of it gives.
+"""Losses of two gloo processes, each with half of the output weight, against one process with all of it.
 
-That the one process is right is the business of ``tests/unit``. Padding rows are far larger than tokens' rows, so a
-padded column that is let in shows. Both ranks run all cases in one start: starting them takes the time.
+``tests/unit`` checks the one process. Padding rows are far larger than token rows, so a padded column that enters a
+softmax shows. Both ranks run all cases in one start, because starting them takes most of the time.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 
 WORLD_SIZE = 2
 K, D = 3, 16
-# vocab size and padded size; the second shard is full, partly padded (two ways), has one token, and is wholly padded.
+# Vocabulary size and padded size. The second shard is full, partly padded (twice), has one token, is all padding.
 VOCABULARIES = [(128, 128), (101, 104), (101, 128), (65, 128), (61, 128)]
 # Relative and absolute.
 TOLERANCE = {
@@ -61,8 +62,8 @@ def check_soft_ce(
         return *result, hidden_KTD.grad
 
     sharded, whole = run(shard_of(weight_VD, rank), dist.group.WORLD), run(weight_VD, None)
-    for got, wanted in zip(sharded, whole, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for actual, expected in zip(sharded, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def check_logprobs(rank: int, vocab_size: int, padded_size: int, num_tokens: int, dtype: torch.dtype) -> None:
@@ -84,8 +85,8 @@ def check_logprobs(rank: int, vocab_size: int, padded_size: int, num_tokens: int
 
     *sharded, grad_vD = run(shard_of(weight_VD, rank), dist.group.WORLD)
     *whole, grad_VD = run(weight_VD.clone().requires_grad_(), None)
-    for got, wanted in zip([*sharded, grad_vD], [*whole, grad_VD.chunk(WORLD_SIZE)[rank]], strict=True):
-        torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for actual, expected in zip([*sharded, grad_vD], [*whole, grad_VD.chunk(WORLD_SIZE)[rank]], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def check_all_cases(rank: int) -> None:
@@ -100,6 +101,58 @@ def check_all_cases(rank: int) -> None:
 
 def test_two_ranks_equal_one_process() -> None:
     run_distributed(check_all_cases, WORLD_SIZE)
+
+
+def fp32_head_errors(rank: int, fp32_logits: bool) -> dict[str, float]:
+    """Errors against float64 of two ranks with bf16 inputs: largest absolute ones of values, relative ones of grads."""
+    vocab_size, num_tokens = 101, 40
+    generator = torch.Generator().manual_seed(3)
+    weight_VD = make_weight(vocab_size, 104, torch.float32)
+    states = torch.randn(2, num_tokens, D, generator=generator)
+    states *= 32 / (states @ weight_VD[:vocab_size].t()).abs().amax(dim=-1, keepdim=True)
+    weight_VD, hidden_TD, draft_TD = weight_VD.bfloat16(), *states.bfloat16()
+    targets_T = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    head: dict[str, Any] = {"vocab_size": vocab_size, "temperature": 1.0, "chunk_size": 7}
+
+    def run(
+        hidden_TD: Tensor, draft_TD: Tensor, weight_vD: Tensor, group: dist.ProcessGroup | None
+    ) -> dict[str, Tensor]:
+        hidden_TD, draft_TD, weight_vD = (x.detach().requires_grad_() for x in (hidden_TD, draft_TD, weight_vD))
+        options = {**head, "group": group, "fp32_logits": fp32_logits}
+        tokens = vocab_parallel_logprobs(hidden_TD, weight_vD, targets_T, **options)
+        draft = vocab_parallel_soft_ce(
+            draft_TD[None], hidden_TD, weight_vD, torch.ones(1, num_tokens) / num_tokens, **options
+        )
+        tokens.logprobs_T.sum().backward()
+        draft.loss.backward()
+        values = {"log-probs": tokens.logprobs_T, "entropy": tokens.entropy_T, "cross-entropy": draft.loss_KT}
+        grads = {"grad hidden": hidden_TD.grad, "grad weight": weight_vD.grad, "grad draft": draft_TD.grad}
+        return {name: tensor.detach().double() for name, tensor in (values | grads).items()}
+
+    actual = run(hidden_TD, draft_TD, shard_of(weight_VD, rank), dist.group.WORLD)
+    expected = run(hidden_TD.double(), draft_TD.double(), weight_VD.double(), None)
+    expected["grad weight"] = expected["grad weight"].chunk(WORLD_SIZE)[rank]
+    return {
+        name: float(
+            (actual[name] - value).norm() / value.norm() if "grad" in name else (actual[name] - value).abs().max()
+        )
+        for name, value in expected.items()
+    }
+
+
+def check_fp32_head(rank: int) -> None:
+    fp32, rounded = (fp32_head_errors(rank, fp32_logits) for fp32_logits in (True, False))
+    for name in ("log-probs", "entropy", "cross-entropy"):
+        assert fp32[name] < 1e-4, (name, fp32)
+        assert rounded[name] > 1e-2, (name, rounded)
+    for name in ("grad hidden", "grad weight", "grad draft"):
+        # Gradients are bf16, and so are the operands of their products.
+        assert fp32[name] < 6e-3, (name, fp32)
+        assert fp32[name] < rounded[name], (name, fp32, rounded)
+
+
+def test_fp32_logits_of_two_ranks_are_not_rounded() -> None:
+    run_distributed(check_fp32_head, WORLD_SIZE)
 
 
 def check_ranks_tie(rank: int) -> None:

@@ -50,9 +50,11 @@ class Probe:
         return 0
 
 
-def make_config(num_workers: int, *, colocate_all: bool) -> Config:
+def make_config(num_workers: int, *, colocate_all: bool, num_nodes: int = 1) -> Config:
+    """``num_workers`` workers, as many on each of ``num_nodes`` machines."""
     config = Config()
-    config.trainer.placement.policy_num_gpus_per_node = num_workers
+    config.trainer.placement.policy_num_nodes = num_nodes
+    config.trainer.placement.policy_num_gpus_per_node = num_workers // num_nodes
     config.trainer.placement.colocate_all = colocate_all
     config.trainer.placement.timeout_s = TIMEOUT_S
     config.generator.inference_engine.num_engines = num_workers
@@ -74,7 +76,7 @@ def places(config: Config) -> dict[str, list[dict[str, Any]]]:
     }
     for engine in engines:
         ray.kill(engine)
-    PolicyGroup(workers, [(0, 0)], gpus).shutdown()
+    PolicyGroup(workers, [(0, 0)], TIMEOUT_S, gpus).shutdown()
     return found | {"free_gpus": free_gpus()}
 
 
@@ -88,9 +90,9 @@ def free_gpus(patience_s: float = 20.0) -> float:
     return free
 
 
-def too_many() -> dict[str, Any]:
-    """More workers than there are GPUs."""
-    config = make_config(NUM_NODES * GPUS_PER_NODE + 1, colocate_all=True)
+def too_many(num_workers: int) -> dict[str, Any]:
+    """Workers for one machine, more than one machine has GPUs."""
+    config = make_config(num_workers, colocate_all=True)
     start = time.monotonic()
     try:
         reserve_gpus(config, start + TIMEOUT_S)
@@ -106,7 +108,20 @@ def hanging_transfer() -> str:
     probe_class: Any = Probe
     worker = probe_class.options(num_cpus=0).remote()
     try:
-        PolicyGroup([worker], [(0, 0)]).send("policy", timeout_s=TIMEOUT_S)
+        PolicyGroup([worker], [(0, 0)], timeout_s=60.0).send("policy", timeout_s=TIMEOUT_S)
+    except LostActorError as error:
+        return str(error)
+    finally:
+        ray.kill(worker)
+    return ""
+
+
+def hanging_worker() -> str:
+    """The error about a worker that does not answer a call."""
+    probe_class: Any = Probe
+    worker = probe_class.options(num_cpus=0).remote()
+    try:
+        PolicyGroup([worker], [(0, 0)], timeout_s=TIMEOUT_S)._all("send", "policy")
     except LostActorError as error:
         return str(error)
     finally:
@@ -121,10 +136,13 @@ def main() -> None:
             cluster.add_node(num_cpus=GPUS_PER_NODE, num_gpus=GPUS_PER_NODE, include_dashboard=False)
         ray.init(address=cluster.address, log_to_driver=False)
         report = {
-            "shared": places(make_config(4, colocate_all=True)),
+            "shared": places(make_config(4, colocate_all=True, num_nodes=NUM_NODES)),
             "own": places(make_config(2, colocate_all=False)),
-            "too_many": too_many(),
+            # There are GPUs enough, but on two machines.
+            "scattered": too_many(GPUS_PER_NODE + 1),
+            "too_many": too_many(NUM_NODES * GPUS_PER_NODE + 1),
             "hanging_transfer": hanging_transfer(),
+            "hanging_worker": hanging_worker(),
         }
         print(json.dumps(report))
     finally:

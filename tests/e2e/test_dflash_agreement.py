@@ -156,7 +156,7 @@ def test_trainer_engine_and_a_plain_vllm_agree_before_and_after_a_sync(
     ray.get([trainer.train.remote(seed) for seed in range(2)])
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer, prompts)
-    policy = PolicyGroup([trainer], [(0, 0)])
+    policy = PolicyGroup([trainer], [(0, 0)], timeout_s=300)
     sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", components=["policy", "draft"])
     assert sync.sync() > 0
     _assert_agreement(engine, trainer, prompts)

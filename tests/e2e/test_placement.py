@@ -60,15 +60,28 @@ def test_gpus_are_given_back(report: dict[str, Any], layout: str) -> None:
     assert report[layout]["free_gpus"] == 4
 
 
-def test_a_group_that_cannot_be_placed_is_one_line_by_the_deadline(report: dict[str, Any]) -> None:
-    line = report["too_many"]["line"]
-    assert line.startswith("trainer.placement.timeout_s=3: policy workers were not up in time (GPUs in the cluster: 4")
+@pytest.mark.parametrize(("case", "num_workers"), [("scattered", 3), ("too_many", 5)])
+def test_workers_that_do_not_fit_on_a_machine_are_one_line_by_the_deadline(
+    report: dict[str, Any], case: str, num_workers: int
+) -> None:
+    line = report[case]["line"]
+    assert line.startswith(
+        f"trainer.placement.timeout_s=3: {num_workers} policy workers on each of 1 machines were not up in time "
+        "(GPUs in the cluster: 4"
+    )
     assert "ask for fewer GPUs" in line
     assert "\n" not in line
-    assert placement_probe.TIMEOUT_S <= report["too_many"]["elapsed_s"] < placement_probe.TIMEOUT_S + 5
+    assert placement_probe.TIMEOUT_S <= report[case]["elapsed_s"] < placement_probe.TIMEOUT_S + 5
     # Nothing waits on in the cluster.
-    assert set(report["too_many"]["states"]) == {"REMOVED"}
+    assert set(report[case]["states"]) == {"REMOVED"}
 
 
 def test_a_weight_transfer_that_hangs_is_an_engine_lost(report: dict[str, Any]) -> None:
-    assert report["hanging_transfer"].startswith("policy worker 0 did not send to the engines within generator.")
+    line = report["hanging_transfer"]
+    assert line.startswith("policy worker 0 did not answer send within generator.inference_engine.generate_timeout_s=3")
+
+
+def test_a_worker_that_hangs_is_lost(report: dict[str, Any]) -> None:
+    line = report["hanging_worker"]
+    assert line.startswith("policy worker 0 did not answer send within trainer.placement.worker_timeout_s=3")
+    assert "\n" not in line

@@ -117,7 +117,7 @@ def test_trainer_engine_and_transformers_agree_before_and_after_a_sync(
     ray.get([trainer.train.remote(seed) for seed in range(3)])
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer)
-    policy = PolicyGroup([trainer], [(0, 0)])
+    policy = PolicyGroup([trainer], [(0, 0)], timeout_s=300)
     sync = WeightSync(policy, EngineGroup([engine], timeout_s=300), backend="ray", components=["policy", "draft"])
     assert sync.sync() > 0
     assert sync.versions.policy == sync.versions.draft == 1

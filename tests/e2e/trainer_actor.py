@@ -27,7 +27,8 @@ class TrainerActor:
             world_size=1,
             tensor_parallel_size=1,
             device=torch.device("cpu"),
-            init_method=f"file://{store}",
+            store=torch.distributed.FileStore(str(store), 1),
+            timeout_s=120.0,
         )
         spec = load_spec(config.trainer.policy.model.path)
         self._trainer = PolicyTrainer(config, spec, ranks, total_optimizer_steps=10)

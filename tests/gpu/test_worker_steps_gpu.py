@@ -64,7 +64,7 @@ def _train(rank: int, device: str, path: Path, folder: Path, tp: int, options: d
         world_size=tp,
         tensor_parallel_size=tp,
         device=torch.device(device, rank) if device == "cuda" else torch.device(device),
-        init_method=f"file://{folder}/store",
+        store=torch.distributed.FileStore(f"{folder}/store", tp),
         timeout_s=120.0,
     )
     trainer = PolicyTrainer(make_config(path, tp=tp, **options), load_spec(str(path)), ranks, total_optimizer_steps=10)

@@ -6,11 +6,11 @@ from skyrl_spec.rollout import vllm_patches
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 
 
-class UnmendedEngine(RolloutEngine):
+class UnpatchedEngine(RolloutEngine):
     """An engine on vLLM as it comes."""
 
     def __init__(self, settings: EngineSettings):
-        vllm_patches.register(mends=(), cpu_mends=())
+        vllm_patches.register(fixes=(), cpu_fixes=())
         super().__init__(settings)
 
 

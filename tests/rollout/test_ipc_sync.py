@@ -107,8 +107,8 @@ def workers(ray_cluster: None, checkpoint: Path, tmp_path: Path) -> Iterator[lis
     config = make_config(checkpoint, tp=WORLD_SIZE)
     config.trainer.policy.optimizer_config.lr = config.trainer.mtp.optimizer_config.lr = 1e-2
     actors = [IpcWorker.options(num_cpus=0).remote(config, rank, WORLD_SIZE, 1) for rank in range(WORLD_SIZE)]
-    init_method = f"file://{tmp_path}/store"
-    ray.get([actor.start.remote(init_method, 10, False) for actor in actors], timeout=300)
+    address = ray.get(actors[0].serve_store.remote(), timeout=300)
+    ray.get([actor.start.remote(address, 10, False) for actor in actors], timeout=300)
     ray.get([actor.use.remote(f"GPU-{rank}", tmp_path) for rank, actor in enumerate(actors)])
     yield actors
     for actor in actors:
@@ -133,7 +133,9 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
     tmp_path: Path,
 ) -> None:
     group = EngineGroup(engines, timeout_s=300)
-    sync = WeightSync(PolicyGroup(workers, [(0, 0), (0, 1)]), group, backend="ipc", components=["policy", "draft"])
+    sync = WeightSync(
+        PolicyGroup(workers, [(0, 0), (0, 1)], timeout_s=300), group, backend="ipc", components=["policy", "draft"]
+    )
     # The second sync finds what the first one left.
     first = train_and_sync(workers, sync, engines, tmp_path / "first")
     second = train_and_sync(workers, sync, engines, tmp_path / "second")

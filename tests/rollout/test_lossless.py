@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess
-from faulty_engines import LossyEngine, UnmendedEngine
+from faulty_engines import LossyEngine, UnpatchedEngine
 from tiny_models import LONG_PROMPT, PROMPT, generate, sequence_p_value
 
 from skyrl_spec.controller.lossless import two_sample_p_value
@@ -47,10 +47,10 @@ def test_dflash_responses_have_their_exact_joint_distribution(dflash_engine: Eng
     assert sequence_p_value(dflash_engine, dflash_dir / "t0", SAMPLING, NUM_TOKENS) > LEVEL
 
 
-def test_a_lossy_sampler_and_an_unmended_one_are_caught_by_it(
+def test_a_lossy_sampler_and_an_unpatched_one_are_caught_by_it(
     lossy: EngineProcess, start_engine: Callable[..., EngineProcess], models_dir: Path
 ) -> None:
-    for candidate in (lossy, start_engine(UnmendedEngine)):
+    for candidate in (lossy, start_engine(UnpatchedEngine)):
         assert sequence_p_value(candidate, models_dir / "w0", SAMPLING, NUM_TOKENS) < CAUGHT
 
 

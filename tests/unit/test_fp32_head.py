@@ -1,17 +1,23 @@
-"""Logits from bf16 states and weights in fp32: against float64, where |logit| reaches 32."""
+"""float32 logits from bf16 states and weights, against float64, where |logit| reaches 32."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
+from skyrl_spec.losses.vocab_parallel import require_float32_product
 
 NUM_TOKENS, D, VOCAB_SIZE = 64, 64, 500
-# Nats. bf16 has 8 bits: a logit of 32 is rounded by up to 0.06. Measured with the fp32 head: below 2e-5.
-WIDE_ERROR, ROUNDED_ERROR = 1e-4, 1e-2
+# Nats. bf16 has 8 bits: a logit of 32 is rounded by up to 0.06.
+FP32_ERROR, ROUNDED_ERROR = 1e-4, 1e-2
 
 
 def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -29,15 +35,15 @@ def logprob_error(fp32_logits: bool) -> float:
     logits_TV = hidden_TD.double() @ weight_VD.double().t()
     assert logits_TV.abs().max() > 28
     expected_T = logits_TV.log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
-    found_T = vocab_parallel_logprobs(
+    logprobs_T = vocab_parallel_logprobs(
         hidden_TD, weight_VD, targets_T,
         vocab_size=VOCAB_SIZE, temperature=1.0, chunk_size=10, group=None, fp32_logits=fp32_logits,
     ).logprobs_T  # fmt: skip
-    return float((found_T.double() - expected_T).abs().max())
+    return float((logprobs_T.double() - expected_T).abs().max())
 
 
 def draft_loss_error(fp32_logits: bool) -> float:
-    """Largest error of a token's cross-entropy."""
+    """Largest error of the cross-entropy of one token."""
     teacher_TD, weight_VD, _ = make_inputs()
     draft_TD = teacher_TD.flip(0)
     teacher_TV, draft_TV = (x.double() @ weight_VD.double().t() for x in (teacher_TD, draft_TD))
@@ -51,7 +57,7 @@ def draft_loss_error(fp32_logits: bool) -> float:
 
 @pytest.mark.parametrize("error", [logprob_error, draft_loss_error])
 def test_logits_are_not_rounded(error) -> None:  # type: ignore[no-untyped-def]
-    assert error(fp32_logits=True) < WIDE_ERROR
+    assert error(fp32_logits=True) < FP32_ERROR
     assert error(fp32_logits=False) > ROUNDED_ERROR
 
 
@@ -68,19 +74,55 @@ def test_gradients_are_those_of_the_unrounded_softmax() -> None:
             hidden_TD, weight_VD, targets_T,
             vocab_size=VOCAB_SIZE, temperature=1.0, chunk_size=10, group=None, fp32_logits=fp32_logits,
         ).logprobs_T  # fmt: skip
-        (found_TD,) = torch.autograd.grad(logprobs_T.sum(), hidden_TD)
-        return float((found_TD.double() - expected_TD.double()).norm() / expected_TD.double().norm())
+        (grad_TD,) = torch.autograd.grad(logprobs_T.sum(), hidden_TD)
+        return float((grad_TD.double() - expected_TD.double()).norm() / expected_TD.double().norm())
 
-    # The gradient itself is bf16, and so are the operands of its product.
+    # The gradient is bf16, and so are the operands of its product.
     assert error(fp32_logits=True) < 3e-3
     assert error(fp32_logits=True) < error(fp32_logits=False)
 
 
-def test_the_favourite_of_two_near_tokens_is_found() -> None:
-    """Two logits that bf16 rounds to the same number."""
+def test_argmax_separates_two_near_tokens() -> None:
+    """bf16 rounds the two largest logits to the same number, and the lower id would win."""
     weight_VD = torch.zeros(3, 2, dtype=torch.bfloat16)
     weight_VD[1], weight_VD[2] = torch.tensor([32.0, 0.0]), torch.tensor([32.0, 0.03125])
     hidden_TD = torch.ones(1, 2, dtype=torch.bfloat16)
     head = {"vocab_size": 3, "chunk_size": 4, "group": None}
     assert vocab_parallel_argmax(hidden_TD, weight_VD, **head, fp32_logits=True).tolist() == [2]
     assert vocab_parallel_argmax(hidden_TD, weight_VD, **head).tolist() == [1]
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Overloads and output dtypes of the matrix products that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.calls.append((func._overloadname, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("fp32_logits", [True, False])
+def test_cuda_multiplies_bf16_operands_into_float32(fp32_logits: bool) -> None:
+    """Fake tensors take the CUDA branch through torch's own checks of dtypes and shapes; no kernel runs."""
+    with FakeTensorMode(), MatrixProducts() as products:
+        hidden_TD = torch.empty(7, D, dtype=torch.bfloat16, device="cuda")
+        weight_VD = torch.empty(VOCAB_SIZE, D, dtype=torch.bfloat16, device="cuda")
+        targets_T = torch.empty(7, dtype=torch.int64, device="cuda")
+        vocab_parallel_logprobs(
+            hidden_TD, weight_VD, targets_T,
+            vocab_size=VOCAB_SIZE, temperature=1.0, chunk_size=4, group=None, fp32_logits=fp32_logits,
+        )  # fmt: skip
+    product = ("dtype_out", torch.float32) if fp32_logits else ("out", torch.bfloat16)
+    assert products.calls == [product, product]
+
+
+def test_a_torch_without_the_product_is_refused() -> None:
+    require_float32_product()
+    # An operator without out_dtype, as torch.mm was before 2.8.
+    with pytest.raises(ConfigError, match=r"fp32_output_head=true: torch .* has no mv with out_dtype"):
+        require_float32_product(torch.ops.aten.mv)

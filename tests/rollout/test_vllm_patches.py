@@ -1,4 +1,4 @@
-"""The faults of vLLM on CPU that are mended, on an engine without the mends: when one is gone, so can its mend."""
+"""The faults of vLLM on CPU that are patched, on an engine without the fixes: when one is gone, so can its fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess
-from faulty_engines import UnmendedEngine
+from faulty_engines import UnpatchedEngine
 from tiny_models import (
     LONG_PROMPT,
     MAX_POSITIONS,
@@ -23,31 +23,31 @@ from skyrl_spec.sync.payload import pack_weights
 
 
 @pytest.fixture(scope="module")
-def unmended(start_engine: Callable[..., EngineProcess], models_dir: Path) -> EngineProcess:
-    return start_engine(UnmendedEngine, model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
+def unpatched(start_engine: Callable[..., EngineProcess], models_dir: Path) -> EngineProcess:
+    return start_engine(UnpatchedEngine, model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
 
 
 @pytest.fixture(scope="module")
-def mended(start_engine: Callable[..., EngineProcess], models_dir: Path) -> EngineProcess:
+def patched(start_engine: Callable[..., EngineProcess], models_dir: Path) -> EngineProcess:
     return start_engine(model_path=str(models_dir / "tied0"), max_model_len=MAX_POSITIONS)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampling_is_wrong_without_the_mend(
-    unmended: EngineProcess, mended: EngineProcess, models_dir: Path, temperature: float
+def test_sampling_is_wrong_without_the_fix(
+    unpatched: EngineProcess, patched: EngineProcess, models_dir: Path, temperature: float
 ) -> None:
     sampling = SamplingConfig(temperature=temperature)
-    assert second_token_p_value(unmended, models_dir / "tied0", sampling) < 1e-6
-    assert second_token_p_value(mended, models_dir / "tied0", sampling) > 0.001
+    assert second_token_p_value(unpatched, models_dir / "tied0", sampling) < 1e-6
+    assert second_token_p_value(patched, models_dir / "tied0", sampling) > 0.001
 
 
-def test_tied_output_weights_stay_old_without_the_mend(
-    unmended: EngineProcess, mended: EngineProcess, models_dir: Path
+def test_tied_output_weights_stay_old_without_the_fix(
+    unpatched: EngineProcess, patched: EngineProcess, models_dir: Path
 ) -> None:
     target, _ = split_weights(models_dir / "tied1")
     one_token = SamplingConfig(max_generate_length=1)
     errors = []
-    for engine in (unmended, mended):
+    for engine in (unpatched, patched):
         engine.init_weight_transfer_engine({})
         engine.start_weight_update(False)
         engine.update_weights(pack_weights(target.items()))
@@ -59,18 +59,18 @@ def test_tied_output_weights_stay_old_without_the_mend(
     assert errors[1] < 1e-4
 
 
-def test_top_k_fails_without_the_mend(unmended: EngineProcess, mended: EngineProcess) -> None:
+def test_top_k_fails_without_the_fix(unpatched: EngineProcess, patched: EngineProcess) -> None:
     """Last: the engine cannot be used afterwards."""
     # The model has no positions left to draft in.
     prompt = (LONG_PROMPT * 2)[: MAX_POSITIONS - 6]
     top_k = SamplingConfig(top_k=8, max_generate_length=6)
-    assert len(generate(mended, [prompt], top_k, n=4)[0]) == 4
+    assert len(generate(patched, [prompt], top_k, n=4)[0]) == 4
     with pytest.raises(RuntimeError, match=r"max\(\): Expected reduction dim"):
-        generate(unmended, [prompt], top_k, n=4)
+        generate(unpatched, [prompt], top_k, n=4)
 
 
-def test_a_prompt_in_parts_fails_without_the_mend(
-    start_engine: Callable[..., EngineProcess], mended: EngineProcess, models_dir: Path
+def test_a_prompt_in_parts_fails_without_the_fix(
+    start_engine: Callable[..., EngineProcess], patched: EngineProcess, models_dir: Path
 ) -> None:
     sampling = SamplingConfig(max_generate_length=8)
     settings = {
@@ -81,8 +81,8 @@ def test_a_prompt_in_parts_fails_without_the_mend(
         "engine_init_kwargs": {"max_num_batched_tokens": 128},
     }
     with pytest.raises(RuntimeError, match="does not use offset"):
-        generate(start_engine(UnmendedEngine, **settings), [LONG_PROMPT], sampling, seed=3)
+        generate(start_engine(UnpatchedEngine, **settings), [LONG_PROMPT], sampling, seed=3)
     whole, in_parts = (
-        generate(engine, [LONG_PROMPT], sampling, n=2, seed=3) for engine in (mended, start_engine(**settings))
+        generate(engine, [LONG_PROMPT], sampling, n=2, seed=3) for engine in (patched, start_engine(**settings))
     )
     assert [g.token_ids for g in in_parts[0]] == [g.token_ids for g in whole[0]]
