@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO with a co-trained DFlash draft; further words are settings.
+# GRPO with a co-trained DFlash draft. Arguments are settings.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"

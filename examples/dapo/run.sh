@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DAPO: clip-higher, token-mean loss, dynamic sampling, soft overlong punishment; further words are settings.
+# DAPO: clip-higher, token-mean loss, dynamic sampling, soft overlong punishment. Arguments are settings.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"

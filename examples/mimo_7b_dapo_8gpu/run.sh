@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MiMo-7B-RL with its MTP head on one node of 8 GPUs; further words are settings, trainer.dry_run=true only plans.
+# MiMo-7B-RL with its MTP head on one node of 8 GPUs. Arguments are settings; trainer.dry_run=true only prints the plan.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Your own rows and your own reward (own.py has both); further words are settings.
+# Your own rows and your own reward (own.py has both). Arguments are settings.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/examples/own_dataset${PYTHONPATH:+:$PYTHONPATH}"

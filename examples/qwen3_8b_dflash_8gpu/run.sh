@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen3-8B with a DFlash draft on one node of 8 GPUs; further words are settings, trainer.dry_run=true only plans.
+# Qwen3-8B with a DFlash draft on one node of 8 GPUs. Arguments are settings; trainer.dry_run=true only prints the plan.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two machines of 8 GPUs, on the first of them: 8 GPUs train (TP 4 x DP 2), 8 generate. RAY_ADDRESS names the cluster.
+# Run this on the first of two machines of 8 GPUs: 8 GPUs train (TP 4 x DP 2), 8 generate. RAY_ADDRESS names the cluster.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
