@@ -37,7 +37,7 @@ from skyrl_spec.losses.vocab_parallel import (
     softmax_,
     vocab_shard,
 )
-from skyrl_spec.settings.schema import LOSS_TYPES
+from skyrl_spec.settings.allowed import LOSS_TYPES
 
 
 class DraftLoss(NamedTuple):

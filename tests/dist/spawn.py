@@ -16,14 +16,14 @@ import torch.multiprocessing as mp
 
 
 def run_distributed(fn: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 120.0) -> None:
-    """``fn(rank, *args)`` on ``world_size`` fresh processes (forked as in tests/conftest.py), one gloo group over all of them.
+    """Runs ``fn(rank, *args)`` on ``world_size`` new processes that form one gloo group.
 
-    ``fn`` is a module's function (it is pickled by name) and ends normally or raises.
+    The processes are forked as tests/conftest.py says. ``fn`` is pickled by name, so it must be a function of a module.
 
     Raises:
-        RuntimeError: a child failed; the message is the traceback of the one that failed first. (The others usually
-            fail too, of a lost connection.)
-        TimeoutError: not done after ``timeout_s``; the processes are killed.
+        RuntimeError: a child failed. The message is the traceback of the child that failed first; the others usually
+            fail later, because they lose the connection.
+        TimeoutError: not done after ``timeout_s``. The processes are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
