@@ -1,12 +1,12 @@
-"""The chunked draft loss against plain PyTorch with full logits: time and peak extra memory, forward and backward.
+"""Benchmark of the chunked draft loss against plain PyTorch with full logits: time and peak extra memory.
 
     python benchmarks/soft_ce.py                    # CPU, about three minutes on two cores
     python benchmarks/soft_ce.py --device cuda
 
-Both get the same inputs and are asked for the same: the loss and its gradient with respect to the draft's hidden
-states, which is compared every time. Every measurement is a process of its own; the two versions alternate; the table
-has medians. Extra memory is the peak beyond what was there once libraries and inputs were: resident memory on the CPU,
-the allocator's on CUDA.
+Both versions compute the loss and its gradient with respect to the draft's hidden states (forward and backward) on the
+same inputs. The gradients are compared every time. Each measurement runs in a new process. The two versions take turns,
+and the table has medians. Extra memory is the peak minus the memory held once libraries and inputs are loaded: resident
+memory on CPU, the allocator's on CUDA.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"num_tokens": 1024, "hidden_size": 256, "chunk_size": 64, "dtype": "float32"},
     "cuda": {"num_tokens": 4096, "hidden_size": 4096, "chunk_size": 512, "dtype": "bfloat16"},
 }
-# Of the largest entry of the gradient; bf16 rounds in other places.
+# Relative to the largest entry of the gradient. The two versions round bf16 in different places.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 MIB = 2**20
 
 
 def plain_soft_ce(draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weights_KT: Tensor) -> Tensor:
-    """As one writes it: the logits of all tokens, softmax in float32."""
+    """Plain soft cross-entropy: logits of all tokens at once, softmax in float32."""
     with torch.no_grad():
         teacher_TV = ((teacher_TD @ weight_VD.t()).float() / TEMPERATURE).softmax(-1)
     logq_KTV = ((draft_KTD @ weight_VD.t()).float() / TEMPERATURE).log_softmax(-1)
@@ -46,7 +46,7 @@ def plain_soft_ce(draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weig
 
 
 def loss_and_grad(args: argparse.Namespace, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The gradient with respect to the draft's hidden states."""
+    """Gradient of the loss with respect to the draft's hidden states."""
     if args.version == "plain":
         loss = plain_soft_ce(*inputs)
     else:
@@ -57,20 +57,21 @@ def loss_and_grad(args: argparse.Namespace, inputs: tuple[Tensor, ...]) -> Tenso
 
 
 def make_inputs(args: argparse.Namespace, vocab_size: int, num_tokens: int) -> tuple[Tensor, ...]:
+    """Random draft states, teacher states, output weight and token weights, in the order of ``plain_soft_ce``."""
     generator = torch.Generator(args.device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=args.device, dtype=getattr(torch, args.dtype))
 
     draft_KTD = randn(args.num_drafts, num_tokens, args.hidden_size).requires_grad_()
-    # Logits of standard deviation 2, peaked as a language model's are.
+    # Logits get standard deviation 2, so they are as peaked as a language model's.
     weight_VD = randn(vocab_size, args.hidden_size).mul_(2 * args.hidden_size**-0.5)
     weights_KT = torch.full((args.num_drafts, num_tokens), 1.0 / num_tokens, device=args.device)
     return draft_KTD, randn(num_tokens, args.hidden_size), weight_VD, weights_KT
 
 
 def peak_memory(device: str) -> int:
-    """Bytes. VmHWM begins anew with the process; ``ru_maxrss`` would begin with the parent's peak."""
+    """Peak memory of this process, in bytes. VmHWM starts at zero; ``ru_maxrss`` starts at the parent's peak."""
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
@@ -78,7 +79,7 @@ def peak_memory(device: str) -> int:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """In a child: one version, once, after a tiny run that loads the libraries. Prints a line of JSON."""
+    """Measure one version once, in a child process, and print a line of JSON. A tiny run before loads the libraries."""
     loss_and_grad(args, make_inputs(args, vocab_size=64, num_tokens=8))
     inputs = make_inputs(args, args.vocab_size, args.num_tokens)
     before = peak_memory(args.device)
@@ -91,6 +92,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def measure_in_child(args: argparse.Namespace, **settings: Any) -> dict[str, float]:
+    """Result of ``measure`` in a new process, with ``settings`` in place of those of ``args``."""
     command = [sys.executable, __file__]
     for name, value in {**vars(args), **settings}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -98,7 +100,7 @@ def measure_in_child(args: argparse.Namespace, **settings: Any) -> dict[str, flo
 
 
 def compare(args: argparse.Namespace, vocab_size: int, num_drafts: int) -> str:
-    """Alternating rounds of one size; a row of the table."""
+    """A row of the table: alternating rounds of one size."""
     runs: dict[str, list[dict[str, float]]] = {"plain": [], "chunked": []}
     with tempfile.TemporaryDirectory() as folder:
         files = {version: f"{folder}/{version}.npy" for version in runs}
@@ -129,7 +131,7 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int)
     parser.add_argument("--dtype", choices=list(TOLERANCE))
     parser.add_argument("--rounds", type=int, default=3)
-    # Set by this script for its children.
+    # The script sets these for its child processes.
     for name in ("--version", "--grad-file"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     for name in ("--vocab-size", "--num-drafts"):
