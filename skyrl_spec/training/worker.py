@@ -63,7 +63,7 @@ class PolicyWorker:
         # A rank sees the one GPU that Ray gave it.
         device = torch.device("cpu") if placement.device == "cpu" else torch.device("cuda", 0)
         if self._rank > 0:
-            self._store = TCPStore(*store_address, self._world_size, is_master=False)
+            self._store = TCPStore(*store_address, self._world_size, is_master=False, wait_for_workers=False)
         ranks = parallel.initialize(
             rank=self._rank,
             world_size=self._world_size,
