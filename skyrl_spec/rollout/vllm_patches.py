@@ -230,6 +230,5 @@ def _require(owner: Any, name: str, fix: Callable[[], None]) -> None:
     """A fix of something that is gone must be looked at, not skipped. ``owner``: a module or a class."""
     if not hasattr(owner, name):
         raise RuntimeError(
-            f"{owner.__name__}.{name} is gone from vLLM: "
-            f"adapt or remove skyrl_spec.rollout.vllm_patches.{fix.__name__}"
+            f"{owner.__name__}.{name} is gone from vLLM: adapt or remove skyrl_spec.rollout.vllm_patches.{fix.__name__}"
         )
