@@ -35,8 +35,7 @@ LRS = {"policy": [1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3], "draft": [2e-3 * (1 - step / 
 
 
 class AdamW:
-    """"Decoupled Weight Decay Regularization" (arXiv 1711.05101) with a clip of the global norm; biases and norms do
-    not decay."""
+    """AdamW (arXiv 1711.05101) after a clip of the global norm; biases and norms do not decay."""
 
     def __init__(self, config: OptimizerConfig, weights: dict[str, Tensor]):
         self._config, self._num_steps = config, 0
