@@ -1,7 +1,8 @@
-"""Recompute changes no number: gradients, losses and captured states are those of a run that keeps its activations."""
+"""Recompute changes no bit: gradients, losses and captured states equal those of a run that keeps activations."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.trainer import PolicyTrainer
 
+# Rows of the micro-batches that eight rows make, three at a time.
+MICRO_BATCH_ROWS = (3, 2)
+
 
 def _build(path: Path, ranks: Parallel, draft: str | None, recompute: bool) -> PolicyTrainer:
     torch.manual_seed(0)
@@ -32,7 +36,7 @@ def _gradients(trainable: Trainable) -> dict[str, Tensor]:
 
 
 def _train(trainer: PolicyTrainer) -> dict[str, Any]:
-    """Two steps: metrics, gradients before clipping, and weights at the end, of policy and draft."""
+    """Metrics, gradients before clipping and final weights of two steps, of policy and draft."""
     trained: dict[str, Trainable] = {"policy": trainer.policy}
     if trainer.draft is not None:
         trained["draft"] = trainer.draft.trainable
@@ -42,6 +46,7 @@ def _train(trainer: PolicyTrainer) -> dict[str, Any]:
         for name, trainable in trained.items():
             record[f"{name} gradients {step}"] = _gradients(trainable)
         record["metrics"].append(values(trainer._reduce(sums) | trainer.optimizer_step()))
+        _assert_no_activations_live()
     for name, trainable in trained.items():
         record[f"{name} weights"] = {
             key: parameter.detach().clone() for key, parameter in trainable.module.named_parameters()
@@ -49,15 +54,27 @@ def _train(trainer: PolicyTrainer) -> dict[str, Any]:
     return record
 
 
-def _assert_equal(mine: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
-    for key, expected in theirs.items():
+def _live_activations() -> list[torch.Size]:
+    """Shapes of all live tensors ``[S, B, ...]``: captured states, or keys and values that a draft remembers."""
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if isinstance(value, Tensor)]
+    return [x.shape for x in tensors if x.dim() >= 3 and x.shape[1] in MICRO_BATCH_ROWS]
+
+
+def _assert_no_activations_live() -> None:
+    assert _live_activations() == []
+
+
+def _assert_equal(actual: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """Everything in ``expected`` is in ``actual``, bit for bit."""
+    for key, values_of_key in expected.items():
         if key == "metrics":
-            for one, other in zip(mine[key], expected, strict=True):
+            for one, other in zip(actual[key], values_of_key, strict=True):
                 assert {name: one[name] for name in other} == other, where
             continue
-        assert mine[key].keys() == expected.keys(), (where, key)
-        for name, tensor in expected.items():
-            assert torch.equal(mine[key][name], tensor), (where, key, name)
+        assert actual[key].keys() == values_of_key.keys(), (where, key)
+        for name, tensor in values_of_key.items():
+            assert torch.equal(actual[key][name], tensor), (where, key, name)
 
 
 def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
@@ -77,7 +94,7 @@ def test_recompute_changes_no_bit_of_policy_and_draft(tmp_path: Path, draft: str
 
 
 def _captured(trainer: PolicyTrainer) -> tuple[dict[Any, Tensor], int]:
-    """The captured states of one forward pass, and how often a layer ran by the end of the backward pass."""
+    """Captured states of one forward pass, and how often a layer ran by the end of the backward pass."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -93,14 +110,14 @@ def _captured(trainer: PolicyTrainer) -> tuple[dict[Any, Tensor], int]:
             hidden_SBD = trainer.model(torch.arange(12).view(2, 6), None)
         states = captured.take()
         hidden_SBD.square().sum().backward()
-        # The hooks ran again; what they saw must not stay alive.
+        # Recompute runs the hooks again. They must not keep what they see then.
         assert captured.take() == {}
     handle.remove()
     return states, calls
 
 
-def _check_capture(_rank: int, path: Path, draft: str) -> None:
-    ranks = parallel.lay_out(1, torch.device("cpu"))
+def _check_capture(_rank: int, path: Path, draft: str, tp: int) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"))
     kept, kept_calls = _captured(_build(path, ranks, draft, recompute=False))
     recomputed, recomputed_calls = _captured(_build(path, ranks, draft, recompute=True))
     assert (kept_calls, recomputed_calls) == (1, 2)
@@ -110,6 +127,13 @@ def _check_capture(_rank: int, path: Path, draft: str) -> None:
         assert not recomputed[point].requires_grad, point
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("draft", ["mtp", "dflash"])
-def test_captured_states_are_those_of_the_forward_pass_and_are_let_go(tmp_path: Path, draft: str) -> None:
-    run_distributed(_check_capture, 1, write_model(tmp_path / "model", draft), draft)
+def test_captured_states_are_those_of_the_forward_pass(tmp_path: Path, draft: str, tp: int) -> None:
+    run_distributed(_check_capture, tp, write_model(tmp_path / "model", draft), draft, tp)
+
+
+def test_live_activations_are_seen() -> None:
+    """The check above finds a captured state that is kept."""
+    kept = torch.zeros(11, 3, 4)
+    assert _live_activations() == [kept.shape]
