@@ -1,7 +1,7 @@
 """Core attention for Megatron's local layer spec, on PyTorch's scaled_dot_product_attention.
 
-Megatron's own local core attention keeps a ``[B, H, S, S]`` probability tensor a layer; this one runs the flash kernel
-of the device. Shapes follow Megatron: S sequence, B batch, H heads, d head size.
+Megatron's own local core attention keeps a ``[B, H, S, S]`` tensor of probabilities per layer. This one runs the
+device's flash kernel. Shapes follow Megatron: S sequence, B batch, H query heads, G key heads, d head size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 
 class SdpaAttention(nn.Module):
-    """Causal attention; documents packed into a row are kept apart by ``attention_mask``.
+    """Causal attention.
 
-    ``attention_mask`` is None (one document a row: causal) or bool ``[B, 1, S, S]``, True where attention is barred.
+    ``attention_mask`` None means one document per row. Else it is bool ``[B, 1, S, S]``, True where attention is
+    barred, and keeps the documents of a row apart (``policy.document_mask``).
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any):
-        # The other arguments Megatron passes (mask type, dropout, process groups) have one value here.
+        # Megatron also passes mask type, dropout and process groups, which have one value here.
         super().__init__()
         self.scale = config.softmax_scale or config.kv_channels**-0.5
         self.layer_number = layer_number
@@ -32,7 +33,7 @@ class SdpaAttention(nn.Module):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHd, key_SBGd, value_SBGd))
         shares_keys = query.shape[1] != key.shape[1]
         if shares_keys and attention_mask is not None:
-            # With a mask *and* shared keys no kernel is left that does without the [S, S] scores.
+            # No kernel that avoids the [S, S] scores takes both a mask and shared keys.
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         out_BHSd = F.scaled_dot_product_attention(
             query,

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CapturePoint:
-    """What to capture: the first input or the output of the submodule called ``module``."""
+    """First input or output of the submodule named ``module``."""
 
     module: str
     side: Literal["input", "output"]
 
 
 class Captured:
-    """What the last forward pass left, until it is taken.
+    """Activations captured by the last forward pass, until ``take`` hands them over.
 
-    It listens only while it is told to: where activations are recomputed, hooks run again in the backward pass, and
-    what they brought then would stay alive.
+    Hooks also run in the backward pass when activations are recomputed. Tensors of these runs would stay alive, so only
+    those inside ``listening`` are kept.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Captured:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Around a forward pass."""
+        """Context of a forward pass whose activations are captured."""
         self._is_listening = True
         try:
             yield
@@ -40,18 +40,19 @@ class Captured:
             self._is_listening = False
 
     def put(self, point: CapturePoint, tensor: Tensor) -> None:
+        """Keeps ``tensor`` without its gradient, if listening."""
         if self._is_listening:
             self._tensors[point] = tensor.detach()
 
     def take(self) -> dict[CapturePoint, Tensor]:
-        """The captured tensors ``[S, B, D]``, without gradient; afterwards nothing here keeps them alive."""
+        """Captured tensors ``[S, B, D]``, without gradient. This object no longer holds them."""
         tensors, self._tensors = self._tensors, {}
         return tensors
 
 
 @contextmanager
 def capture(model: nn.Module, points: tuple[CapturePoint, ...]) -> Iterator[Captured]:
-    """Hooks on ``model`` for the time of the context, so that none is ever registered twice or left behind."""
+    """Hooks on ``model`` at ``points``, removed at the end of the context."""
     captured = Captured()
     handles = []
     for point in points:

@@ -1,8 +1,8 @@
-"""HF <-> Megatron weights: one invertible table, read in both directions.
+"""Conversion of weights between Hugging Face (HF) and Megatron: one table of rules, read in both directions.
 
-Every rule brings HF tensors into a *canonical* layout in which tensor parallelism cuts a single axis, whatever Megatron
-interleaves: QKV is ``[groups, (heads of a group + 2) * head_dim, D]``, gate and up are ``[2, ffn, D]``. A rank's
-shard is a chunk along that axis, flattened to the parameter's shape. The way back gathers and undoes.
+A rule brings HF tensors into a *canonical* layout, in which tensor parallelism cuts a single axis: QKV is
+``[groups, (heads of a group + 2) * head_dim, D]``, gate and up are ``[2, ffn, D]``. A rank's shard is a chunk along
+that axis, flattened to the shape of the Megatron parameter. An export gathers the chunks and inverts the rule.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from skyrl_spec.specs.model import ModelSpec
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and the HF tensors it is made of."""
+    """A Megatron parameter and the HF tensors that it consists of."""
 
     megatron: str
     hf: tuple[str, ...]
-    # Axis of the canonical layout that tensor parallelism cuts; None: replicated.
+    # Axis of the canonical layout that tensor parallelism cuts. None: replicated.
     shard_axis: int | None
     to_canonical: Callable[[list[Tensor]], Tensor]
     from_canonical: Callable[[Tensor], list[Tensor]]
-    # How the parameter's rows unfold into the leading axes of the canonical layout.
+    # Leading axes of the canonical layout into which the rows of the parameter unfold.
     rows: tuple[int, ...] = (-1,)
 
     @property
     def partition_dim(self) -> int:
-        """Dimension of the parameter itself that is sharded (rows that unfold are one dimension there)."""
+        """Sharded dimension of the parameter, in which all unfolded axes of ``rows`` are dimension 0."""
         assert self.shard_axis is not None
         return max(0, self.shard_axis - len(self.rows) + 1)
 
 
 def plain(megatron: str, hf: str, shard_axis: int | None) -> Rule:
+    """A parameter that equals one HF tensor."""
     return Rule(megatron, (hf,), shard_axis, lambda tensors: tensors[0], lambda full: [full])
 
 
 def vocab(megatron: str, hf: str, vocab_size: int, padded_size: int) -> Rule:
-    """Rows by token, zero rows appended up to ``padded_size``."""
+    """One row per token, with zero rows appended up to ``padded_size``."""
 
     def pad(tensors: list[Tensor]) -> Tensor:
         padding = tensors[0].new_zeros(padded_size - vocab_size, *tensors[0].shape[1:])
@@ -58,7 +59,7 @@ def vocab(megatron: str, hf: str, vocab_size: int, padded_size: int) -> Rule:
 
 
 def qkv(megatron: str, hf_prefix: str, kind: str, spec: ModelSpec) -> Rule:
-    """Megatron interleaves per query group: its query heads, then its key, then its value."""
+    """Query, key and value. Megatron stores, for each query group, its query heads, its key and its value."""
     names = tuple(f"{hf_prefix}{name}_proj.{kind}" for name in "qkv")
     rows = [spec.num_heads // spec.num_kv_heads * spec.head_dim, spec.head_dim, spec.head_dim]
 
@@ -72,12 +73,16 @@ def qkv(megatron: str, hf_prefix: str, kind: str, spec: ModelSpec) -> Rule:
 
 
 def gate_up(megatron: str, hf_prefix: str) -> Rule:
+    """Gate and up projections of a SwiGLU, stacked."""
     names = (f"{hf_prefix}gate_proj.weight", f"{hf_prefix}up_proj.weight")
     return Rule(megatron, names, 1, torch.stack, lambda full: list(full.unbind()), rows=(2, -1))
 
 
 def input_projection(megatron: str, hf: str) -> Rule:
-    """MiMo's ``input_proj`` takes [hidden, embedding], Megatron's ``eh_proj`` [embedding, hidden]: swap the halves."""
+    """Input projection of an MTP layer, with its halves swapped.
+
+    MiMo's ``input_proj`` takes [hidden, embedding], Megatron's ``eh_proj`` takes [embedding, hidden].
+    """
 
     def swap(weight: Tensor) -> Tensor:
         return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
@@ -86,7 +91,7 @@ def input_projection(megatron: str, hf: str) -> Rule:
 
 
 def layer_rules(megatron: str, hf: str, spec: ModelSpec) -> list[Rule]:
-    """One transformer layer; both prefixes end in a dot."""
+    """Rules of one transformer layer. Both prefixes end in a dot."""
     rules = [
         plain(f"{megatron}input_layernorm.weight", f"{hf}input_layernorm.weight", None),
         qkv(f"{megatron}self_attention.linear_qkv.weight", f"{hf}self_attn.", "weight", spec),
@@ -106,7 +111,7 @@ def layer_rules(megatron: str, hf: str, spec: ModelSpec) -> list[Rule]:
 
 
 def policy_rules(spec: ModelSpec, padded_vocab: int) -> list[Rule]:
-    """The trunk, embedding and (untied) output head."""
+    """Rules of the trunk, the embedding and an untied output head."""
     rules = [
         vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", spec.vocab_size, padded_vocab),
         *(
@@ -122,7 +127,7 @@ def policy_rules(spec: ModelSpec, padded_vocab: int) -> list[Rule]:
 
 
 def mtp_rules(spec: ModelSpec) -> list[Rule]:
-    """MiMo's first MTP layer, the one vLLM serves, as layer 0 of Megatron's MultiTokenPredictionBlock."""
+    """Rules of MiMo's first MTP layer, which vLLM serves, as layer 0 of a MultiTokenPredictionBlock."""
     hf, megatron = "model.mtp_layers.0.", "layers.0."
     return [
         plain(f"{megatron}enorm.weight", f"{hf}token_layernorm.weight", None),
@@ -134,7 +139,7 @@ def mtp_rules(spec: ModelSpec) -> list[Rule]:
 
 
 def dflash_rules(layers: ModelSpec) -> list[Rule]:
-    """A DFlash draft: no embedding and no output head, which are the policy's."""
+    """Rules of a DFlash draft. Embedding and output head are the policy's."""
     return [
         plain("fc.weight", "fc.weight", 0),
         plain("hidden_norm.weight", "hidden_norm.weight", None),
@@ -148,7 +153,7 @@ def dflash_rules(layers: ModelSpec) -> list[Rule]:
 
 
 class HfTensors:
-    """The safetensors files of a checkpoint directory, read tensor by tensor; ``setting`` is what named it."""
+    """Tensors of a checkpoint directory, read one at a time. ``setting`` is the setting that names the directory."""
 
     def __init__(self, directory: Path, setting: str = "trainer.policy.model.path"):
         self.directory, self.setting = directory, setting
@@ -170,10 +175,10 @@ class HfTensors:
 
 
 def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, parallel: Parallel) -> None:
-    """Fill every parameter of ``module`` with this rank's shard.
+    """Fills every parameter of ``module`` with this rank's shard.
 
     Raises:
-        ConfigError: a tensor is missing or has another shape than ``config.json`` says.
+        ConfigError: a tensor is missing, or its shape is not the one that ``config.json`` implies.
     """
     parameters = megatron_patches.named_parameters(module)
     assert parameters.keys() == {rule.megatron for rule in rules}, parameters.keys() ^ {rule.megatron for rule in rules}
@@ -186,8 +191,8 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
             shard = canonical.reshape(parameter.shape)
         except RuntimeError as error:
             raise ConfigError(
-                f"{tensors.setting}={tensors.directory}: {', '.join(rule.hf)} does not have the shape that "
-                f"config.json says ({error}); the checkpoint does not match its config.json"
+                f"{tensors.setting}={tensors.directory}: {', '.join(rule.hf)} does not have the shape that its "
+                f"config.json says ({error}); use the config.json of these weights"
             ) from None
         with torch.no_grad():
             parameter.copy_(shard)
@@ -196,7 +201,7 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
 
 
 def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
-    """HF names and full tensors, on every rank of the tensor-parallel group (all of them must iterate)."""
+    """HF names and full tensors, on every tensor-parallel rank. All of these ranks must iterate."""
     parameters = megatron_patches.named_parameters(module)
     for rule in rules:
         shard = parameters[rule.megatron].detach()
@@ -205,7 +210,7 @@ def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> 
 
 
 def hf_shapes(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[torch.Size]:
-    """Shapes of the HF tensors of ``rule``, without any communication."""
+    """Shapes of the HF tensors of ``rule``, without communication."""
     shard = parameter.detach().to("meta")
     canonical = canonical_shard(shard, rule)
     if rule.shard_axis is not None:
@@ -214,9 +219,9 @@ def hf_shapes(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[torch.S
 
 
 def _mark_sharded(parameter: Tensor, dim: int) -> None:
-    """Tell Megatron that this rank holds a part of its own: unmarked, only tensor-parallel rank 0 enters the grad norm.
+    """Marks ``parameter`` as sharded. Megatron's gradient norm takes unmarked ones from tensor-parallel rank 0 only.
 
-    Megatron sets this while it initializes weights, which is left out here since a checkpoint is read.
+    Megatron sets the mark when it initializes weights, which is skipped here because a checkpoint is read.
     """
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
@@ -232,5 +237,5 @@ def _gather(shard: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
 
 
 def canonical_shard(shard: Tensor, rule: Rule) -> Tensor:
-    """A parameter, or something of its shape, in the canonical layout: still this rank's part along the shard axis."""
+    """This rank's part of a parameter (or of a tensor of its shape) in the canonical layout."""
     return shard.reshape(*rule.rows, *shard.shape[1:])

@@ -1,4 +1,4 @@
-"""torch's types by the names of the settings."""
+"""torch's dtypes by the names of the settings."""
 
 from __future__ import annotations
 

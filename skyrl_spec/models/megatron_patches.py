@@ -1,7 +1,7 @@
-"""Fixes for Megatron-core 0.16 to 0.19, one function each, of two kinds.
+"""Fixes for faults of Megatron-core 0.16 to 0.19. One function fixes one fault.
 
-It assumes CUDA in a few places: those fixes go when it takes its device from the parameters or an accelerator API.
-Its versions differ: each of those says which version it goes with.
+Some fixes are for CPU, because Megatron assumes CUDA in a few places. They can go when it takes the device from the
+parameters or from an accelerator API. Others bridge differences between versions. Each says when it can go.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Inside, ``device="cuda"`` makes CPU tensors, ``Tensor.cuda()`` is the identity and ``Tensor.type()`` says CUDA.
+    """Context in which ``device="cuda"`` means CPU, ``Tensor.cuda()`` does nothing and ``Tensor.type()`` names CUDA.
 
-    Megatron allocates its flags and norms with ``device="cuda"`` and sorts parameters by ``"torch.cuda.FloatTensor"``.
+    Megatron allocates flags and norms with ``device="cuda"``, and groups parameters by ``"torch.cuda.FloatTensor"``.
     """
 
     def __torch_function__(
@@ -42,10 +42,10 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 class NoForkRngTracker:
-    """Stands in for the CUDA RNG tracker, whose states need a CUDA device.
+    """Replacement for the CUDA RNG tracker, whose states need a CUDA device.
 
-    Nothing here draws random numbers in a forward pass (dropout is 0) and weights come from a checkpoint, so a fork
-    of the RNG has nothing to keep apart.
+    No forward pass draws random numbers (dropout is 0) and weights come from a checkpoint, so a fork of the RNG has no
+    effect.
     """
 
     def is_initialized(self) -> bool:
@@ -66,12 +66,12 @@ class NoForkRngTracker:
 
 
 def current_device_is_cpu() -> None:
-    """``torch.cuda.current_device()`` names the CPU: Megatron's buffers are allocated there."""
+    """Makes ``torch.cuda.current_device()`` return the CPU, where Megatron then allocates its buffers."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 
 def replace_rng_tracker() -> None:
-    """See ``NoForkRngTracker``."""
+    """Installs ``NoForkRngTracker``: the CUDA tracker asks a CUDA device for its state."""
     for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"):
         if not hasattr(megatron_random, name):
             raise RuntimeError(
@@ -83,9 +83,9 @@ def replace_rng_tracker() -> None:
 
 
 def recompute_keeps_cpu_rng_alone() -> None:
-    """Recompute saves and restores the CPU generator only: there is no CUDA generator to ask.
+    """Makes recompute save and restore only the CPU generator: there is no CUDA generator to ask.
 
-    Goes when Megatron's recompute skips CUDA states where no CUDA device is.
+    Can go when Megatron's recompute skips CUDA states on a machine without CUDA.
     """
 
     def get_states() -> tuple[torch.Tensor, None, dict[str, torch.Tensor]]:
@@ -104,7 +104,7 @@ def recompute_keeps_cpu_rng_alone() -> None:
 
 
 def prepare(device: torch.device) -> None:
-    """Once a process, before anything of Megatron is built."""
+    """Applies the fixes for ``device``. Call it once per process, before Megatron builds anything."""
     if device.type == "cpu":
         current_device_is_cpu()
         replace_rng_tracker()
@@ -114,15 +114,16 @@ def prepare(device: torch.device) -> None:
 
 
 def megatron_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Around every call into Megatron that allocates: building, schedules, optimizer steps."""
+    """Context for every call into Megatron that allocates: building, schedules, optimizer steps."""
     return CudaMeansCpu() if device.type == "cpu" else nullcontext()
 
 
 def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
-    """What ``dist_checkpointing.save`` writes of sharded tensors, by PyTorch's own writer and in this process.
+    """Writes sharded tensors as ``dist_checkpointing.save`` does, but in this process, with PyTorch's writer.
 
     Megatron's writer synchronizes CUDA, starts a manager process (which imports the main module again) and forks
-    writers; a Ray actor has threads, whose locks a fork may copy locked. Goes when Megatron can write without a fork.
+    writers. A Ray actor has threads, and a fork may copy a lock that one of them holds. Can go when Megatron writes
+    without a fork.
     """
     for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
         if not hasattr(torch_dist, name):
@@ -138,7 +139,7 @@ def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
 
 
 class _ShardWriter(checkpoint.FileSystemWriter):
-    """Says why a file could not be written: ``torch.save`` raises an error of its zip format over the file's own."""
+    """Writer that raises the file's own error. ``torch.save`` hides it behind an error of its zip format."""
 
     def write_data(self, plan: checkpoint.SavePlan, planner: checkpoint.SavePlanner) -> Any:
         try:
@@ -149,12 +150,12 @@ class _ShardWriter(checkpoint.FileSystemWriter):
             raise
 
 
-# What an MTP layer calls the transformer layer inside it: in 0.16, and since 0.17.
+# Attribute of an MTP layer that holds its transformer layer: in 0.16, and since 0.17.
 _MTP_LAYER_NAMES = ("transformer_layer", "mtp_model_layer")
 
 
 def mtp_transformer_layer(mtp_layer: nn.Module) -> Any:
-    """The transformer layer inside ``mtp_layer``. Goes with Megatron 0.16, which has another name for it."""
+    """Transformer layer inside ``mtp_layer``. Can go with Megatron 0.16, which names it differently."""
     for name, module in mtp_layer.named_children():
         if name in _MTP_LAYER_NAMES:
             return module
@@ -166,10 +167,10 @@ def mtp_transformer_layer(mtp_layer: nn.Module) -> Any:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a parameter in the tables of ``conversion`` and in checkpoints, the same with every Megatron.
+    """Name of a parameter in ``conversion`` and in checkpoints, equal for all Megatron versions.
 
-    It is that of 0.16. Megatron's own checkpoints keep it too (``MultiTokenPredictionLayer.sharded_state_dict``).
-    Stays while checkpoints with these names are read.
+    It is the name of 0.16. Megatron's own checkpoints keep it too (``MultiTokenPredictionLayer.sharded_state_dict``).
+    Stays as long as checkpoints with these names are read.
     """
     old, new = _MTP_LAYER_NAMES
     return name.replace(f".{new}.", f".{old}.")

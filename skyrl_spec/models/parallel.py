@@ -14,7 +14,7 @@ from skyrl_spec.models import megatron_patches
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place. Groups are passed from here, never fetched from a global inside a loss."""
+    """This rank's device and process groups. Losses get their group as an argument, never from a global."""
 
     device: torch.device
     rank: int
@@ -66,7 +66,7 @@ def initialize(
 
 
 def lay_out(tensor_parallel_size: int, device: torch.device) -> Parallel:
-    """Megatron's groups over the process group that is there."""
+    """Lays Megatron's groups over the process group that exists."""
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
     megatron_patches.prepare(device)
     return Parallel(
@@ -78,7 +78,7 @@ def lay_out(tensor_parallel_size: int, device: torch.device) -> Parallel:
 
 
 def shutdown() -> None:
-    """Leave all groups."""
+    """Leaves all groups."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""The policy: Megatron's GPTModel built without MTP, whose forward gives hidden states, not logits.
+"""The policy: Megatron's GPTModel without MTP. Its forward pass returns hidden states, not logits.
 
-Logits exist only in chunks, inside the losses, and the draft sits outside (``drafts/``): nothing it does can reach the
-policy's parameters.
+Logits exist only inside the losses, in chunks. The draft is a module outside (``drafts``) and cannot reach the policy's
+parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.device) -> TransformerConfig:
-    """Megatron's configuration of the trunk. Fusions that need Apex or Transformer Engine are off."""
+    """Megatron's configuration of the trunk. Fusions that need Apex or Transformer Engine are off.
+
+    With ``megatron.recompute_activations`` every layer keeps only its input and runs again in the backward pass.
+    """
     dtype = DTYPES[megatron.dtype]
     recompute: dict[str, Any] = (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -59,7 +62,7 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
         use_cpu_initialization=device.type == "cpu",
         # Every weight is read from a checkpoint.
         perform_initialization=False,
-        # Losses arrive with the global denominator in their weights, so Megatron must not divide again.
+        # Token weights carry the global denominator, so Megatron must not divide again.
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -80,13 +83,13 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Sdpa
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose forward stops before the output layer."""
+    """GPTModel whose forward pass stops before the output layer."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Trunk hidden states after the final norm, ``[S, B, D]``, of ``input_ids`` ``[B, S]``.
+        """Hidden states after the final norm, ``[S, B, D]``, of ``input_ids`` ``[B, S]``.
 
-        Positions count from 0 along the row. For documents packed behind one another this is exact as well: RoPE is
-        relative, and ``attention_mask`` keeps documents apart.
+        Positions count from 0 along the row. This is exact for several documents in a row too: RoPE is relative, and
+        ``attention_mask`` keeps documents apart.
         """
         hidden_SBD = self.embedding(input_ids=input_ids, position_ids=None)
         return self.decoder(
@@ -97,11 +100,11 @@ class PolicyModel(GPTModel):
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Rows of the current embedding, ``[..., D]``, without gradient; collective over tensor parallelism."""
+        """Rows of the embedding, ``[..., D]``, without gradient. Collective over tensor-parallel ranks."""
         return self.embedding.word_embeddings(token_ids)
 
     def output_weight_vD(self) -> Tensor:
-        """This rank's rows of the output head (the embedding itself where they are tied)."""
+        """This rank's rows of the output head, which is the embedding if they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -112,7 +115,7 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
     with megatron_patches.megatron_device(parallel.device):
         model = PolicyModel(
             config=config,
-            # The norm is named: Megatron's default depends on what else is installed.
+            # Megatron's default norm depends on which packages are installed.
             transformer_layer_spec=TransformerBlockSubmodules(
                 layer_specs=[layer_spec(config)] * spec.num_layers, layer_norm=WrappedTorchNorm
             ),
@@ -122,15 +125,15 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
         )
-        # Megatron's plain norms know no dtype and would stay fp32.
+        # Megatron's plain norms ignore params_dtype and would stay fp32.
         return model.to(parallel.device, config.params_dtype)
 
 
 def document_mask(segment_ids_BS: Tensor) -> Tensor | None:
-    """Attention mask ``[B, 1, S, S]`` (True: barred) of packed rows; None where each row is one document.
+    """Attention mask ``[B, 1, S, S]`` (True: barred) of rows with several documents; None if each row has one.
 
-    Padding is on the right, so a causal mask alone keeps it out of what real tokens see. Padding rows attend to
-    themselves and so stay finite.
+    Padding is on the right, so a causal mask hides it from real tokens. Padding attends to padding, so its states stay
+    finite.
     """
     if int(segment_ids_BS.max()) <= 1:
         return None
