@@ -1,7 +1,8 @@
-"""Reinforcement learning of language models with a co-trained speculative-decoding draft.
+"""Reinforcement learning of language models with a speculative-decoding draft that is trained in the same step.
 
-``cli`` and ``config`` are what a user meets first and import neither torch nor vllm, megatron or ray;
-``trainer`` orders the step, ``megatron`` and ``drafts`` train, ``rollout`` generates, ``sync`` carries weights.
+``cli`` is the entry point. ``settings`` declares every option, ``planning`` checks a run before it starts, and
+``controller`` drives it. ``training`` holds the policy workers (Megatron-core), ``rollout`` the engines (vLLM), and
+``sync`` carries weights from workers to engines. ``docs/architecture.md`` describes all packages.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The ``skyrl-spec`` command. Imports neither torch, vllm, megatron nor ray before a run starts."""
+"""The ``skyrl-spec`` command. Imports no torch, vLLM, Megatron or Ray before a run starts."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ EXIT_RUN = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-EXAMPLES = """\
-examples:
-  skyrl-spec train experiment=cpu_mtp_grpo
-  skyrl-spec train experiment=cpu_mtp_grpo trainer.mtp.enabled=false trainer.max_training_steps=3
-  skyrl-spec train experiment=mimo_7b_dapo_8gpu trainer.dry_run=true
-  skyrl-spec train experiment=mimo_7b_dapo_8gpu --cfg job
-  skyrl-spec warmup-draft experiment=cpu_dflash_grpo
-  skyrl-spec compare experiment=cpu_mtp_grpo
-  skyrl-spec report runs/cpu_mtp_grpo
-  skyrl-spec eval-draft target=runs/cpu_mtp_grpo
-  skyrl-spec export checkpoint=runs/cpu_mtp_grpo out=exported
-"""
-
-# Commands that take a configuration, and those that take options of their own: summary, description.
+# Summary and description of the commands that take a configuration, and of those that take options of their own.
 RUNS = {
     "train": (
-        "train a policy, and its draft with it",
-        "Train a policy with GRPO or DAPO, and its speculative-decoding draft with it.",
+        "train a policy together with its draft",
+        "Train a policy with GRPO or DAPO, together with its speculative-decoding draft.",
     ),
     "warmup-draft": (
-        "train a draft for a policy that stays as it is",
-        "Train a draft on the frozen policy's own responses, before reinforcement learning; trainer.warmup.* sets how.",
+        "train a draft for a frozen policy",
+        "Train a draft on responses of the frozen policy, before reinforcement learning. Settings: trainer.warmup.*.",
     ),
     "compare": (
-        "the same run with the draft trained, frozen and absent",
-        "Train three times on the same seeds and data: with the draft trained along, with the draft as it was, and "
-        "without one. Writes trainer.run_dir/{trained,frozen,none}, compare.json and a report.",
+        "train with the draft trained, frozen and absent",
+        "Train three times with the same seeds and data: with the draft trained, with the draft frozen, and without a "
+        "draft. Write trainer.run_dir/{trained,frozen,none}, compare.json and a report.",
     ),
 }
 TOOLS = {
     "eval-draft": (
-        "how much a draft helps, by draft tokens and batch size",
-        "Measure acceptance and tokens/s with and without the draft, by turns, and recommend a number of draft tokens.",
+        "measure how much a draft speeds up generation",
+        "Measure acceptance length and tokens/s with and without the draft, by number of draft tokens and batch size, "
+        "and recommend a number of draft tokens.",
     ),
     "report": (
-        "runs as a page of charts",
-        "Write one self-contained HTML page, and its charts as PNG files; several runs are laid over one another.",
+        "draw charts of runs",
+        "Write one self-contained HTML page of charts, and each chart as a PNG file. Several runs share the charts.",
     ),
     "export": (
-        "a checkpoint as a bundle that vLLM serves",
-        "Write a checkpoint's policy and draft in the form vLLM serves, with tokenizer and README.",
+        "write a checkpoint in the form that vLLM serves",
+        "Write policy and draft of a checkpoint in the form that vLLM serves, with tokenizer and README.",
     ),
 }
-
+EXAMPLES = {
+    "train": [
+        "experiment=cpu_mtp_grpo",
+        "experiment=cpu_mtp_grpo trainer.mtp.enabled=false trainer.max_training_steps=3",
+        "experiment=mimo_7b_dapo_8gpu trainer.dry_run=true",
+        "experiment=mimo_7b_dapo_8gpu --cfg job",
+    ],
+    "warmup-draft": ["experiment=cpu_dflash_grpo"],
+    "compare": ["experiment=cpu_mtp_grpo"],
+    "eval-draft": ["target=runs/cpu_mtp_grpo"],
+    "report": ["runs/cpu_mtp_grpo"],
+    "export": ["checkpoint=runs/cpu_mtp_grpo out=exported"],
+}
 
 SCHEMAS = {"eval-draft": EvalDraftOptions, "report": ReportOptions, "export": ExportOptions}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status. Mistakes of the user's are one line on stderr and status 2."""
+    """Runs the command line and returns the exit status. A mistake of the user is one line on stderr and status 2."""
     parser = _parser()
-    # Overrides may stand before and after options, which argparse alone does not take.
+    # argparse alone does not accept overrides both before and after options.
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
@@ -93,49 +93,78 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read what is printed (head, less) has seen enough.
+        # The reader of the output (head, less) has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line like all others."""
+    """argparse with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"skyrl-spec: error: {message}; {self.prog} --help lists what there is\n")
+        self.exit(EXIT_USAGE, f"skyrl-spec: error: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    about = "Reinforcement learning on Megatron-core and vLLM, with a draft that is trained with the policy."
-    parser = _Parser(prog="skyrl-spec", description=about, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
+    parser = _Parser(
+        prog="skyrl-spec",
+        usage="skyrl-spec COMMAND [KEY=VALUE ...]",
+        description="Reinforcement learning of language models on Megatron-core and vLLM, with a speculative-decoding\n"
+        "draft that is trained together with the policy.",
+        epilog=f"{_commands_help()}\n\n{_examples(*EXAMPLES)}\n\nskyrl-spec COMMAND --help describes a command.",
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"skyrl-spec {version('skyrl-spec')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for name, texts in RUNS.items():
-        command = _add(commands, name, texts, "experiment=NAME picks a configuration, trainer.epochs=2 changes it")
-        command.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
-    for name, texts in TOOLS.items():
-        _add(commands, name, texts, "a run's directory" if name == "report" else "see below")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="see below", parser_class=_Parser, prog="skyrl-spec"
+    )
+    for name in RUNS:
+        epilog = f"{_SETTINGS_HELP}\n\n{_examples(name)}"
+        command = _add(commands, name, "KEY=VALUE", "settings of the run, see below", epilog)
+        command.add_argument("--cfg", choices=["job"], help="print all settings with their values and stop")
+    for name in TOOLS:
+        metavar, words_help = (
+            ("RUN | KEY=VALUE", "directories of runs") if name == "report" else ("KEY=VALUE", "see below")
+        )
+        _add(commands, name, metavar, words_help, f"{_options_help(name)}\n\n{_examples(name)}")
     return parser
 
 
-def _add(commands: Any, name: str, texts: tuple[str, str], words: str) -> argparse.ArgumentParser:
+_SETTINGS_HELP = """\
+settings:
+  experiment=NAME  start from configs/experiment/NAME.yaml, such as cpu_mtp_grpo
+  algorithm=NAME   grpo or dapo, from configs/algorithm/
+  KEY=VALUE        change a single setting, such as trainer.epochs=2
+  --cfg job lists all settings; docs/reference/settings.md describes them."""
+
+
+def _add(commands: Any, name: str, metavar: str, words_help: str, epilog: str) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
-        help=texts[0],
-        description=texts[1],
-        epilog=_options_help(name) if name in TOOLS else EXAMPLES,
+        description=textwrap.fill((RUNS | TOOLS)[name][1], 100),
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_argument("words", nargs="*", metavar="RUN | KEY=VALUE" if name == "report" else "KEY=VALUE", help=words)
-    command.add_argument("-v", "--verbose", action="store_true", help="also show what the workers and engines print")
+    command.add_argument("words", nargs="*", metavar=metavar, help=words_help)
+    command.add_argument("-v", "--verbose", action="store_true", help="also show the output of workers and engines")
     return command
+
+
+def _commands_help() -> str:
+    return "\n".join(["commands:", *(f"    {name:<14}{summary}" for name, (summary, _) in (RUNS | TOOLS).items())])
+
+
+def _examples(*commands: str) -> str:
+    """Command lines to copy."""
+    return "\n".join(["examples:", *(f"  skyrl-spec {name} {words}" for name in commands for words in EXAMPLES[name])])
 
 
 def _options_help(name: str) -> str:
     """The options of a tool, from the documentation in its schema."""
-    lines = ["keys:"]
+    lines = ["options as KEY=VALUE, with their defaults:"]
     for setting in describe(SCHEMAS[name]):
         lines.append(f"  {setting.name}={setting.default}")
         allowed = f" Allowed: {setting.allowed_text}." if setting.allowed is not None else ""
@@ -152,7 +181,7 @@ def _export(words: list[str], verbose: bool) -> int:
             raise ConfigError(f"{key}='': must name a directory; write {key}=DIR")
     out = Path(options.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={options.out}: is there and not empty; choose another place")
+        raise ConfigError(f"out={options.out}: must be a new or empty directory; choose another one")
     _quiet(verbose)
     from skyrl_spec.checkpoint import bundle
 
@@ -176,30 +205,30 @@ def _eval_draft(words: list[str], verbose: bool) -> int:
 def _report(words: list[str], verbose: bool) -> int:
     from skyrl_spec.settings.compose import read_options
 
-    # A run's name may have an equals sign, as sweeps' have.
+    # The name of a run may contain an equals sign, as in sweeps.
     run_dirs = [Path(word) for word in words if "=" not in word or Path(word).exists()]
     options = read_options(ReportOptions, [word for word in words if Path(word) not in run_dirs], "report")
     if options.out == "":
         raise ConfigError("out='': must name a directory; write out=DIR")
     if not run_dirs:
-        raise ConfigError("report: names no run; write skyrl-spec report RUN [RUN ...]")
+        raise ConfigError("report: at least one run is needed; write skyrl-spec report RUN [RUN ...]")
     _quiet(verbose)
     from skyrl_spec.report.command import write_report
 
     page = write_report(run_dirs, None if options.out is None else Path(options.out))
-    print(f"wrote {page} and its charts beside it")
+    print(f"wrote {page}, with its charts as PNG files beside it")
     return EXIT_OK
 
 
 def _quiet(verbose: bool) -> None:
-    """Megatron and others say, a line each, what is not installed."""
+    """Silences libraries, which print a line about each optional package that is not installed."""
     if not verbose:
         logging.disable(logging.INFO)
         warnings.filterwarnings("ignore")
 
 
 def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) -> int:
-    # hydra takes a third of a second to import, which --help and --version need not wait for.
+    # hydra takes a third of a second to import; --help and --version do not need it.
     from skyrl_spec.planning.validation import validate
     from skyrl_spec.settings.compose import load_config, to_yaml
 

@@ -1,4 +1,4 @@
-"""What travels between the parts of a step. Plain data: numpy and Python, no torch, so that Ray moves it cheaply."""
+"""Plain data that the parts of a step exchange: numpy and Python objects, no torch, so that Ray moves it cheaply."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-# The two sets of weights that are trained and synced.
+# The two sets of weights that can be trained and synced.
 Component = Literal["policy", "draft"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a dataset, tokenized. ``uid`` is unique within its dataset."""
+    """A tokenized row of a dataset. ``uid`` is unique within the dataset; ``extras`` is what the environment reads."""
 
     uid: str
     token_ids: list[int]
@@ -24,7 +24,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Versions:
-    """Which weights an engine held: the number of the last sync of each; 0 is what it loaded."""
+    """Weights that an engine holds: the number of the last sync of policy and draft. 0: the weights it loaded."""
 
     policy: int = 0
     draft: int = 0
@@ -35,21 +35,21 @@ class Versions:
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled response. ``logprobs`` are of the distribution sampled from (temperature included)."""
+    """A sampled response. ``logprobs`` are those of the distribution it was sampled from, temperature included."""
 
     token_ids: list[int]
     logprobs: list[float]
-    # "stop" (end token) or "length".
+    # "stop" (an end token was sampled) or "length".
     finish_reason: str
     versions: Versions
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """One sampled response, and what an engine's draft proposed along it: A blocks of K tokens.
+    """A sampled response and the draft's proposals for it: A blocks of K tokens. No blocks without a draft.
 
-    A block proposes tokens ``anchor + 1 ... anchor + K``, knowing those up to ``anchor``. ``draft_logprobs`` are the
-    draft's own, at temperature 1. There are no blocks without a draft.
+    A block proposes the tokens at positions ``anchor + 1 ... anchor + K``, given the tokens up to ``anchor``.
+    ``draft_logprobs`` are the draft's log-probs of its drafted tokens at temperature 1.
     """
 
     prompt_ids: list[int]
@@ -59,7 +59,7 @@ class Proposals:
     draft_logprobs: list[list[float]]
 
     def accepted(self) -> list[bool]:
-        """Of each response token, whether it is a drafted one that was accepted."""
+        """For each response token, whether it was drafted and accepted."""
         response, accepted = self.generation.token_ids, [False] * len(self.generation.token_ids)
         for anchor, block in zip(self.anchors, self.drafted, strict=True):
             for index, token in enumerate(block, start=anchor - len(self.prompt_ids) + 1):
@@ -71,10 +71,11 @@ class Proposals:
 
 @dataclass(frozen=True)
 class ProposalScores:
-    """What the trainer makes of ``Proposals``, all of them one after the other.
+    """The trainer's scores of several ``Proposals``, concatenated.
 
-    ``policy_logprobs`` of the sampled tokens, at the sampling temperature; of the drafted tokens ``draft_logprobs``, at
-    temperature 1, and ``favourites``, what the trainer's draft would have drafted in their place.
+    ``policy_logprobs``: the policy's log-probs of the sampled tokens, at the sampling temperature. ``draft_logprobs``:
+    the draft's log-probs of the drafted tokens, at temperature 1. ``favourites``: the tokens that the trainer's draft
+    would have drafted at the same positions.
     """
 
     policy_logprobs: np.ndarray  # [T] float32
@@ -84,9 +85,9 @@ class ProposalScores:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt, one response and its reward. ``loss_mask`` has an entry a response token (1: trained on).
+    """A prompt, one response and its reward. ``loss_mask`` has one entry per response token; 1 means trained on.
 
-    ``error``: why the response could not be scored; it counts as failed, with reward 0.
+    ``error`` says why the response could not be scored. Such a response counts as failed and has reward 0.
     """
 
     prompt: Prompt
@@ -99,7 +100,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class DraftedResponse:
-    """The beginning of a response, to look at: each token's text, and whether it was drafted and accepted."""
+    """The beginning of a response for people to read: each token's text, and whether it was drafted and accepted."""
 
     prompt: Prompt
     generation: Generation
@@ -108,12 +109,12 @@ class DraftedResponse:
 
 @dataclass(frozen=True)
 class SpecCounters:
-    """Speculative decoding since an engine started (or between two readings: ``later - earlier``)."""
+    """Counts of speculative decoding since an engine started, or between two readings (``later - earlier``)."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    # Accepted at draft position 1, 2, ...
+    # Tokens accepted at draft position 1, 2, ...
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
 
     def __add__(self, other: SpecCounters) -> SpecCounters:
@@ -137,7 +138,7 @@ class SpecCounters:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """1 + accepted / drafts: tokens a target forward yields. 1.0 without drafts."""
+        """1 + accepted tokens / drafts: tokens per forward pass of the target. 1.0 without drafts."""
         return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
 
@@ -145,15 +146,15 @@ class SpecCounters:
 class TrainBatch:
     """Sequences padded on the right, as the workers receive them. Shapes: B sequences, S positions.
 
-    Every per-token array is indexed by the token itself: entry ``[b, s]`` belongs to ``token_ids[b, s]``, so
-    ``rollout_logprobs[b, s]`` is the log-prob of that token given those before it. ``loss_weights`` carry the one
-    global denominator: a loss is ``sum(loss_weights * token_loss)`` over all ranks and micro-batches, and they are 0
-    wherever no loss is taken. ``segment_ids`` number the documents of a row from 1; 0 is padding.
+    Entry ``[b, s]`` of every array belongs to the token ``token_ids[b, s]``: ``rollout_logprobs[b, s]`` is the log-prob
+    of that token given the tokens before it. ``loss_weights`` contain the global denominator, so that a loss is
+    ``sum(loss_weights * token_loss)`` over all ranks and micro-batches. They are 0 for tokens without a loss.
+    ``segment_ids`` number the documents in a row from 1; 0 is padding.
     """
 
     token_ids: np.ndarray  # [B, S] int64
     segment_ids: np.ndarray  # [B, S] int64
-    loss_mask: np.ndarray  # [B, S] bool: response tokens that are trained on
+    loss_mask: np.ndarray  # [B, S] bool, response tokens that are trained on
     loss_weights: np.ndarray  # [B, S] float32
     advantages: np.ndarray  # [B, S] float32
     rollout_logprobs: np.ndarray  # [B, S] float32
@@ -164,7 +165,7 @@ class TrainBatch:
         return len(self.token_ids)
 
     def select(self, rows: np.ndarray | slice) -> TrainBatch:
-        """The given rows, columns cut to the longest of them."""
+        """The given rows, cut to the length of the longest."""
         width = int((self.segment_ids[rows] > 0).sum(axis=1).max(initial=1))
         cut = {name: value[rows, :width] for name, value in self.__dict__.items() if value is not None}
         return replace(self, **cut)
@@ -172,7 +173,7 @@ class TrainBatch:
 
 @dataclass
 class Metric:
-    """A sum and a count, divided once, when it is written."""
+    """A sum and a count. They are divided once, when the metric is written."""
 
     total: float = 0.0
     count: float = 0.0
@@ -191,7 +192,7 @@ Metrics = dict[str, Metric]
 
 @dataclass
 class StepReport:
-    """What a worker tells of one optimizer step: sums and counts, already reduced over all ranks."""
+    """Metrics and times of one optimizer step, already reduced over all ranks."""
 
     metrics: Metrics = field(default_factory=dict)
     policy_train_s: float = 0.0

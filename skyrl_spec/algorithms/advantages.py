@@ -1,4 +1,4 @@
-"""Advantages from rewards. P prompts, G responses a prompt (a group)."""
+"""Advantages from rewards. Shapes: P prompts, G responses per prompt (a group)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.schema import AlgorithmConfig
 
-# Keeps a group of equal rewards from dividing by zero.
+# Avoids a division by zero in a group of equal rewards.
 STD_EPSILON = 1e-6
 
 Estimator = Callable[[np.ndarray], np.ndarray]
 
 
 def group_advantages(rewards_PG: np.ndarray, norm_by_std: bool) -> np.ndarray:
-    """GRPO: ``A = (r - mean) / (std + 1e-6)`` within each group; without ``norm_by_std`` (Dr. GRPO) ``A = r - mean``.
+    """Advantages of GRPO, ``A = (r - mean) / (std + 1e-6)`` within each group, float64 ``[P, G]``.
 
-    The standard deviation is the unbiased one (divided by G - 1), as in SkyRL and verl. A group of one has nothing to
-    be compared with: its advantage is its reward. Returns float64 ``[P, G]``.
+    ``norm_by_std=False`` is Dr. GRPO: ``A = r - mean``. The standard deviation is the unbiased one (divided by G - 1),
+    as in SkyRL and verl. In a group of one the advantage is the reward.
 
     Source: DeepSeekMath (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783).
     """
@@ -35,10 +35,10 @@ def group_advantages(rewards_PG: np.ndarray, norm_by_std: bool) -> np.ndarray:
 def overlong_penalty(
     response_lengths: np.ndarray, max_generate_length: int, buffer_len: int, penalty_factor: float
 ) -> np.ndarray:
-    """DAPO's soft overlong punishment, to be added to the rewards; float64, the shape of ``response_lengths`` (tokens).
+    """DAPO's soft overlong punishment, to be added to the rewards. float64, in the shape of ``response_lengths``.
 
-    ``penalty_factor * clip((max_generate_length - buffer_len - length) / buffer_len, -1, 0)``: 0 up to the buffer,
-    then linear to ``-penalty_factor`` at ``max_generate_length``. No buffer, no penalty.
+    ``penalty_factor * clip((max_generate_length - buffer_len - length) / buffer_len, -1, 0)``: 0 before the buffer,
+    then linear to ``-penalty_factor`` at ``max_generate_length``. ``buffer_len=0``: no penalty. Lengths are in tokens.
 
     Source: DAPO (arXiv 2503.14476), equation 13.
     """
@@ -48,15 +48,19 @@ def overlong_penalty(
     return penalty_factor * np.clip((max_generate_length - buffer_len - lengths) / buffer_len, -1.0, 0.0)
 
 
-# trainer.algorithm.advantage_estimator -> what makes the estimator, rewards [P, G] to advantages [P, G].
+# Builders by trainer.algorithm.advantage_estimator. An estimator maps rewards [P, G] to advantages [P, G].
 ESTIMATORS: dict[str, Callable[[AlgorithmConfig], Estimator]] = {
     "grpo": lambda algorithm: lambda rewards_PG: group_advantages(rewards_PG, algorithm.grpo_norm_by_std),
 }
 
 
 def build_estimator(algorithm: AlgorithmConfig) -> Estimator:
-    """The estimator that ``algorithm`` names; ConfigError if there is none of that name."""
+    """The estimator that ``algorithm`` names.
+
+    Raises:
+        ConfigError: there is no estimator of that name.
+    """
     name = algorithm.advantage_estimator
     if name not in ESTIMATORS:
-        raise ConfigError(f"trainer.algorithm.advantage_estimator={name}: must be one of {', '.join(ESTIMATORS)}")
+        raise ConfigError(f"trainer.algorithm.advantage_estimator={name}: must be {' or '.join(ESTIMATORS)}; change it")
     return ESTIMATORS[name](algorithm)

@@ -1,4 +1,4 @@
-"""The clipped policy objective, token by token. ``losses.reduce.token_weights`` turns it into a scalar."""
+"""The clipped policy objective per token. ``losses.reduce.token_weights`` turns it into a scalar loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skyrl_spec.algorithms.kl import MAX_LOG_RATIO
 
 
 class PolicyTokenLoss(NamedTuple):
-    """``loss``: differentiable, to be minimised. ``clipped``: bool, a clip bounds the loss of this token."""
+    """Loss per token. ``loss``: to be minimised, differentiable. ``clipped``: bool, whether a clip bounds the loss."""
 
     loss: Tensor
     clipped: Tensor
@@ -30,12 +30,12 @@ def policy_token_loss(
 ) -> PolicyTokenLoss:
     """Clipped surrogate ``-min(r A, clip(r, 1 - low, 1 + high) A)`` with ``r = exp(policy - old)``.
 
-    - Dual clip (``clip_ratio_c`` = c > 1): where A < 0 the loss is bounded, ``min(loss, c |A|)``.
-    - Truncated importance sampling (``tis_imp_ratio_cap``): the loss times ``min(exp(old - rollout), cap)``, which
-      corrects for the engine having sampled from slightly other probabilities than the trainer computes.
+    - Dual clip (``clip_ratio_c`` = c > 1): the loss of a token with A < 0 is ``min(loss, c |A|)``.
+    - Truncated importance sampling (``tis_imp_ratio_cap``): the loss is multiplied by ``min(exp(old - rollout), cap)``.
+      This corrects for differences between the probabilities of the engine, which sampled, and of the trainer.
 
-    All tensors have one shape, [T] or [B, S]; nothing is reduced. Gradient reaches ``policy_logprobs`` alone, and none
-    comes from a token whose |log-ratio| exceeds 20.
+    All tensors have the same shape, [T] or [B, S]. Nothing is reduced. Only ``policy_logprobs`` gets a gradient, and
+    only from tokens whose |log-ratio| is at most 20.
 
     Source: PPO (arXiv:1707.06347), dual clip (arXiv:1912.09729), clip-higher (DAPO, arXiv:2503.14476), truncated
     importance sampling for rollout engines (Yao et al. 2025).

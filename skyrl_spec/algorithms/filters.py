@@ -1,4 +1,4 @@
-"""Which groups are trained on: DAPO's dynamic sampling, and plain sampling as the same path with one batch."""
+"""Choice of the groups to train on: DAPO's dynamic sampling. Without a filter it takes one batch as it is."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ Group = list[Rollout]
 
 @dataclass(frozen=True)
 class Collected:
-    """The groups of one train batch, and what it took to get them."""
+    """The groups of one train batch, and counts of the sampling that produced them."""
 
-    # At most as many as asked for; possibly fewer, or none, when max_sample_batches were not enough.
+    # At most the number asked for. Fewer, or none, if max_sample_batches were not enough.
     groups: list[Group]
-    # Everything sampled on the way: rewards are reported of these, since a filter would flatter them.
+    # All groups that were sampled. Reported rewards are means over these, because the filter biases the others.
     sampled: list[Group]
     num_batches: int
-    # Groups that passed the filter, those beyond what was asked for included.
+    # Groups that passed the filter, including those beyond the number asked for.
     num_kept: int
 
 
 def keep_informative(groups: Sequence[Group]) -> list[Group]:
-    """The groups whose rewards differ (equal ones have advantage 0); groups of one, compared with nothing, are kept."""
+    """Groups whose rewards differ, because equal rewards give advantage 0. Groups of one response are kept."""
     return [group for group in groups if len(group) == 1 or any(r.reward != group[0].reward for r in group)]
 
 
-# trainer.algorithm.dynamic_sampling.type -> the groups it keeps.
+# Filters by trainer.algorithm.dynamic_sampling.type.
 FILTERS: dict[str | None, Callable[[Sequence[Group]], list[Group]]] = {None: list, "filter": keep_informative}
 
 
 def collect_groups(
     sample: Callable[[], Sequence[Group]], num_groups: int, dynamic_sampling: DynamicSamplingConfig
 ) -> Collected:
-    """Calls ``sample`` (a batch of groups each time) until ``num_groups`` passed the filter.
+    """Groups for one train batch. Each call of ``sample`` returns a batch of groups.
 
-    With a filter at most ``max_sample_batches`` times, then goes on with what it has; without one, once.
+    With a filter, ``sample`` is called until ``num_groups`` groups passed it, at most ``max_sample_batches`` times.
+    Without a filter it is called once.
     """
     keep = FILTERS[dynamic_sampling.type]
     max_batches = 1 if dynamic_sampling.type is None else dynamic_sampling.max_sample_batches

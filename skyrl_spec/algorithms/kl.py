@@ -1,21 +1,21 @@
-"""The KL penalty to a reference policy, token by token."""
+"""The KL penalty to a reference policy, per token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# exp of +-20 is far outside every clip and far inside float32.
+# exp(20) and exp(-20) are far outside every clip and well inside the range of float32.
 MAX_LOG_RATIO = 20.0
 
 
 def kl_k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || ref) on tokens the policy sampled: ``exp(d) - d - 1``, ``d = ref - policy``.
+    """The k3 estimate ``exp(d) - d - 1`` of KL(policy || ref), with ``d = ref - policy``, on tokens the policy sampled.
 
-    Elementwise, never negative, unbiased. Gradient reaches ``policy_logprobs`` only.
+    Elementwise, unbiased and never negative. Only ``policy_logprobs`` gets a gradient.
 
     Source: Schulman, "Approximating KL divergence" (2020).
     """
     log_ratio = (ref_logprobs.detach() - policy_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    # expm1 keeps the digits of a small d; the clamp removes a rounding error below zero.
+    # expm1 is accurate for small d. The clamp removes rounding errors below zero.
     return (torch.expm1(log_ratio) - log_ratio).clamp(min=0)

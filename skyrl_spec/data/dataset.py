@@ -1,7 +1,7 @@
-"""Rows of a dataset file, and the tokenized prompts made of them.
+"""Rows of dataset files, and tokenized prompts made from them.
 
-A row follows SkyRL's schema: ``prompt`` (chat messages), ``env_class``, and whatever its environment reads
-(``reward_spec``, ``extra_info``, ``data_source``, ...).
+A row has the fields of SkyRL's datasets: ``prompt`` (chat messages), ``env_class``, and fields that its environment
+reads (``reward_spec``, ``extra_info``, ``data_source``, ...).
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """The prompts that fit, in file order, and how many were left out for being too long."""
+    """Prompts in file order, and the number of prompts that were skipped because they are too long."""
 
     prompts: list[Prompt]
     num_skipped: int
 
 
 def read_rows(path: str | Path, *, setting: str = "data.train_data") -> Iterator[Row]:
-    """The rows of a ``.parquet`` or ``.jsonl`` file as plain Python values.
+    """Rows of a ``.parquet`` or ``.jsonl`` file as plain Python values.
 
-    Fields that are None are left out: parquet gives every row the fields of all rows.
+    Fields that are None are removed, because parquet gives every row the fields of all rows.
 
     Raises:
-        ConfigError: naming ``setting``, the file and (from 1) the row: the file is missing, empty, of another kind or
-            cannot be read; a row has no ``prompt``, or one that is not a list of ``{role, content}``.
+        ConfigError: the file is missing, empty, of another type, or cannot be read; or the ``prompt`` of a row is
+            missing or not a list of ``{role, content}``. The line names ``setting``, the file, and the row from 1.
     """
     path = Path(path)
     if path.suffix not in _READERS:
         raise ConfigError(f"{setting}={path}: must end in {' or '.join(_READERS)}; convert the file")
     if not path.is_file():
-        raise ConfigError(f"{setting}={path}: no such file; correct the path or make the file first")
+        raise ConfigError(f"{setting}={path}: no such file; correct the path or create the file")
     is_empty = True
     for number, raw in _READERS[path.suffix](path, setting):
         is_empty = False
@@ -54,7 +54,7 @@ def read_rows(path: str | Path, *, setting: str = "data.train_data") -> Iterator
         _check_prompt(row, f"{setting}={path}: row {number}")
         yield row
     if is_empty:
-        raise ConfigError(f"{setting}={path}: has no rows; give a file with at least one")
+        raise ConfigError(f"{setting}={path}: has no rows; give a file with at least one row")
 
 
 def load_prompts(
@@ -65,14 +65,14 @@ def load_prompts(
     default_env_class: str,
     setting: str,
 ) -> LoadedPrompts:
-    """All rows of ``paths``, tokenized with the chat template and its generation prompt.
+    """All rows of ``paths`` as prompts, tokenized with the chat template and its generation prompt.
 
-    Prompts of more than ``max_prompt_length`` tokens are skipped and counted. A prompt's uid is its row's
-    ``extra_info.index`` or else ``file:row``; one that was seen before gets ``#`` and its number among all rows.
+    Prompts of more than ``max_prompt_length`` tokens are skipped and counted. The uid of a prompt is the row's
+    ``extra_info.index``, or ``file:row`` without one. A repeated uid gets ``#`` and the row's number among all rows.
 
     Raises:
-        ConfigError: as ``read_rows``; no path; a tokenizer without chat template, or one that refuses the messages;
-            no prompt that fits.
+        ConfigError: ``read_rows`` fails, ``paths`` is empty, the tokenizer has no chat template, the template refuses
+            a prompt, or all prompts are too long.
     """
     paths = [Path(path) for path in paths]
     if not paths:
@@ -108,7 +108,7 @@ def _prompt(uid: str, token_ids: list[int], row: Row, default_env_class: str) ->
 
 
 def row_id(row: Row) -> str | None:
-    """``extra_info.index``, if the row has one."""
+    """``extra_info.index`` as text. None if the row has none."""
     extra_info = row.get("extra_info")
     index = extra_info.get("index") if isinstance(extra_info, dict) else None
     return None if index is None else str(index)
@@ -118,9 +118,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     try:
         token_ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as error:
-        # Templates refuse messages by raising, e.g. a system message that the model was not trained on.
+        # A template raises to refuse messages, such as a system message that the model was not trained on.
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: the model's chat template refuses the prompt ({reason}); mend the row") from error
+        raise ConfigError(f"{where}: the model's chat template refuses the prompt ({reason}); fix the row") from error
     return token_ids
 
 
@@ -132,10 +132,14 @@ def _read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
             try:
                 row = json.loads(line.decode("utf-8"))
             except ValueError as error:
-                # Both what is no JSON and what is no UTF-8.
-                raise ConfigError(f"{setting}={path}: row {number} is not JSON in UTF-8 ({error}); mend it") from error
+                # Either invalid JSON or invalid UTF-8.
+                raise ConfigError(
+                    f"{setting}={path}: row {number} is not JSON in UTF-8 ({error}); fix the row"
+                ) from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{setting}={path}: row {number} must be a JSON object, got {line[:40]!r}; mend it")
+                raise ConfigError(
+                    f"{setting}={path}: row {number} must be a JSON object, but is {line[:40]!r}; fix the row"
+                )
             yield number, row
 
 
@@ -165,11 +169,11 @@ def _without_none(value: Any) -> Any:
 
 def _check_prompt(row: Row, where: str) -> None:
     if "prompt" not in row:
-        raise ConfigError(f"{where} has no field prompt (it has {', '.join(row) or 'none'}); add the chat messages")
+        raise ConfigError(f"{where} has no field prompt (fields: {', '.join(row) or 'none'}); add the chat messages")
     prompt = row["prompt"]
     if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
         shown = repr(prompt)[:60]
-        raise ConfigError(f"{where}: prompt must be a list of {{role, content}} texts, got {shown}; rewrite it so")
+        raise ConfigError(f"{where}: prompt must be a list of {{role, content}} texts, but is {shown}; rewrite it")
 
 
 def _is_message(message: Any) -> bool:

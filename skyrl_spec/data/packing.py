@@ -1,7 +1,7 @@
-"""Rollouts laid out for the workers: rollouts -> train batch -> mini-batches -> shards -> micro-batches.
+"""Batches for the workers: rollouts -> train batch -> mini-batches -> shards -> micro-batches.
 
-Rows are whole rollouts, padded on the right. ``shard_rows`` and ``micro_batch_rows`` say which rows go where, and
-``assemble`` is the inverse: it puts what the workers computed for those rows (log-probs) back in the batch's order.
+A row is a whole rollout, padded on the right. ``shard_rows`` and ``micro_batch_rows`` assign rows to ranks and
+micro-batches. ``assemble`` is the inverse: it puts results for those rows, such as log-probs, back in batch order.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def build_train_batch(
     loss_reduction: str,
     max_response_length: int,
 ) -> TrainBatch:
-    """One row a rollout: its prompt, then its response.
+    """A batch with one row per rollout: its prompt, then its response.
 
-    Advantages (one a rollout) and rollout log-probs stand at response positions and are 0 elsewhere; the loss mask is
-    the rollout's own. ``loss_weights`` hold for the batch as a single mini-batch; ``mini_batches`` weighs each anew.
+    Advantages (one per rollout) and rollout log-probs are 0 outside the response. The loss mask is that of the rollout.
+    ``loss_weights`` treat the batch as a single mini-batch; ``mini_batches`` computes new ones for each mini-batch.
     """
     assert len(rollouts) == len(advantages) > 0
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
@@ -58,46 +58,47 @@ def build_train_batch(
 def mini_batches(
     batch: TrainBatch, rows_per_mini_batch: int, *, loss_reduction: str, max_response_length: int
 ) -> Iterator[TrainBatch]:
-    """Consecutive rows, one optimizer step each; ``loss_weights`` carry each mini-batch's own denominator."""
+    """Mini-batches of consecutive rows, one per optimizer step. Each has its own denominator in ``loss_weights``."""
     for start in range(0, len(batch), rows_per_mini_batch):
-        part = batch.select(slice(start, start + rows_per_mini_batch))
-        yield replace(part, loss_weights=token_weights(part.loss_mask, loss_reduction, max_response_length))
+        mini_batch = batch.select(slice(start, start + rows_per_mini_batch))
+        weights = token_weights(mini_batch.loss_mask, loss_reduction, max_response_length)
+        yield replace(mini_batch, loss_weights=weights)
 
 
 def shard_rows(batch: TrainBatch, dp_size: int) -> list[np.ndarray]:
-    """The rows of each data-parallel rank: dealt out by length, so that ranks get like numbers of tokens."""
+    """Row numbers of each data-parallel rank. Rows are dealt by length, so that ranks get similar numbers of tokens."""
     longest_first = np.argsort(-_lengths(batch), kind="stable")
     return [longest_first[rank::dp_size] for rank in range(dp_size)]
 
 
 def shard(batch: TrainBatch, dp_rank: int, dp_size: int) -> TrainBatch:
-    """A rank's rows. A rank for which none is left gets a row of padding, to reach every collective with the others."""
+    """The rows of a rank. A rank without rows gets a row of padding, so that it takes part in every collective."""
     rows = shard_rows(batch, dp_size)[dp_rank]
     return batch.select(rows) if len(rows) else _padding_row(batch)
 
 
 def micro_batch_rows(batch: TrainBatch, rows: int) -> list[np.ndarray]:
-    """Row numbers of the micro-batches: like lengths together, the longest first, so that memory peaks at the start."""
+    """Row numbers of the micro-batches: similar lengths together, longest first, so that memory peaks at the start."""
     longest_first = np.argsort(-_lengths(batch), kind="stable")
     return [longest_first[start : start + rows] for start in range(0, len(batch), rows)]
 
 
 def micro_batches(batch: TrainBatch, rows: int) -> list[TrainBatch]:
-    """At most ``rows`` rows a forward/backward, each cut to its longest row."""
-    return [batch.select(part) for part in micro_batch_rows(batch, rows)]
+    """Micro-batches of at most ``rows`` rows, each cut to its longest row."""
+    return [batch.select(row_numbers) for row_numbers in micro_batch_rows(batch, rows)]
 
 
 def assemble(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The ``[B, S]`` array whose rows ``rows[i]`` are ``parts[i]`` (narrower ones are filled up with 0)."""
+    """The array of ``shape`` ``[B, S]`` whose rows ``rows[i]`` are ``parts[i]``, filled with 0 on the right."""
     out_BS = np.zeros(shape, np.float32)
     for part, part_rows in zip(parts, rows, strict=True):
-        # A rank without rows answers for its row of padding.
+        # A rank without rows returns a result for its row of padding.
         out_BS[part_rows, : part.shape[1]] = part[: len(part_rows)]
     return out_BS
 
 
 def gather_shards(batch: TrainBatch, shards: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What the data-parallel ranks computed for their ``shard`` of ``batch``, as ``[B, S]`` in the batch's order."""
+    """Results ``[B, S]`` in the order of ``batch``, from the results of each data-parallel rank for its ``shard``."""
     rows = shard_rows(batch, len(shards))
     return {name: assemble([part[name] for part in shards], rows, batch.token_ids.shape) for name in shards[0]}
 

@@ -1,4 +1,4 @@
-"""The order in which prompts are trained on, which a checkpoint can carry."""
+"""Order of the training prompts, which a checkpoint can save and restore."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from skyrl_spec.types import Prompt
 
 
 class PromptStream:
-    """Endless batches of prompts; an epoch's order depends on ``(seed, epoch)`` alone, so that a run resumes exactly.
+    """Endless batches of prompts. The order in an epoch depends on ``(seed, epoch)`` only, so that resuming is exact.
 
-    An epoch gives ``steps_per_epoch`` batches of ``batch_size``; prompts left over at its end are dropped.
+    An epoch has ``steps_per_epoch`` batches of ``batch_size`` prompts. Prompts left over at its end are dropped.
 
     Raises:
-        ConfigError: fewer prompts than one batch takes.
+        ConfigError: there are fewer prompts than ``batch_size``.
     """
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, seed: int, shuffle: bool) -> None:
         if not 1 <= batch_size <= len(prompts):
             raise ConfigError(
-                f"trainer.train_batch_size={batch_size}: must be 1 to the {len(prompts)} prompts of data.train_data; "
-                "lower it or add data"
+                f"trainer.train_batch_size={batch_size}: must be from 1 to {len(prompts)}, the number of prompts in "
+                "data.train_data; change it or add data"
             )
         self._prompts = prompts
         self._batch_size = batch_size
@@ -35,12 +35,12 @@ class PromptStream:
 
     @property
     def prompts(self) -> Sequence[Prompt]:
-        """All of them, in the order of the dataset."""
+        """All prompts in the order of the dataset."""
         return self._prompts
 
     @property
     def epoch(self) -> int:
-        """Epochs completed, which is also the number of the epoch that the next batch is from."""
+        """Number of completed epochs, which is also the epoch, from 0, of the next batch."""
         return self._epoch
 
     @property
@@ -48,7 +48,7 @@ class PromptStream:
         return len(self._prompts) // self._batch_size
 
     def next_batch(self) -> list[Prompt]:
-        """The next ``batch_size`` prompts, all of one epoch."""
+        """The next ``batch_size`` prompts, all from one epoch."""
         end = self._position + self._batch_size
         batch = [self._prompts[index] for index in self._order[self._position : end]]
         if end + self._batch_size > len(self._prompts):
@@ -61,17 +61,17 @@ class PromptStream:
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the last batch that ``state`` had seen; the batch size may differ.
+        """Continues after the last batch before ``state`` was saved. The batch size may differ.
 
         Raises:
-            ConfigError: the state is of other data, another seed or another ``shuffle``: the order would not go on.
+            ConfigError: the number of prompts, the seed or ``shuffle`` differs, so that the order would be another.
         """
         settings = {"num_prompts": "data.train_data", "seed": "trainer.seed", "shuffle": "data.shuffle"}
         for name, value in self._identity().items():
             if state[name] != value:
                 raise ConfigError(
-                    f"{settings[name]}: {name} is {value}, but {state[name]} in the checkpoint, and the order of the "
-                    f"prompts hangs on it; set it back or begin a new run"
+                    f"{settings[name]}: {name} is {value}, but must be {state[name]} as in the checkpoint, because the "
+                    "order of the prompts depends on it; set it back or start a new run"
                 )
         self._go_to(state["epoch"], state["position"])
         if self._position + self._batch_size > len(self._prompts):

@@ -1,7 +1,7 @@
-"""What a run will take, from the shapes of its model: processes, memory, sizes. Nothing is started, no torch imported.
+"""Processes, memory and sizes of a run, computed from the shapes of its model. Starts nothing and imports no torch.
 
-Parameters, gradients, optimizer state, checkpoint and KV cache are counted as the trainer and vLLM hold them;
-activations are an estimate. What frameworks take for themselves is not in it.
+Parameters, gradients, optimizer state, checkpoints and KV cache are exact. Activations are an estimate. The memory that
+the frameworks need for themselves is not included.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FP32 = DTYPES["fp32"].num_bytes
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """Bytes on a policy worker; ``reference`` is the frozen policy of the KL term.
+    """Bytes on a policy worker. ``reference`` is the frozen policy of the KL penalty.
 
-    ``update``: what AdamW holds besides while it updates all parameters at once, as PyTorch does on GPUs. Activations
-    are gone by then, so only the larger of both counts.
+    ``update`` is the temporary memory of AdamW while it updates all parameters at once, as PyTorch does on GPUs.
+    Activations are freed by then, so that only the larger of ``update`` and ``activations`` counts.
     """
 
     weights: int
@@ -38,7 +38,7 @@ class WorkerMemory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """What adds up to ``total``."""
+        """The terms of ``total`` by name."""
         lasting = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -56,72 +56,84 @@ class WorkerMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, except for the counts of tokens."""
+    """Bytes, except where a field counts tokens."""
 
     worker: WorkerMemory
     engine_weights: int
-    # Of one engine's cache, which on GPUs is what its share of the memory leaves.
+    # In the cache of one engine.
     kv_bytes_per_token: int
     checkpoint: int
     sync: int
-    # At most: every response as long as it may be.
+    # Upper bound: every prompt and response has its largest length.
     tokens_per_step: int
 
 
 def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
-    """The sizes of ``config``'s run, whose model and draft must be there; without ``trains_policy`` of a warm-up's."""
+    """Sizes of a run whose model and draft exist. ``trains_policy=False``: of a warm-up.
+
+    Raises:
+        ConfigError: model or draft cannot be read.
+    """
     trainer, engine = config.trainer, config.generator.inference_engine
     spec = load_spec(trainer.policy.model.path, weights=False)
     policy, draft = tensor_shapes(spec), trained_draft_shapes(config, spec)
-    _, tp, dp = parallel_sizes(config)
-    size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
-    engine_size = DTYPES[engine_dtype(config)].num_bytes
+    size, engine_size = _weight_bytes(config), DTYPES[engine_dtype(config)].num_bytes
     engine_tp, served = engine.tensor_parallel_size, _served_draft(config, spec)
-    policy_on_rank, draft_on_rank = count_on_rank(policy, tp, padded=True), count_on_rank(draft, tp)
-    trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
-    # Adam's, and fp32 masters of shorter parameters.
-    moments = 2 * _FP32 + (_FP32 if size != _FP32 else 0)
-    whole = count(draft) + (count(policy) if trains_policy else 0)
-    # How many ways the optimizer's part of a rank is cut.
-    shards = dp if trainer.policy.megatron_config.use_distributed_optimizer else 1
+    num_trained = count(draft) + (count(policy) if trains_policy else 0)
+    kv_values_per_token = 2 * (spec.num_layers + served.num_layers) * spec.num_kv_heads * spec.head_dim
     return MemoryPlan(
-        worker=WorkerMemory(
-            weights=(policy_on_rank + draft_on_rank) * size,
-            gradients=trained * _FP32,
-            optimizer=trained * moments // shards,
-            reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
-            activations=activations(config, spec, tp),
-            update=trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
-        ),
+        worker=_worker_memory(config, spec, draft, trains_policy=trains_policy),
         engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
-        kv_bytes_per_token=2
-        * (spec.num_layers + served.num_layers)
-        * spec.num_kv_heads
-        * spec.head_dim
-        * engine_size
-        // engine_tp,
-        checkpoint=whole * (size + moments),
-        sync=whole * size,
+        kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
+        checkpoint=num_trained * (size + _optimizer_bytes(size)),
+        sync=num_trained * size,
         tokens_per_step=_sampled_prompts(config)
         * config.generator.n_samples_per_prompt
         * (trainer.max_prompt_length + config.generator.sampling_params.max_generate_length),
     )
 
 
+def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_policy: bool) -> WorkerMemory:
+    trainer, size = config.trainer, _weight_bytes(config)
+    _, tp, dp = parallel_sizes(config)
+    policy_on_rank, draft_on_rank = count_on_rank(tensor_shapes(spec), tp, padded=True), count_on_rank(draft, tp)
+    num_trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
+    # The distributed optimizer divides a rank's optimizer state over data parallelism.
+    shards = dp if trainer.policy.megatron_config.use_distributed_optimizer else 1
+    return WorkerMemory(
+        weights=(policy_on_rank + draft_on_rank) * size,
+        gradients=num_trained * _FP32,
+        optimizer=num_trained * _optimizer_bytes(size) // shards,
+        reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
+        activations=activations(config, spec, tp),
+        update=num_trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
+    )
+
+
+def _weight_bytes(config: Config) -> int:
+    """Bytes of a parameter in the trainer."""
+    return DTYPES[config.trainer.policy.megatron_config.dtype].num_bytes
+
+
+def _optimizer_bytes(weight_bytes: int) -> int:
+    """Bytes of optimizer state per parameter: Adam's two moments, and an fp32 master copy of a shorter parameter."""
+    return 2 * _FP32 + (_FP32 if weight_bytes != _FP32 else 0)
+
+
 def _sampled_prompts(config: Config) -> int:
-    """Of a step, at most: dynamic sampling may take several batches."""
+    """Largest number of prompts in a step. Dynamic sampling may take several batches."""
     dynamic = config.trainer.algorithm.dynamic_sampling
     return config.trainer.train_batch_size * (1 if dynamic.type is None else dynamic.max_sample_batches)
 
 
 def trained_draft_shapes(config: Config, spec: ModelSpec) -> Shapes:
-    """Shapes of the draft that is trained; empty without one."""
+    """Shapes of the trained draft. Empty without a draft."""
     kind = trained_kind(config.trainer)
     return {} if kind is None else kind.shapes(config, spec, kind.path(config.trainer), may_be_unwritten=True).tensors
 
 
 def _served_draft(config: Config, spec: ModelSpec) -> DraftShapes:
-    """Shapes of the draft in the engines, trained or not. Kinds that are not known here (EAGLE-3, n-gram) count 0."""
+    """Shapes of the draft in the engines, trained or not. EAGLE-3 and n-gram drafts count as 0."""
     speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config) or {}
     kind = KINDS.get(speculative.get("method", ""))
     return (
@@ -132,14 +144,14 @@ def _served_draft(config: Config, spec: ModelSpec) -> DraftShapes:
 
 
 def count(shapes: Shapes) -> int:
-    """Elements."""
+    """Number of elements in all tensors."""
     return sum(map(math.prod, shapes.values()))
 
 
 def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
-    """Elements on one tensor-parallel rank: matrices and biases are cut, norms are not.
+    """Number of elements on one tensor-parallel rank. Matrices and biases are divided, norms are not.
 
-    ``padded``: rows of the vocabulary as the trainer pads them.
+    ``padded``: embedding and output head have the rows that the trainer pads them to.
     """
     total = 0
     for name, shape in shapes.items():
@@ -151,9 +163,9 @@ def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
 
 
 def activations(config: Config, spec: ModelSpec, tp: int) -> int:
-    """Bytes, about: what a micro-batch of full length keeps for its backward pass, and a chunk of logits."""
+    """Estimated bytes that a micro-batch of full length keeps for its backward pass, and a chunk of logits."""
     trainer = config.trainer
-    size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
+    size = _weight_bytes(config)
     length = trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
     tokens = trainer.micro_train_batch_size_per_gpu * length
     attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
@@ -165,22 +177,22 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
         layers = spec.num_layers * per_layer
     kind = trained_kind(trainer)
     draft_tokens = 0 if kind is None else kind.training_layer_tokens(config, spec, tokens)
-    # Logits of a chunk, their softmax and their gradient.
+    # The logits of a chunk, their softmax and their gradient.
     logits = 3 * trainer.logprobs_chunk_size * (spec.vocab_size // tp) * _FP32
     return (tokens * layers + draft_tokens * per_layer) * size + logits
 
 
 def memory_line(plan: MemoryPlan) -> str:
-    """For the start-up panel."""
+    """The line about memory in the start-up panel."""
     worker = plan.worker
     return (
-        f"about {readable(worker.total)} a worker, {readable(plan.engine_weights)} of weights an engine, "
+        f"about {readable(worker.total)} per worker, {readable(plan.engine_weights)} of weights per engine, "
         f"checkpoint {readable(plan.checkpoint)}"
     )
 
 
 def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[str, str]:
-    """What ``trainer.dry_run`` prints besides the start-up panel, a line a fact."""
+    """Facts that ``trainer.dry_run`` prints after the start-up panel, one per line."""
     world_size, tp, dp = parallel_sizes(config)
     trainer, engine, worker = config.trainer, config.generator.inference_engine, plan.worker
     on_cpu = trainer.placement.device == "cpu"
@@ -193,26 +205,26 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
         "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
-        "engine": f"weights {readable(plan.engine_weights)} a GPU; {_cache(config, plan)}",
+        "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}",
         "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
         "checkpoint": f"{readable(plan.checkpoint)} each, "
-        + (f"{trainer.max_ckpts_to_keep} kept" if trainer.ckpt_interval else "only where SIGTERM stops the run"),
-        "tokens": f"at most {plan.tokens_per_step:,} a step, prompts included",
+        + (f"{trainer.max_ckpts_to_keep} kept" if trainer.ckpt_interval else "only if SIGTERM stops the run"),
+        "tokens": f"at most {plan.tokens_per_step:,} per step, prompts included",
     }
     return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
 
 
 def _cache(config: Config, plan: MemoryPlan) -> str:
     engine = config.generator.inference_engine
-    per_token = f"KV cache {readable(plan.kv_bytes_per_token)} a token"
+    per_token = f"KV cache {readable(plan.kv_bytes_per_token)} per token"
     if config.trainer.placement.device == "cuda":
-        return f"{per_token}, in what {engine.gpu_memory_utilization:.0%} of a GPU leaves"
+        return f"{per_token}, in the rest of {engine.gpu_memory_utilization:.0%} of a GPU"
     cache = engine.cpu_kvcache_space * 2**30
     return f"{per_token}, {readable(cache)} for {cache / plan.kv_bytes_per_token:,.0f} tokens"
 
 
 def readable(num_bytes: float) -> str:
-    """As in 1.5 GB, in powers of ten."""
+    """``num_bytes`` with a decimal unit, such as 1.5 GB."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while num_bytes >= 1000 and len(units) > 1:
         num_bytes, units = num_bytes / 1000, units[1:]

@@ -1,6 +1,6 @@
-"""What can go wrong with model, data, devices and accounts, found out before any process starts.
+"""Checks of model, data, devices and accounts, made before any process starts.
 
-Reads headers and rows only and imports no torch, so that a mistake is answered within seconds.
+They read headers and rows only and import no torch, so that a mistake is reported within seconds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import POLICY_PATH, read_config_only, require_tensors
 from skyrl_spec.specs.model import ModelSpec, parse_spec, tensor_shapes
 
-# What the CPU attention of vLLM can handle.
+# vLLM's attention on CPU needs a multiple of this.
 CPU_HEAD_DIM_MULTIPLE = 32
 
 
 def preflight(config: Config, *, draft_from_scratch: bool = False) -> None:
-    """Raises ``ConfigError`` for the first thing outside the configuration that does not fit it."""
+    """Checks everything outside the configuration that a run needs.
+
+    Raises:
+        ConfigError: the first thing that does not fit ``config``.
+    """
     path = config.trainer.policy.model.path
     _check_run_dir(config.trainer.run_dir)
     _check_machine(config)
@@ -44,27 +48,33 @@ def preflight(config: Config, *, draft_from_scratch: bool = False) -> None:
     for setting, paths in (("data.train_data", config.data.train_data), ("data.val_data", config.data.val_data)):
         for file in paths:
             if paths.count(file) > 1:
-                raise ConfigError(f"{setting}={file}: is named twice; name it once, and raise trainer.epochs for more")
+                raise ConfigError(
+                    f"{setting}={file}: is named twice; name it once, and raise trainer.epochs to repeat it"
+                )
             _check_rows(setting, file, config.environment.custom)
 
 
 def _check_run_dir(run_dir: str) -> None:
-    """The directory, or the nearest one above it that exists, can be written to."""
+    """Checks that the directory, or its nearest parent that exists, can be written to."""
     path = Path(run_dir).absolute()
     try:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         if not existing.is_dir():
-            raise ConfigError(f"trainer.run_dir={run_dir}: {existing} is a file, not a directory; choose another")
-        # Tried: modes do not tell what a read-only or full file system refuses.
+            raise ConfigError(
+                f"trainer.run_dir={run_dir}: {existing} is a file, not a directory; choose another directory"
+            )
+        # Modes do not show whether the file system is read-only or full, so write a file.
         with TemporaryDirectory(dir=existing) as folder:
             Path(folder, path.name).write_bytes(b".")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"trainer.run_dir={run_dir}: cannot be written ({reason}); choose another place") from None
+        raise ConfigError(
+            f"trainer.run_dir={run_dir}: cannot be written to ({reason}); choose another directory"
+        ) from None
 
 
 def _check_machine(config: Config) -> None:
-    """A plan may be made on another machine than the run is for."""
+    """Checks account and devices. In a dry run problems are warnings: the run may be meant for another machine."""
     checks: list[Callable[[], None]] = [check_wandb] if "wandb" in config.trainer.logger else []
     for check in [*checks, lambda: _check_device(config)]:
         try:
@@ -72,37 +82,39 @@ def _check_machine(config: Config) -> None:
         except ConfigError as error:
             if not config.trainer.dry_run:
                 raise
-            print(f"skyrl-spec: warning: not on this machine: {error}", file=sys.stderr)
+            print(f"skyrl-spec: warning: this machine cannot start the run: {error}", file=sys.stderr)
 
 
 def _check_device(config: Config) -> None:
-    """With RAY_ADDRESS set the GPUs may be on other machines; Ray's placement answers then."""
+    """Checks the number of GPUs. With RAY_ADDRESS they may be on other machines, and Ray's placement checks them."""
     if config.trainer.placement.device != "cuda" or "RAY_ADDRESS" in os.environ:
         return
     found, engine = num_gpus(), config.generator.inference_engine
     if found == 0:
         raise ConfigError(
             "trainer.placement.device=cuda: no CUDA device is visible on this machine; "
-            "set it to cpu, mend the driver or CUDA_VISIBLE_DEVICES, or join a cluster with RAY_ADDRESS"
+            "set it to cpu, fix the driver or CUDA_VISIBLE_DEVICES, or join a cluster with RAY_ADDRESS"
         )
     num_workers, num_engine_gpus = parallel_sizes(config).world_size, engine.num_engines * engine.tensor_parallel_size
     if config.trainer.placement.colocate_all:
         if num_workers > found:
             raise ConfigError(
                 f"trainer.placement.colocate_all=true: {num_workers} policy workers, each with an engine on its GPU, "
-                f"but this machine has {found} GPUs; lower trainer.placement.policy_num_gpus_per_node and "
-                "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
+                f"need {num_workers} GPUs, but this machine has {found}; lower "
+                "trainer.placement.policy_num_gpus_per_node and generator.inference_engine.num_engines, or join a "
+                "cluster with RAY_ADDRESS"
             )
     elif num_workers + num_engine_gpus > found:
         raise ConfigError(
-            f"trainer.placement.device=cuda: {num_workers} policy workers and {num_engine_gpus} GPUs of engines, but "
-            f"this machine has {found}; lower trainer.placement.policy_num_gpus_per_node or "
-            "generator.inference_engine.num_engines, or join a cluster with RAY_ADDRESS"
+            f"trainer.placement.device=cuda: {num_workers} policy workers and {num_engine_gpus} GPUs of engines need "
+            f"{num_workers + num_engine_gpus} GPUs, but this machine has {found}; lower "
+            "trainer.placement.policy_num_gpus_per_node or generator.inference_engine.num_engines, or join a cluster "
+            "with RAY_ADDRESS"
         )
 
 
 def num_gpus() -> int:
-    """Of this machine, as far as this process may see them."""
+    """Number of GPUs of this machine that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return 0 if visible in ("", "-1", "NoDevFiles") else len(visible.split(","))
@@ -126,13 +138,11 @@ def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
             (spec.ffn_hidden_size, "feed-forward columns"),
         ):
             if count % tp != 0:
-                raise ConfigError(
-                    f"{setting}={tp}: must divide the model's {count} {what}; choose a divisor of {count}"
-                )
+                raise ConfigError(f"{setting}={tp}: must divide the model's {count} {what}; set a divisor of {count}")
     if config.trainer.placement.device == "cpu" and spec.head_dim % CPU_HEAD_DIM_MULTIPLE != 0:
         raise ConfigError(
-            f"{POLICY_PATH}={config.trainer.policy.model.path}: head_dim {spec.head_dim} is no multiple of "
-            f"{CPU_HEAD_DIM_MULTIPLE}, which CPU engines need; use another model or trainer.placement.device=cuda"
+            f"{POLICY_PATH}={config.trainer.policy.model.path}: head_dim {spec.head_dim} must be a multiple of "
+            f"{CPU_HEAD_DIM_MULTIPLE} on cpu; use another model or trainer.placement.device=cuda"
         )
 
 
@@ -144,22 +154,21 @@ def _check_lengths(config: Config, spec: ModelSpec) -> None:
         )
         if prompt + sampling.max_generate_length > limit:
             raise ConfigError(
-                f"generator.{name}.max_generate_length={sampling.max_generate_length}: with "
-                f"trainer.max_prompt_length={prompt} it passes the model's {limit} positions; "
-                f"their sum must be at most {limit}: lower one"
+                f"generator.{name}.max_generate_length={sampling.max_generate_length}: its sum with "
+                f"trainer.max_prompt_length={prompt} must be at most {limit}, the positions of the model; lower one"
             )
 
 
 def _check_rows(setting: str, path: str, custom: dict[str, str]) -> None:
-    """Every row can be read, names an environment there is, and has an id of its own if it has one."""
+    """Checks that every row can be read, names a known environment, and has a unique id if it has one."""
     seen: set[str] = set()
     rows_by_id: dict[str, int] = {}
     for number, row in enumerate(read_rows(path, setting=setting), start=1):
         uid = row_id(row)
         if uid is not None and rows_by_id.setdefault(uid, number) != number:
             raise ConfigError(
-                f"{setting}={path}: row {number} has the extra_info.index of row {rows_by_id[uid]} ({uid}); "
-                "drop the repetition, or number the rows anew"
+                f"{setting}={path}: row {number} has the same extra_info.index as row {rows_by_id[uid]} ({uid}), but "
+                "it must be unique; remove the repeated row or renumber the rows"
             )
         env_class = row.get("env_class")
         if env_class is not None and env_class not in seen:

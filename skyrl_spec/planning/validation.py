@@ -1,4 +1,4 @@
-"""All rules that the settings alone decide: those of the settings, of the draft and of the engines."""
+"""All rules that need nothing but the settings: those of the settings, of the draft and of the engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENGINE = "generator.inference_engine"
 
 
 def validate(config: Config) -> None:
-    """Checks every rule that needs no file and no device.
+    """Checks every rule that needs neither a file nor a device.
 
     Raises:
         ConfigError: the first rule that ``config`` breaks.
@@ -27,7 +27,7 @@ def validate(config: Config) -> None:
         "speculative_config" not in engine.engine_init_kwargs,
         f"{_ENGINE}.engine_init_kwargs.speculative_config",
         engine.engine_init_kwargs.get("speculative_config"),
-        f"belongs in {_ENGINE}.speculative_config; move it there",
+        f"must be set in {_ENGINE}.speculative_config; move it there",
     )
     require_other_engine_args(engine.engine_init_kwargs)
     if engine.speculative_config is not None:
@@ -38,7 +38,7 @@ def validate(config: Config) -> None:
 
 
 def _check_user_speculation(config: Config, user: dict[str, Any]) -> None:
-    """The user's speculative_config counts something, and does not contradict the draft that is trained."""
+    """Checks that the user's speculative_config drafts tokens and agrees with the draft that is trained."""
     num_tokens = user.get("num_speculative_tokens", 1)
     require(
         isinstance(num_tokens, int) and num_tokens >= 1,

@@ -1,4 +1,4 @@
-"""Allowed values of a setting: a range of numbers, or a choice of words."""
+"""Allowed values of settings: ranges of numbers and choices of words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """Allowed numbers, all finite; an open end is excluded."""
+    """A range of finite numbers. An open end is excluded."""
 
     low: float
     high: float = math.inf
@@ -21,9 +21,14 @@ class Range(NamedTuple):
         return above and below and math.isfinite(value)
 
     def __str__(self) -> str:
-        low = f"{'above' if self.low_open else 'at least'} {self.low:g}"
-        high = f"{'below' if self.high_open else 'at most'} {self.high:g}"
+        low = f"{'above' if self.low_open else 'at least'} {_number(self.low)}"
+        high = f"{'below' if self.high_open else 'at most'} {_number(self.high)}"
         return low if math.isinf(self.high) else f"{low} and {high}"
+
+
+def _number(value: float) -> str:
+    """All digits of an integer."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 Choice = tuple[str, ...]
@@ -38,5 +43,13 @@ PROBABILITY = Range(0, 1, high_open=True)
 LEVEL = Range(0, 1, low_open=True, high_open=True)
 # Above 0 and at most 1.
 SHARE = Range(0, 1, low_open=True)
-# Seeds of numpy are 32 bits wide.
+# numpy takes seeds of 32 bits.
 SEEDS = Range(0, 2**32 - 1)
+
+DEVICES = ("cpu", "cuda")
+ON_FAILURE = ("error", "warn")
+DTYPES = ("fp32", "bf16")
+LOSS_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce")
+LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
+LOGGERS = ("console", "wandb", "tensorboard")
+SPECULATIVE_METHODS = ("mtp", "dflash", "eagle3", "ngram")

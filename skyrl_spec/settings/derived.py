@@ -9,7 +9,7 @@ from skyrl_spec.settings.schema import Config
 
 
 class ParallelSizes(NamedTuple):
-    """Number of policy workers, of workers a model replica, and of replicas."""
+    """Number of policy workers, workers per model replica, and replicas."""
 
     world_size: int
     tp: int
@@ -20,7 +20,7 @@ def parallel_sizes(config: Config) -> ParallelSizes:
     """Sizes of the policy workers' parallel layout.
 
     Raises:
-        ConfigError: the workers do not make a whole number of model replicas.
+        ConfigError: the number of workers is not a multiple of the tensor-parallel size.
     """
     placement = config.trainer.placement
     tp = config.trainer.policy.megatron_config.tensor_model_parallel_size
@@ -35,7 +35,7 @@ def parallel_sizes(config: Config) -> ParallelSizes:
 
 
 def workers_per_node(config: Config) -> int:
-    """Policy workers on each machine."""
+    """Number of policy workers on each machine."""
     per_node = config.trainer.placement.policy_num_gpus_per_node
     return config.trainer.policy.megatron_config.tensor_model_parallel_size if per_node is None else per_node
 
@@ -43,7 +43,7 @@ def workers_per_node(config: Config) -> int:
 def sync_backend(config: Config) -> str:
     """Transport of weights to the engines: "ray", "nccl" or "ipc".
 
-    vLLM's ``ipc`` engine maps memory of a GPU that both sides are on. NCCL refuses two ranks on one GPU.
+    ``ipc`` shares memory of a GPU that worker and engine are both on. NCCL refuses two ranks on one GPU.
     """
     placement = config.trainer.placement
     if placement.device == "cpu":
@@ -57,7 +57,7 @@ def engine_dtype(config: Config) -> str:
 
 
 def coarser_dtype(config: Config) -> str:
-    """ "bf16" if trainer or engines compute in it, else "fp32"."""
+    """The less precise of the trainer's and the engines' types: "bf16" or "fp32"."""
     return "bf16" if "bf16" in (config.trainer.policy.megatron_config.dtype, engine_dtype(config)) else "fp32"
 
 

@@ -13,7 +13,7 @@ from skyrl_spec.settings.allowed import Allowed, Range
 
 @dataclass(frozen=True)
 class Setting:
-    """A field; ``name`` is dotted below a section, ``doc`` one paragraph, ``default`` as in YAML."""
+    """A setting. ``name`` is dotted if it is in a section; ``default`` is written as in YAML."""
 
     name: str
     type_name: str
@@ -23,7 +23,7 @@ class Setting:
 
     @property
     def allowed_text(self) -> str:
-        """The allowed values in words; empty if the type alone decides."""
+        """Allowed values in words. Empty if the type decides alone."""
         if self.allowed is None:
             return ""
         return str(self.allowed) if isinstance(self.allowed, Range) else ", ".join(self.allowed)
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """A dataclass within a schema; ``name`` is empty for the schema itself."""
+    """A dataclass inside a schema, with its settings. ``name`` is empty for the schema itself."""
 
     name: str
     docstring: str
@@ -39,7 +39,7 @@ class Section:
 
 
 def describe(schema: type, defaults: Any = None) -> list[Setting]:
-    """The fields of ``schema`` that are no sections, in the order of declaration; ``defaults`` is an instance of it."""
+    """Settings declared directly in ``schema``, in order. Defaults are those of the instance ``defaults``."""
     hints = typing.get_type_hints(schema)
     defaults = defaults or schema()
     return [
@@ -56,9 +56,9 @@ def describe(schema: type, defaults: Any = None) -> list[Setting]:
 
 
 def sections(schema: type, name: str = "", defaults: Any = None) -> Iterator[Section]:
-    """``schema`` and all sections below it, each before its own sections; names of settings are dotted.
+    """``schema`` and all its sections, parents first. Names of settings are dotted.
 
-    A section may have other defaults where it is used than its class declares.
+    Defaults are those of the place where a section is used, which may differ from those of its class.
     """
     prefix, defaults = f"{name}." if name else "", defaults or schema()
     own = [replace(item, name=prefix + item.name) for item in describe(schema, defaults)]

@@ -1,21 +1,21 @@
-"""Options of the commands that run no training, given as ``key=value`` words (``compose.read_options``)."""
+"""Options of the commands that do not train, given as ``KEY=VALUE`` words (``compose.read_options``)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyrl_spec.settings.allowed import FROM_ONE, NOT_NEGATIVE, SEEDS
-from skyrl_spec.settings.schema import DEVICES, DTYPES, SPECULATIVE_METHODS, setting
+from skyrl_spec.settings.allowed import DEVICES, DTYPES, FROM_ONE, NOT_NEGATIVE, SEEDS, SPECULATIVE_METHODS
+from skyrl_spec.settings.field import setting
 
 
 @dataclass
 class ExportOptions:
     """``skyrl-spec export``: writes a checkpoint as a bundle that vLLM serves."""
 
-    checkpoint: str = setting("", "A checkpoint, or a run (its newest checkpoint).")
-    out: str = setting("", "Output directory.")
-    model: str | None = setting(None, "Present place of the model the run started from, if it has moved.")
-    draft: str | None = setting(None, "Present place of the draft the run started from, if it has moved.")
+    checkpoint: str = setting("", "Checkpoint, or run (its newest checkpoint is exported). Required.")
+    out: str = setting("", "Output directory. Must be empty or not exist. Required.")
+    model: str | None = setting(None, "New location of the model that the run started from, if it was moved.")
+    draft: str | None = setting(None, "New location of the draft that the run started from, if it was moved.")
 
 
 @dataclass
@@ -23,54 +23,63 @@ class EvalDraftOptions:
     """``skyrl-spec eval-draft``: measures how much a draft helps, by number of draft tokens and batch size."""
 
     target: str = setting(
-        "", "A run (its newest checkpoint), a checkpoint, an exported bundle, or a Hugging Face model that vLLM serves."
+        "",
+        "Run (its newest checkpoint is measured), checkpoint, exported bundle, or Hugging Face model that vLLM serves. "
+        "Required.",
     )
     model: str | None = setting(
-        None, "Present place of the model that the run or checkpoint started from, if it has moved."
+        None, "New location of the model that the run or checkpoint started from, if it was moved."
     )
     method: str | None = setting(
         None,
-        "null: the target's own draft, else by the kind of draft, else the target's MTP head.",
+        "Kind of draft. null: that of the draft if there is one, otherwise the target's MTP head.",
         SPECULATIVE_METHODS,
     )
     draft: str | None = setting(
-        None, "Directory or hub name of a draft, for dflash and eagle3. null: the target's own."
+        None, "Directory or hub name of a draft of kind dflash or eagle3. null: the draft that belongs to the target."
     )
     prompts: list[str] | None = setting(
-        None, "Files with rows (.parquet, .jsonl) or with one text a line (.txt). null: the run's held-out prompts."
+        None,
+        "Files of prompts: dataset rows (.parquet, .jsonl) or one prompt per line (.txt). null: the run's held-out "
+        "prompts; without a run it is required.",
     )
     num_speculative_tokens: list[int] | None = setting(
-        None, "Numbers of draft tokens to try. null: 1, 2, 3, 5, 7, up to the draft's block size."
+        None, "Numbers of draft tokens to try, each at least 1. null: 1, 2, 3, 5 and 7, as far as the draft allows."
     )
-    batch_sizes: list[int] = setting(lambda: [1, 4, 16], "Numbers of rollouts generated at the same time.")
+    batch_sizes: list[int] = setting(lambda: [1, 4, 16], "Batch sizes to try: responses generated at the same time.")
     rounds: int = setting(
         3,
-        "Measurements of each combination, alternating with and without the draft. Medians and ranges are shown.",
+        "Measurements of each combination, alternating with and without the draft. The table shows medians and ranges.",
         FROM_ONE,
     )
-    min_rollouts: int = setting(8, "Rollouts of one measurement at least.", FROM_ONE)
-    temperature: float | None = setting(None, "Sampling temperature. null: as in the run, else 1.", NOT_NEGATIVE)
+    min_rollouts: int = setting(8, "Smallest number of responses in one measurement.", FROM_ONE)
+    temperature: float | None = setting(None, "Sampling temperature. null: as in the run, or 1.", NOT_NEGATIVE)
     max_prompt_length: int | None = setting(
         None,
-        "Tokens of a prompt at most; longer ones are skipped. null: as in the run, else 512 or what fits.",
+        "Longest prompt, in tokens. Longer prompts are skipped. null: as in the run, or 512, but no more than fits "
+        "into the model's positions.",
         FROM_ONE,
     )
     max_generate_length: int | None = setting(
-        None, "Tokens of a response at most. null: as in the run, else 128.", FROM_ONE
+        None, "Longest response, in tokens. null: as in the run, or 128.", FROM_ONE
     )
-    device: str | None = setting(None, "null: as in the run, else cuda if there is a GPU.", DEVICES)
-    dtype: str | None = setting(None, "null: as in the run, else fp32 on cpu and bf16 on cuda.", DTYPES)
+    device: str | None = setting(
+        None, "Device of the engines. null: as in the run, or cuda if there is a GPU.", DEVICES
+    )
+    dtype: str | None = setting(
+        None, "Type of weights and activations. null: as in the run, or fp32 on cpu and bf16 on cuda.", DTYPES
+    )
     tensor_parallel_size: int | None = setting(
-        None, "GPUs of an engine. null: as in the run, else 1. The two engines share a GPU if this is 1.", FROM_ONE
+        None, "GPUs of an engine. null: as in the run, or 1. At 1 the two engines share one GPU.", FROM_ONE
     )
     seed: int = setting(0, "Seed of the engines and of sampling.", SEEDS)
     out: str | None = setting(
-        None, "Output file. null: eval_draft.json, in the run's directory if the target is a run."
+        None, "Output file. null: eval_draft.json, in the directory of the run or bundle, or the current one."
     )
 
 
 @dataclass
 class ReportOptions:
-    """``skyrl-spec report RUN [RUN ...]``: writes a page of charts, and each chart as a PNG file."""
+    """``skyrl-spec report RUN [RUN ...]``: writes a page of charts and each chart as a PNG file."""
 
-    out: str | None = setting(None, "Output directory. null: report, in the first run's directory.")
+    out: str | None = setting(None, "Output directory. null: report, in the directory of the first run.")

@@ -1,8 +1,8 @@
-"""Rules that the settings alone decide, checked before anything is read or started.
+"""Rules that need nothing but the settings, checked before anything is read or started.
 
-Allowed values of one setting are declared with it (``schema``). This module holds the rules that tie settings
-together. Rules about a draft are in ``drafts.kinds``; ``planning.validation`` runs all of them. Checks that need the
-disk (model, data, devices) are in ``planning.preflight``.
+``schema`` declares the allowed values of each setting. This module adds the rules that tie several settings together.
+Rules about drafts are in ``drafts.kinds``. ``planning.validation`` applies all of them. ``planning.preflight`` checks
+model, data and devices.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.allowed import PROBABILITY, Allowed, Range
+from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, Allowed, Range
 from skyrl_spec.settings.derived import parallel_sizes, sync_backend
 from skyrl_spec.settings.describe import sections
-from skyrl_spec.settings.schema import LOGGERS, Config, TrainerConfig
+from skyrl_spec.settings.schema import Config, TrainerConfig
 
 _ENGINE = "generator.inference_engine"
 _OPTIMIZERS = tuple(f"trainer.{part}.optimizer_config" for part in ("policy", "mtp", "dflash", "warmup"))
 SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
-# An engine holds its part of a GPU all the time. The trainer needs the rest: gradients and optimizer state alone are
-# several times the weights that it shares the GPU with.
+# An engine never frees its share of a GPU. The trainer needs the rest: its gradients and optimizer state alone take
+# several times the memory of the weights.
 MAX_COLOCATED_MEMORY = 0.6
 
 
 def check_rules(config: Config) -> None:
-    """Checks all rules in the order of this function.
+    """Checks the allowed values of every setting, then all rules.
 
     Raises:
         ConfigError: the first rule that ``config`` breaks.
@@ -51,7 +51,7 @@ def check_allowed(setting: str, value: Any, allowed: Allowed) -> None:
         return
     if isinstance(allowed, Range):
         raise ConfigError(f"{setting}={value}: must be {allowed}; change it")
-    raise ConfigError(f"{setting}={value}: must be {' or '.join(allowed)}; choose one")
+    raise ConfigError(f"{setting}={value}: must be {' or '.join(allowed)}; set one of these")
 
 
 def get_setting(config: Any, setting: str) -> Any:
@@ -73,44 +73,49 @@ def _check_optimizer(prefix: str, optimizer: Any) -> None:
         len(betas) == 2 and all(beta in PROBABILITY for beta in betas),
         f"{prefix}.adam_betas",
         betas,
-        f"must be two numbers, each {PROBABILITY}; the usual ones are [0.9,0.95]",
+        f"must be two numbers, each {PROBABILITY}; write for example [0.9,0.95]",
     )
     require(
         optimizer.min_lr <= optimizer.lr,
         f"{prefix}.min_lr",
         optimizer.min_lr,
-        f"must be at most {prefix}.lr={optimizer.lr}, from which it decays; lower it",
+        f"must be at most {prefix}.lr={optimizer.lr}, the learning rate that decays to it; lower it",
     )
 
 
 def _check_sampling(config: Config) -> None:
-    # Rollouts at temperature 0 are all equal, and their log-probs belong to no distribution.
+    # At temperature 0 all responses to a prompt are equal, and there is no distribution to take log-probs of.
     temperature = config.generator.sampling_params.temperature
-    require(temperature > 0, "generator.sampling_params.temperature", temperature, "must be above 0; change it")
+    require(
+        temperature > 0, "generator.sampling_params.temperature", temperature, "must be above 0 in training; raise it"
+    )
     for sampling in SAMPLINGS:
         top_k = get_setting(config, sampling).top_k
-        require(top_k == -1 or top_k >= 1, f"{sampling}.top_k", top_k, "must be at least 1, or -1 for all tokens")
+        require(
+            top_k == -1 or top_k >= 1, f"{sampling}.top_k", top_k, "must be at least 1, or -1 for all tokens; change it"
+        )
 
 
 def _check_paths(config: Config) -> None:
-    start = "set it, or start from experiment=NAME"
+    start = "set it, or choose experiment=NAME"
     trainer, data = config.trainer, config.data
     path = trainer.policy.model.path
-    require(path != "", "trainer.policy.model.path", "''", f"no model is named; {start}")
-    require(data.train_data != [], "data.train_data", "[]", f"no .parquet or .jsonl file is named; {start}")
-    require(trainer.run_dir != "", "trainer.run_dir", "''", "must name a directory for what the run writes; set it")
+    require(path != "", "trainer.policy.model.path", "''", f"must name a model; {start}")
+    require(data.train_data != [], "data.train_data", "[]", f"must name at least one .parquet or .jsonl file; {start}")
+    require(trainer.run_dir != "", "trainer.run_dir", "''", "must name the output directory; set it")
     require(
         (trainer.resume_mode == "from_path") == (trainer.resume_path is not None),
         "trainer.resume_path",
         trainer.resume_path,
-        f"goes with trainer.resume_mode=from_path, and that is {trainer.resume_mode}; set both or neither",
+        f"is used with trainer.resume_mode=from_path only, and that mode needs it; the mode is {trainer.resume_mode}: "
+        "set both or neither",
     )
     require(
         trainer.hf_save_interval == 0
         or (trainer.ckpt_interval > 0 and trainer.hf_save_interval % trainer.ckpt_interval == 0),
         "trainer.hf_save_interval",
         trainer.hf_save_interval,
-        f"must be a multiple of trainer.ckpt_interval={trainer.ckpt_interval}: checkpoints are what is exported; "
+        f"must be a multiple of trainer.ckpt_interval={trainer.ckpt_interval}, because checkpoints are exported; "
         "change one of them",
     )
     if trainer.eval_interval > 0 or trainer.eval_before_train:
@@ -118,14 +123,17 @@ def _check_paths(config: Config) -> None:
             data.val_data != [],
             "data.val_data",
             "[]",
-            "evaluation needs a file; set it, or trainer.eval_interval=0 trainer.eval_before_train=false",
+            "must name a file for evaluation; set it, or set trainer.eval_interval=0 trainer.eval_before_train=false",
         )
 
 
 def _check_logger(trainer: TrainerConfig) -> None:
     for logger in trainer.logger:
         require(
-            logger in LOGGERS, "trainer.logger", trainer.logger, f"{logger} is none of {', '.join(LOGGERS)}; drop it"
+            logger in LOGGERS,
+            "trainer.logger",
+            trainer.logger,
+            f"{logger} is not one of {', '.join(LOGGERS)}; remove it",
         )
 
 
@@ -142,7 +150,7 @@ def _check_batches(config: Config) -> None:
         trainer.algorithm.advantage_estimator != "grpo" or samples >= 2,
         "generator.n_samples_per_prompt",
         samples,
-        "must be at least 2: grpo compares the responses to one prompt; raise it",
+        "must be at least 2, because grpo compares the responses to a prompt; raise it",
     )
     dp = parallel_sizes(config).dp
     require(
@@ -170,7 +178,7 @@ def _check_timeouts(config: Config) -> None:
         placement.collective_timeout_s <= placement.worker_timeout_s,
         "trainer.placement.collective_timeout_s",
         placement.collective_timeout_s,
-        f"must be at most trainer.placement.worker_timeout_s={placement.worker_timeout_s}, the time of a whole call; "
+        f"must be at most trainer.placement.worker_timeout_s={placement.worker_timeout_s}, which limits a whole call; "
         "lower it",
     )
 
@@ -182,21 +190,21 @@ def _check_device_settings(config: Config) -> None:
         trainer.canary.lossless_interval == 0 or on_cpu,
         "trainer.canary.lossless_interval",
         trainer.canary.lossless_interval,
-        "needs an engine more than the run has, so it is for cpu alone; set it to 0",
+        "needs an additional engine, which only trainer.placement.device=cpu allows; set it to 0",
     )
     require(
         not trainer.measure_speedup or on_cpu,
         "trainer.measure_speedup",
         "true",
-        "needs an engine more than the run has, so it is for cpu alone; set it to false",
+        "needs an additional engine, which only trainer.placement.device=cpu allows; set it to false",
     )
     truncated = sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0
     require(
         not (trainer.algorithm.use_tis and truncated),
         "trainer.algorithm.use_tis",
         "true",
-        "compares log-probs of the whole distribution, but generator.sampling_params truncates it; "
-        "set top_p=1 top_k=-1 min_p=0, or turn it off",
+        "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
+        "set top_p=1 top_k=-1 min_p=0 there, or set trainer.algorithm.use_tis=false",
     )
 
 
@@ -205,36 +213,41 @@ def _check_colocation(config: Config) -> None:
     if not placement.colocate_all:
         return
     setting = "trainer.placement.colocate_all"
-    require(placement.device == "cuda", setting, "true", "shares GPUs, and trainer.placement.device=cpu; set it false")
+    require(
+        placement.device == "cuda",
+        setting,
+        "true",
+        "needs trainer.placement.device=cuda, but that is cpu; set it to false",
+    )
     require(
         engine.tensor_parallel_size == 1,
         f"{_ENGINE}.tensor_parallel_size",
         engine.tensor_parallel_size,
-        f"must be 1 with {setting}: an engine shares the one GPU of its worker; set it to 1",
+        f"must be 1 with {setting}=true, because an engine shares the GPU of one worker; set it to 1",
     )
     num_workers = parallel_sizes(config).world_size
     require(
         engine.num_engines == num_workers,
         f"{_ENGINE}.num_engines",
         engine.num_engines,
-        f"must be {num_workers} with {setting}, one for each policy worker; change it",
+        f"must be {num_workers} with {setting}=true, one for each policy worker; change it",
     )
     require(
         engine.gpu_memory_utilization <= MAX_COLOCATED_MEMORY,
         f"{_ENGINE}.gpu_memory_utilization",
         engine.gpu_memory_utilization,
-        f"must be at most {MAX_COLOCATED_MEMORY} with {setting}: the trainer's weights, gradients and optimizer state "
-        "need the rest of the GPU; lower it",
+        f"must be at most {MAX_COLOCATED_MEMORY} with {setting}=true, because the trainer needs the rest of the GPU "
+        "for weights, gradients and optimizer state; lower it",
     )
 
 
 def _check_sync_backend(config: Config) -> None:
     backend, right = config.generator.inference_engine.weight_sync_backend, sync_backend(config)
     fixes = {
-        "ray": "with trainer.placement.device=cpu it must be ray; leave it null",
-        "nccl": "with trainer.placement.device=cuda it must be nccl, unless trainer.placement.colocate_all=true puts "
-        "trainer and engine on the same GPU, as ipc needs; leave it null, or set that",
-        "ipc": "with trainer.placement.colocate_all=true it must be ipc (NCCL refuses two ranks on one GPU); "
+        "ray": "must be ray with trainer.placement.device=cpu; leave it null",
+        "nccl": "must be nccl with trainer.placement.device=cuda, or ipc if trainer.placement.colocate_all=true; "
+        "leave it null",
+        "ipc": "must be ipc with trainer.placement.colocate_all=true (NCCL refuses two ranks on one GPU); "
         "leave it null",
     }
     require(backend in (None, right), f"{_ENGINE}.weight_sync_backend", backend, fixes[right])

@@ -1,7 +1,7 @@
-"""Shapes of a DFlash draft, from its ``config.json`` or from the settings of a draft from scratch. Imports no torch.
+"""Shapes of a DFlash draft, from its ``config.json`` or, from scratch, from the settings. Imports no torch.
 
-A DFlash draft always starts from a directory: the user's, or one that is written first with random weights. Trainer and
-engines both read that directory, so they cannot disagree about the draft.
+A DFlash draft always starts from a directory, either the user's or one written with random weights. Trainer and engines
+both read that directory, so that they agree about the draft.
 """
 
 from __future__ import annotations
@@ -11,68 +11,71 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.schema import DflashConfig
+from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.files import model_directory, read_config, read_config_only
 from skyrl_spec.specs.model import ModelSpec, layer_tensor_shapes
 
 DFLASH_PATH = "trainer.dflash.path"
 DRAFT_ARCHITECTURE = "DFlashDraftModel"
-# Targets whose hidden states vLLM can hand to a draft.
+# Target models whose hidden states vLLM can pass to a draft.
 DFLASH_TARGETS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DEFAULT_NUM_LAYERS = 5
 DEFAULT_BLOCK_SIZE = 16
-# Block size -> gamma of the position weights, as published.
+# Block size -> gamma of the position weights, as published for DFlash.
 _DECAY_GAMMAS = {8: 4.0, 10: 5.0, 16: 7.0}
 
 
 @dataclass(frozen=True)
 class DflashSpec:
-    """A DFlash draft's shape: its layers (as those of a model) and how it is fed."""
+    """Shape of a DFlash draft: its layers, described like those of a model, and its inputs."""
 
     layers: ModelSpec
     block_size: int
     target_layer_ids: tuple[int, ...]
     mask_token_id: int
-    # Depth of the target it was made for.
+    # Layers of the target that the draft was trained for.
     num_target_layers: int
 
 
 def default_target_layers(num_target_layers: int, num_layers: int) -> list[int]:
-    """``round(1 + j (L - 4) / (n - 1))`` for draft layer j of n on a target of L layers; the middle one for n = 1."""
+    """Layers ``round(1 + j (L - 4) / (n - 1))`` for j = 0 ... n - 1, with n draft layers and L target layers.
+
+    With n = 1 the middle layer of the target.
+    """
     if num_layers == 1:
         return [num_target_layers // 2]
     return [round(1 + j * (num_target_layers - 4) / (num_layers - 1)) for j in range(num_layers)]
 
 
 def decay_gamma(dflash: DflashConfig, block_size: int) -> float:
-    """Gamma of the position weights."""
+    """Gamma of the position weights for blocks of ``block_size`` slots."""
     if dflash.loss_decay_gamma is not None:
         return dflash.loss_decay_gamma
     return _DECAY_GAMMAS.get(block_size, block_size / 2)
 
 
 def read_dflash_spec(path: str, *, weights: bool = True) -> DflashSpec:
-    """The shape of the draft in a directory, or of a hub name (downloaded where it is not cached)."""
+    """Shape of the draft at ``path``, a directory or hub name. A hub name is downloaded unless it is cached."""
     directory = model_directory(path, DFLASH_PATH, weights=weights)
     return parse_dflash_spec(directory, read_config(directory, DFLASH_PATH))
 
 
 def read_dflash_config(path: str) -> DflashSpec:
-    """The shape of the draft at ``path``; of a hub name only ``config.json`` is downloaded."""
+    """Shape of the draft at ``path``, a directory or hub name. Of a hub name only ``config.json`` is downloaded."""
     return parse_dflash_spec(*read_config_only(path, DFLASH_PATH))
 
 
 def parse_dflash_spec(directory: Path, config: dict[str, Any]) -> DflashSpec:
-    """``config.json`` of a draft.
+    """Shape of a draft from its parsed ``config.json``.
 
     Raises:
-        ConfigError: not a DFlash draft's, or an entry that this trainer cannot follow.
+        ConfigError: it describes another kind of model, an entry is missing, or an entry is not supported.
     """
     setting = f"{DFLASH_PATH}={directory}"
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture != DRAFT_ARCHITECTURE:
         raise ConfigError(
-            f"{setting}: is a {architecture}, not a {DRAFT_ARCHITECTURE}; give a DFlash draft's directory"
+            f"{setting}: is a {architecture}, but must be a {DRAFT_ARCHITECTURE}; give the directory of a DFlash draft"
         )
     dflash = config.get("dflash_config") or {}
     _refuse_unsupported(setting, config, dflash)
@@ -90,7 +93,7 @@ def parse_dflash_spec(directory: Path, config: dict[str, Any]) -> DflashSpec:
                 num_kv_heads=config["num_key_value_heads"],
                 head_dim=config["head_dim"],
                 rms_norm_eps=config["rms_norm_eps"],
-                # What vLLM takes where it is absent.
+                # 1e6 is vLLM's default.
                 rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 1e6),
                 max_position_embeddings=config["max_position_embeddings"],
                 tie_word_embeddings=False,
@@ -104,11 +107,11 @@ def parse_dflash_spec(directory: Path, config: dict[str, Any]) -> DflashSpec:
             num_target_layers=config["num_target_layers"],
         )
     except KeyError as error:
-        raise ConfigError(f"{setting}: config.json has no {error}; it is needed") from None
+        raise ConfigError(f"{setting}: config.json has no entry {error}; add it") from None
 
 
 def _refuse_unsupported(setting: str, config: dict[str, Any], dflash: dict[str, Any]) -> None:
-    """Entries that would be computed wrongly, without an error, if they were ignored."""
+    """Refuses entries that would give wrong results without an error if they were ignored."""
     unsupported = {
         "dflash_config.causal": dflash.get("causal", False),
         "dflash_config.use_swa": dflash.get("use_swa", False),
@@ -121,13 +124,13 @@ def _refuse_unsupported(setting: str, config: dict[str, Any], dflash: dict[str, 
         "rope_parameters.rope_type": (config.get("rope_parameters") or {}).get("rope_type", "default") != "default",
         "target_hidden_size": config.get("target_hidden_size") not in (None, config.get("hidden_size")),
     }
-    for name, found in unsupported.items():
-        if found:
-            raise ConfigError(f"{setting}: {name} of its config.json is not supported; use a draft without it")
+    for name, is_set in unsupported.items():
+        if is_set:
+            raise ConfigError(f"{setting}: {name} in config.json is not supported; use a draft without it")
 
 
 def fresh_dflash_spec(dflash: DflashConfig, target: ModelSpec, mask_token_id: int) -> DflashSpec:
-    """The shape of a draft from scratch: layers like the target's."""
+    """Shape of a draft from scratch, whose layers are like those of the target."""
     num_layers = dflash.num_layers or DEFAULT_NUM_LAYERS
     ids = dflash.target_layer_ids or default_target_layers(target.num_layers, num_layers)
     layers = replace(
@@ -157,7 +160,7 @@ def dflash_tensor_shapes(spec: DflashSpec) -> dict[str, tuple[int, ...]]:
 
 
 def dflash_hf_config(spec: DflashSpec, dtype: str, rope_scaling: dict[str, Any] | None = None) -> dict[str, Any]:
-    """``config.json`` of a draft as vLLM reads it; ``dtype`` as in "float32"."""
+    """``config.json`` of a draft in the form that vLLM reads. ``dtype`` is torch's name, such as "float32"."""
     layers = spec.layers
     config: dict[str, Any] = {
         "architectures": [DRAFT_ARCHITECTURE],

@@ -1,4 +1,4 @@
-"""The types of weights that the settings name. Imports no torch."""
+"""Number types of weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Dtype(NamedTuple):
-    """``torch_name`` is the name in torch, vLLM and ``config.json``."""
+    """A number type. ``torch_name`` is its name in torch, vLLM and ``config.json``."""
 
     torch_name: str
     num_bytes: int

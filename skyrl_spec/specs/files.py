@@ -1,4 +1,4 @@
-"""Files of Hugging Face checkpoints: directories, hub names, ``config.json``, tensor shapes. Imports no torch."""
+"""Files of Hugging Face checkpoints: directories, hub names, ``config.json`` and tensor shapes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from skyrl_spec.errors import ConfigError
 
-# Names and shapes of tensors.
+# Shapes of tensors by name.
 Shapes = Mapping[str, tuple[int, ...]]
 
 POLICY_PATH = "trainer.policy.model.path"
 HUB_TIMEOUT_S = 5.0
 _WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
-# Entries of config.json that are sizes.
+# Entries of config.json that must be positive integers.
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -40,12 +40,12 @@ def is_hub_name(path: str) -> bool:
 
 
 def model_directory(path: str, setting: str = POLICY_PATH, *, weights: bool = True) -> Path:
-    """The local directory of ``path``: itself, or the snapshot of a hub name (downloaded if it is not cached).
+    """The local directory of ``path``: itself, or the snapshot of a hub name. A snapshot is downloaded unless cached.
 
-    Without ``weights`` only the small files of a hub name are downloaded.
+    ``weights=False``: only the small files of a hub name are downloaded.
 
     Raises:
-        ConfigError: neither a directory nor a name the hub answers to.
+        ConfigError: ``path`` is neither a directory nor a hub name that can be downloaded.
     """
     directory = Path(path)
     if directory.is_dir():
@@ -57,16 +57,17 @@ def model_directory(path: str, setting: str = POLICY_PATH, *, weights: bool = Tr
 
     try:
         return Path(snapshot_download(path, ignore_patterns=None if weights else _WEIGHT_FILES))
-    # ValueError: the hub allows no such name.
+    # ValueError: the name has a form that the hub does not allow.
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ConfigError(
-            f"{setting}={path}: neither a local directory nor downloadable ({reason}); check the path or the network"
+            f"{setting}={path}: is not a local directory and cannot be downloaded ({reason}); correct the path or "
+            "check the network"
         ) from error
 
 
 def read_config_only(path: str, setting: str) -> tuple[Path, dict[str, Any]]:
-    """Directory and ``config.json`` of a model; of a hub name only ``config.json`` is downloaded."""
+    """Directory and parsed ``config.json`` of a model. Of a hub name only ``config.json`` is downloaded."""
     if is_hub_name(path):
         return Path(path), _hub_config(path, setting)
     directory = model_directory(path, setting)
@@ -74,22 +75,26 @@ def read_config_only(path: str, setting: str) -> tuple[Path, dict[str, Any]]:
 
 
 def read_config(directory: Path, setting: str = POLICY_PATH) -> dict[str, Any]:
-    """The parsed ``config.json``."""
+    """The parsed ``config.json`` in ``directory``.
+
+    Raises:
+        ConfigError: it is missing or cannot be read, or a size in it is not a positive integer.
+    """
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{setting}={directory}: has no config.json; give a checkpoint directory") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}={directory}: config.json is unreadable ({error}); copy it again") from None
+        raise ConfigError(f"{setting}={directory}: config.json cannot be read ({error}); copy it again") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{setting}={directory}: config.json holds no object; copy it again")
+        raise ConfigError(f"{setting}={directory}: config.json must hold a JSON object; copy it again")
     _check_sizes(directory, config, setting)
     return config
 
 
 def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in ``directory``, from the headers of its ``*.safetensors``.
+    """Shapes of all tensors in the ``*.safetensors`` files of ``directory``, read from their headers.
 
     Raises:
         ConfigError: there is no such file, or one cannot be read.
@@ -101,7 +106,7 @@ def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
-                # ``tensors`` is no dictionary.
+                # ``tensors`` is not a dictionary and cannot be iterated.
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{setting}={directory}: {file.name} cannot be read ({error}); copy it again") from error
@@ -109,7 +114,7 @@ def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
 
 
 def require_tensors(path: str, setting: str, expected: Shapes) -> None:
-    """Checks that a local checkpoint has the ``expected`` tensors. A hub name's weights are not there yet.
+    """Checks that a local checkpoint has the ``expected`` tensors. A hub name is not downloaded yet, and not checked.
 
     Raises:
         ConfigError: a tensor is missing or has another shape.
@@ -119,22 +124,22 @@ def require_tensors(path: str, setting: str, expected: Shapes) -> None:
     found = read_shapes(Path(path), setting)
     for name, shape in expected.items():
         if name not in found:
-            raise ConfigError(f"{setting}={path}: has no tensor {name}; the checkpoint is incomplete, copy it again")
+            raise ConfigError(f"{setting}={path}: has no tensor {name}, so it is incomplete; copy it again")
         if found[name] != shape:
             raise ConfigError(
-                f"{setting}={path}: {name} is {list(found[name])}, by config.json it should be {list(shape)}; "
-                "the weights are not those of this config.json, copy both again"
+                f"{setting}={path}: {name} has shape {list(found[name])}, but config.json says {list(shape)}; copy "
+                "weights and config.json from the same model"
             )
 
 
 def require_shapes(saved: dict[str, list[int]], expected: Shapes, setting: str, checkpoint: str) -> None:
     """Raises ``ConfigError`` unless the tensors of ``checkpoint`` are those of the model that ``setting`` names."""
     for name in sorted(saved.keys() | expected.keys()):
-        found, wanted = saved.get(name), list(expected[name]) if name in expected else None
-        if found != wanted:
+        saved_shape, shape = saved.get(name), list(expected[name]) if name in expected else None
+        if saved_shape != shape:
             raise ConfigError(
-                f"{setting}: {checkpoint} is of another model, whose {name} is {found or 'not there'}, here it is "
-                f"{wanted or 'not there'}; set the one it was trained from"
+                f"{setting}: {checkpoint} belongs to another model: {name} has shape {saved_shape or 'none (missing)'} "
+                f"there and {shape or 'none (missing)'} here; set the model that it was trained from"
             )
 
 
@@ -142,11 +147,13 @@ def _check_sizes(directory: Path, config: dict[str, Any], setting: str) -> None:
     for name in _SIZES:
         size = config.get(name)
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise ConfigError(f"{setting}={directory}: {name}={size!r} in config.json is no size; copy it again")
+            raise ConfigError(
+                f"{setting}={directory}: {name}={size!r} in config.json must be an integer of at least 1; copy it again"
+            )
 
 
 def _hub_config(name: str, setting: str) -> dict[str, Any]:
-    """``config.json`` from the hub's cache, else from one request: the hub's client would retry for half a minute."""
+    """``config.json`` from the hub's cache, or from one request. The hub's own client would retry for half a minute."""
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
@@ -159,6 +166,6 @@ def _hub_config(name: str, setting: str) -> dict[str, Any]:
             return json.load(reply)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{setting}={name}: neither a local directory nor found on the Hugging Face hub "
+            f"{setting}={name}: is not a local directory and was not found on the Hugging Face hub "
             f"({str(error).splitlines()[0]}); correct it or check the network"
         ) from error

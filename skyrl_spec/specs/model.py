@@ -10,7 +10,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.specs.files import POLICY_PATH, model_directory, read_config
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
-# Rows of the embedding and output weight are padded to a multiple of this times the tensor-parallel size.
+# The trainer pads the rows of embedding and output head to a multiple of this times the tensor-parallel size.
 _VOCAB_MULTIPLE = 64
 
 
@@ -37,10 +37,10 @@ class ModelSpec:
 
 
 def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
-    """``config.json`` as a ``ModelSpec``.
+    """Spec of a model from its parsed ``config.json``.
 
     Raises:
-        ConfigError: an architecture that is not in ``SUPPORTED_ARCHITECTURES``, or a missing entry.
+        ConfigError: the architecture or an entry is not supported, or an entry is missing.
     """
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
@@ -74,17 +74,17 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
             num_mtp_layers=config.get("num_nextn_predict_layers") or 0,
         )
     except KeyError as error:
-        raise ConfigError(f"{POLICY_PATH}={directory}: config.json has no {error}; it is needed") from None
+        raise ConfigError(f"{POLICY_PATH}={directory}: config.json has no entry {error}; add it") from None
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the embedding and output head in the trainer. Padding never enters a softmax."""
+    """Rows of embedding and output head in the trainer. Padding rows take no part in any softmax."""
     multiple = _VOCAB_MULTIPLE * tp_size
     return -(-vocab_size // multiple) * multiple
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a model's checkpoint, without its MTP head."""
+    """Shapes of the tensors in a model's checkpoint, without those of its MTP head."""
     embeddings = (spec.vocab_size, spec.hidden_size)
     shapes = {"model.embed_tokens.weight": embeddings, "model.norm.weight": (spec.hidden_size,)}
     for layer in range(spec.num_layers):
@@ -93,7 +93,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in one transformer layer; ``prefix`` ends in a dot."""
+    """Shapes of the tensors in one transformer layer. ``prefix`` ends in a dot."""
     hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
     query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -115,14 +115,14 @@ def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ..
 
 
 def _refuse_unsupported(directory: Path, config: dict[str, Any], architecture: str) -> None:
-    """Refuses entries of ``config.json`` that would silently be computed wrongly."""
+    """Refuses entries of ``config.json`` that would give wrong results without an error if they were ignored."""
     unsupported = {
         "use_sliding_window": config.get("use_sliding_window", False),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "attention_bias": architecture == "Qwen3ForCausalLM" and config.get("attention_bias", False),
     }
-    for name, found in unsupported.items():
-        if found:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ConfigError(
                 f"{POLICY_PATH}={directory}: {name}={config[name]} in config.json is not supported; "
                 "use a model without it"
@@ -130,6 +130,6 @@ def _refuse_unsupported(directory: Path, config: dict[str, Any], architecture: s
 
 
 def load_spec(path: str, *, weights: bool = True) -> ModelSpec:
-    """The spec of the model at ``path``, a directory or hub name; ``weights`` as in ``model_directory``."""
+    """Spec of the model at ``path``, a directory or hub name. ``weights`` is as in ``model_directory``."""
     directory = model_directory(path, weights=weights)
     return parse_spec(directory, read_config(directory))

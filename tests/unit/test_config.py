@@ -1,4 +1,4 @@
-"""Composition and rules of the configuration."""
+"""Composition of configurations, and the rules they are checked against."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skyrl_spec.settings.schema import Config
 MIMO = "experiment=mimo_7b_dapo_8gpu"
 CPU = "experiment=cpu_mtp_grpo"
 ENGINE = "generator.inference_engine"
-# On top of cpu_mtp_grpo: its one worker and one engine on one GPU.
+# Overrides of cpu_mtp_grpo that put its one worker and one engine on one GPU.
 COLOCATED = (
     "trainer.placement.device=cuda trainer.placement.colocate_all=true trainer.measure_speedup=false "
     f"{ENGINE}.gpu_memory_utilization=0.5"
@@ -93,7 +93,7 @@ def test_interpolations_are_resolved() -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is printed can be put into configs/experiment/ and gives the same configuration."""
+    """The printed YAML, used as an experiment, gives the same configuration."""
     config = load_config([MIMO, "trainer.seed=3", f"{ENGINE}.speculative_config.method=mtp"])
     experiment = own_configs(tmp_path, monkeypatch)
     experiment.write_text("# @package _global_\n" + to_yaml(config))
@@ -105,27 +105,27 @@ COMPOSITION_ERRORS = {
     "trainer.num_speculative_tokens=2": "did you mean trainer.mtp.num_speculative_tokens?",
     "trainer.seed.x=1": "trainer.seed.x: unknown setting",
     "hydra.run.dir=x": "hydra.run.dir: unknown setting",
-    "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists them all",
+    "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists all settings",
     "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
-    "experiment=nope": "experiment=nope: no such experiment; available: cpu_dflash_grpo, cpu_mtp_dapo",
+    "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_mtp_dapo",
     "experiment=[a,b]": "no such experiment",
-    "algorithm=ppo": "algorithm=ppo: no such algorithm; available: dapo, grpo; did you mean grpo?",
+    "algorithm=ppo": "algorithm=ppo: no such algorithm; choose one of dapo, grpo; did you mean grpo?",
     "trainer.epochs=two": "trainer.epochs: Value 'two' of type 'str'",
     "trainer.epochs=2.5": "trainer.epochs: Value '2.5'",
-    "trainer.epochs=null": "expected an integer",
-    "trainer.mtp.enabled=maybe": "expected true or false",
-    "trainer.policy.optimizer_config.lr=[1]": "expected a number",
+    "trainer.epochs=null": "give an integer",
+    "trainer.mtp.enabled=maybe": "give true or false",
+    "trainer.policy.optimizer_config.lr=[1]": "give a number",
     "trainer.policy.optimizer_config.adam_betas=[0.9,x]": "adam_betas[1]: Value 'x'",
-    "trainer.mtp=true": "trainer.mtp is a section; set a field of it, as in trainer.mtp.enabled=...",
+    "trainer.mtp=true": "trainer.mtp is a section; set one of its settings, as in trainer.mtp.enabled=...",
     "trainer.mtp=null": "trainer.mtp is a section",
-    "data.train_data=a.parquet": "expected a list; write 'data.train_data=[a.parquet]'",
-    "data.train_data=null": "expected a list",
-    f"{ENGINE}.speculative_config=mtp": "expected a dictionary, as in {a: 1}, or null",
+    "data.train_data=a.parquet": "must be a list; write 'data.train_data=[a.parquet]'",
+    "data.train_data=null": "give a list",
+    f"{ENGINE}.speculative_config=mtp": "give a dictionary, as in {a: 1}, or null",
     "trainer.seed=${nope}": "trainer.seed: Interpolation key 'nope' not found",
     "trainer.seed=${trainer.run_dir}": "trainer.seed: While dereferencing",
-    "trainer.seed=1,2": "settings take one value each",
-    "~trainer.seed": "settings take one value each",
-    "trainer@x=1": "settings take one value each",
+    "trainer.seed=1,2": "a setting takes exactly one value",
+    "~trainer.seed": "a setting takes exactly one value",
+    "trainer@x=1": "a setting takes exactly one value",
     "trainer.run_dir=/a=b": "as in 'trainer.run_dir=\"/a=b\"'",
     "trainer.logger=[a": "cannot read override",
     "trainer": "write KEY=VALUE",
@@ -142,7 +142,7 @@ def test_composition_errors(override: str) -> None:
 
 
 def own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of configs/ that is used instead; returns the path of an experiment "mine" to be written."""
+    """Path of an experiment "mine" for the test to write, in a copy of configs/ that replaces the original."""
     copy = tmp_path / "configs"
     shutil.copytree(compose.config_dir(), copy)
     monkeypatch.setattr(compose, "config_dir", lambda: copy)
@@ -179,7 +179,7 @@ def test_mistakes_in_files(text: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_package_line_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_configs(tmp_path, monkeypatch).write_text("# @package [\n")
-    with pytest.raises(ConfigError, match="package line cannot be read; begin it with '# @package _global_'"):
+    with pytest.raises(ConfigError, match="package line of a file cannot be read; begin it with '# @package _global_'"):
         load_config(["experiment=mine"])
 
 
@@ -189,7 +189,7 @@ def test_a_file_without_its_package_line(tmp_path: Path, monkeypatch: pytest.Mon
         load_config(["experiment=mine"])
 
 
-# Overrides on top of cpu_mtp_grpo, and the setting the line must begin with.
+# Overrides on top of cpu_mtp_grpo, and the beginning of the error line.
 RULES = {
     "trainer.dflash.enabled=true": "trainer.dflash.enabled=true: one draft at a time",
     "trainer.dflash.block_size=1": "trainer.dflash.block_size=1: must be at least 2",
@@ -209,9 +209,9 @@ RULES = {
         "trainer.policy.optimizer_config.min_lr=1.0"
     ),
     "trainer.policy.optimizer_config.min_lr=1": "trainer.policy.optimizer_config.min_lr=1.0: must be at most",
-    "trainer.placement.device=cuda": "trainer.measure_speedup=true: needs an engine more",
+    "trainer.placement.device=cuda": "trainer.measure_speedup=true: needs an additional engine",
     "trainer.algorithm.use_tis=true generator.sampling_params.top_p=0.9": (
-        "trainer.algorithm.use_tis=true: compares log-probs of the whole distribution"
+        "trainer.algorithm.use_tis=true: needs log-probs of the full distribution"
     ),
     "generator.inference_engine.speculative_config={method:ngram,num_speculative_tokens:2}": (
         "generator.inference_engine.speculative_config={'method': 'ngram', 'num_speculative_tokens': 2}: must be of"
@@ -220,7 +220,7 @@ RULES = {
     "trainer.policy.megatron_config.tensor_model_parallel_size=2 trainer.placement.policy_num_gpus_per_node=3": (
         "trainer.policy.megatron_config.tensor_model_parallel_size=2: must divide the 3 policy workers"
     ),
-    "trainer.policy.model.path=''": "trainer.policy.model.path='': no model is named",
+    "trainer.policy.model.path=''": "trainer.policy.model.path='': must name a model",
     "trainer.placement.device=tpu": "trainer.placement.device=tpu: must be cpu or cuda",
     "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=16: times generator.n_samples",
     "trainer.algorithm.advantage_estimator=gae": "trainer.algorithm.advantage_estimator=gae",
@@ -231,10 +231,10 @@ RULES = {
     "trainer.algorithm.overlong.buffer_len=80": "trainer.algorithm.overlong.buffer_len=80: must be below generator",
     "trainer.train_batch_size=63": "trainer.train_batch_size=63: must be a multiple of",
     "trainer.max_training_steps=0": "trainer.max_training_steps=0",
-    "trainer.logger=[console,mlflow]": "trainer.logger=['console', 'mlflow']: mlflow is none of",
+    "trainer.logger=[console,mlflow]": "trainer.logger=['console', 'mlflow']: mlflow is not one of",
     "trainer.run_dir=''": "trainer.run_dir=''",
-    "data.train_data=[]": "data.train_data=[]: no .parquet or .jsonl file",
-    "data.val_data=[]": "data.val_data=[]: evaluation needs a file",
+    "data.train_data=[]": "data.train_data=[]: must name at least one .parquet or .jsonl file",
+    "data.val_data=[]": "data.val_data=[]: must name a file for evaluation",
     "generator.n_samples_per_prompt=1": "generator.n_samples_per_prompt=1: must be at least 2",
     "generator.sampling_params.temperature=0": "generator.sampling_params.temperature=0.0: must be above 0",
     "generator.sampling_params.top_p=0": "generator.sampling_params.top_p=0.0",
@@ -242,17 +242,21 @@ RULES = {
     "generator.sampling_params.top_k=0": "generator.sampling_params.top_k=0: must be at least 1, or -1",
     "generator.sampling_params.min_p=0.1": "generator.sampling_params.min_p=0.1",
     f"{ENGINE}.gpu_memory_utilization=1.5": f"{ENGINE}.gpu_memory_utilization=1.5",
-    f"{ENGINE}.weight_sync_backend=nccl": f"{ENGINE}.weight_sync_backend=nccl: with trainer.placement.device=cpu",
+    f"{ENGINE}.weight_sync_backend=nccl": (
+        f"{ENGINE}.weight_sync_backend=nccl: must be ray with trainer.placement.device=cpu"
+    ),
     f"{ENGINE}.weight_sync_backend=ray trainer.placement.device=cuda": f"{ENGINE}.weight_sync_backend=ray",
-    f"{ENGINE}.weight_sync_backend=ipc": f"{ENGINE}.weight_sync_backend=ipc: with trainer.placement.device=cpu it must",
+    f"{ENGINE}.weight_sync_backend=ipc": (
+        f"{ENGINE}.weight_sync_backend=ipc: must be ray with trainer.placement.device=cpu"
+    ),
     f"{ENGINE}.weight_sync_backend=ipc trainer.placement.device=cuda": (
-        f"{ENGINE}.weight_sync_backend=ipc: with trainer.placement.device=cuda it must be nccl, unless "
+        f"{ENGINE}.weight_sync_backend=ipc: must be nccl with trainer.placement.device=cuda, or ipc if "
         "trainer.placement.colocate_all=true"
     ),
     f"{COLOCATED} {ENGINE}.weight_sync_backend=nccl": (
-        f"{ENGINE}.weight_sync_backend=nccl: with trainer.placement.colocate_all=true it must be ipc"
+        f"{ENGINE}.weight_sync_backend=nccl: must be ipc with trainer.placement.colocate_all=true"
     ),
-    "trainer.placement.colocate_all=true": "trainer.placement.colocate_all=true: shares GPUs, and trainer",
+    "trainer.placement.colocate_all=true": "trainer.placement.colocate_all=true: needs trainer.placement.device=cuda",
     f"{COLOCATED} {ENGINE}.tensor_parallel_size=2": f"{ENGINE}.tensor_parallel_size=2: must be 1 with",
     f"{COLOCATED} {ENGINE}.num_engines=2": f"{ENGINE}.num_engines=2: must be 1 with trainer.placement.colocate_all",
     f"{COLOCATED} trainer.placement.policy_num_gpus_per_node=2": f"{ENGINE}.num_engines=1: must be 2 with",
@@ -263,6 +267,37 @@ RULES = {
     ),
     f"{ENGINE}.speculative_config={{method: mtp, rejection_sample_method: synthetic}}": (
         f"{ENGINE}.speculative_config.rejection_sample_method='synthetic'"
+    ),
+    f"{ENGINE}.speculative_config={{method: mtp, rejection-sample-method: synthetic}}": (
+        f"{ENGINE}.speculative_config.rejection-sample-method='synthetic'"
+    ),
+    f"{ENGINE}.speculative_config={{method: mtp, use_local_argmax_reduction: true}}": (
+        f"{ENGINE}.speculative_config.use_local_argmax_reduction=True: the sync canary must see what the engines draft"
+    ),
+    f"{ENGINE}.speculative_config={{method: mtp, draft_sample_method: probabilistic}}": (
+        f"{ENGINE}.speculative_config.draft_sample_method='probabilistic': the sync canary must see"
+    ),
+    f"{ENGINE}.speculative_config={{method: mtp, use_heterogeneous_vocab: true}}": (
+        f"{ENGINE}.speculative_config.use_heterogeneous_vocab=True: the sync canary must see"
+    ),
+    f"{ENGINE}.speculative_config={{method: mtp, num_speculative_tokens_per_batch_size: [[1, 8, 3], [9, 99, 1]]}}": (
+        f"{ENGINE}.speculative_config.num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 99, 1]]: the sync canary"
+    ),
+    **{
+        f"{ENGINE}.engine_init_kwargs.{key}=2": f"{ENGINE}.engine_init_kwargs.{key}=2: the weight sync reaches tensor-"
+        for key in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "nnodes")
+    },
+    f"{ENGINE}.engine_init_kwargs.data_parallel_rank=0": (
+        f"{ENGINE}.engine_init_kwargs.data_parallel_rank=0: an engine is one data-parallel rank; use {ENGINE}.num_"
+    ),
+    f"{ENGINE}.engine_init_kwargs.spec_tokens=5": (
+        f"{ENGINE}.engine_init_kwargs.spec_tokens=5: skyrl_spec sets this argument itself"
+    ),
+    f"{ENGINE}.engine_init_kwargs.logits_processors=[a.B]": (
+        f"{ENGINE}.engine_init_kwargs.logits_processors=['a.B']: rollouts must come from the policy's own distribution"
+    ),
+    f"{ENGINE}.engine_init_kwargs.kv_offloading_size=4": (
+        f"{ENGINE}.engine_init_kwargs.kv_offloading_size=4: its cache keeps keys of old weights after a weight sync"
     ),
 }
 

@@ -15,7 +15,7 @@ from skyrl_spec.drafts.kinds.dflash import decided, plan_dflash, resolve_mask_to
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.compose import load_config
-from skyrl_spec.settings.schema import DflashConfig
+from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.dflash import (
     decay_gamma,
     default_target_layers,
@@ -85,7 +85,7 @@ def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
     exported = dflash_hf_config(spec, "bfloat16", {"rope_type": "yarn", "factor": 4.0})
     assert exported["rope_scaling"]["factor"] == 4.0
     assert exported["rope_theta"] == spec.layers.rope_theta
-    with pytest.raises(ConfigError, match=r"rope_scaling of its config\.json is not supported"):
+    with pytest.raises(ConfigError, match=r"rope_scaling in config\.json is not supported"):
         parse_dflash_spec(tmp_path, exported)
     written_by_transformers_5 = exported | {
         "rope_scaling": None,

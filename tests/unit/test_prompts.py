@@ -83,7 +83,7 @@ def test_resume_with_another_batch_size_repeats_no_prompt_of_the_epoch() -> None
 
 def test_errors_name_the_setting() -> None:
     for batch_size in (0, 6):
-        with pytest.raises(ConfigError, match=rf"^trainer\.train_batch_size={batch_size}: must be 1 to the 5 prompts"):
+        with pytest.raises(ConfigError, match=rf"^trainer\.train_batch_size={batch_size}: must be from 1 to 5, the number of prompts in data"):
             PromptStream(prompts(5), batch_size, seed=0, shuffle=True)
     state = PromptStream(prompts(5), 2, seed=0, shuffle=True).state_dict()
     changed = {
