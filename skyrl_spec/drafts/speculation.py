@@ -19,10 +19,13 @@ _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
     "enable_adaptive_verification": (False,),
 }
 # Options that hide the draft from the sync canary, and the values that show it. The recorder reads the drafter's
-# logits, which a local argmax never gathers. It takes their argmax for the drafted token: a sampled draft is another.
+# logits, which a local argmax never gathers. It takes their argmax for the drafted token: a sampled draft is another,
+# and so is one over the vocabulary that two tokenizers share. Every recorded draft must have the same length.
 _VISIBLE_VALUES: dict[str, tuple[Any, ...]] = {
     "use_local_argmax_reduction": (False,),
     "draft_sample_method": ("greedy",),
+    "use_heterogeneous_vocab": (False,),
+    "num_speculative_tokens_per_batch_size": (None,),
 }
 
 
@@ -57,8 +60,10 @@ def drafts_under_way(device: str) -> int:
 
 
 def _require_values(config: dict[str, Any] | None, values: dict[str, tuple[Any, ...]], reason: str) -> None:
-    for key, allowed in values.items():
-        if config and key in config and config[key] not in allowed:
+    for key, value in (config or {}).items():
+        # vLLM reads hyphens in the names of options as underscores.
+        allowed = values.get(key.replace("-", "_"))
+        if allowed is not None and value not in allowed:
             raise ConfigError(
-                f"{_SETTING}.{key}={config[key]!r}: {reason}, so only {allowed[0]!r} is allowed; remove the key"
+                f"{_SETTING}.{key}={value!r}: {reason}, so only {allowed[0]!r} is allowed; remove the key"
             )

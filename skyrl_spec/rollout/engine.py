@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl_spec.drafts.speculation import drafts_under_way, require_exact_rejection, require_exact_sampling
+from skyrl_spec.drafts.speculation import (
+    drafts_under_way,
+    require_exact_rejection,
+    require_exact_sampling,
+    require_visible_draft,
+)
 from skyrl_spec.rollout.engine_args import OWN_ENGINE_ARGS, require_other_engine_args
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.dtypes import DTYPES
@@ -219,8 +224,10 @@ class RolloutEngine:
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
         """A response to each prompt, one after the other, with what the draft proposed along it; slow.
 
-        Without a draft that has a distribution (n-gram) there are no blocks.
+        Without a draft that has a distribution (n-gram) there are no blocks. Raises ``ConfigError`` for an option that
+        hides what is drafted; an engine that is only asked to generate may have it.
         """
+        require_visible_draft(self._settings.speculative_config)
         num_drafted = (self._settings.speculative_config or {}).get("num_speculative_tokens", 0)
         if num_drafted == 0:
             return [

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.drafts.speculation import require_exact_rejection, require_exact_sampling
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.rollout.engine import EngineSettings, engine_args
-from skyrl_spec.settings.schema import MtpConfig, SamplingConfig, TrainerConfig
+from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_args
+from skyrl_spec.settings.draft import MtpConfig
+from skyrl_spec.settings.schema import SamplingConfig, TrainerConfig
 
 LOSSY = {
     "rejection_sample_method": "synthetic",
@@ -62,6 +64,51 @@ def test_engine_arguments_of_ours_cannot_be_passed_through() -> None:
     assert engine_args(EngineSettings("model", engine_init_kwargs={"block_size": 32}))["block_size"] == 32
     with pytest.raises(ConfigError, match=r"engine_init_kwargs\.logprobs_mode='raw_logprobs'"):
         engine_args(EngineSettings("model", engine_init_kwargs={"logprobs_mode": "raw_logprobs"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pipeline_parallel_size", 2),
+        ("data_parallel_size", 2),
+        ("prefill_context_parallel_size", 2),
+        ("nnodes", 2),
+        ("data_parallel_rank", 0),
+        ("watermark_config", {"algorithm": "synthid"}),
+        ("kv_transfer_config", {"kv_role": "kv_both"}),
+        ("spec_model", "draft"),
+    ],
+)
+def test_engine_arguments_that_break_sync_or_exactness_are_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"engine_init_kwargs\.{key}="):
+        engine_args(EngineSettings("model", engine_init_kwargs={key: value}))
+
+
+def test_engine_arguments_at_their_defaults_are_accepted() -> None:
+    defaults = {"pipeline_parallel_size": 1, "logits_processors": [], "data_parallel_external_lb": False}
+    assert engine_args(EngineSettings("model", engine_init_kwargs=defaults)).items() >= defaults.items()
+
+
+HIDING = {
+    "use_local_argmax_reduction": True,
+    "draft_sample_method": "probabilistic",
+    "use_heterogeneous_vocab": True,
+    "num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 99, 1]],
+}
+
+
+@pytest.mark.parametrize("key", HIDING)
+def test_an_engine_with_a_hidden_draft_generates_but_is_not_recorded(key: str, tmp_path: Path) -> None:
+    """The option is exact: an evaluation may have it. ``propose`` is asked by the sync canary."""
+    hidden = {"method": "mtp", "num_speculative_tokens": 3, key: HIDING[key]}
+    (tmp_path / "config.json").write_text("{}")
+    settings = EngineSettings(str(tmp_path), speculative_config=hidden)
+    assert engine_args(settings)["speculative_config"] == hidden
+    # No engine is built: the refusal comes before vLLM is asked.
+    engine = RolloutEngine.__new__(RolloutEngine)
+    engine._settings = settings
+    with pytest.raises(ConfigError, match=f"{key}=.*the sync canary must see what the engines draft"):
+        engine.propose([[1]], SamplingConfig(), seed=0)
 
 
 def test_the_check_imports_no_engine() -> None:
