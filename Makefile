@@ -5,6 +5,7 @@
 # make lint    formatting, lint, types, import layers, sizes of files and functions, reference pages
 # make mutants  breaks the code one line at a time in a copy and shows which test fails (docs/fidelity.md)
 # make faults  puts faults into a run, one at a time, and shows which check sees each (docs/fidelity.md)
+# make mutants  breaks one line of the code at a time, and prints which test fails (docs/fidelity.md); ARGS="clip mtp" chooses
 # make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
 # make soak    200 short steps; compares memory, files and threads of every process early and late
 # make examples  the scripts of the examples that need no GPU, cut short
@@ -23,7 +24,7 @@ READY := $(VENV)/.ready
 BENCH := prompts=examples/arithmetic_mtp/data/validation.jsonl batch_sizes=[1,2,4,8,16,32,64] min_rollouts=16 \
 	 max_prompt_length=64 max_generate_length=96 out=build/eval_draft.json
 
-.PHONY: setup train test test-py312 examples long lint docs faults kills soak bench clean
+.PHONY: setup train test test-py312 examples long lint docs faults mutants kills soak bench clean
 .DEFAULT_GOAL := train
 
 setup: $(READY)
@@ -63,6 +64,9 @@ lint: setup
 
 faults: setup
 	@PYTHONPATH=tests/fidelity $(BIN)/python tests/fidelity/faults.py
+
+mutants: setup
+	@$(BIN)/python tests/mutants/run.py $(ARGS)
 
 kills: setup
 	@$(BIN)/python -m pytest -m slow -s tests/megatron/test_killed_saves.py

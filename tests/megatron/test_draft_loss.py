@@ -1,7 +1,8 @@
 """Draft losses and gradients against the definition, written out token by token in float64.
 
 The reference runs transformers' model and the plain drafts on one row after the other, without padding. A real
-PolicyTrainer gets the same rows as a batch, in several micro-batches. What the drafts read of the trunk is compared too.
+PolicyTrainer gets the same rows as a batch, in several micro-batches. The trunk tensors that drafts read are compared
+too.
 """
 
 from __future__ import annotations

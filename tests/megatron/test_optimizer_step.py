@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
-from skyrl_spec.settings.schema import OptimizerConfig
+from skyrl_spec.settings.draft import OptimizerConfig
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import Component

@@ -1,0 +1,466 @@
+"""One-line breaks of the code that decides what is trained, synced and saved, each with the tests that catch it."""
+
+from __future__ import annotations
+
+from mutant import Mutant, of
+
+REDUCE, PACKING, ADVANTAGES = "tests/unit/test_reduce.py", "tests/unit/test_packing.py", "tests/unit/test_advantages.py"
+SURROGATE, LOGPROBS, SOFT_CE = (
+    "tests/unit/test_policy_loss.py",
+    "tests/unit/test_logprobs.py",
+    "tests/unit/test_soft_ce.py",
+)
+FP32_HEAD, ALIGN, BLOCKS = "tests/unit/test_fp32_head.py", "tests/unit/test_align.py", "tests/unit/test_blocks.py"
+SYNC, PAYLOAD = "tests/unit/test_weight_sync.py", "tests/rollout/test_weight_payload.py"
+AGREEMENT, FOLDERS, PROMPTS = (
+    "tests/unit/test_canary.py",
+    "tests/unit/test_checkpoint_folders.py",
+    "tests/unit/test_prompts.py",
+)
+SHARDED = "tests/dist/test_vocab_parallel_losses.py::test_two_ranks_equal_one_process"
+SHARDS_TIE = "tests/dist/test_vocab_parallel_losses.py::test_ties_across_ranks"
+CONVERSION = "tests/megatron/test_conversion.py::test_every_architecture_round_trips_and_equals_transformers"
+MTP_HEAD = "tests/megatron/test_mtp_draft.py::test_every_depth_equals_the_plain_head"
+DFLASH_BLOCKS = "tests/megatron/test_dflash_draft.py::test_blocks_and_gradients_are_those_of_the_definition"
+PACKED = "tests/megatron/test_drafts.py::test_packed_documents_give_the_loss_and_gradients_of_documents_apart"
+ISOLATED = (
+    "tests/megatron/test_drafts.py::test_the_drafts_gradient_reaches_every_parameter_of_its_own_and_none_of_the_policy"
+)
+DRAFT_LOSS = "tests/megatron/test_draft_loss.py::test_loss_and_gradients_equal_the_definition"
+GRADIENTS = "tests/megatron/test_policy_gradients.py::test_gradients_equal_autograds"
+LAYOUTS = "tests/megatron/test_parallel_training.py::test_every_layout_gives_the_same_losses_gradients_and_weights"
+UPDATES = "tests/megatron/test_optimizer_step.py::test_updates_are_those_of_adamw"
+REFERENCE = "tests/megatron/test_optimizer_step.py::test_the_reference_stays_where_the_policy_started"
+SKIPPED = "tests/megatron/test_skipped_updates.py::test_a_bad_gradient_of_the_policy[False-1]"
+BUNDLE = "tests/megatron/test_bundle.py::test_a_bundle_is_what_the_ranks_hold[mtp-2-fp32-False]"
+BOXES = "tests/megatron/test_dist_checkpoint.py::test_boxes_are_the_range_in_order"
+RESUME = "tests/mutants/quick_resume.py::test_resume_is_bitwise"
+
+LOSSES = [
+    *of(
+        "losses/vocab_parallel.py",
+        [LOGPROBS],
+        ("padded vocabulary in the softmax", "[: max(num_tokens, 1)]", ""),
+        ("logits times the temperature", "logits_cv.div_(self.temperature)", "logits_cv.mul_(self.temperature)"),
+    ),
+    *of(
+        "losses/vocab_parallel.py",
+        [SHARDED],
+        ("every shard starts at token 0", "start=rank * num_rows", "start=0"),
+        ("ranks' sums added without their maxima", "(max_Rc - max_c).exp()", "torch.ones_like(max_Rc)"),
+    ),
+    *of(
+        "losses/vocab_parallel.py",
+        [SHARDS_TIE],
+        (
+            "the last of equal ranks wins",
+            "max_Rc.max(0)",
+            "(max_Rc + 1e-3 * torch.arange(len(max_Rc))[:, None]).max(0)",
+        ),
+    ),
+    *of(
+        "losses/vocab_parallel.py",
+        [FP32_HEAD],
+        ("fp32 logits rounded to bf16", "product = shard.fp32_logits and", "product = False and"),
+    ),
+    *of(
+        "losses/logprobs.py",
+        [LOGPROBS],
+        ("sign of the log-probs' gradient", "factor_c1 = -grad_logprobs_T", "factor_c1 = grad_logprobs_T"),
+        ("no temperature in the log-probs' gradient", " / ctx.temperature", ""),
+        ("sign in the entropy", "normaliser.log_sum_c - mean_T", "normaliser.log_sum_c + mean_T"),
+        ("log-prob of the token after", "shard.to_local(targets_c)", "shard.to_local(targets_c + 1)"),
+    ),
+    *of(
+        "losses/logprobs.py",
+        [SHARDED],
+        ("log-probs' gradient not all-reduced", "dist.all_reduce(grad_hidden_TD, group=ctx.shard.group)", "pass"),
+    ),
+    *of(
+        "losses/soft_ce.py",
+        [SOFT_CE],
+        ("sign of the draft's gradient", "draft_cv.sub_(targets.target_cv)", "draft_cv.add_(targets.target_cv)"),
+        ("no temperature in the draft's gradient", "(weights_KT[here] / logits.temperature)", "weights_KT[here]"),
+        ("NaN of an unsupervised token kept", ".masked_fill_(~counts_KT[here][:, None], 0)", ""),
+        ("top-k keeps the first alone", ".topk(topk).values[:, -1]", ".topk(topk).values[:, 0]"),
+        ("acceptance under the target, not the policy", "targets.teacher_cv.gather(", "targets.target_cv.gather("),
+        ("teacher not detached", "with torch.no_grad():", "with torch.enable_grad():"),
+    ),
+    *of(
+        "losses/soft_ce.py",
+        [SHARDED],
+        ("draft's gradient not all-reduced", "dist.all_reduce(grad_KTD, group=logits.shard.group)", "pass"),
+    ),
+    *of(
+        "losses/reduce.py",
+        [REDUCE],
+        ("mean over padding too", "tokens_B.sum())", "mask_BS.size)"),
+        ("sequences without a token counted", "(tokens_B > 0).sum() * tokens_B", "len(tokens_B) * tokens_B"),
+        ("sum of sequences not divided by their number", "len(tokens_B) * max_response_length", "max_response_length"),
+    ),
+]
+
+ALGORITHMS = [
+    *of(
+        "algorithms/clipped_surrogate.py",
+        [SURROGATE],
+        ("swapped clips", "1 - eps_clip_low, 1 + eps_clip_high", "1 - eps_clip_high, 1 + eps_clip_low"),
+        ("optimistic clip", "-torch.minimum(surrogate,", "-torch.maximum(surrogate,"),
+        ("dual clip on gains", "(advantages < 0) & (loss > bound)", "(advantages > 0) & (loss > bound)"),
+        ("old log-probs not detached", "old_logprobs = old_logprobs.detach()", "old_logprobs = +old_logprobs"),
+        (
+            "importance ratio upside down",
+            "_exp_log_ratio(old_logprobs, rollout_logprobs.detach())",
+            "_exp_log_ratio(rollout_logprobs.detach(), old_logprobs)",
+        ),
+        ("importance ratio without its cap", ".clamp(max=tis_imp_ratio_cap)", ""),
+    ),
+    *of(
+        "algorithms/kl.py",
+        [SURROGATE],
+        ("KL the other way", "ref_logprobs.detach() - policy_logprobs", "policy_logprobs - ref_logprobs.detach()"),
+    ),
+    *of(
+        "algorithms/advantages.py",
+        [ADVANTAGES],
+        ("mean over the wrong axis", "rewards_PG.mean(axis=1,", "rewards_PG.mean(axis=0,"),
+        ("biased standard deviation", "ddof=1", "ddof=0"),
+        (
+            "overlong penalty from the limit on",
+            "max_generate_length - buffer_len - lengths",
+            "max_generate_length - lengths",
+        ),
+    ),
+]
+
+DATA = [
+    *of(
+        "data/packing.py",
+        [PACKING],
+        ("loss on tokens of tools", "_flat((rollout.loss_mask for rollout in rollouts), bool)", "True"),
+        ("advantages at the prompt too", "np.where(is_response_BS,", "np.where(is_token_BS,"),
+        ("padding counted as tokens", "segment_ids=is_token_BS.", "segment_ids=np.ones_like(is_token_BS)."),
+        ("mini-batch with the batch's denominator", "replace(mini_batch, loss_weights=weights)", "mini_batch"),
+        ("every rank gets all rows", "longest_first[rank::dp_size]", "longest_first"),
+        ("a rank without rows trains on a copy", "np.zeros_like(value)", "np.array(value)"),
+        ("log-probs put back one row off", "out_BS[part_rows,", "out_BS[part_rows - 1,"),
+    ),
+    *of("data/prompts.py", [PROMPTS], ("resume from the epoch's start", '"position": self._position', '"position": 0')),
+]
+
+DRAFTS = [
+    *of(
+        "drafts/align.py",
+        [ALIGN],
+        (
+            "mask of earlier depths not intersected",
+            "valid_BS = valid_BS & shift_right(label_BS, depth)",
+            "valid_BS = label_BS & shift_right(label_BS, depth)",
+        ),
+        ("chains run into the next document", "(base_segment_BS == label_segment_BS) & ", ""),
+        ("chains start one position early", "shift_right(label_BS, depth)", "shift_right(label_BS, depth + 1)"),
+        ("depths not moved to their base", "shift_right(values_BS, -depth)", "shift_right(values_BS, -1)"),
+        (
+            "acceptance without what comes before",
+            "torch.cat([torch.ones_like(hit_K[:1]), hit_K[:-1]])",
+            "torch.ones_like(hit_K)",
+        ),
+        (
+            "the engine's way without the sampled token",
+            "(positions_S + 1 + num_hits_BS)",
+            "(positions_S + num_hits_BS)",
+        ),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [MTP_HEAD],
+        ("embedding at position 0 not zeroed", "if depth == 1:", "if depth == 0:"),
+        ("rotary position stays at depth 1", "rotary[depth - 1 : depth - 1 + seq_len]", "rotary[:seq_len]"),
+        (
+            "embedding of the same token",
+            "torch.roll(embeds_SBD, -depth, dims=0)",
+            "torch.roll(embeds_SBD, 1 - depth, dims=0)",
+        ),
+        ("embeddings rolled along the batch", "-depth, dims=0", "-depth, dims=1"),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [f"{DRAFT_LOSS}[mtp-soft_ce]"],
+        (
+            "hidden states after the final norm",
+            '"decoder.final_layernorm", "input"',
+            '"decoder.final_layernorm", "output"',
+        ),
+        ("draft one position off", "(position_T - depth).clamp(min=0)", "(position_T - depth + 1).clamp(min=0)"),
+        (
+            "teacher one position off",
+            "teacher.hidden_SBD[position_T, batch_T]",
+            "teacher.hidden_SBD[position_T - 1, batch_T]",
+        ),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [f"{DRAFT_LOSS}[mtp-hard_ce]"],
+        ("label one position off", "token_ids[batch_T, position_T + 1]", "token_ids[batch_T, position_T]"),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [f"{LAYOUTS}[mtp-untied-dp2]"],
+        (
+            "draft divided by its own micro-batch",
+            "mask_KT / denominator.clamp(min=1.0)",
+            "mask_KT / mask_KT.sum().clamp(min=1.0)",
+        ),
+    ),
+    *of(
+        "drafts/chain_attention.py",
+        [MTP_HEAD],
+        ("keys of the last batch kept", "self._keys, self._values = [], []", "pass"),
+        (
+            "chains see later positions",
+            "index_S[None, :] > index_S[rows, None]",
+            "index_S[None, :] > index_S[rows, None] + 1",
+        ),
+    ),
+    *of(
+        "drafts/blocks.py",
+        [BLOCKS],
+        (
+            "anchors with nothing behind them",
+            "valid_BS = loss_mask_BS & follows_in_response(loss_mask_BS, segment_ids_BS, 1)",
+            "valid_BS = loss_mask_BS",
+        ),
+        ("slots behind an unsupervised one", "supervised_BKS.cummin(dim=1).values", "supervised_BKS"),
+        (
+            "a block sees its anchor's hidden state",
+            "before_BQS = index_S < anchor_BQ",
+            "before_BQS = index_S <= anchor_BQ",
+        ),
+        ("blocks see one another", "own_QQ = block_Q[:, None] == block_Q", "own_QQ = block_Q[:, None] >= block_Q"),
+    ),
+    *of(
+        "drafts/blocks.py",
+        [f"{DFLASH_BLOCKS}[1]"],
+        ("slots one position off", "self.anchor_BA[:, :, None] + slots", "self.anchor_BA[:, :, None] + slots + 1"),
+    ),
+    *of(
+        "drafts/dflash.py",
+        [f"{DFLASH_BLOCKS}[1]"],
+        (
+            "captured layers in another order",
+            "for point in self.capture_points]",
+            "for point in self.capture_points[::-1]]",
+        ),
+        ("mask tokens in place of the anchor's", "slots_BAsD[:, :, 0] = rows[:-1]", "slots_BAsD[:, :, 1] = rows[:-1]"),
+    ),
+    *of(
+        "drafts/dflash.py",
+        [f"{DFLASH_BLOCKS}[2]"],
+        (
+            "context's gradient not summed over ranks",
+            "context_SBD = copy_to_tensor_model_parallel_region(context_SBD)",
+            "pass",
+        ),
+    ),
+    *of(
+        "drafts/dflash.py",
+        [f"{DRAFT_LOSS}[dflash-soft_ce]"],
+        ("captured layers shifted by one", '{layer}", "output")', '{layer}", "input")'),
+        (
+            "loss on the anchor's slot",
+            "* supervision.blocks.num_slots + slot_T + 1,",
+            "* supervision.blocks.num_slots + slot_T,",
+        ),
+        (
+            "slots not weighted by position",
+            "weights_T = self._weights_K[slot_T] /",
+            "weights_T = torch.ones_like(self._weights_K)[slot_T] /",
+        ),
+    ),
+    *of(
+        "drafts/dflash.py",
+        [f"{DRAFT_LOSS}[dflash-hard_ce]"],
+        ("block's label one position off", "token_ids[batch_T, target_T + 1]", "token_ids[batch_T, target_T]"),
+    ),
+]
+
+MODELS = [
+    *of(
+        "models/conversion.py",
+        [f"{CONVERSION}[1]"],
+        ("key and value swapped", '_proj.{kind}" for name in "qkv")', '_proj.{kind}" for name in "qvk")'),
+        (
+            "gate and up swapped",
+            'gate_proj.weight", f"{hf_prefix}up_proj.weight"',
+            'up_proj.weight", f"{hf_prefix}gate_proj.weight"',
+        ),
+        ("padded rows exported", "lambda full: [full[:vocab_size]]", "lambda full: [full]"),
+    ),
+    *of(
+        "models/conversion.py",
+        [f"{CONVERSION}[2]"],
+        ("wrong tensor-parallel rank", "[parallel.tp_rank]", "[parallel.tp_rank - 1]"),
+        ("shards gathered along the wrong axis", "torch.cat(shards, dim=rule.shard_axis)", "torch.cat(shards, dim=0)"),
+        ("output projection cut along its rows", 'self_attn.o_proj.weight", 1)', 'self_attn.o_proj.weight", 0)'),
+    ),
+    *of(
+        "models/conversion.py",
+        [MTP_HEAD],
+        ("embedding halves not swapped", "weight.chunk(2, dim=1)[::-1]", "weight.chunk(2, dim=1)"),
+    ),
+    *of(
+        "models/conversion.py",
+        [f"{LAYOUTS}[mtp-untied-tp2]"],
+        ("shards taken for replicas in the norm", "is_parallel=True", "is_parallel=False"),
+    ),
+    *of(
+        "models/capture.py",
+        [f"{ISOLATED}[mtp]"],
+        ("captured tensors not detached", "tensor.detach()", "tensor"),
+        ("captured tensors kept", "tensors, self._tensors = self._tensors, {}", "tensors = dict(self._tensors)"),
+        ("hooks left behind", "handle.remove()", "pass"),
+    ),
+    *of(
+        "models/policy.py",
+        [f"{ISOLATED}[dflash]"],
+        ("draft's gradient reaches the embedding", "@torch.no_grad()", "@torch.enable_grad()"),
+    ),
+    *of(
+        "models/policy.py",
+        [f"{PACKED}[mtp]"],
+        ("documents of a row see one another", "~(causal_SS & same_BSS)", "~(causal_SS & (same_BSS | True))"),
+    ),
+    *of(
+        "models/attention.py", [f"{CONVERSION}[1]"], ("attention without its scale", "config.kv_channels**-0.5", "1.0")
+    ),
+]
+
+TRAINING = [
+    *of(
+        "training/step.py",
+        [f"{GRADIENTS}[one rank-Qwen2ForCausalLM untied-token_mean]"],
+        ("log-prob predicted by the token itself", "hidden_SBD[micro.position_T - 1,", "hidden_SBD[micro.position_T,"),
+        (
+            "mean of a micro-batch in place of its sum",
+            "micro.pick(batch.loss_weights) * loss_T).sum()",
+            "micro.pick(batch.loss_weights) * loss_T).mean()",
+        ),
+        (
+            "rollout log-probs taken for old ones",
+            "micro.pick(batch.policy_logprobs), micro.pick(",
+            "micro.pick(batch.rollout_logprobs), micro.pick(",
+        ),
+        ("sign of the KL term", "loss_T + algorithm.kl_loss_coef", "loss_T - algorithm.kl_loss_coef"),
+        ("importance ratio omitted", "rollout_T if algorithm.use_tis", "old_T if algorithm.use_tis"),
+    ),
+    *of(
+        "training/trainer.py",
+        [f"{GRADIENTS}[one rank-Qwen2ForCausalLM untied-token_mean]"],
+        (
+            "log-probs at temperature 1",
+            "temperature=self.config.generator.sampling_params.temperature",
+            "temperature=1.0",
+        ),
+    ),
+    *of(
+        "training/trainer.py",
+        [f"{LAYOUTS}[mtp-untied-dp2]"],
+        ("draft's denominator not all-reduced", "dist.all_reduce(total, group=self.parallel.dp_group)", "pass"),
+        ("policy's gradients not all-reduced", "self.policy.reduce_grads()", "pass"),
+    ),
+    *of(
+        "training/trainer.py",
+        [REFERENCE],
+        ("the reference is the policy", "self._load_policy(tensors).eval()", "self.model"),
+    ),
+    *of(
+        "training/optimizer.py",
+        [f"{UPDATES}[False-1]"],
+        ("zero_grad forgotten", "self.ddp.zero_grad_buffer()", "pass"),
+        ("clip skipped", "self._clip(grad_norm)", "pass"),
+        ("betas swapped", "beta1, beta2 = optimizer", "beta2, beta1 = optimizer"),
+        ("weight decay left out", "weight_decay=optimizer.weight_decay", "weight_decay=0.0"),
+        ("schedule does not move", "self.scheduler.step(increment=1)", "self.scheduler.step(increment=0)"),
+        ("first warm-up step at rate 0", "config.lr / (config.num_warmup_steps + 1)", "0.0"),
+    ),
+    *of(
+        "training/optimizer.py",
+        [SKIPPED],
+        ("update with a NaN", "is_skipped = not math.isfinite(grad_norm)", "is_skipped = False"),
+        (
+            "skipped updates never reset",
+            "self._skipped_in_a_row + 1 if is_skipped else 0",
+            "self._skipped_in_a_row + is_skipped",
+        ),
+    ),
+]
+
+SYNCED = [
+    *of(
+        "sync/weights.py",
+        [SYNC],
+        ("version not bumped", "1 + max(self.versions.policy", "max(self.versions.policy"),
+        (
+            "draft sent before the policy",
+            "for component in self.components]",
+            "for component in self.components[::-1]]",
+        ),
+        ("draft omitted", "for component in self.components]", "for component in self.components[:1]]"),
+        ("draft loaded into the policy", 'component == "draft")', "False)"),
+        ("prefix cache not reset", "    engine.reset_prefix_cache()", "    pass"),
+        ("prefix cache not reset after a GPU transfer", 'self._engines.all("reset_prefix_cache")', "pass"),
+        ("engines not told their version", "engine.set_versions(versions)", "pass"),
+        ("a replaced engine takes version 0", "self._export()[0], self.versions)", "self._export()[0], Versions())"),
+    ),
+    *of(
+        "sync/payload.py",
+        [PAYLOAD],
+        ("a chunk sent twice", "chunk, size = [], 0\n        chunk", "size = 0\n        chunk"),
+        ("chunks without a bound", "size += tensor.nbytes", "size = tensor.nbytes"),
+    ),
+    *of(
+        "controller/fidelity.py",
+        [AGREEMENT],
+        ("stale rollouts accepted", "- {versions}", "- {versions, *map(lambda r: r.generation.versions, rollouts)}"),
+    ),
+]
+
+CHECKPOINTS = [
+    *of(
+        "checkpoint/pieces.py",
+        [BOXES],
+        ("a row begun counts as whole", "-(-start // row_numel)", "start // row_numel"),
+    ),
+    *of(
+        "checkpoint/pieces.py",
+        [BUNDLE],
+        ("every rank's shard at offset 0", "parallel.tp_rank * local[rule.shard_axis]", "0 * local[rule.shard_axis]"),
+    ),
+    *of(
+        "checkpoint/pieces.py",
+        [f"{RESUME}[dp2-distributed-2]"],
+        ("pieces of a range not moved on", "position += numel", "position += 0"),
+        ("every rank's range starts at 0", '["param"].start, 0', '["param"].start * 0, 0'),
+    ),
+    *of(
+        "checkpoint/pieces.py",
+        [f"{RESUME}[tp1-1]"],
+        ("second moment saved from the first", '_flat(state["exp_avg_sq"])', '_flat(state["exp_avg"])'),
+    ),
+    *of(
+        "checkpoint/dist.py",
+        [f"{RESUME}[tp1-1]"],
+        ("random state not restored", "torch.set_rng_state(per_rank.pop(_TORCH_RNG))", "per_rank.pop(_TORCH_RNG)"),
+        ("optimizer steps start again", 'described["optimizer_steps"], described', "0, described"),
+        ("schedule starts again", 'described["scheduler"]["num_steps"]', "0"),
+    ),
+    *of(
+        "checkpoint/folders.py",
+        [FOLDERS],
+        ("latest names the checkpoint before", "    _sync(root)\n    name_latest(directory)", "    _sync(root)"),
+        ("rotation removes the newest first", "key=_saved_at)\n    going", "key=_saved_at, reverse=True)\n    going"),
+        ("cut files taken for whole", "!= size:", "< 0:"),
+    ),
+]
+
+MUTANTS: list[Mutant] = [*LOSSES, *ALGORITHMS, *DATA, *DRAFTS, *MODELS, *TRAINING, *SYNCED, *CHECKPOINTS]
