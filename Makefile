@@ -5,7 +5,6 @@
 # make lint    formatting, lint, types, import layers, sizes of files and functions, reference pages
 # make mutants  breaks the code one line at a time in a copy and shows which test fails (docs/fidelity.md)
 # make faults  puts faults into a run, one at a time, and shows which check sees each (docs/fidelity.md)
-# make mutants  breaks one line of the code at a time, and prints which test fails (docs/fidelity.md); ARGS="clip mtp" chooses
 # make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
 # make soak    200 short steps; compares memory, files and threads of every process early and late
 # make examples  the scripts of the examples that need no GPU, cut short

@@ -164,6 +164,7 @@ def check_ranks_tie(rank: int) -> None:
         group=dist.group.WORLD, loss_type="topk_soft_ce", topk=1,
     )  # fmt: skip
     assert result.top1_KT.all()
+    assert torch.equal(result.argmax_KT, torch.arange(5)[None])
     # Two equal tokens share the teacher; a top-1 target keeps both, as they tie.
     torch.testing.assert_close(result.accept_prob_KT, torch.full((1, 5), 0.5), rtol=0, atol=0.01)
     torch.testing.assert_close(result.loss_KT, torch.full((1, 5), 2.0).log(), rtol=0, atol=0.01)
