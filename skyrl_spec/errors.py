@@ -30,3 +30,7 @@ class ActorError(RestartableError):
 
 class LostActorError(RestartableError):
     """An engine or a worker died or did not answer in time, and could not be replaced."""
+
+
+class SyncMismatchError(RestartableError):
+    """After a sync, an engine does not hold the trainer's weights. The step is complete and saved."""

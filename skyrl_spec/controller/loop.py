@@ -91,6 +91,7 @@ class TrainingLoop:
         trainer = self.config.trainer
         if trainer.canary.enabled:
             self.canary.check(self.sync.versions)
+            self.canary.require_agreement()
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(), [], self.sampler.sample_with_drafts(self.eval_prompts))
         for step in range(steps_done + 1, num_steps + 1):
@@ -107,6 +108,7 @@ class TrainingLoop:
                     values |= self.evaluate()
                     drafted = self.sampler.sample_with_drafts(self.eval_prompts)
                 on_step(step, values, sampled.rollouts, drafted)
+            self.canary.require_agreement()
             if is_last:
                 break
 

@@ -16,7 +16,14 @@ from skyrl_spec.controller.output import Output, open_output
 from skyrl_spec.controller.signals import SIGNAL_EXIT, SignalWatch
 from skyrl_spec.controller.task import Task, load_task
 from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.errors import ActorError, ConfigError, LostActorError, RestartableError, RunError
+from skyrl_spec.errors import (
+    ActorError,
+    ConfigError,
+    LostActorError,
+    RestartableError,
+    RunError,
+    SyncMismatchError,
+)
 from skyrl_spec.settings.derived import sync_backend
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import Component, DraftedResponse, Rollout
@@ -198,6 +205,10 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
         running.trainer.run(task.steps, on_step, steps_done=task.steps_done or 0, shield=watch.shield)
         with watch.shield():
             checkpointer.after_run()
+    except SyncMismatchError as mismatch:
+        with watch.shield():
+            watch.saved = _save_after_mismatch(checkpointer, mismatch)
+        raise
     except Exception:
         # Otherwise weights have moved that are not a step's.
         if watch.received == signal.SIGTERM and not watch.is_broken:
@@ -205,6 +216,15 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
         raise
     # For a SIGTERM that comes later.
     watch.saved = checkpointer.saved
+
+
+def _save_after_mismatch(checkpointer: Checkpointer, mismatch: SyncMismatchError) -> Path | None:
+    """Saves the completed step, whatever ``ckpt_interval`` is. If that fails, both errors are printed."""
+    try:
+        return checkpointer.save_last()
+    except Exception:
+        print(f"skyrl-spec: warning: {mismatch}", file=sys.stderr)
+        raise
 
 
 def make_trainer(

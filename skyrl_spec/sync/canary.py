@@ -1,38 +1,41 @@
 """The sync canary: after a sync, do trainer and engines compute the same policy and the same draft?
 
-On a few fixed prompts an engine samples short responses and tells what its draft proposed along them. The trainer
-computes the log-probs of the same tokens under its own policy and draft. How far the two are apart while an engine
-still holds the weights it loaded from disk is what their arithmetic differs by, the baseline; a later difference beyond
-that is one of weights, or of what is computed from them: a chunk that was lost, a stale buffer or cache, other layers.
+A check asks every engine for short responses to a few fixed prompts, and for the draft's proposals along them. The
+trainer computes log-probs of the same tokens under its own policy and draft. The number of a check is the mean
+|log-prob difference|, for the policy and for the draft.
+
+Trainer and engine are two implementations, so the number is never 0. Before the first sync, ``num_baselines`` checks
+with different seeds measure this noise. Later numbers beyond it mean other weights, or a fault in what is computed from
+them: a lost chunk, a stale buffer or cache, other layers.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from skyrl_spec.errors import RunError
+from skyrl_spec.errors import RunError, SyncMismatchError
 from skyrl_spec.metrics import names
 from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig
 from skyrl_spec.types import Component, Proposals, ProposalScores, Versions
 
-# Mean |difference| of log-probs that trainer and engine may have: while the engine is as it was loaded, and later on
-# if the baseline was better than that. By the coarser dtype of the two.
+# Largest allowed number of a check, by the coarser dtype of trainer and engine: for the loaded engine, and the least
+# limit after a sync.
 _LOADED_LIMIT = {"fp32": 1e-4, "bf16": 0.2}
 _SYNCED_FLOOR = {"fp32": 2e-5, "bf16": 0.02}
-# Tokens that every vLLM prefills in one step by default: behind each part of a prompt it drafts once more.
+# vLLM prefills at most this many tokens in a step by default. It drafts again after each part of a longer prompt.
 _LONGEST_PROMPT = 1024
-# Other weights, other rounding.
-_BASELINE_FACTOR = 4.0
+_COMPONENTS: tuple[Component, Component] = ("policy", "draft")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Mean |log-prob of the engine - of the trainer|, of sampled tokens (policy) and of drafted ones (draft).
+    """Mean |log-prob of the engine - log-prob of the trainer| over sampled tokens (policy) and drafted ones (draft).
 
     ``favourites`` is the share of drafted tokens that the trainer's draft drafts too. None without a draft.
     """
@@ -46,7 +49,7 @@ class Agreement:
 
 
 def compare(proposals: Sequence[Proposals], scores: ProposalScores) -> Agreement:
-    """An engine's side and the trainer's."""
+    """Agreement of an engine's proposals with the trainer's scores of them."""
     sampled = np.concatenate([item.generation.logprobs for item in proposals])
     policy = float(np.abs(sampled - scores.policy_logprobs).mean())
     num_scored = scores.favourites.shape[1]
@@ -62,9 +65,23 @@ def compare(proposals: Sequence[Proposals], scores: ProposalScores) -> Agreement
     )
 
 
+def noise_limit(baselines: Sequence[float], floor: float) -> float:
+    """Largest number of a later check that counts as noise: ``max(floor, 2 * mean + 6 * max(spread, mean / 3))``.
+
+    ``mean`` and ``spread`` (sample standard deviation) are those of the baselines. Twice the mean, because training
+    changes the weights, and rounding errors with them. Six spreads, because a number is a mean over a few dozen tokens
+    with rare large differences, and three baselines often underestimate their spread. The spread counts as at least a
+    third of the mean: a few baselines can be equal by chance, and one alone has no spread. A limit is thus never below
+    four times the mean.
+    """
+    mean = float(np.mean(baselines))
+    spread = float(np.std(baselines, ddof=1)) if len(baselines) > 1 else 0.0
+    return max(floor, 2 * mean + 6 * max(spread, mean / 3))
+
+
 class Engines(Protocol):
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
-        """What each engine answers to the same prompts."""
+        """Each engine's proposals for the same prompts."""
         ...
 
 
@@ -73,7 +90,10 @@ class Policy(Protocol):
 
 
 class SyncCanary:
-    """Holds the fixed prompts, the baseline, and which versions agreed last."""
+    """Holds the fixed prompts, the baselines, and the versions at which trainer and engines agreed last.
+
+    ``check`` never raises for a mismatch, so that the training step can be completed. ``require_agreement`` does.
+    """
 
     def __init__(
         self,
@@ -86,92 +106,134 @@ class SyncCanary:
         dtype: str,
     ):
         self._config, self._engines, self._policy, self._prompts, self._dtype = config, engines, policy, prompts, dtype
-        # The whole distribution, which is what the trainer's log-probs are of.
+        # No truncation: the trainer's log-probs are those of the whole distribution.
         self._sampling = SamplingConfig(max_generate_length=config.num_tokens, temperature=temperature)
-        self._baseline: Agreement | None = None
+        self._baselines: list[Agreement] = []
         self._last_good: Versions | None = None
-        self._has_warned = False
+        self._mismatch: str | None = None
+        self._printed: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "baseline": None if self._baseline is None else asdict(self._baseline),
+            "baselines": [asdict(baseline) for baseline in self._baselines],
             "last_good": None if self._last_good is None else asdict(self._last_good),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._baseline = None if state["baseline"] is None else Agreement(**state["baseline"])
+        """Loads ``state_dict``, or the one of older checkpoints, which has a single ``baseline``."""
+        baselines = state["baselines"] if "baselines" in state else [state["baseline"]]
+        self._baselines = [Agreement(**baseline) for baseline in baselines if baseline is not None]
         self._last_good = None if state["last_good"] is None else Versions(**state["last_good"])
 
     def is_due(self, versions: Versions) -> bool:
-        """After the first sync, and every ``interval`` of them from there."""
+        """Whether to check at ``versions``: after the first sync, and every ``interval`` syncs from there."""
         return self._config.enabled and (max(versions.policy, versions.draft) - 1) % self._config.interval == 0
 
     def check(self, versions: Versions) -> dict[str, float]:
-        """Compare every engine with the trainer; returns the metrics of the worst.
+        """Compares every engine with the trainer; returns the metrics of the worst engine.
 
-        The first check of a run is the baseline.
-
-        Raises:
-            RunError: they differ, and ``on_mismatch`` is "error".
+        The first check of a run measures the noise. After a sync, a number beyond the limit is measured again under
+        ``num_baselines`` other seeds, and is a mismatch if most of them exceed the limit too. NaN is a mismatch
+        at once, and so is an engine that states other versions than ``versions``.
         """
         answers = self._engines.propose(self._prompts, self._sampling, seed=0)
-        found = [compare(answer, self._policy.score_proposals(answer)) for answer in answers]
-        problems = [
-            line
-            for index, (answer, agreement) in enumerate(zip(answers, found, strict=True))
-            for line in self._problems(index, answer, agreement, versions)
-        ]
+        first = self._compare(answers)
+        problems = _stale(answers, versions)
+        if not problems:
+            problems = self._synced(first, versions) if self._baselines else self._loaded(first, versions)
         if problems:
             self._report(problems)
         else:
-            self._last_good = versions
-            if self._baseline is None:
-                self._baseline = _worst(found)
-        return _metrics(_worst(found))
+            self._last_good, self._mismatch = versions, None
+        return _metrics(_worst(first))
 
-    def _problems(self, index: int, answer: Sequence[Proposals], agreement: Agreement, versions: Versions) -> list[str]:
-        held = {item.generation.versions for item in answer}
-        if held != {versions}:
-            stated = ", ".join(sorted(map(str, held)))
-            return [f"engine {index} says that it holds {stated}, but was given {versions}"]
-        components: tuple[Component, Component] = ("policy", "draft")
-        return [line for component in components if (line := self._difference(index, component, agreement, versions))]
+    def require_agreement(self) -> None:
+        """Raises the mismatch of the last check, if there is one and ``on_mismatch`` is "error".
 
-    def _difference(self, index: int, component: Component, agreement: Agreement, versions: Versions) -> str | None:
-        value, limit = agreement.of(component), self._limit(component)
-        # Not "greater": a NaN is a difference.
-        if value is None or value <= limit:
-            return None
-        tokens = (
-            "" if component == "policy" else f", {agreement.favourites:.0%} of its drafted tokens are the trainer's"
-        )
-        since = "they never agreed" if self._last_good is None else f"they agreed at {self._last_good} last"
-        loaded = self._baseline.of(component) if self._baseline is not None else None
-        baseline = "" if loaded is None else f", {loaded:.1e} when it was loaded"
+        Raises:
+            RunError: trainer and engines have never agreed: a restart would not help.
+            SyncMismatchError: they agreed before.
+        """
+        mismatch, self._mismatch = self._mismatch, None
+        if mismatch is None:
+            return
+        raise (RunError if self._last_good is None else SyncMismatchError)(mismatch)
+
+    def _compare(self, answers: Sequence[list[Proposals]]) -> list[Agreement]:
+        return [compare(answer, self._policy.score_proposals(answer)) for answer in answers]
+
+    def _measure(self, seeds: range) -> list[list[Agreement]]:
+        """One check for each seed: the agreement of every engine."""
+        return [self._compare(self._engines.propose(self._prompts, self._sampling, seed=seed)) for seed in seeds]
+
+    def _loaded(self, first: list[Agreement], versions: Versions) -> list[str]:
+        """Measures the noise; returns the mismatches of engines as they were loaded."""
+        checks = [first, *self._measure(range(1, self._config.num_baselines))]
+        problems = list(self._problems(checks, versions))
+        if not problems:
+            self._baselines = [_worst(check) for check in checks]
+        return problems
+
+    def _synced(self, first: list[Agreement], versions: Versions) -> list[str]:
+        """Mismatches after a sync. Numbers beyond the limit that do not repeat are printed once, and are none."""
+        suspected = list(self._problems([first], versions))
+        if not suspected or not all(_is_finite(agreement) for agreement in first):
+            return suspected
+        confirmed = list(self._problems(self._measure(range(1, 1 + self._config.num_baselines)), versions))
+        if not confirmed:
+            self._warn("noise", f"{'; '.join(suspected)}; not confirmed under other seeds, so it counts as noise")
+        return confirmed
+
+    def _problems(self, checks: Sequence[list[Agreement]], versions: Versions) -> Iterator[str]:
+        """A line for each engine and component that most of ``checks`` find beyond the limit, or one finds NaN."""
+        for index, agreements in enumerate(zip(*checks, strict=True)):
+            for component in _COMPONENTS:
+                values = [value for agreement in agreements if (value := agreement.of(component)) is not None]
+                limit = self._limit(component)
+                # Not "greater": NaN exceeds every limit.
+                num_beyond = sum(not value <= limit for value in values)
+                if 2 * num_beyond > len(values) or not all(map(math.isfinite, values)):
+                    yield self._line(index, component, agreements, num_beyond, versions)
+
+    def _line(
+        self, index: int, component: Component, agreements: Sequence[Agreement], num_beyond: int, versions: Versions
+    ) -> str:
+        limit, count = self._limit(component), f" in {num_beyond} of {len(agreements)} checks"
+        before = ", ".join(f"{value:.1e}" for item in self._baselines if (value := item.of(component)) is not None)
+        shares = [item.favourites for item in agreements if item.favourites is not None]
+        equal = f"; {np.median(shares):.0%} of the drafted tokens are equal" if component == "draft" and shares else ""
+        since = "they never agreed" if self._last_good is None else f"they agreed last at {self._last_good}"
         return (
-            f"at {versions} the {component} of engine {index} is not the trainer's: mean |log-prob difference| "
-            f"{value:.1e} ({limit:.1e} allowed{baseline}){tokens}; {since}"
+            f"the {component} of engine {index} is not the trainer's at {versions}: mean |log-prob difference| "
+            f"{np.median([item.of(component) for item in agreements]):.1e}, above the limit {limit:.1e}{count}"
+            + (f" ({before} before the first sync)" if before else "")
+            + f"{equal}; {since}"
         )
 
     def _limit(self, component: Component) -> float:
-        baseline = None if self._baseline is None else self._baseline.of(component)
-        if baseline is None:
-            return _LOADED_LIMIT[self._dtype]
-        return max(_SYNCED_FLOOR[self._dtype], _BASELINE_FACTOR * baseline)
+        baselines = [value for item in self._baselines if (value := item.of(component)) is not None]
+        return noise_limit(baselines, _SYNCED_FLOOR[self._dtype]) if baselines else _LOADED_LIMIT[self._dtype]
 
     def _report(self, problems: list[str]) -> None:
-        line = f"sync canary: {'; '.join(problems)}"
+        line = "; ".join(problems)
         if self._config.on_mismatch == "error":
-            raise RunError(f"{line}; the run would train on what it did not sample (trainer.canary.on_mismatch=warn)")
-        if not self._has_warned:
-            self._has_warned = True
-            print(f"skyrl-spec: warning: {line} (said once; canary/* has the rest)", file=sys.stderr)
+            self._mismatch = (
+                f"sync canary: {line}; responses would come from other weights than are trained "
+                "(trainer.canary.on_mismatch=warn continues)"
+            )
+        else:
+            self._warn("mismatch", line)
+
+    def _warn(self, topic: str, line: str) -> None:
+        if topic not in self._printed:
+            self._printed.add(topic)
+            print(f"skyrl-spec: warning: sync canary: {line} (printed once; see canary/*)", file=sys.stderr)
 
 
 def fixed_prompts(prompts: Sequence[list[int]], num_prompts: int, max_length: int) -> list[list[int]]:
-    """``num_prompts`` prompts spread over a dataset, the last followed by as many others as fit in ``max_length``.
+    """``num_prompts`` prompts spread over a dataset, the last extended by other prompts up to ``max_length`` tokens.
 
-    The long one is what a prefix cache keeps: an engine whose cache outlived a sync answers it with old keys.
+    The prefix cache keeps the long one: an engine whose cache outlived a sync answers it with old keys.
     """
     max_length = min(max_length, _LONGEST_PROMPT)
     stride = max(1, len(prompts) // num_prompts)
@@ -184,12 +246,28 @@ def fixed_prompts(prompts: Sequence[list[int]], num_prompts: int, max_length: in
     return [*chosen[:-1], long[:max_length]]
 
 
-def _worst(found: Sequence[Agreement]) -> Agreement:
-    drafts = [(agreement.draft, agreement.favourites) for agreement in found if agreement.draft is not None]
-    policy = float(np.max([agreement.policy for agreement in found]))
+def _stale(answers: Sequence[Sequence[Proposals]], versions: Versions) -> list[str]:
+    """A line for each engine that states other versions than ``versions``."""
+    lines = []
+    for index, answer in enumerate(answers):
+        stated = {item.generation.versions for item in answer}
+        if stated != {versions}:
+            lines.append(f"engine {index} says that it holds {', '.join(sorted(map(str, stated)))}, not {versions}")
+    return lines
+
+
+def _is_finite(agreement: Agreement) -> bool:
+    return math.isfinite(agreement.policy) and (agreement.draft is None or math.isfinite(agreement.draft))
+
+
+def _worst(agreements: Sequence[Agreement]) -> Agreement:
+    """The largest difference of each component over the engines; NaN if one has it."""
+    policy = float(np.max([agreement.policy for agreement in agreements]))
+    drafts = [agreement.draft for agreement in agreements if agreement.draft is not None]
+    shares = [agreement.favourites for agreement in agreements if agreement.favourites is not None]
     if not drafts:
         return Agreement(policy)
-    return Agreement(policy, float(np.max([draft for draft, _ in drafts])), min(share for _, share in drafts))  # type: ignore[type-var]
+    return Agreement(policy, float(np.max(drafts)), min(shares))
 
 
 def _metrics(agreement: Agreement) -> dict[str, float]:

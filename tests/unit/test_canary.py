@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +14,11 @@ import pytest
 
 from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
 from skyrl_spec.controller.lossless import LosslessCanary
-from skyrl_spec.errors import RunError
+from skyrl_spec.errors import RestartableError, RunError, SyncMismatchError
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.engine import _anchors
 from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig
-from skyrl_spec.sync.canary import Agreement, SyncCanary, compare, fixed_prompts
+from skyrl_spec.sync.canary import Agreement, SyncCanary, compare, fixed_prompts, noise_limit
 from skyrl_spec.types import Generation, Prompt, Proposals, ProposalScores, Rollout, TrainBatch, Versions
 
 ENGINE = Proposals(
@@ -31,18 +35,47 @@ TRAINER = ProposalScores(
 )
 
 
-def make_canary(scores: ProposalScores, **settings: Any) -> SyncCanary:
-    """A canary whose engine answers ``ENGINE``, and whose trainer ``scores``."""
+Shifts = Callable[[int], float]
 
-    class Engines:
-        def propose(self, *_: Any, **__: Any) -> list[list[Proposals]]:
-            return [[ENGINE]]
 
-    class Policy:
-        def score_proposals(self, _: Any) -> ProposalScores:
-            return scores
+class Pair:
+    """An engine that answers ``ENGINE`` and a trainer that scores it, apart by what the shifts say of each seed."""
 
-    return SyncCanary(CanaryConfig(**settings), Engines(), Policy(), [[1, 2]], temperature=1.0, dtype="fp32")
+    def __init__(self, policy: Shifts = lambda _: 0.0, draft: Shifts = lambda _: 0.0):
+        self.policy, self.draft = policy, draft
+        self.versions = Versions(0, 0)
+        self.seeds: list[int] = []
+
+    def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
+        self.seeds.append(seed)
+        generation = replace(ENGINE.generation, versions=self.versions)
+        return [[replace(ENGINE, prompt_ids=prompts[0], generation=generation)]]
+
+    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+        seed = self.seeds[-1]
+        return replace(
+            TRAINER,
+            policy_logprobs=TRAINER.policy_logprobs.astype(np.float64) + self.policy(seed),
+            draft_logprobs=TRAINER.draft_logprobs.astype(np.float64) + self.draft(seed),
+        )
+
+    def checked(self, canary: SyncCanary, version: int) -> dict[str, float]:
+        """The metrics of a check after a sync to ``version``, which the engine takes."""
+        self.versions = Versions(version, version)
+        self.seeds.clear()
+        return canary.check(self.versions)
+
+
+def make_canary(pair: Pair, dtype: str = "fp32", **settings: Any) -> SyncCanary:
+    return SyncCanary(CanaryConfig(**settings), pair, pair, [[1, 2]], temperature=1.0, dtype=dtype)
+
+
+def started_canary(pair: Pair, **settings: Any) -> SyncCanary:
+    """A canary that has measured its noise, at version 0."""
+    canary = make_canary(pair, **settings)
+    pair.checked(canary, 0)
+    canary.require_agreement()
+    return canary
 
 
 def test_agreement_is_the_mean_difference_of_each_side() -> None:
@@ -64,50 +97,173 @@ def test_a_draft_trained_less_deep_than_drafted_is_compared_as_far_as_it_goes() 
     assert compare([ENGINE], nothing) == Agreement(0.0)
 
 
+def test_the_limit_follows_mean_and_spread_of_the_baselines() -> None:
+    # Mean 4e-3, sample standard deviation 3e-3.
+    assert noise_limit([1e-3, 4e-3, 7e-3], floor=1e-5) == pytest.approx(2 * 4e-3 + 6 * 3e-3)
+    # Equal values have a spread of a third of the mean, and so has a single one.
+    assert noise_limit([2e-3, 2e-3], floor=1e-5) == noise_limit([2e-3], floor=1e-5) == pytest.approx(8e-3)
+    assert noise_limit([1e-7, 2e-7], floor=1e-5) == 1e-5
+
+
+def test_noise_as_wide_as_before_the_first_sync_is_no_mismatch(capsys: pytest.CaptureFixture[str]) -> None:
+    # The first seed happens to agree best. One baseline would have given a limit of 4e-5.
+    pair = Pair(lambda seed: (1e-5, 4e-5, 7e-5)[seed % 3])
+    canary = started_canary(pair)
+    assert pair.seeds == [0, 1, 2]
+    pair.policy = lambda seed: 7e-5
+    for version in range(1, 20):
+        assert pair.checked(canary, version)[names.CANARY_POLICY] == pytest.approx(7e-5)
+        canary.require_agreement()
+        assert pair.seeds == [0]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_outlier_is_measured_again_and_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = Pair()
+    canary = started_canary(pair)
+    pair.policy = lambda seed: 0.01 if seed == 0 else 0.0
+    for version in (1, 2):
+        assert pair.checked(canary, version)[names.CANARY_POLICY] == pytest.approx(0.01)
+        assert pair.seeds == [0, 1, 2, 3]
+        canary.require_agreement()
+    assert capsys.readouterr().err.count("not confirmed under other seeds, so it counts as noise") == 1
+    # An agreement all the same.
+    pair.policy = lambda _: 0.01
+    pair.checked(canary, 3)
+    with pytest.raises(SyncMismatchError, match="they agreed last at policy version 2 and draft version 2"):
+        canary.require_agreement()
+
+
+@pytest.mark.parametrize(("num_beyond", "is_mismatch"), [(1, False), (2, True), (3, True)])
+def test_most_of_the_other_seeds_decide(num_beyond: int, is_mismatch: bool) -> None:
+    pair = Pair()
+    canary = started_canary(pair)
+    pair.draft = lambda seed: 0.01 if seed <= num_beyond else 0.0
+    pair.checked(canary, 1)
+    if not is_mismatch:
+        return canary.require_agreement()
+    with pytest.raises(SyncMismatchError, match=f"the draft of engine 0 .* in {num_beyond} of 3 checks"):
+        canary.require_agreement()
+    # It is raised once.
+    canary.require_agreement()
+
+
+def test_a_mismatch_says_what_differs_by_how_much_and_since_when() -> None:
+    pair = Pair(lambda _: 1e-6)
+    canary = started_canary(pair)
+    pair.policy = lambda _: 0.01
+    assert pair.checked(canary, 1)[names.CANARY_POLICY] == pytest.approx(0.01)
+    with pytest.raises(SyncMismatchError) as error:
+        canary.require_agreement()
+    assert str(error.value) == (
+        "sync canary: the policy of engine 0 is not the trainer's at policy version 1 and draft version 1: mean "
+        "|log-prob difference| 1.0e-02, above the limit 2.0e-05 in 3 of 3 checks (1.0e-06, 1.0e-06, 1.0e-06 before "
+        "the first sync); they agreed last at policy version 0 and draft version 0; responses would come from other "
+        "weights than are trained (trainer.canary.on_mismatch=warn continues)"
+    )
+    crossed_ray = pickle.loads(pickle.dumps(error.value))
+    assert (type(crossed_ray), str(crossed_ray)) == (SyncMismatchError, str(error.value))
+
+
+@pytest.mark.parametrize("component", ["policy", "draft"])
+def test_nan_is_a_mismatch_at_once(component: str) -> None:
+    pair = Pair()
+    canary = started_canary(pair)
+    setattr(pair, component, lambda seed: math.nan if seed == 0 else 0.0)
+    pair.checked(canary, 1)
+    assert pair.seeds == [0]
+    with pytest.raises(SyncMismatchError, match=f"the {component} of engine 0 .* difference. nan"):
+        canary.require_agreement()
+
+
+def test_nan_under_one_other_seed_is_a_mismatch() -> None:
+    pair = Pair()
+    canary = started_canary(pair)
+    pair.policy = lambda seed: {0: 0.01, 2: math.nan}.get(seed, 0.0)
+    pair.checked(canary, 1)
+    with pytest.raises(SyncMismatchError, match="the policy of engine 0"):
+        canary.require_agreement()
+
+
+def test_an_engine_of_another_version_is_a_mismatch_at_once() -> None:
+    pair = Pair()
+    canary = started_canary(pair)
+    pair.seeds.clear()
+    canary.check(Versions(1, 1))
+    assert pair.seeds == [0]
+    with pytest.raises(
+        SyncMismatchError, match=r"engine 0 says that it holds policy version 0 .*, not policy version 1"
+    ):
+        canary.require_agreement()
+
+
+def test_warn_prints_a_mismatch_once_and_continues(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = Pair()
+    canary = started_canary(pair, on_mismatch="warn")
+    pair.policy = lambda _: 0.01
+    for version in (1, 2):
+        assert names.CANARY_POLICY in pair.checked(canary, version)
+        canary.require_agreement()
+    assert capsys.readouterr().err.count("the policy of engine 0 is not the trainer's") == 1
+
+
 @pytest.mark.parametrize(
-    ("scores", "words"),
+    ("shift", "agrees"),
     [
-        (replace(TRAINER, policy_logprobs=TRAINER.policy_logprobs + 0.01), "the policy of engine 0 is not the trainer"),
-        (replace(TRAINER, draft_logprobs=TRAINER.draft_logprobs + 0.01), "the draft of engine 0 is not the trainer"),
-        (replace(TRAINER, policy_logprobs=np.array([np.nan, 0, 0])), "the policy of engine 0 is not the trainer"),
+        (lambda seed: 9e-5, True),
+        # One outlier among the baselines widens the spread, no more.
+        (lambda seed: 1e-3 if seed == 1 else 0.0, True),
+        (lambda seed: 2e-4, False),
+        (lambda seed: math.nan if seed == 1 else 0.0, False),
     ],
 )
-def test_a_mismatch_ends_the_run_in_a_line(
-    capsys: pytest.CaptureFixture[str], scores: ProposalScores, words: str
-) -> None:
-    with pytest.raises(RunError, match=words) as error:
-        make_canary(scores).check(Versions(3, 3))
-    assert "\n" not in str(error.value)
-    assert "they never agreed" in str(error.value)
-    warned = make_canary(scores, on_mismatch="warn")
-    for _ in range(2):
-        assert names.CANARY_POLICY in warned.check(Versions(3, 3))
-    assert capsys.readouterr().err.count(words) == 1
+def test_a_loaded_engine_must_be_close(shift: Shifts, agrees: bool) -> None:
+    pair = Pair(shift)
+    canary = make_canary(pair)
+    pair.checked(canary, 0)
+    assert pair.seeds == [0, 1, 2]
+    if agrees:
+        return canary.require_agreement()
+    with pytest.raises(RunError, match="they never agreed") as error:
+        canary.require_agreement()
+    # The same weights would be loaded again.
+    assert not isinstance(error.value, RestartableError)
 
 
-def test_a_synced_engine_is_held_against_the_loaded_one() -> None:
-    # 5e-5 passes while the engine is as it was loaded, and is too much if it was better then.
-    apart = replace(TRAINER, policy_logprobs=TRAINER.policy_logprobs.astype(np.float64) + 5e-5)
-    make_canary(apart).check(Versions(3, 3))
-    first = make_canary(TRAINER)
-    first.check(Versions(3, 3))
-    second = make_canary(apart)
-    second.load_state_dict(first.state_dict())
-    with pytest.raises(RunError, match="they agreed at policy version 3 and draft version 3 last"):
-        second.check(Versions(3, 3))
+def test_baselines_go_on_in_a_checkpoint() -> None:
+    pair = Pair(lambda seed: (1e-5, 4e-5, 7e-5)[seed % 3])
+    saved = json.loads(json.dumps(started_canary(pair).state_dict()))
+    resumed = make_canary(pair)
+    resumed.load_state_dict(saved)
+    assert resumed.state_dict() == saved
+    pair.policy = lambda _: 2.5e-4
+    pair.checked(resumed, 1)
+    resumed.require_agreement()
+    pair.policy = lambda _: 2.7e-4
+    pair.checked(resumed, 2)
+    with pytest.raises(SyncMismatchError, match="they agreed last at policy version 1"):
+        resumed.require_agreement()
 
 
-def test_an_engine_of_another_version_is_named() -> None:
-    with pytest.raises(
-        RunError, match=r"engine 0 says that it holds policy version 3 .* but was given policy version 4"
-    ):
-        make_canary(TRAINER).check(Versions(4, 4))
+@pytest.mark.parametrize("baseline", [{"policy": 1e-5, "draft": 2e-5, "favourites": 1.0}, None])
+def test_an_older_checkpoint_has_one_baseline_or_none(baseline: dict[str, float] | None) -> None:
+    pair = Pair(lambda _: 5e-5)
+    canary = make_canary(pair)
+    canary.load_state_dict({"baseline": baseline, "last_good": {"policy": 3, "draft": 3}})
+    pair.checked(canary, 4)
+    if baseline is None:
+        # Noise is measured now.
+        assert pair.seeds == [0, 1, 2]
+        return canary.require_agreement()
+    # Four times the one baseline, as before.
+    with pytest.raises(SyncMismatchError, match=r"above the limit 4\.0e-05 in 3 of 3 checks"):
+        canary.require_agreement()
 
 
 def test_it_is_due_after_the_first_sync_and_every_interval() -> None:
-    every_fourth = make_canary(TRAINER, interval=4)
+    every_fourth = make_canary(Pair(), interval=4)
     assert [v for v in range(1, 12) if every_fourth.is_due(Versions(v, v))] == [1, 5, 9]
-    assert not make_canary(TRAINER, enabled=False).is_due(Versions(1, 1))
+    assert not make_canary(Pair(), enabled=False).is_due(Versions(1, 1))
 
 
 def test_the_last_prompt_is_as_long_as_prompts_may_be() -> None:
