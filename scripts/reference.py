@@ -1,5 +1,7 @@
-"""Writes docs/reference/ from the code: settings and command options and metrics from
-``metrics/reference.py``. ``--check`` writes nothing and fails where a page is not what it would write."""
+"""Writes docs/reference/ from the code: settings, commands and metrics.
+
+``--check`` writes nothing and fails if a page is out of date.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,14 @@ GENERATED = "<!-- Made by scripts/reference.py from the code; change it there. -
 
 
 def settings() -> str:
-    """Every setting of ``train``, ``warmup-draft`` and ``compare``."""
+    """The page of settings of ``train``, ``warmup-draft`` and ``compare``."""
     parts = [
         GENERATED,
         "# Settings\n",
-        "What `skyrl-spec train`, `warmup-draft` and `compare` take, as `KEY=VALUE` words or in a YAML file of "
-        "`configs/experiment/`. Names are SkyRL's where SkyRL has them. `null` means: decided from the other settings. "
-        "Values of ready-made configurations are in `configs/`; `--cfg job` prints what a command resolves to.\n",
+        "Settings of `skyrl-spec train`, `warmup-draft` and `compare`. Give them as `KEY=VALUE` words or in a YAML "
+        "file in `configs/experiment/`. Names follow SkyRL if SkyRL has the setting. `null` means that the value "
+        "follows from other settings. `configs/` has ready-made configurations, and `--cfg job` prints all settings of a "
+        "run.\n",
     ]
     for section in sections(Config):
         if not section.settings:
@@ -42,29 +45,29 @@ def settings() -> str:
 
 
 def commands() -> str:
-    """The commands, and the options of those that take no configuration."""
+    """The page of commands and their options."""
     parts = [
         GENERATED,
         "# Commands\n",
-        "All take `-h`, and `-v`, which shows what workers, engines and libraries print.\n",
+        "All commands take `-h` (help) and `-v` (show the output of workers, engines and libraries).\n",
     ]
     for name, (_, description) in (RUNS | TOOLS).items():
         parts.append(f"## skyrl-spec {name}\n\n```\nskyrl-spec {name} {USAGES[name]}\n```\n\n{description}\n")
         if name in RUNS:
-            parts.append("Takes [settings](settings.md); `--cfg job` prints them resolved.\n")
+            parts.append("Takes [settings](settings.md). `--cfg job` prints all of them with their values.\n")
         else:
             parts.append(_table(describe(SCHEMAS[name]), ""))
     return "\n".join(parts)
 
 
 def metrics() -> str:
-    """The keys of ``metrics.jsonl``, wandb and TensorBoard."""
+    """The page of metrics."""
     parts = [
         GENERATED,
         "# Metrics\n",
-        "The keys of `RUN/metrics.jsonl` (one object a step), of wandb and of TensorBoard. `N` is the number of "
-        "samples a prompt, `K` a draft position, from 1. A run has the keys that apply to it: without a draft no "
-        "`draft/*`. `headline/*` are the keys of `RUN/summary.json` and of wandb's summary.\n",
+        "Keys of `RUN/metrics.jsonl` (one object per step), wandb and TensorBoard. `N` is the number of samples per "
+        "prompt, `K` a draft position, counted from 1. A run has only the keys that apply to it: without a draft there "
+        "is no `draft/*`. `headline/*` are the keys of `RUN/summary.json` and of the summary in wandb.\n",
     ]
     group = ""
     for entry in REFERENCE:
@@ -104,7 +107,7 @@ def main() -> int:
     stale = [name for name, text in pages.items() if _read(DIRECTORY / name) != text]
     if check:
         for name in stale:
-            print(f"docs/reference/{name}: is not what scripts/reference.py writes; run it", file=sys.stderr)
+            print(f"docs/reference/{name}: is out of date; run scripts/reference.py", file=sys.stderr)
         return 1 if stale else 0
     for name in stale:
         (DIRECTORY / name).write_text(pages[name])

@@ -1,2 +1,6 @@
-"""``skyrl-spec eval-draft``: ``target`` finds out what is evaluated, ``prompts`` on what, ``measure`` runs engines by
-turns, ``result`` says what came out."""
+"""The commands ``eval-draft`` and ``compare``.
+
+``command`` runs ``eval-draft``: ``target`` finds model and draft, ``prompts`` reads the prompts, ``measure`` runs
+engines with and without the draft, and ``result`` makes the table. ``compare`` trains three times: with the draft
+trained, frozen and absent.
+"""

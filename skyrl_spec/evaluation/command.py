@@ -1,4 +1,4 @@
-"""The course of ``skyrl-spec eval-draft``."""
+"""The command ``skyrl-spec eval-draft``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What ``EvalDraftOptions`` leave open is decided: by the run that the target is of, else by a default."""
+    """Settings of an evaluation. Options that are null have the value of the target's run, or a default."""
 
     device: str
     dtype: str
@@ -46,11 +46,11 @@ class EvalSettings:
 
 
 def run(options: EvalDraftOptions, watch: SignalWatch, *, verbose: bool) -> None:
-    """Measure, print the table as it fills, and write the JSON file.
+    """Measures, prints the rows of the table as they are measured, and writes the JSON file.
 
     Raises:
-        ConfigError: an option that cannot be.
-        RunError: vLLM does not load the model with the draft.
+        ConfigError: an option is wrong, or target, prompts or draft cannot be used.
+        RunError: an engine does not start or does not load the model with the draft.
     """
     _check(options)
     with open_target(options) as target:
@@ -60,7 +60,7 @@ def run(options: EvalDraftOptions, watch: SignalWatch, *, verbose: bool) -> None
         for name, value in _facts(options, settings, target, len(prompts)).items():
             print(f"{name:<10}{value}")
         results = _measure(options, settings, target, prompts, watch, verbose=verbose)
-    # Ray and torch are there by now.
+    # Imported late: it imports Ray and torch.
     from skyrl_spec.evaluation.result import as_json, recommendation_lines
 
     about = {
@@ -85,7 +85,7 @@ def _measure(
     *,
     verbose: bool,
 ) -> list[Measurement]:
-    # Once everything that can be refused has been.
+    # Imported late: Ray and torch are not needed for the checks above.
     from skyrl_spec.controller.placement import ray_session
     from skyrl_spec.evaluation.measure import measure
     from skyrl_spec.evaluation.result import table_header, table_row
@@ -94,8 +94,8 @@ def _measure(
         for item in measured:
             print(table_row(item), flush=True)
 
-    print(f"starting engines (-v shows what they print)\n\n{table_header()}", flush=True)
-    # Ray puts handlers of its own in place of ours.
+    print(f"starting engines (-v shows their output)\n\n{table_header()}", flush=True)
+    # Ray replaces our signal handlers with its own.
     with ray_session(verbose), watch.installed():
         return measure(
             _engine_settings(options, settings, target),
@@ -114,14 +114,14 @@ def _check(options: EvalDraftOptions) -> None:
     for name in ("batch_sizes", "num_speculative_tokens"):
         values = getattr(options, name)
         if values is not None and (not values or min(values) < 1):
-            raise ConfigError(f"{name}={values}: must be numbers of at least 1; change it")
+            raise ConfigError(f"{name}={values}: must be a list of numbers of at least 1; change it")
     for setting in describe(EvalDraftOptions):
         check_allowed(setting.name, getattr(options, setting.name), setting.allowed)
 
 
 def _check_writable(path: Path) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"out={path}: cannot be written; name a file in a directory that is there")
+        raise ConfigError(f"out={path}: cannot be written; name a file in an existing directory that is writable")
 
 
 def _eval_settings(options: EvalDraftOptions, target: Target) -> EvalSettings:
@@ -151,15 +151,15 @@ def _eval_settings(options: EvalDraftOptions, target: Target) -> EvalSettings:
 
 
 def _within_positions(options: EvalDraftOptions, settings: EvalSettings, positions: int | None) -> EvalSettings:
-    """Prompt and response within the model's positions: a default gives way, what was asked for does not."""
+    """``settings`` with prompt and response within the model's positions. Only a default length is reduced."""
     room = None if positions is None else positions - settings.sampling.max_generate_length
     if room is None or settings.max_prompt_length <= room:
         return settings
     if options.max_prompt_length is None and room > 0:
         return replace(settings, max_prompt_length=room)
     raise ConfigError(
-        f"max_generate_length={settings.sampling.max_generate_length}: with max_prompt_length="
-        f"{settings.max_prompt_length} it passes the model's {positions} positions; lower one"
+        f"max_generate_length={settings.sampling.max_generate_length}: its sum with max_prompt_length="
+        f"{settings.max_prompt_length} must be at most {positions}, the positions of the model; lower one"
     )
 
 
@@ -170,13 +170,13 @@ def _check_gpus(device: str, tensor_parallel_size: int) -> None:
     needed, found = (1 if tensor_parallel_size == 1 else 2 * tensor_parallel_size), num_gpus()
     if found < needed:
         raise ConfigError(
-            f"device=cuda: two engines of tensor_parallel_size={tensor_parallel_size} need {needed} GPUs, and this "
+            f"device=cuda: two engines of tensor_parallel_size={tensor_parallel_size} need {needed} GPUs, but this "
             f"machine has {found}; set device=cpu, lower tensor_parallel_size, or join a cluster with RAY_ADDRESS"
         )
 
 
 def _without_run() -> Config:
-    """The defaults of a target that was not trained here."""
+    """Defaults for a target without a run."""
     config = Config()
     config.generator.sampling_params.max_generate_length = 128
     config.trainer.placement.device = "cuda" if num_gpus() else "cpu"
@@ -199,9 +199,9 @@ def _engine_settings(options: EvalDraftOptions, settings: EvalSettings, target: 
         tensor_parallel_size=tp,
         max_model_len=settings.max_prompt_length + settings.sampling.max_generate_length,
         max_num_seqs=max(options.batch_sizes),
-        # Two engines share a GPU.
+        # With tensor_parallel_size=1 the two engines share a GPU.
         gpu_memory_utilization=0.4 if tp == 1 else 0.8,
-        # Compiling takes longer than an evaluation.
+        # On CPU, compiling takes longer than the evaluation.
         enforce_eager=on_cpu,
         seed=options.seed,
         weight_sync_backend="ray" if on_cpu else "nccl",
@@ -218,5 +218,5 @@ def _facts(options: EvalDraftOptions, settings: EvalSettings, target: Target, nu
         "sampling": f"temperature {settings.sampling.temperature:g}, "
         f"up to {settings.sampling.max_generate_length} tokens",
         "engines": f"{settings.device}, TP {settings.tensor_parallel_size}, {settings.dtype}",
-        "rounds": f"{options.rounds}, with and without the draft by turns; medians are shown",
+        "rounds": f"{options.rounds}, alternating with and without the draft; the table shows medians",
     }

@@ -1,7 +1,7 @@
-"""``skyrl-spec compare``: the same run with the draft trained along, frozen, and absent.
+"""``skyrl-spec compare``: the same run with the draft trained, frozen and absent.
 
-The three share configuration, seeds and data; only what is done with the draft differs. They go one after the other,
-each in a folder of its own below ``trainer.run_dir``. Each could be typed by hand: ``arms`` has the settings.
+The three runs (arms) share settings, seeds and data and differ only in the draft. They run one after the other, each in
+its own folder of ``trainer.run_dir``. ``arms`` makes their configurations, which could also be run by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from skyrl_spec.settings.compose import to_yaml
 from skyrl_spec.settings.schema import Config
 
 TRAINED, FROZEN, NONE = "trained", "frozen", "none"
-# In an arm's folder once it is over: the settings it was asked for, before anything was decided.
+# A file in the folder of a finished arm, with its configuration as given.
 _ASKED = "compared.yaml"
 
 # Title, key and decimals.
@@ -42,65 +42,66 @@ _ROWS = (
 
 
 def arms(config: Config) -> dict[str, Config]:
-    """The three configurations.
+    """The configurations of the three arms.
 
     Raises:
-        ConfigError: ``config`` has no draft to compare.
+        ConfigError: ``config`` has no draft, or resumes from a single checkpoint.
     """
     trainer = config.trainer
     kind = trained_kind(trainer)
     if kind is None:
         raise ConfigError(
-            "trainer.mtp.enabled=false: there is no draft to compare; set it to true, or trainer.dflash.enabled=true"
+            "trainer.mtp.enabled=false: compare needs a draft; set it to true, or set trainer.dflash.enabled=true"
         )
     served = kind.frozen_config(trainer) | (config.generator.inference_engine.speculative_config or {})
     if trainer.resume_mode == "from_path":
         raise ConfigError(
-            "trainer.resume_mode=from_path: the three runs have checkpoints of their own; set latest or null"
+            "trainer.resume_mode=from_path: must be latest or null, because each of the three runs has its own "
+            "checkpoints; change it"
         )
-    found = {TRAINED: config, FROZEN: _with_draft(config, served), NONE: _with_draft(config, None)}
-    return {name: _in_folder(arm, name) for name, arm in found.items()}
+    configs = {TRAINED: config, FROZEN: _with_draft(config, served), NONE: _with_draft(config, None)}
+    return {name: _in_folder(arm, name) for name, arm in configs.items()}
 
 
 def checked_arms(config: Config) -> dict[str, Config]:
-    """``arms``, each found to be valid."""
-    found = arms(config)
-    for arm in found.values():
+    """``arms``, after ``validate`` of each."""
+    configs = arms(config)
+    for arm in configs.values():
         validate(arm)
-    return found
+    return configs
 
 
 def run_comparison(config: Config, *, verbose: bool = False) -> int:
-    """All arms, then the table, ``compare.json`` and the report; returns the process's exit code."""
+    """Runs all arms, then prints the table and writes ``compare.json`` and the report. Returns the exit code."""
     checked_arms(config)
     return run_job(_compare, config, verbose=verbose)
 
 
 def _compare(config: Config, verbose: bool, watch: SignalWatch) -> None:
-    root, found = Path(config.trainer.run_dir), arms(config)
-    done = {name for name, arm in found.items() if _is_done(arm)}
+    root, configs = Path(config.trainer.run_dir), arms(config)
+    done = {name for name, arm in configs.items() if _is_done(arm)}
     if config.trainer.resume_mode is None:
-        # What an earlier comparison left here is none of this one's, nor of what goes on from it.
-        for name, arm in found.items():
+        # Files of an earlier comparison must not be taken for those of this one.
+        for name, arm in configs.items():
             (root / name / _ASKED).unlink(missing_ok=True)
             begin(arm, None)
-    for number, (name, arm) in enumerate(found.items(), start=1):
-        print(f"\n== {number} of {len(found)}: draft {name} ==", flush=True)
+    for number, (name, arm) in enumerate(configs.items(), start=1):
+        print(f"\n== {number} of {len(configs)}: draft {name} ==", flush=True)
         if name in done:
-            print(f"is done already: {arm.trainer.run_dir}")
+            print(f"already finished: {arm.trainer.run_dir}")
             continue
         train(arm, verbose, watch)
         (root / name / _ASKED).write_text(_asked(arm))
-    records = {name: read_jsonl(root / name / "metrics.jsonl") for name in found}
+    records = {name: read_jsonl(root / name / "metrics.jsonl") for name in configs}
     result = {name: compared(own) | _summary(root / name) for name, own in records.items()}
     (root / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
-    page = write_report([root / name for name in found], root / "report")
+    page = write_report([root / name for name in configs], root / "report")
     print("\n" + "\n".join([*table(records), speedup_line(result)]))
     print(f"\n  written to {root / 'compare.json'}\n  charts in  {page}")
 
 
 def compared(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """First and last values of an arm, and the means over the second half of its steps, which vary less."""
+    """Headline values of an arm, and the means over the second half of its steps, which vary less."""
     values: dict[str, Any] = dict(headline(records))
     for _, key, _ in _ROWS:
         if (mean := _late_mean(records, key)) is not None:
@@ -109,7 +110,7 @@ def compared(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    """First and last values, and ``late``, the mean of the second half, by arm; "-" for what an arm does not have."""
+    """First value, last value and ``late``, the mean of the second half, of each arm. "-" for a missing value."""
     lines = [
         f"{'':<28}" + "".join(f"{f'draft {name}':>24}" for name in records),
         f"{'':<28}" + f"{'first':>8}{'last':>8}{'late':>8}" * len(records),
@@ -126,7 +127,7 @@ def table(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def speedup_line(result: Mapping[str, Mapping[str, Any]]) -> str:
-    """Measured at the end of each arm that has a draft, by turns with an engine without one."""
+    """Rollout speed-up, measured at the end of each arm that has a draft."""
     speedups = (own.get("headline/rollout_speedup") for own in result.values())
     shown = ("-" if speedup is None else f"{speedup:.2f}x" for speedup in speedups)
     return f"{'rollout speed-up, at the end':<28}" + "".join(f"{text:>24}" for text in shown)
@@ -143,7 +144,7 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_done(config: Config) -> bool:
-    """Where a comparison goes on that was stopped: the arm came to its end, with these settings."""
+    """Whether a resumed comparison finds this arm finished, with the same settings."""
     asked = Path(config.trainer.run_dir) / _ASKED
     return config.trainer.resume_mode == "latest" and asked.is_file() and asked.read_text() == _asked(config)
 
@@ -153,7 +154,7 @@ def _asked(config: Config) -> str:
 
 
 def _with_draft(config: Config, served: dict[str, Any] | None) -> Config:
-    """No draft is trained; the engines run ``served``."""
+    """``config`` without a trained draft. The engines draft as ``served`` says."""
     engine = replace(config.generator.inference_engine, speculative_config=served)
     return replace(
         config,

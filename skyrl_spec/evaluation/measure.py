@@ -1,4 +1,4 @@
-"""Rollout speed with and without a draft: two engines of the same build, the same prompts, by turns."""
+"""Rollout speed with and without a draft, measured alternately on two engines with the same settings and prompts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Prompt, SpecCounters
 
-# Seconds that an engine may take to be placed and to load, and to answer.
+# Seconds that an engine may take to start, and to answer.
 _START_S, _ANSWER_S = 600.0, 3600.0
 
 
 @dataclass
 class Measurement:
-    """One number of draft tokens at one batch size; an entry a round, tokens/s."""
+    """Measurements of one number of draft tokens at one batch size, in tokens/s with one entry per round."""
 
     num_tokens: int
     batch_size: int
@@ -35,7 +35,7 @@ class Measurement:
 
     @property
     def ratios(self) -> list[float]:
-        """Speed-up by the draft, of each round."""
+        """Speed-up by the draft in each round."""
         return [drafted / plain for drafted, plain in zip(self.drafted_tok_s, self.plain_tok_s, strict=True)]
 
     @property
@@ -61,10 +61,14 @@ def measure(
     seed: int = 0,
     on_measured: Callable[[list[Measurement]], None] = lambda _: None,
 ) -> list[Measurement]:
-    """All combinations of ``drafts`` (vLLM's ``speculative_config`` by number of tokens) and ``batch_sizes``.
+    """Measurements of all combinations of ``drafts`` and ``batch_sizes``.
 
-    The engine without a draft stays; those with one follow one another. ``on_measured`` hears of each that is done.
-    Only one engine generates at a time, and which one goes first changes every round; the first round warms up.
+    One engine without a draft stays up; engines with a draft are started one after the other. Only one engine generates
+    at a time. The engine that goes first changes every round, and an additional first round warms up.
+
+    Args:
+        drafts: vLLM's ``speculative_config`` by number of draft tokens.
+        on_measured: called with the measurements of each draft when they are complete.
     """
     results = []
     with _engine(replace(settings, speculative_config=None)) as plain:
@@ -74,7 +78,7 @@ def measure(
                 stream = cycle(prompts)
                 for number in range(-1, rounds):
                     for result in measured:
-                        # Whole batches.
+                        # Round up to whole batches.
                         num_batches = -(-min_rollouts // result.batch_size)
                         batch = list(islice(stream, num_batches * result.batch_size))
                         _measure_once(result, plain, drafted, batch, sampling, number, seed)
@@ -106,7 +110,7 @@ def _measure_once(
 def _tokens_per_second(
     engine: EngineGroup, prompts: list[Prompt], batch_size: int, sampling: SamplingConfig, seed: int
 ) -> float:
-    """Over calls of ``batch_size`` rollouts, one after the other."""
+    """Tokens/s over consecutive calls with ``batch_size`` prompts each."""
     num_tokens, start = 0, time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         groups = engine.generate(prompts[first : first + batch_size], sampling, 1, seed)
@@ -116,14 +120,14 @@ def _tokens_per_second(
 
 @contextmanager
 def _engine(settings: EngineSettings) -> Iterator[EngineGroup]:
-    """An engine for the time of the context.
+    """An engine that lives as long as the context.
 
     Raises:
-        RunError: it does not start.
+        RunError: the engine does not start.
     """
     options = actor_options(settings)
     if options["num_gpus"] == 1:
-        # The other engine is on the same GPU.
+        # The two engines share a GPU.
         options["num_gpus"] = 0.5
     actor_class: Any = RolloutActor
     handle = actor_class.options(**options).remote(settings)
@@ -131,14 +135,14 @@ def _engine(settings: EngineSettings) -> Iterator[EngineGroup]:
         ray.get(handle.ping.remote(), timeout=_START_S)
     except ray.exceptions.GetTimeoutError:
         raise RunError(
-            f"an engine was not up within {_START_S:.0f} s (GPUs in the cluster: "
+            f"an engine did not start within {_START_S:.0f} s (GPUs in the cluster: "
             f"{ray.cluster_resources().get('GPU', 0):g}); free GPUs, or lower tensor_parallel_size"
         ) from None
     except ray.exceptions.RayError as error:
-        what = settings.speculative_config or "no draft"
+        draft = settings.speculative_config or "no draft"
         cause = getattr(error, "cause", None)
         reason = " ".join(str(cause or cause_of_death(error)).split())[:300]
-        raise RunError(f"vLLM does not load {settings.model_path} with {what}: {reason}") from None
+        raise RunError(f"vLLM cannot load {settings.model_path} with {draft}: {reason}") from None
     group = EngineGroup([handle], _ANSWER_S)
     try:
         yield group

@@ -1,4 +1,4 @@
-"""Prompts of an evaluation: rows of a dataset, or a text file with a prompt a line."""
+"""Prompts of an evaluation, from rows of a dataset or from a text file with one prompt per line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Messages = list[dict[str, str]]
 
 
 def load(paths: Sequence[str], tokenizer: Any, max_prompt_length: int) -> list[Prompt]:
-    """Prompts of at most ``max_prompt_length`` tokens, through the tokenizer's chat template if it has one.
+    """Prompts of at most ``max_prompt_length`` tokens, formatted with the tokenizer's chat template if it has one.
 
     Raises:
-        ConfigError: no file is named, one cannot be read, or nothing fits.
+        ConfigError: ``paths`` is empty, a file cannot be read, or all prompts are too long.
     """
     if not paths:
-        raise ConfigError("prompts=[]: name a .parquet, .jsonl or .txt file to generate from")
+        raise ConfigError("prompts=[]: must name at least one .parquet, .jsonl or .txt file; write prompts=FILE")
     all_messages = [messages for path in paths for messages in _read(path)]
     prompts = []
     for number, messages in enumerate(all_messages, start=1):
@@ -46,7 +46,7 @@ def _read(path: str) -> Iterator[Messages]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"prompts={path}: cannot be read ({reason}); give a text file in UTF-8") from None
     if not any(map(str.strip, lines)):
-        raise ConfigError(f"prompts={path}: has no text; write a prompt a line")
+        raise ConfigError(f"prompts={path}: has no text; write one prompt per line")
     for line in lines:
         if line.strip():
             yield [{"role": "user", "content": line}]

@@ -1,4 +1,4 @@
-"""What an evaluation came to: a table, a JSON object, and how many tokens to draft."""
+"""Results of an evaluation: a table, a JSON object and a recommended number of draft tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from skyrl_spec.settings.schema import SamplingConfig
 
 
 def table_header() -> str:
+    """Titles of the columns of ``table_row``."""
     return (
         f"{'k':>3}{'batch':>7}{'tok/s without':>15}{'with':>8}{'speed-up':>10}{'(range)':>16}{'accept':>8}  by position"
     )
 
 
 def table_row(measured: Measurement) -> str:
-    """Medians over the rounds; ``accept`` is the mean acceptance length, ``by position`` the share of drafts accepted
-    at least that far."""
+    """Medians over the rounds.
+
+    ``accept`` is the draft acceptance length, ``by position`` the share of drafts accepted up to each position.
+    """
     plain, drafted = statistics.median(measured.plain_tok_s), statistics.median(measured.drafted_tok_s)
     spread = f"({min(measured.ratios):.2f} to {max(measured.ratios):.2f})"
     by_position = " ".join(f"{share:.2f}".removeprefix("0") for share in measured.acceptance_by_position)
@@ -31,26 +34,26 @@ def table_row(measured: Measurement) -> str:
 
 
 def recommended(results: Sequence[Measurement]) -> dict[int, int]:
-    """The number of tokens to draft by batch size: the fastest in the median; 0 where none is faster than no draft."""
+    """The fastest number of draft tokens (median) for each batch size. 0 if generating without a draft is faster."""
     best: dict[int, Measurement] = {}
     for measured in results:
-        former = best.get(measured.batch_size)
-        if former is None or measured.speedup > former.speedup:
+        fastest = best.get(measured.batch_size)
+        if fastest is None or measured.speedup > fastest.speedup:
             best[measured.batch_size] = measured
     return {size: measured.num_tokens if measured.speedup > 1 else 0 for size, measured in best.items()}
 
 
 def recommendation_lines(results: Sequence[Measurement]) -> list[str]:
-    """A line a batch size; where another number's spread reaches the best one's median, that is said."""
+    """One line per batch size. It names other numbers whose range reaches the median of the fastest one."""
     lines = []
     for size, num_tokens in recommended(results).items():
         here = [measured for measured in results if measured.batch_size == size]
         if num_tokens == 0:
-            lines.append(f"batch {size:<5} no draft: none was faster than generating without")
+            lines.append(f"batch {size:<5} no draft: generating without a draft was fastest")
             continue
         best = next(measured for measured in here if measured.num_tokens == num_tokens)
         close = [str(m.num_tokens) for m in here if m is not best and max(m.ratios) >= best.speedup]
-        also = f"; k={', '.join(close)} {'is' if len(close) == 1 else 'are'} within the spread" if close else ""
+        also = f"; k={', '.join(close)} {'is' if len(close) == 1 else 'are'} as fast within the range" if close else ""
         lines.append(f"batch {size:<5} k={num_tokens} ({best.speedup:.2f}x{also})")
     return lines
 
@@ -58,7 +61,7 @@ def recommendation_lines(results: Sequence[Measurement]) -> list[str]:
 def as_json(
     target: Target, results: Sequence[Measurement], sampling: SamplingConfig, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that was measured, for machines; ``about`` says on what."""
+    """All measurements as a JSON object. ``about`` adds entries such as date and machine."""
     return {
         "target": target.name,
         "method": target.method,

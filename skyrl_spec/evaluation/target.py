@@ -1,4 +1,4 @@
-"""What is evaluated: a run, a checkpoint, an exported bundle, or any model that vLLM serves; and its draft."""
+"""Target of an evaluation: a run, a checkpoint, an exported bundle or a model that vLLM serves, with its draft."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import model_directory, read_config
 
 DEFAULT_TOKENS = (1, 2, 3, 5, 7)
-# An n-gram draft proposes what followed the last 2 to 4 tokens before.
+# An n-gram draft proposes the tokens that followed an earlier occurrence of the last 2 to 4 tokens.
 _NGRAM = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 
 @dataclass(frozen=True)
 class Target:
-    """Directories that vLLM loads. ``run`` is the configuration that it was trained with, where that is known."""
+    """Model and draft as directories. ``run`` is the configuration they were trained with, if known."""
 
     model: Path
     method: str
     draft: Path | None = None
     run: Config | None = None
-    # What a person would call it.
+    # Name for people.
     name: str = ""
-    # Where a result is put if nothing else is said.
+    # Directory for the result if no other is given.
     home: Path = field(default_factory=Path)
 
     def speculative_config(self, num_tokens: int) -> dict[str, Any]:
-        """vLLM's, for so many draft tokens."""
+        """vLLM's ``speculative_config`` for ``num_tokens`` draft tokens."""
         config: dict[str, Any] = {"method": self.method, "num_speculative_tokens": num_tokens}
         if self.method == "ngram":
             return config | _NGRAM
         return config if self.draft is None else config | {"model": str(self.draft)}
 
     def token_counts(self, wanted: list[int] | None) -> list[int]:
-        """The numbers of draft tokens to try, ascending.
+        """Numbers of draft tokens to try, ascending.
 
         Raises:
-            ConfigError: more than a block of the draft has.
+            ConfigError: a number is larger than the draft allows.
         """
         kind = KINDS.get(self.method)
         most = None if kind is None else kind.max_draft_tokens(self.draft)
@@ -54,25 +54,25 @@ class Target:
             return [count for count in DEFAULT_TOKENS if most is None or count <= most]
         if most is not None and max(wanted) > most:
             raise ConfigError(
-                f"num_speculative_tokens={max(wanted)}: a block of the draft {self.draft} has {most} drafted tokens; "
-                f"ask for at most {most}"
+                f"num_speculative_tokens={max(wanted)}: must be at most {most}, the tokens that {self.draft} drafts in "
+                "a block; lower it"
             )
         return sorted(set(wanted))
 
 
 @contextmanager
 def open_target(options: EvalDraftOptions) -> Iterator[Target]:
-    """The target as directories, which for a checkpoint are written for the time of the context.
+    """The target as directories. Those of a checkpoint are temporary and exist as long as the context.
 
     Raises:
-        ConfigError: it is nothing of the kind, or has no draft.
+        ConfigError: ``options.target`` is none of the possible targets, or it has no draft.
     """
     if not options.target:
-        raise ConfigError("target='': names nothing to evaluate; write target=RUN, a checkpoint, a bundle or a model")
+        raise ConfigError("target='': must name a run, checkpoint, bundle or model; write target=RUN")
     path = Path(options.target)
     checkpoint = latest(path / "checkpoints") or latest(path)
     if checkpoint is not None or (path / RECORD).is_file():
-        # Engines on other machines see the run's file system, and not this machine's folder for temporary files.
+        # Engines on other machines can read the run's file system, but not the temporary folder of this machine.
         shared = (checkpoint or path).absolute().parent if "RAY_ADDRESS" in os.environ else None
         with TemporaryDirectory(prefix="skyrl-eval-", dir=shared) as folder:
             yield _exported(checkpoint or path, Path(folder) / "bundle", options)
@@ -81,15 +81,15 @@ def open_target(options: EvalDraftOptions) -> Iterator[Target]:
         yield _with_draft(path / "model", draft, options, name=str(path), home=path)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(
-            f"target={path}: is neither a run with a checkpoint, nor a checkpoint, a bundle or a model; "
-            "name one (a run's first checkpoint comes after trainer.ckpt_interval steps)"
+            f"target={path}: must be a run with a checkpoint, a checkpoint, a bundle or a model; name one (a run "
+            "writes its first checkpoint after trainer.ckpt_interval steps)"
         )
     else:
         yield _with_draft(model_directory(str(path), "target"), None, options, name=str(path), home=Path())
 
 
 def _exported(checkpoint: Path, bundle_directory: Path, options: EvalDraftOptions) -> Target:
-    # Megatron is imported where a checkpoint is read.
+    # Imported late: it imports Megatron.
     from skyrl_spec.checkpoint import bundle
 
     read_record(checkpoint, "target")
@@ -97,9 +97,7 @@ def _exported(checkpoint: Path, bundle_directory: Path, options: EvalDraftOption
     bundle.export_bundle(source, bundle_directory)
     draft = bundle_directory / "draft" if (bundle_directory / "draft").is_dir() else None
     if options.method is None and options.draft is None and trained_kind(source.config.trainer) is None:
-        raise ConfigError(
-            f"target={options.target}: was trained without a draft; name one: method=ngram, or method and draft=DIR"
-        )
+        raise ConfigError(f"target={options.target}: has no draft; give method=ngram, or draft=DIR")
     return _with_draft(
         bundle_directory / "model",
         draft,
@@ -113,13 +111,15 @@ def _exported(checkpoint: Path, bundle_directory: Path, options: EvalDraftOption
 def _with_draft(
     model: Path, own: Path | None, options: EvalDraftOptions, *, name: str, home: Path, run: Config | None = None
 ) -> Target:
-    """``own`` is the draft that came with the model."""
+    """The target with the draft of ``options``, or else with ``own``, the draft that belongs to the model."""
     if options.draft is not None and options.method in ("mtp", "ngram"):
-        raise ConfigError(f"draft={options.draft}: method={options.method} has no draft beside the model; drop one")
+        raise ConfigError(
+            f"draft={options.draft}: method={options.method} takes no draft directory; remove one of them"
+        )
     draft = own if options.draft is None else model_directory(options.draft, "draft")
     method = options.method or _method_of(model, draft, name)
     if method in ("dflash", "eagle3") and draft is None:
-        raise ConfigError(f"method={method}: needs a draft, and {name} has none; name one with draft=DIR")
+        raise ConfigError(f"method={method}: needs a draft, but {name} has none; give draft=DIR")
     if method == "mtp" and not KINDS["mtp"].is_in(read_config(model, "target")):
         raise ConfigError(f"method=mtp: {name} has no MTP head (num_nextn_predict_layers); choose another method")
     return Target(model, method, draft if method in ("dflash", "eagle3") else None, run, name, home)
@@ -131,4 +131,4 @@ def _method_of(model: Path, draft: Path | None, name: str) -> str:
         return next((name for name, kind in KINDS.items() if kind.has_own_directory and kind.is_in(config)), "eagle3")
     if KINDS["mtp"].is_in(read_config(model, "target")):
         return "mtp"
-    raise ConfigError(f"target={name}: has no draft of its own; name one with draft=DIR, or take method=ngram")
+    raise ConfigError(f"target={name}: has no draft; give draft=DIR, or method=ngram")

@@ -1,4 +1,6 @@
-"""``names`` has the keys and ``reference`` what they mean; ``values`` turns sums and counts into values; ``writers``
-and ``dashboards`` keep them in files, wandb and TensorBoard; ``headline`` picks what matters most; ``console`` shows
-it.
+"""Metrics of a run: their keys, values, files and display.
+
+``names`` has the keys and ``reference`` their meaning. ``values`` turns sums and counts into values, ``acceptance``
+turns vLLM's counters into metrics. ``writers`` and ``dashboards`` write files, wandb and TensorBoard. ``headline``
+selects the most important values, and ``console`` prints them.
 """

@@ -1,4 +1,4 @@
-"""Acceptance of the draft, from vLLM's counters."""
+"""Acceptance of drafted tokens, from vLLM's counters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from skyrl_spec.types import SpecCounters
 
 
 def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
-    """The draft metrics of one phase (``prefix``: ``"vllm/train"`` or ``"vllm/eval"``), from summed counters.
+    """Acceptance metrics under ``prefix``, which is ``"vllm/train"`` or ``"vllm/eval"``. Empty if nothing was drafted.
 
-    ``acceptance_rate`` = accepted / drafted tokens; ``mean_acceptance_length`` = 1 + accepted / drafts;
-    ``acceptance_rate_pos_K`` = accepted at draft position K (from 1) / drafts. Empty if nothing was drafted.
+    - ``draft_acceptance_rate`` = accepted tokens / drafted tokens
+    - ``draft_mean_acceptance_length`` = 1 + accepted tokens / drafts
+    - ``draft_acceptance_rate_pos_K`` = tokens accepted at draft position K (from 1) / drafts
     """
     if counters.num_drafts == 0:
         return {}

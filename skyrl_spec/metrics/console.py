@@ -1,4 +1,4 @@
-"""What a user sees of a run: what it is, a line a step, what became of it. Plain text where there is no terminal."""
+"""Output of a run on the console: a start-up panel, one line per step, and a summary. Plain text without a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skyrl_spec.metrics.writers import Writer
 LINE_WIDTH = 100
 LINES_PER_HEADER = 20
 
-# Title, width, key and decimals of a step's line, between the step and the time that is left.
+# Title, width, key and decimals of the columns between the step and the remaining time.
 _COLUMNS = (
     ("reward", 8, names.AVG_RAW_REWARD, 3),
     ("accept", 8, names.acceptance_length("train"), 2),
@@ -35,7 +35,7 @@ _COLUMNS = (
 
 
 class ConsoleWriter(Writer):
-    """For people: a line a step of at most 100 columns, under a heading, and a line an evaluation.
+    """Prints one line per step, of at most 100 columns, under a heading, and one line per evaluation.
 
     On a terminal a progress bar stays below the lines until ``close``.
     """
@@ -49,7 +49,7 @@ class ConsoleWriter(Writer):
         self._progress: Progress | None = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Says what runs, a line a fact."""
+        """Prints the facts of the run, one per line, and starts the progress bar."""
         self.panel(facts)
         if self.console.is_terminal:
             self._progress = _progress(self.console)
@@ -57,7 +57,7 @@ class ConsoleWriter(Writer):
             self._progress.add_task("steps", total=self._num_steps)
 
     def panel(self, facts: Mapping[str, Any]) -> None:
-        """A line a fact."""
+        """Prints facts, one per line, in a panel on a terminal."""
         width = max(map(len, facts), default=0)
         lines = "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
         if self.console.is_terminal:
@@ -66,13 +66,13 @@ class ConsoleWriter(Writer):
             self._print(lines)
 
     def note(self, text: str) -> None:
-        """A line that is no metric."""
+        """Prints a line of text."""
         self._print(text, style="dim")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if names.AVG_RAW_REWARD in values:
             if self._first_step is None:
-                # Loading, and an evaluation before the first step, are no part of a step's time.
+                # The remaining time is estimated without start-up and the evaluation before the first step.
                 self._first_step = step
                 self._started_s = time.monotonic() - values.get(names.STEP_TIME, 0.0)
             if self._num_lines % LINES_PER_HEADER == 0:
@@ -85,7 +85,7 @@ class ConsoleWriter(Writer):
             self._progress.update(self._progress.task_ids[0], completed=step)
 
     def close(self) -> None:
-        """Takes the progress bar away; more than once does no harm."""
+        """Removes the progress bar. Can be called repeatedly."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -98,9 +98,9 @@ class ConsoleWriter(Writer):
         speedup: float | None = None,
         next_commands: Sequence[str] = (),
     ) -> None:
-        """The closing lines: first and last values in ``records`` (metrics.jsonl), the run's place, what to type next.
+        """Prints the summary: first and last values of ``records``, the run's directory, and commands to run next.
 
-        ``speedup``: tokens/s with the draft over tokens/s without it, where it was measured.
+        ``speedup``: rollout tokens/s with the draft / tokens/s without it. None: not measured.
         """
         self.close()
         self._print("")
@@ -111,7 +111,7 @@ class ConsoleWriter(Writer):
             self._print(f"  {'next' if index == 0 else '    '}  {command}")
 
     def _seconds_left(self, step: int) -> float:
-        """From the mean time of the steps so far, evaluations between them included."""
+        """Estimate of the remaining time from the mean time of the steps so far, evaluations included."""
         assert self._first_step is not None
         num_done = step - self._first_step + 1
         return (time.monotonic() - self._started_s) / num_done * (self._num_steps - step)
@@ -121,16 +121,18 @@ class ConsoleWriter(Writer):
 
 
 def header_line() -> str:
+    """Titles of the columns of ``step_line``."""
     return f"{'step':>11}" + "".join(f"{title:>{width}}" for title, width, _, _ in _COLUMNS) + f"{'left':>9}"
 
 
 def step_line(step: int, num_steps: int, values: Mapping[str, float], seconds_left: float) -> str:
-    """A step under ``header_line``; "-" for what it does not have."""
+    """Values of a step in columns. "-" for a missing value."""
     cells = (f"{_number(values.get(key), decimals):>{width}}" for _, width, key, decimals in _COLUMNS)
     return f"{f'{step}/{num_steps}':>11}" + "".join(cells) + f"{_clock(seconds_left):>9}"
 
 
 def eval_line(step: int, values: Mapping[str, float]) -> str:
+    """Values of an evaluation in the columns of ``step_line``."""
     line = f"{'eval':>11}{_number(values[names.EVAL_SCORE], 3):>8}"
     length = values.get(names.acceptance_length("eval"))
     if length is not None:
@@ -139,7 +141,7 @@ def eval_line(step: int, values: Mapping[str, float]) -> str:
 
 
 def summary_lines(records: Sequence[Mapping[str, Any]], speedup: float | None = None) -> list[str]:
-    """First, last and change of what the records have of the values that matter most, then the speed-up if known."""
+    """First value, last value and change of the headline metrics, then canaries and speed-up."""
     lines = [f"{f'{_last_step(records)} steps':<40}{'first':>9}{'last':>9}{'change':>9}"]
     for _, title, key, decimals in HEADLINES:
         if (pair := first_and_last(records, key)) is not None:
@@ -153,12 +155,12 @@ def summary_lines(records: Sequence[Mapping[str, Any]], speedup: float | None = 
 
 
 def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How often trainer and engines were compared, how far they were apart, what it cost; the same of losslessness."""
+    """Number of checks, largest differences and cost of the sync canary and of the losslessness canary."""
     lines = []
     checked = [record for record in records if names.CANARY_POLICY in record]
     if checked:
         parts = [f"checked {len(checked)}x", f"policy differs by {_worst(checked, names.CANARY_POLICY)}"]
-        # A check has no drafted tokens where all responses end at once.
+        # A check has no drafted tokens if all responses end at once.
         if drafted := [record for record in checked if names.CANARY_DRAFT in record]:
             parts.append(f"draft by {_worst(drafted, names.CANARY_DRAFT)}")
         lines.append(f"  sync canary: {', '.join(parts)} (log-probs); {_share(records, 'canary')} of the time")
@@ -174,7 +176,7 @@ def _canary_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _worst(records: Iterable[Mapping[str, Any]], key: str) -> str:
-    # What is not finite is null.
+    # Values that are not finite are null in metrics.jsonl.
     values = [record[key] for record in records]
     return "NaN" if None in values else f"{max(values):.1e}"
 

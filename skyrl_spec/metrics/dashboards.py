@@ -1,4 +1,4 @@
-"""Where people watch a run from a browser: wandb and TensorBoard. The keys are those of ``metrics.jsonl``."""
+"""Writers for wandb and TensorBoard, with the keys of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _SAMPLE_COLUMNS = ("step", "prompt", "response", "reward", "policy_version", "dr
 
 
 class WandbWriter(Writer):
-    """A wandb run, its files under ``run_dir``. ``WANDB_MODE=offline`` needs no account.
+    """A wandb run with its files in ``run_dir``. ``WANDB_MODE=offline`` needs no account.
 
     Raises:
-        ConfigError: as ``check_wandb``; or the server cannot be reached or refuses the key.
+        ConfigError: wandb has no key, or the server cannot be reached or refuses the key.
     """
 
     def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
         check_wandb()
-        # wandb writes elsewhere, without a word, if the folder does not exist.
+        # If the folder does not exist, wandb silently writes to another place.
         run_dir.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(silent=True, init_timeout=60)
         try:
             self._run = wandb.init(project=project, name=name, dir=run_dir, config=dict(config), settings=settings)
         except wandb.errors.Error as error:
             raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
-        # Every chart over the run's own step; wandb groups charts by what stands before a key's slash.
+        # All charts use the run's own step as their x axis.
         self._run.define_metric(names.STEP)
         self._run.define_metric("*", step_metric=names.STEP)
-        # Rows are added, not sent again.
+        # INCREMENTAL sends new rows only.
         self._samples = wandb.Table(columns=list(_SAMPLE_COLUMNS), log_mode="INCREMENTAL")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -53,7 +53,7 @@ class WandbWriter(Writer):
         self._run.summary.update(dict(headline))
 
     def close(self) -> None:
-        """Ends the run, and wandb's own process."""
+        """Ends the run and wandb's own process."""
         import wandb
 
         self._run.finish()
@@ -61,9 +61,9 @@ class WandbWriter(Writer):
 
 
 class TensorBoardWriter(Writer):
-    """Event files in ``directory``, for ``tensorboard --logdir``; values that are not finite are left out.
+    """Event files in ``directory``, for ``tensorboard --logdir``. Values that are not finite are left out.
 
-    ``resume_step``: TensorBoard then hides what was written of later steps.
+    ``resume_step``: the step that a run resumes from. TensorBoard hides values of later steps written before.
     """
 
     def __init__(self, directory: Path, resume_step: int | None = None) -> None:
@@ -92,7 +92,7 @@ class TensorBoardWriter(Writer):
 
 
 def check_wandb() -> None:
-    """Raises ``ConfigError`` if ``wandb.init`` would ask for a key on the terminal."""
+    """Raises ``ConfigError`` if ``wandb.init`` would have to ask for a key on the terminal."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -104,7 +104,7 @@ def check_wandb() -> None:
     except wandb.errors.Error as error:
         raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
     finally:
-        # ``setup`` starts a process of wandb's own.
+        # ``setup`` starts a process, which must not outlive the check.
         wandb.teardown()
     if credentials is None:
         raise ConfigError(_wandb_line("wandb has no key"))
@@ -112,6 +112,6 @@ def check_wandb() -> None:
 
 def _wandb_line(problem: str) -> str:
     return (
-        f"trainer.logger=[wandb]: {problem}; set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline to log "
-        "without an account, or take wandb out of trainer.logger"
+        f"trainer.logger=[wandb]: {problem}; set WANDB_API_KEY or run `wandb login`, set WANDB_MODE=offline to log "
+        "without an account, or remove wandb from trainer.logger"
     )

@@ -1,4 +1,4 @@
-"""What one wants to know of a run first: where it began, where it ended, what the draft gave."""
+"""The most important values of a run: reward, draft acceptance length and speed, at its start and at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from skyrl_spec.metrics import names
 
 
 class Headline(NamedTuple):
-    """A value that is compared between the first and the last step that has it; ``slug`` names it in a summary."""
+    """A metric whose first and last values are compared. ``slug`` is its name in ``summary.json``."""
 
     slug: str
     title: str
@@ -27,15 +27,15 @@ HEADLINES = (
 
 
 def first_and_last(records: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
-    """Of the records of ``metrics.jsonl`` that have the key; None where none has."""
-    found = [value for record in records if (value := record.get(key)) is not None]
-    return (found[0], found[-1]) if found else None
+    """First and last value of ``key`` in the records of ``metrics.jsonl``. None if no record has it."""
+    values = [value for record in records if (value := record.get(key)) is not None]
+    return (values[0], values[-1]) if values else None
 
 
 def headline(records: Sequence[Mapping[str, Any]], speedup: float | None = None) -> dict[str, float]:
-    """``headline/*`` of a run that is over: ``summary.json``, and the summary of its wandb run.
+    """``headline/*`` of a finished run, for ``summary.json`` and the summary in wandb.
 
-    ``speedup``: rollout tokens/s with the draft over tokens/s without, where it was measured.
+    ``speedup``: rollout tokens/s with the draft / tokens/s without it. None: not measured.
     """
     values: dict[str, float] = {"headline/steps": max((record[names.STEP] for record in records), default=0)}
     for entry in HEADLINES:

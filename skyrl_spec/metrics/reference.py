@@ -1,4 +1,4 @@
-"""What every metric means: the source of docs/reference/metrics.md, held against what runs write by a test."""
+"""Meaning of every metric, the source of docs/reference/metrics.md. A test compares it with the keys of runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from skyrl_spec.metrics.headline import HEADLINES
 
 
 class Described(NamedTuple):
-    """``key`` may end in ``N`` (samples a prompt) or ``K`` (a position, from 1); ``{a,b}`` is either."""
+    """Description of a metric. In ``key``, N is samples per prompt, K a draft position from 1, ``{a,b}`` a or b."""
 
     key: str
     unit: str
@@ -17,96 +17,135 @@ class Described(NamedTuple):
 
 
 REFERENCE = (
-    Described("trainer/step", "", "Number of the step, from 1; 0 is the evaluation before the first."),
-    Described("reward/avg_raw_reward", "", "Mean reward of all sampled responses, as the environments gave it."),
-    Described("reward/avg_pass_at_N", "share", "Prompts of whose N responses at least one earned a reward."),
-    Described("reward/num_failed", "responses", "Responses that could not be scored; they count with reward 0."),
+    Described("trainer/step", "", "Number of the training step, from 1. 0: the evaluation before the first step."),
+    Described("reward/avg_raw_reward", "", "Mean reward of all sampled responses, before any penalty."),
+    Described("reward/avg_pass_at_N", "share", "Prompts with a positive reward for at least one of N responses."),
+    Described("reward/num_failed", "responses", "Responses that could not be scored. Their reward is 0."),
     Described("reward/num_sample_batches", "batches", "Dynamic sampling: batches sampled for the step."),
-    Described("reward/num_kept_groups", "groups", "Dynamic sampling: groups in them whose rewards differ."),
-    Described("policy/policy_loss", "", "The clipped objective, averaged as trainer.algorithm.loss_reduction says."),
-    Described("policy/grad_norm", "", "Norm of the policy's gradient before clipping; nothing of the draft is in it."),
-    Described("policy/entropy", "nats", "Entropy of the policy's distribution, mean over trained tokens."),
-    Described("policy/kl", "nats", "KL to the frozen reference, where trainer.algorithm.use_kl_loss is on."),
-    Described("policy/clip_ratio", "share", "Tokens whose ratio was clipped."),
-    Described("policy/lr", "", "Learning rate of the last update."),
-    Described("policy/skipped_updates", "share", "Updates that were skipped because the gradient was not finite."),
+    Described("reward/num_kept_groups", "groups", "Dynamic sampling: sampled groups whose rewards differ."),
+    Described("policy/policy_loss", "", "Clipped policy objective, averaged by trainer.algorithm.loss_reduction."),
+    Described("policy/grad_norm", "", "Norm of the policy's gradient before clipping. The draft has no part in it."),
+    Described("policy/entropy", "nats", "Entropy of the policy's distribution, averaged over trained tokens."),
+    Described("policy/kl", "nats", "KL(policy || initial policy), with trainer.algorithm.use_kl_loss only."),
+    Described("policy/clip_ratio", "share", "Trained tokens whose loss is bounded by a clip."),
+    Described("policy/lr", "", "Learning rate of the policy, averaged over the step's updates."),
+    Described(
+        "policy/skipped_updates", "share", "Policy updates that were skipped because the gradient was not finite."
+    ),
     Described(
         "policy/rollout_train_logprobs_abs_diff_mean",
         "nats",
-        "Mean |difference| of the engine's and the trainer's log-probs of the same sampled tokens. Rounding only: it "
-        "rises when engines hold other weights or sample otherwise than the trainer assumes.",
-    ),
-    Described("policy/rollout_train_logprobs_abs_diff_max", "nats", "The largest of these differences."),
-    Described(
-        "policy/rollout_train_kl", "nats", "KL of the engine's to the trainer's distribution, estimated from them."
+        "Mean |difference| between the engine's and the trainer's log-probs of the sampled tokens. Only rounding "
+        "contributes, unless engines hold other weights or sample differently than the trainer assumes.",
     ),
     Described(
-        "draft/loss", "nats", "Cross-entropy of the draft against the policy; its floor is the policy's entropy."
+        "policy/rollout_train_logprobs_abs_diff_max",
+        "nats",
+        "Largest |difference| between these log-probs in the step.",
+    ),
+    Described(
+        "policy/rollout_train_kl",
+        "nats",
+        "KL(engine || trainer), estimated from the same log-probs.",
+    ),
+    Described(
+        "draft/loss",
+        "nats",
+        "Cross-entropy of the draft against its target. With loss_type=soft_ce it cannot fall below the policy's "
+        "entropy.",
     ),
     Described("draft/grad_norm", "", "Norm of the draft's gradient before clipping."),
-    Described("draft/lr", "", "Learning rate of the draft's last update."),
-    Described("draft/skipped_updates", "share", "Draft updates that were skipped; the policy's are counted apart."),
-    Described("draft/top1_agreement", "share", "Drafted tokens at which the draft's favourite is the policy's too."),
-    Described("draft/top1_agreement_pos_K", "share", "The same at draft position K."),
+    Described("draft/lr", "", "Learning rate of the draft, averaged over the step's updates."),
+    Described("draft/skipped_updates", "share", "Draft updates that were skipped because the gradient was not finite."),
+    Described(
+        "draft/top1_agreement",
+        "share",
+        "Trained positions at which draft and policy have the same most probable token.",
+    ),
+    Described("draft/top1_agreement_pos_K", "share", "draft/top1_agreement at draft position K."),
     Described(
         "draft/predicted_acceptance_length",
         "tokens",
-        "What policy and draft make the trainer expect vLLM to measure as the mean acceptance length.",
+        "Draft acceptance length that the trainer expects vLLM to measure, computed from the distributions of policy "
+        "and draft.",
     ),
-    Described("draft/predicted_acceptance_rate_pos_K", "share", "Drafts expected to be accepted at least up to K."),
+    Described(
+        "draft/predicted_acceptance_rate_pos_K",
+        "share",
+        "Drafts whose first K tokens the trainer expects to be accepted.",
+    ),
     Described(
         "draft/predicted_minus_measured_acceptance_length",
         "tokens",
-        "Far from 0: the engines do not draft what the trainer trains. Beyond trainer.canary.max_acceptance_gap a "
-        "warning says so.",
+        "Predicted minus measured draft acceptance length. Far from 0, the engines do not draft as the trainer's draft "
+        "does; trainer.canary.max_acceptance_gap sets when a warning is printed.",
     ),
-    Described("vllm/{train,eval}/draft_acceptance_rate", "share", "Accepted / drafted tokens."),
+    Described("vllm/{train,eval}/draft_acceptance_rate", "share", "Accepted tokens / drafted tokens."),
     Described(
         "vllm/{train,eval}/draft_mean_acceptance_length",
         "tokens",
-        "1 + accepted / drafts: tokens that one forward pass of the policy yields. From summed counters.",
+        "Draft acceptance length: 1 + accepted tokens / drafts, which is the mean number of tokens per forward pass of "
+        "the policy.",
     ),
-    Described("vllm/{train,eval}/draft_num_draft_tokens", "tokens", "Drafted tokens."),
-    Described("vllm/{train,eval}/draft_num_accepted_tokens", "tokens", "Accepted ones of them."),
-    Described("vllm/{train,eval}/draft_acceptance_rate_pos_K", "share", "Drafts accepted at least up to position K."),
-    Described("vllm/train/generation_throughput_tok_s", "tokens/s", "Generated tokens over the time engines generate."),
-    Described("timing/generate", "s", "Sampling and scoring."),
-    Described("timing/fwd_logprobs", "s", "Log-probs of the rollouts before the update (and of the reference)."),
+    Described("vllm/{train,eval}/draft_num_draft_tokens", "tokens", "Number of drafted tokens."),
+    Described("vllm/{train,eval}/draft_num_accepted_tokens", "tokens", "Number of drafted tokens that were accepted."),
+    Described("vllm/{train,eval}/draft_acceptance_rate_pos_K", "share", "Drafts whose first K tokens were accepted."),
+    Described(
+        "vllm/train/generation_throughput_tok_s", "tokens/s", "Generated tokens / seconds in which engines generated."
+    ),
+    Described("timing/generate", "s", "Sampling and scoring of responses."),
+    Described(
+        "timing/fwd_logprobs", "s", "Log-probs of the rollouts before the update, also under a reference policy."
+    ),
     Described("timing/policy_train", "s", "Forward, backward and update of the policy."),
-    Described("timing/draft_train", "s", "Forward, backward and update of the draft, on captured states."),
-    Described("timing/sync_weights", "s", "Policy, then draft, to all engines."),
-    Described("timing/canary", "s", "Sync canary, in the steps that have one."),
-    Described("timing/lossless", "s", "Losslessness canary, in the steps that have one."),
-    Described("timing/step", "s", "The whole step, evaluation not included."),
+    Described("timing/draft_train", "s", "Forward, backward and update of the draft."),
+    Described("timing/sync_weights", "s", "Transfer of policy and draft to all engines."),
+    Described("timing/canary", "s", "Sync canary, in steps that have one."),
+    Described("timing/lossless", "s", "Losslessness canary, in steps that have one."),
+    Described("timing/step", "s", "Whole step, without evaluation."),
+    Described("sync/policy_version", "", "Number of the last weight sync of the policy. 0: the weights of the start."),
+    Described("sync/draft_version", "", "Number of the last weight sync of the draft. 0: the weights of the start."),
+    Described("sync/bytes", "bytes", "Bytes that a weight sync sends to an engine."),
     Described(
-        "sync/policy_version", "", "Number of the last sync of the policy; what engines held is on each rollout."
-    ),
-    Described("sync/draft_version", "", "The same of the draft."),
-    Described("sync/bytes", "bytes", "What a sync sends to an engine."),
-    Described(
-        "canary/policy_logprobs_abs_diff_mean", "nats", "Engine against trainer on fixed prompts; the worst engine."
+        "canary/policy_logprobs_abs_diff_mean",
+        "nats",
+        "Mean |difference| between the engine's and the trainer's log-probs on fixed prompts, for the worst engine.",
     ),
     Described(
-        "canary/draft_logprobs_abs_diff_mean", "nats", "The same of the draft's log-probs of its drafted tokens."
+        "canary/draft_logprobs_abs_diff_mean",
+        "nats",
+        "Mean |difference| between the engine's and the trainer's draft log-probs of the tokens that the engine "
+        "drafted on fixed prompts, for the worst engine.",
     ),
-    Described("canary/draft_tokens_equal", "share", "Drafted tokens that the trainer's draft would have drafted too."),
+    Described(
+        "canary/draft_tokens_equal",
+        "share",
+        "Tokens drafted on fixed prompts that the trainer's draft would draft, too.",
+    ),
     Described("canary/lossless_greedy_equal", "share", "Greedy responses that are equal with and without the draft."),
     Described(
-        "canary/lossless_p_value", "", "Smallest corrected p-value of the two-sample tests; very small is alarm."
+        "canary/lossless_p_value",
+        "",
+        "Smallest corrected p-value of tests that compare responses with and without the draft. Below "
+        "trainer.canary.lossless_level the canary fails.",
     ),
-    Described("eval/all/avg_score", "", "Mean reward on the held-out prompts, as generator.eval_sampling_params says."),
+    Described("eval/all/avg_score", "", "Mean reward on the held-out prompts."),
     *(
         Described(f"headline/{entry.slug}_{{first,last}}", "", f"`{entry.key}` of the first and last step that has it.")
         for entry in HEADLINES
     ),
     Described("headline/steps", "", "Number of the last step."),
     Described("headline/mean_step_s", "s", "Mean of `timing/step`."),
-    Described("headline/rollout_speedup", "", "Tokens/s with the draft over without, trainer.measure_speedup."),
+    Described(
+        "headline/rollout_speedup",
+        "",
+        "Tokens/s with the draft / tokens/s without, measured at the end of a run (trainer.measure_speedup).",
+    ),
 )
 
 
 def description(key: str) -> Described | None:
-    """The entry that describes ``key`` of ``metrics.jsonl``."""
+    """The entry that describes ``key``. None if there is none."""
     return next((entry for entry in REFERENCE if re.fullmatch(_pattern(entry.key), key)), None)
 
 

@@ -1,4 +1,4 @@
-"""From sums and counts to values: added up wherever they come from, divided once."""
+"""Values of metrics from sums and counts, which are added up first and divided once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from skyrl_spec.types import Metric, Metrics
 
 
 def merge(*parts: Metrics) -> Metrics:
-    """Adds up the sums and the counts of each key over ``parts``, which stay as they are."""
+    """Sums and counts of each key, added up over ``parts``. ``parts`` are not changed."""
     merged: Metrics = {}
     for part in parts:
         for name, metric in part.items():
@@ -15,5 +15,5 @@ def merge(*parts: Metrics) -> Metrics:
 
 
 def values(metrics: Metrics) -> dict[str, float]:
-    """Sum / count of each key; NaN where nothing was counted."""
+    """Sum / count of each key. NaN if the count is 0."""
     return {name: metric.value for name, metric in metrics.items()}

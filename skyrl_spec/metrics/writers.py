@@ -1,4 +1,4 @@
-"""The files of a run: metrics, samples, summary. Dashboards are written by ``dashboards``."""
+"""Writers of a run's files: metrics, samples and summary. ``dashboards`` has those for wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ Sample = dict[str, Any]
 
 
 class Writer:
-    """Takes what a run says of itself; each kind of writer keeps what it is for."""
+    """Base class of writers. A subclass overrides the methods for what it writes."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The values of one step, evaluation included, once a step."""
+        """Writes the metrics of one step, evaluation included. Called once per step."""
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """A few of the step's rollouts."""
+        """Writes a few rollouts of a step."""
 
     def summarize(self, headline: Mapping[str, float]) -> None:
-        """What became of the run (``metrics.headline``), once, at its end."""
+        """Writes the headline values (``metrics.headline``). Called once, at the end of the run."""
 
     def close(self) -> None:
-        """More than once does no harm."""
+        """Closes files and connections. Can be called repeatedly."""
 
 
 class JsonlFile:
-    """A file of one JSON object a line, each on disk once it is written.
+    """A file with one JSON object per line. Each line is flushed when it is written.
 
-    ``resume_step``: the step of the checkpoint that a run goes on from. Lines of later steps, and one cut short, are
-    dropped, since those steps are taken again. None begins an empty file.
+    ``resume_step``: the step of the checkpoint that a run resumes from. Lines of later steps, and an incomplete last
+    line, are removed, because these steps are repeated. None: start with an empty file.
     """
 
     def __init__(self, path: Path, step_key: str, resume_step: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else _lines_until(path, step_key, resume_step)
-        # Replaced at once, so that a crash here costs nothing.
+        # The file is replaced atomically, so that a crash here loses nothing.
         fresh = path.with_name(path.name + ".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, path)
-        # Half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+        # backslashreplace: UTF-8 has no code for half of a surrogate pair, but JSON has an escape.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def append(self, *objects: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class JsonlFile:
 
 
 class JsonlWriter(Writer):
-    """``metrics.jsonl``: one object a step, with ``trainer/step``; what is not finite is null."""
+    """``metrics.jsonl``: one object per step, with ``trainer/step``. Values that are not finite are null."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self._file = JsonlFile(path, names.STEP, resume_step)
@@ -71,7 +71,7 @@ class JsonlWriter(Writer):
 
 
 class SamplesWriter(Writer):
-    """``samples.jsonl``."""
+    """``samples.jsonl``: one object per sampled rollout."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self._file = JsonlFile(path, "step", resume_step)
@@ -84,11 +84,11 @@ class SamplesWriter(Writer):
 
 
 class SummaryWriter(Writer):
-    """``summary.json``: the headline numbers, once the run is over."""
+    """``summary.json``: the headline values, written at the end of the run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # An earlier run's.
+        # It may be left over from an earlier run.
         path.unlink(missing_ok=True)
 
     def summarize(self, headline: Mapping[str, float]) -> None:
@@ -99,14 +99,14 @@ class SummaryWriter(Writer):
 def pick_samples(
     step: int, rollouts: Sequence[Rollout], drafted: Sequence[DraftedResponse] = (), num: int = 4
 ) -> list[Sample]:
-    """``num`` of a step's rollouts, evenly spread over them, and all responses of which is known what was drafted."""
+    """Samples of a step: ``num`` evenly spread rollouts, and all ``drafted`` responses."""
     stride = max(1, len(rollouts) // num)
     scored = [_scored(step, rollout) for rollout in rollouts[::stride][:num]]
     return scored + [_drafted(step, response) for response in drafted]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of ``metrics.jsonl`` or ``samples.jsonl``, in order; a last line cut short is left out."""
+    """Objects of ``metrics.jsonl`` or ``samples.jsonl``, in order. An incomplete last line is left out."""
     with path.open(encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
 

@@ -1,1 +1,5 @@
-"""``skyrl-spec report``: ``read`` takes runs' folders, ``charts`` draws what they have, ``page`` is what is written."""
+"""``skyrl-spec report``: charts of runs on one HTML page.
+
+``command`` runs the steps. ``read`` reads the directories of runs, ``charts`` draws the charts, and ``page`` writes the
+page.
+"""

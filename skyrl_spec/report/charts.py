@@ -1,4 +1,4 @@
-"""The charts of a report. Runs differ by colour, line style and marker, so that none of the three is needed alone."""
+"""Charts of a report. Runs differ in colour, line style and marker, each of which is enough to tell them apart."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from skyrl_spec.metrics import names
 from skyrl_spec.report.read import RunData
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; yellow is too light for lines.
+# Colours by Okabe and Ito, distinct for people with any colour vision. Their yellow is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
-# Any: matplotlib types the keys, all of them.
+# Any, because matplotlib's type lists every possible key.
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
@@ -37,21 +37,21 @@ STYLE: Any = {
     "lines.markersize": 4,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    # Text stays text: it can be searched, and is drawn by the browser.
+    # Text stays text in the SVG, so that it can be searched.
     "svg.fonttype": "none",
     "svg.hashsalt": "skyrl_spec",
     "figure.constrained_layout.use": True,
     "hatch.linewidth": 0.4,
 }
-# Phases of a step, from below.
+# Phases of a step, stacked from the bottom.
 _STACK = (*names.PHASES, "canary", "lossless")
-# Inches; as wide as a phone, so that the text needs no magnifying there.
+# Inches. As wide as a phone, so that the text is legible there.
 SIZE = (4.6, 3.1)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """``name`` is the PNG's; ``caption`` says how to read it; ``text`` what it shows, for who cannot see it."""
+    """A chart. ``name`` is that of the PNG file, ``caption`` explains it, ``text`` describes it for screen readers."""
 
     name: str
     title: str
@@ -61,10 +61,10 @@ class Chart:
 
 
 def draw(runs: Sequence[RunData]) -> list[Chart]:
-    """All charts that the runs have values for, in the order of the page."""
+    """Charts that the runs have values for, in the order of the page."""
     with rc_context(STYLE):
         charts = [chart for build in _OVERLAYS if (chart := build(runs)) is not None]
-        # What has several lines a run is drawn once a run.
+        # Charts with several lines per run are drawn once per run.
         charts += [chart for build in _SINGLES for run in runs if (chart := build(run, len(runs) > 1)) is not None]
     return charts
 
@@ -76,8 +76,8 @@ def _axes(title: str, ylabel: str) -> Axes:
 
 
 def _lines(axes: Axes, runs: Sequence[RunData], key: str, suffix: str = "", **look: Any) -> list[str]:
-    """A line a run; returns what it shows, a sentence a run."""
-    told = []
+    """Draws one line per run. Returns one sentence per run that says what the line shows."""
+    texts = []
     for index, run in enumerate(runs):
         steps, values = run.series(key)
         if not steps:
@@ -86,64 +86,66 @@ def _lines(axes: Axes, runs: Sequence[RunData], key: str, suffix: str = "", **lo
         if style.pop("own_marker", False):
             style["marker"] = MARKERS[index % 7]
         axes.plot(steps, values, label=_label(run, suffix), **style)
-        told.append(f"{run.label}{suffix}: from {values[0]:.4g} (step {steps[0]}) to {values[-1]:.4g} ({steps[-1]}).")
-    return told
+        texts.append(f"{run.label}{suffix}: from {values[0]:.4g} (step {steps[0]}) to {values[-1]:.4g} ({steps[-1]}).")
+    return texts
 
 
 def _label(run: RunData, suffix: str = "") -> str:
-    """Matplotlib takes dollars for formulas, and leaves out what begins with an underscore."""
+    """The label, escaped: matplotlib reads dollars as formulas and omits labels that begin with an underscore."""
     text = f"{run.label}{suffix}".replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _log_if_positive(axes: Axes) -> None:
-    """Zeros have no place on a logarithmic axis; where all are zero it would be empty."""
+    """Sets a logarithmic axis, which cannot show zeros, if any value is positive."""
     if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
         axes.set_yscale("log", nonpositive="clip")
 
 
-def _finished(axes: Axes, name: str, caption: str, told: Sequence[str]) -> Chart | None:
-    """None where nothing was drawn."""
-    if not told:
+def _finished(axes: Axes, name: str, caption: str, texts: Sequence[str]) -> Chart | None:
+    """The finished chart. None if nothing was drawn."""
+    if not texts:
         return None
-    # One line needs no legend: the page says whose it is.
+    # A single line needs no legend, because the page names the run.
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="best")
     figure = axes.figure
     assert isinstance(figure, Figure)
-    return Chart(name, axes.get_title(loc="left"), caption, " ".join(told), figure)
+    return Chart(name, axes.get_title(loc="left"), caption, " ".join(texts), figure)
 
 
 def _reward(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Reward", "mean reward")
-    told = _lines(axes, runs, names.AVG_RAW_REWARD, ", training", linewidth=1.1, alpha=0.75)
-    told += _lines(axes, runs, names.EVAL_SCORE, ", held-out", own_marker=True)
-    return _finished(axes, "reward", "Markers: held-out prompts. Lines without: the training batch.", told)
+    texts = _lines(axes, runs, names.AVG_RAW_REWARD, ", training", linewidth=1.1, alpha=0.75)
+    texts += _lines(axes, runs, names.EVAL_SCORE, ", held-out", own_marker=True)
+    return _finished(
+        axes, "reward", "Lines with markers: held-out prompts. Lines without markers: training prompts.", texts
+    )
 
 
 def _num_positions(run: RunData) -> int:
-    """Drafted tokens, as far as the run has told."""
+    """Number of draft positions that the run has metrics of."""
     return max(len(run.numbered(names.acceptance_rate_pos(mode, 0)[:-1])) for mode in ("train", "eval"))
 
 
 def _acceptance(runs: Sequence[RunData]) -> Chart | None:
-    axes = _axes("Acceptance length", "tokens per target forward")
-    told = _lines(axes, runs, names.acceptance_length("train"), ", training")
-    told += _lines(axes, runs, names.acceptance_length("eval"), ", held-out", own_marker=True, linewidth=0.9)
+    axes = _axes("Draft acceptance length", "tokens per forward pass")
+    texts = _lines(axes, runs, names.acceptance_length("train"), ", training")
+    texts += _lines(axes, runs, names.acceptance_length("eval"), ", held-out", own_marker=True, linewidth=0.9)
     for most in sorted({1 + k for run in runs if (k := _num_positions(run))}):
         axes.axhline(most, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.annotate(f"the most there can be: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="top")
+        axes.annotate(f"maximum: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="top")
     return _finished(
         axes,
         "acceptance_length",
-        "1 + accepted / drafts, from vLLM's counters: how many tokens one pass of the policy yields.",
-        told,
+        "1 + accepted tokens / drafts, measured by vLLM: tokens per forward pass of the policy.",
+        texts,
     )
 
 
 def _predicted(runs: Sequence[RunData]) -> Chart | None:
-    axes, told = _axes("Predicted against measured", "measured in vLLM"), []
-    axes.set_xlabel("acceptance length predicted by the trainer")
+    axes, texts = _axes("Draft acceptance length: predicted and measured", "measured by vLLM"), []
+    axes.set_xlabel("predicted by the trainer")
     limits: list[float] = []
     for index, run in enumerate(runs):
         pairs = [
@@ -157,7 +159,7 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
                 predicted, measured, s=14, color=COLOURS[index % 7], marker=MARKERS[index % 7], label=_label(run)
             )
             gap = sum(p - m for p, m in pairs) / len(pairs)
-            told.append(
+            texts.append(
                 f"{run.label}: predicted is {abs(gap):.2f} {'above' if gap > 0 else 'below'} measured on average."
             )
             limits += [*predicted, *measured]
@@ -167,22 +169,22 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
     return _finished(
         axes,
         "predicted_measured",
-        "A point a step. A cloud far below the line: the engines do not draft what the trainer trains.",
-        told,
+        "One point per step. Points far below the line: the engines do not draft as the trainer's draft does.",
+        texts,
     )
 
 
 def _simple(
     name: str, title: str, ylabel: str, key: str, caption: str, *, from_zero: bool = False
 ) -> Callable[[Sequence[RunData]], Chart | None]:
-    """A chart of one key, a line a run."""
+    """Builder of a chart of one key, with one line per run."""
 
     def build(runs: Sequence[RunData]) -> Chart | None:
         axes = _axes(title, ylabel)
-        told = _lines(axes, runs, key)
+        texts = _lines(axes, runs, key)
         if from_zero:
             axes.set_ylim(bottom=0)
-        return _finished(axes, name, caption, told)
+        return _finished(axes, name, caption, texts)
 
     return build
 
@@ -196,58 +198,63 @@ def _sync_bytes(runs: Sequence[RunData]) -> Chart | None:
         axes.plot(steps, [value / 1e6 for value in values], label=_label(run), color=COLOURS[index % 7],
                   linestyle=LINES[index % 7])  # fmt: skip
     axes.set_ylim(bottom=0)
-    told = [f"{run.label}: {v[-1] / 1e6:.1f} MB a sync." for run in runs if (v := run.series(names.SYNC_BYTES)[1])]
-    return _finished(axes, "sync_bytes", "Policy and draft, as they travel to the engines after every step.", told)
+    texts = [f"{run.label}: {v[-1] / 1e6:.1f} MB per sync." for run in runs if (v := run.series(names.SYNC_BYTES)[1])]
+    return _finished(axes, "sync_bytes", "Size of policy and draft as sent to each engine after every step.", texts)
 
 
 def _canary(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Sync canary", "mean |log-prob difference|")
-    told = _lines(axes, runs, names.CANARY_POLICY, ", policy", own_marker=True)
-    told += _lines(axes, runs, names.CANARY_DRAFT, ", draft", own_marker=True, fillstyle="none", linestyle=":")
+    texts = _lines(axes, runs, names.CANARY_POLICY, ", policy", own_marker=True)
+    texts += _lines(axes, runs, names.CANARY_DRAFT, ", draft", own_marker=True, fillstyle="none", linestyle=":")
     _log_if_positive(axes)
     return _finished(
         axes,
         "canary",
-        "Engines against trainer on fixed prompts. Rising: the engines hold other weights than the trainer.",
-        told,
+        "Difference between engines and trainer on fixed prompts. A rise means that the engines hold other weights.",
+        texts,
     )
 
 
 def _lossless(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Losslessness canary", "smallest p-value")
-    told = _lines(axes, runs, names.LOSSLESS_P_VALUE, own_marker=True)
+    texts = _lines(axes, runs, names.LOSSLESS_P_VALUE, own_marker=True)
     _log_if_positive(axes)
-    return _finished(axes, "lossless", "Generations with the draft against those without: very small is alarm.", told)
+    return _finished(
+        axes,
+        "lossless",
+        "Test that the draft does not change the distribution of responses. Very small values mean that it does.",
+        texts,
+    )
 
 
 def _positions(run: RunData, several: bool) -> Chart | None:
     axes = _axes(f"Acceptance by position{f': {_label(run)}' if several else ''}", "share of drafts")
-    told, ends = [], []
+    texts, ends = [], []
     keys = run.numbered(names.acceptance_rate_pos("train", 0)[:-1])
     for index, key in enumerate(keys):
         steps, values = run.series(key)
-        # Darker is earlier; the number stands at the end of the line.
+        # Earlier positions are darker. The number of the position is at the end of its line.
         shade = str(0.75 * index / max(1, len(keys) - 1))
         axes.plot(steps, values, color=shade, linestyle=LINES[index % 7])
         ends.append((steps[-1], values[-1]))
-        told.append(f"Position {index + 1}: {values[0]:.2f} to {values[-1]:.2f}.")
+        texts.append(f"Position {index + 1}: {values[0]:.2f} to {values[-1]:.2f}.")
     axes.set_ylim(top=1.0 + 0.03 * (1.0 - axes.get_ylim()[0]))
     gap = 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
     below = axes.get_ylim()[1]
     for index, (step, value) in enumerate(ends):
-        # Lines may end on top of one another, their numbers may not.
+        # Lines may end at the same place, but their numbers must not overlap.
         below = min(value, below - gap)
         axes.annotate(f" {index + 1}", (step, below), va="center", fontsize=8)
     return _finished(
         axes,
         f"acceptance_by_position{_slug(run, several)}",
-        "Share of drafts that were accepted at least up to the position at the line's end, in training.",
-        told,
+        "Share of drafts in training that were accepted at least up to the position at the end of the line.",
+        texts,
     )
 
 
 def _phases(run: RunData, several: bool) -> Chart | None:
-    axes = _axes(f"Where a step's time goes{f': {_label(run)}' if several else ''}", "seconds")
+    axes = _axes(f"Time of a step by phase{f': {_label(run)}' if several else ''}", "seconds")
     phases = [phase for phase in _STACK if run.series(names.timing(phase))[0]]
     steps = run.series(names.STEP_TIME)[0]
     by_step = {record[names.STEP]: record for record in run.records}
@@ -256,7 +263,7 @@ def _phases(run: RunData, several: bool) -> Chart | None:
         return None
     bottom = [0.0] * len(steps)
     for phase, values in zip(phases, stacks, strict=True):
-        # A phase looks the same in every run.
+        # A phase has the same colour and pattern in every run.
         index = _STACK.index(phase)
         axes.bar(
             steps,
@@ -273,11 +280,13 @@ def _phases(run: RunData, several: bool) -> Chart | None:
     axes.set_ylim(0, max(bottom) * 1.45)
     axes.legend(loc="upper left", ncols=3)
     total = sum(bottom)
-    told = [f"{phase} {sum(values) / total:.0%}." for phase, values in zip(phases, stacks, strict=True)]
+    texts = [f"{phase} {sum(values) / total:.0%}." for phase, values in zip(phases, stacks, strict=True)]
     figure = axes.figure
     assert isinstance(figure, Figure)
     name = f"phases{_slug(run, several)}"
-    return Chart(name, axes.get_title(loc="left"), "Stacked in the order of a step.", " ".join(told), figure)
+    return Chart(
+        name, axes.get_title(loc="left"), "Phases are stacked in the order of a step.", " ".join(texts), figure
+    )
 
 
 def _slug(run: RunData, several: bool) -> str:
@@ -293,7 +302,7 @@ _OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
         "Rollout speed",
         "tokens/s",
         names.THROUGHPUT,
-        "Generated tokens over the time that engines generate.",
+        "Generated tokens / seconds in which engines generated.",
         from_zero=True,
     ),
     _simple(
@@ -301,7 +310,7 @@ _OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
         "Step time",
         "seconds",
         names.STEP_TIME,
-        "From sampling to sync, canaries included; without evaluations.",
+        "From sampling to weight sync, with canaries and without evaluations.",
         from_zero=True,
     ),
     _sync_bytes,
@@ -310,18 +319,24 @@ _OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
         "Weight sync: time",
         "seconds",
         names.timing("sync_weights"),
-        "Engines wait for it.",
+        "Time of a weight sync. Engines wait for it.",
         from_zero=True,
     ),
     _canary,
     _lossless,
-    _simple("entropy", "Policy entropy", "nats", "policy/entropy", "Of the policy's distribution, per token."),
+    _simple(
+        "entropy",
+        "Policy entropy",
+        "nats",
+        "policy/entropy",
+        "Entropy of the policy's distribution, averaged over tokens.",
+    ),
     _simple(
         "draft_loss",
         "Draft loss",
         "nats",
         names.DRAFT_LOSS,
-        "Cross-entropy against the policy's distribution; it cannot fall below the policy's own entropy.",
+        "Cross-entropy against the policy's distribution. It cannot fall below the policy's entropy.",
     ),
 )
 _SINGLES: tuple[Callable[[RunData, bool], Chart | None], ...] = (_positions, _phases)

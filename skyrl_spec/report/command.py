@@ -1,4 +1,4 @@
-"""The course of ``skyrl-spec report``."""
+"""The command ``skyrl-spec report``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from skyrl_spec.report.read import read_runs
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """``index.html`` and the charts as PNG files in ``out`` (None: ``report`` in the first run's); returns the page.
+    """Writes ``index.html`` and the charts as PNG files to ``out``. Returns the path of the page.
+
+    ``out=None``: the folder ``report`` in the first run's directory.
 
     Raises:
-        ConfigError: no such run, or it cannot be written.
+        ConfigError: a run cannot be read, or ``out`` cannot be written to.
     """
     runs = read_runs(run_dirs)
     drawn = charts.draw(runs)
     out = out or run_dirs[0] / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # Of a former report here.
+        # Charts of an earlier report.
         for path in out.glob("*.png"):
             path.unlink()
         for chart in drawn:
@@ -29,5 +31,5 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         target = out / "index.html"
         target.write_text(page.render(runs, drawn), encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror}); choose another place") from None
+        raise ConfigError(f"out={out}: cannot be written to ({error.strerror}); choose another directory") from None
     return target

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, nothing that is loaded from elsewhere."""
+"""The HTML page of a report. It contains no script and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN_CHARACTERS = 1200
 
 
 def render(runs: Sequence[RunData], charts: Sequence[Chart]) -> str:
-    """The page."""
+    """The page as HTML."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     pictures = [{"source": _svg_uri(c.figure), "title": c.title, "text": c.text, "caption": c.caption} for c in charts]
     return environment.get_template("page.html.j2").render(
@@ -32,17 +32,17 @@ def render(runs: Sequence[RunData], charts: Sequence[Chart]) -> str:
         version=version("skyrl-spec"),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         runs=runs,
-        columns=[*(entry.title for entry in HEADLINES), "speed-up", "steps", "s a step", "canary, worst"],
+        columns=[*(entry.title for entry in HEADLINES), "speed-up", "steps", "s per step", "sync canary, worst"],
         rows=[(run.label, _row(run)) for run in runs],
         charts=pictures,
-        told=[item for run in runs for item in _told_samples(run)],
+        drafted=[item for run in runs for item in _drafted_samples(run)],
         plain=[item for run in runs for item in _plain_samples(run, len(runs))],
         differences=_differences(runs),
     )
 
 
 def png(chart: Chart) -> bytes:
-    """A chart for slides and tickets."""
+    """The chart as PNG."""
     with rc_context(STYLE):
         buffer = io.BytesIO()
         chart.figure.savefig(buffer, format="png", dpi=200)
@@ -72,13 +72,13 @@ def _row(run: RunData) -> list[str]:
     ]
 
 
-def _told_samples(run: RunData) -> list[dict[str, Any]]:
-    """Of the first and the last evaluation that has them, so that both can be held against each other."""
-    told = [sample for sample in run.samples if sample.get("pieces")]
-    steps = sorted({sample["step"] for sample in told})
+def _drafted_samples(run: RunData) -> list[dict[str, Any]]:
+    """Samples with known drafted tokens, of the first and the last evaluation that has them, for comparison."""
+    drafted = [sample for sample in run.samples if sample.get("pieces")]
+    steps = sorted({sample["step"] for sample in drafted})
     return [
         sample | {"label": run.label, "num_accepted": sum(accepted for _, accepted in sample["pieces"])}
-        for sample in told
+        for sample in drafted
         if sample["step"] in (steps[0], steps[-1])
     ]
 
@@ -97,7 +97,7 @@ def _cut(text: str) -> str:
 
 
 def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
-    """Settings that are not the same in all runs, where they write aside."""
+    """Settings whose values differ between the runs, without output directories."""
     if len(runs) < 2:
         return []
     settings = {name: None for run in runs for name in run.config}

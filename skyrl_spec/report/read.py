@@ -1,4 +1,4 @@
-"""What a run has written, as far as it has come."""
+"""Files of runs, finished or not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _SAMPLE = {"step", "prompt", "response"}
 
 @dataclass(frozen=True)
 class RunData:
-    """``label`` tells the run from the others of a report; ``config`` is by dotted names; ``summary`` is empty until
-    the run is over."""
+    """Contents of a run's directory.
+
+    ``label`` is unique in a report. ``config`` has dotted names. ``summary`` is empty until the run ends.
+    """
 
     label: str
     directory: Path
@@ -30,9 +32,9 @@ class RunData:
     summary: dict[str, float]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps that have a value under ``key``, and the values."""
-        found = [(record[names.STEP], record[key]) for record in self.records if record.get(key) is not None]
-        return [step for step, _ in found], [value for _, value in found]
+        """Steps that have a value of ``key``, and the values."""
+        points = [(record[names.STEP], record[key]) for record in self.records if record.get(key) is not None]
+        return [step for step, _ in points], [value for _, value in points]
 
     def numbered(self, prefix: str) -> list[str]:
         """The keys ``prefix`` + 1, 2, ... that the run has, in order."""
@@ -44,7 +46,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunData]:
     """The runs in ``directories``.
 
     Raises:
-        ConfigError: one is not there, is named twice, or has no step yet.
+        ConfigError: a run is named twice, is not a run, cannot be read, or has no step yet.
     """
     resolved = [directory.resolve() for directory in directories]
     for directory, path in zip(directories, resolved, strict=True):
@@ -55,7 +57,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunData]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many parts as tell them apart."""
+    """The last part of each path, or as many parts as make the labels unique."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
@@ -78,18 +80,18 @@ def _read(directory: Path, label: str) -> RunData:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"report {directory}: cannot be read ({reason}); copy the run's files again") from None
     if not records:
-        raise ConfigError(f"report {directory}: metrics.jsonl has no step yet; come back after the first")
+        raise ConfigError(f"report {directory}: metrics.jsonl has no step yet; wait for the first")
     return RunData(label, directory, records, samples, dict(_flat(config)), summary)
 
 
 def _check_shapes(records: list[Any], samples: list[Any], summary: Any, config: Any) -> None:
-    """Raises ``ValueError`` for files of these names that are something else's."""
+    """Raises ``ValueError`` for files of these names that another program wrote."""
     if not all(isinstance(record, dict) and isinstance(record.get(names.STEP), int) for record in records):
         raise ValueError(f"metrics.jsonl has lines without {names.STEP}")
     if not all(isinstance(sample, dict) and sample.keys() >= _SAMPLE for sample in samples):
         raise ValueError(f"samples.jsonl has lines without {', '.join(sorted(_SAMPLE))}")
     if not isinstance(summary, dict) or not isinstance(config, dict):
-        raise ValueError("summary.json or config.yaml holds no settings")
+        raise ValueError("summary.json or config.yaml must hold a mapping")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a user can get wrong, typed at the real command: one line, status 2, within seconds, nothing left running."""
+"""Mistakes of users at the real command. Each gets one line and status 2, within seconds, and leaves no process."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def parquet_without_prompt(space: Workspace) -> Path:
     return file
 
 
-# The mistake, as overrides; and what the line must hold: setting and value, what is allowed, the mend.
+# The overrides of a mistake, and texts that its line must contain: setting, value, what is allowed, and the fix.
 Mistake = Callable[[Workspace], list[str]]
 MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "unknown key": (
@@ -239,7 +239,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "wrong type": (
         lambda _: ["trainer.train_batch_size=many"],
-        ("trainer.train_batch_size: Value 'many'", "expected an integer"),
+        ("trainer.train_batch_size: Value 'many'", "give an integer"),
     ),
     "both drafts": (
         lambda _: ["trainer.dflash.enabled=true"],
@@ -259,7 +259,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "unreachable hub": (
         lambda _: [f"{PATH}=someone/some-model"],
-        (f"{PATH}=someone/some-model: neither a local directory nor found", "check the network"),
+        (f"{PATH}=someone/some-model: is not a local directory and was not found", "check the network"),
     ),
     "model directory without config": (
         lambda space: [f"{PATH}={space.root}"],
@@ -287,19 +287,19 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "TP that does not divide the heads": (
         lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=3"],
-        ("tensor_model_parallel_size=3: must divide the model's 4 attention heads", "choose a divisor of 4"),
+        ("tensor_model_parallel_size=3: must divide the model's 4 attention heads", "set a divisor of 4"),
     ),
     "TP that does not divide the key-value heads": (
         lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=4"],
-        ("tensor_model_parallel_size=4: must divide the model's 2 key-value heads", "choose a divisor of 2"),
+        ("tensor_model_parallel_size=4: must divide the model's 2 key-value heads", "set a divisor of 2"),
     ),
     "engine TP that does not divide the heads": (
         lambda _: [f"{ENGINE}.tensor_parallel_size=3"],
-        (f"{ENGINE}.tensor_parallel_size=3: must divide the model's 4 attention heads", "choose a divisor of 4"),
+        (f"{ENGINE}.tensor_parallel_size=3: must divide the model's 4 attention heads", "set a divisor of 4"),
     ),
     "head_dim the CPU engines cannot take": (
         lambda space: [f"{PATH}={space.model(head_dim=16)}"],
-        (f"{PATH}=", "head_dim 16 is no multiple of 32", "use another model"),
+        (f"{PATH}=", "head_dim 16 must be a multiple of 32", "use another model"),
     ),
     "longer than the model's positions": (
         lambda _: ["generator.sampling_params.max_generate_length=240"],
@@ -355,11 +355,11 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "resuming from nowhere": (
         lambda _: ["trainer.resume_mode=from_path"],
-        ("trainer.resume_path=None: goes with trainer.resume_mode=from_path", "set both or neither"),
+        ("trainer.resume_path=None: is used with trainer.resume_mode=from_path only", "set both or neither"),
     ),
     "path without resuming": (
         lambda space: [f"trainer.resume_path={space.root}"],
-        ("goes with trainer.resume_mode=from_path, and that is None",),
+        ("is used with trainer.resume_mode=from_path only", "the mode is None"),
     ),
     "checkpoint that is not there": (
         lambda space: ["trainer.resume_mode=from_path", f"trainer.resume_path={space.root / 'step_3'}"],
@@ -411,7 +411,11 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a model in place of a draft": (
         lambda space: space.dflash(space.root / "model"),
-        ("trainer.dflash.path=", "is a MiMoForCausalLM, not a DFlashDraftModel", "give a DFlash draft"),
+        (
+            "trainer.dflash.path=",
+            "is a MiMoForCausalLM, but must be a DFlashDraftModel",
+            "give the directory of a DFlash draft",
+        ),
     ),
     "draft of another width": (
         lambda space: space.dflash(space.draft(hidden_size=64)),
@@ -454,7 +458,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "shared GPUs on CPU": (
         lambda _: ["trainer.placement.colocate_all=true"],
-        ("trainer.placement.colocate_all=true: shares GPUs", "trainer.placement.device=cpu", "set it false"),
+        ("trainer.placement.colocate_all=true: needs trainer.placement.device=cuda", "set it to false"),
     ),
     "ipc without shared GPUs": (
         lambda _: ["trainer.placement.device=cuda", f"{ENGINE}.weight_sync_backend=ipc"],
@@ -462,7 +466,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "dtype of its own": (
         lambda _: ["trainer.policy.megatron_config.dtype=fp16"],
-        ("trainer.policy.megatron_config.dtype=fp16: must be fp32 or bf16", "choose one"),
+        ("trainer.policy.megatron_config.dtype=fp16: must be fp32 or bf16", "set one of these"),
     ),
     "sampling at temperature 0": (
         lambda _: ["generator.sampling_params.temperature=0"],
@@ -502,11 +506,11 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a list that is none": (
         lambda _: ["data.train_data=rows.jsonl"],
-        ("data.train_data=rows.jsonl: expected a list; write 'data.train_data=[rows.jsonl]'",),
+        ("data.train_data=rows.jsonl: must be a list; write 'data.train_data=[rows.jsonl]'",),
     ),
     "a section for a value": (
         lambda _: ["trainer.mtp=true"],
-        ("trainer.mtp=True: trainer.mtp is a section; set a field of it, as in trainer.mtp.enabled=...",),
+        ("trainer.mtp=True: trainer.mtp is a section; set one of its settings, as in trainer.mtp.enabled=...",),
     ),
     "words that are no override": (
         lambda _: ["trainer.epochs"],
@@ -514,11 +518,11 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a sweep": (
         lambda _: ["trainer.seed=1,2"],
-        ("cannot use override 'trainer.seed=1,2': settings take one value each",),
+        ("cannot use override 'trainer.seed=1,2': a setting takes exactly one value",),
     ),
     "a value that is missing": (
         lambda _: ["trainer.run_dir=???"],
-        ("trainer.run_dir=???: is hydra's word for a value that is missing",),
+        ("trainer.run_dir=???: hydra reads ??? as a missing value",),
     ),
     "an engine argument that is ours": (
         lambda _: [f"{ENGINE}.engine_init_kwargs={{max_model_len: 4096}}"],
@@ -534,11 +538,11 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a logger that there is not": (
         lambda _: ["trainer.logger=[console,mlflow]"],
-        ("trainer.logger=['console', 'mlflow']: mlflow is none of console, wandb",),
+        ("trainer.logger=['console', 'mlflow']: mlflow is not one of console, wandb",),
     ),
     "a folder that cannot be written": (
         lambda _: ["trainer.run_dir=/proc/run"],
-        ("trainer.run_dir=/proc/run: cannot be written", "choose another place"),
+        ("trainer.run_dir=/proc/run: cannot be written to", "choose another directory"),
     ),
     "truncated weights": (
         lambda space: [f"{PATH}={truncated_model(space)}"],
@@ -550,19 +554,19 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "weights of another shape": (
         lambda space: [f"{PATH}={space.model(reshaped='model.embed_tokens.weight')}"],
-        (f"{PATH}=", "model.embed_tokens.weight is [31, 128], by config.json it should be [32, 128]"),
+        (f"{PATH}=", "model.embed_tokens.weight has shape [31, 128], but config.json says [32, 128]"),
     ),
     "head of another shape": (
         lambda space: [f"{PATH}={space.model(reshaped='model.mtp_layers.0.input_proj.weight')}"],
-        (f"{PATH}=", "input_proj.weight is [127, 256], by config.json it should be [128, 256]"),
+        (f"{PATH}=", "input_proj.weight has shape [127, 256], but config.json says [128, 256]"),
     ),
     "draft of another shape": (
         lambda space: space.dflash(space.draft(reshaped="fc.weight")),
-        ("trainer.dflash.path=", "fc.weight is [127, 256], by config.json it should be [128, 256]"),
+        ("trainer.dflash.path=", "fc.weight has shape [127, 256], but config.json says [128, 256]"),
     ),
     "config.json with a size that is none": (
         lambda space: [f"{PATH}={space.model(hidden_size='128')}"],
-        (f"{PATH}=", "hidden_size='128' in config.json is no size", "copy it again"),
+        (f"{PATH}=", "hidden_size='128' in config.json must be an integer of at least 1", "copy it again"),
     ),
     "RoPE that is scaled": (
         lambda space: [f"{PATH}={space.model(rope_scaling={'rope_type': 'yarn', 'factor': 4.0})}"],
@@ -570,15 +574,19 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "model without a tokenizer": (
         lambda space: [f"{PATH}={space.root / 'model'}"],
-        (f"{PATH}=", "has no tokenizer", "copy the tokenizer's files"),
+        (f"{PATH}=", "has no tokenizer", "copy the files of the tokenizer"),
     ),
     "broken tokenizer": (
         broken_tokenizer,
-        (f"{PATH}=", "its tokenizer cannot be loaded", "copy the tokenizer's files"),
+        (f"{PATH}=", "its tokenizer cannot be loaded", "copy its files again"),
     ),
     "tokenizer of a larger model": (
         larger_tokenizer,
-        (f"{PATH}=", "its tokenizer has token 104, the model's vocabulary ends at", "put the model's own tokenizer"),
+        (
+            f"{PATH}=",
+            "its tokenizer has token 104, but the last token of the model is",
+            "use the tokenizer of this model",
+        ),
     ),
     "tokenizer without chat template": (
         lambda space: space.real_model(without="chat_template.jinja"),
@@ -594,15 +602,15 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "rows that are no UTF-8": (
         lambda space: [f"data.train_data=[{space.file('latin.jsonl', LATIN_ROW)}]"],
-        ("data.train_data=", "latin.jsonl: row 1 is not JSON in UTF-8", "mend it"),
+        ("data.train_data=", "latin.jsonl: row 1 is not JSON in UTF-8", "fix the row"),
     ),
     "a prompt that is text": (
         lambda space: [f"data.train_data=[{space.rows(ROW, ROW | {'prompt': '1+1='})}]"],
-        ("data.train_data=", "row 2: prompt must be a list of {role, content} texts, got '1+1='", "rewrite it so"),
+        ("data.train_data=", "row 2: prompt must be a list of {role, content} texts, but is '1+1='", "rewrite it"),
     ),
     "ids that are there twice": (
         lambda space: [f"data.train_data=[{space.rows(*[ROW | {'extra_info': {'index': 7}}] * 2)}]"],
-        ("data.train_data=", "row 2 has the extra_info.index of row 1 (7)", "number the rows anew"),
+        ("data.train_data=", "row 2 has the same extra_info.index as row 1 (7)", "renumber the rows"),
     ),
     "a file that is named twice": (
         lambda space: [f"data.train_data=[{space.root / 'rows.jsonl'},{space.root / 'rows.jsonl'}]"],
@@ -629,7 +637,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "checkpoint of another model": (
         lambda space: [*resume(space.checkpoint()), *space.real()],
-        (f"{PATH}=", "is of another model", "is [32, 128], here it is", "set the one it was trained from"),
+        (f"{PATH}=", "belongs to another model", "has shape [32, 128] there", "set the model that it was trained from"),
     ),
     "checkpoint of a warm-up": (
         lambda space: resume(space.checkpoint(part="draft")),

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import metric_keys
 import pytest
 import torch
 from runs import ASKED, ROOT, SMALL, WARMUP, WHOLE, finish, stopped
@@ -29,9 +30,9 @@ def trained_positions(config: Config) -> int:
 
 def expected_keys(config: Config, k: int, *, step: int = 1) -> set[str]:
     """Of the first step, whose sync is checked, or of one that is not."""
-    canary = names.canary_keys(has_draft=trained_positions(config) > 0) if step == 1 else []
+    canary = metric_keys.canary_keys(has_draft=trained_positions(config) > 0) if step == 1 else []
     return {*canary} | set(
-        names.step_keys(
+        metric_keys.step_keys(
             num_trained_positions=trained_positions(config),
             num_speculative_tokens=k,
             n_samples_per_prompt=config.generator.n_samples_per_prompt,
@@ -44,11 +45,11 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
     run_dir, output, records = whole
     config = load_config(WHOLE)
     assert [record["trainer/step"] for record in records] == [0, 1, 2, 3, 4, 5]
-    assert records[0].keys() == {names.STEP, *names.eval_keys(3)}
+    assert records[0].keys() == {names.STEP, *metric_keys.eval_keys(3)}
     assert records[1].keys() == expected_keys(config, 3)
-    assert records[2].keys() == expected_keys(config, 3, step=2) | set(names.lossless_keys())
+    assert records[2].keys() == expected_keys(config, 3, step=2) | set(metric_keys.lossless_keys())
     assert records[3].keys() == expected_keys(config, 3, step=3)
-    assert records[5].keys() == records[3].keys() | set(names.eval_keys(3))
+    assert records[5].keys() == records[3].keys() | set(metric_keys.eval_keys(3))
     assert all(records[step][names.LOSSLESS_GREEDY] == 1 for step in (2, 4))
     assert records[1][names.CANARY_FAVOURITES] == 1
     for record in records:

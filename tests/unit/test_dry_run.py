@@ -62,7 +62,7 @@ def test_a_plan_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("trainer.logger=[wandb]: wandb has no key", "trainer.placement.device=cuda: no CUDA"),
         strict=True,
     ):
-        assert line.startswith(f"skyrl-spec: warning: not on this machine: {what}")
+        assert line.startswith(f"skyrl-spec: warning: this machine cannot start the run: {what}")
     assert re.search(r"^GPUs +2$", out, flags=re.MULTILINE)
     # Without a dry run it is an error.
     assert main([*words, f"trainer.run_dir={tmp_path / 'run'}"]) == 2
@@ -93,11 +93,11 @@ def test_a_warm_up_and_frozen_and_absent_drafts_take_less() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["compare", "trainer.dflash.path=null"], "trainer.dflash.path=null: a draft from scratch that stays frozen"),
-        (["compare", "trainer.dflash.enabled=false"], "there is no draft to compare"),
+        (["compare", "trainer.dflash.path=null"], "trainer.dflash.path=null: a frozen draft with random weights"),
+        (["compare", "trainer.dflash.enabled=false"], "compare needs a draft"),
         (
             ["compare", "trainer.resume_mode=from_path", "trainer.resume_path=/x"],
-            "trainer.resume_mode=from_path: the three",
+            "trainer.resume_mode=from_path: must be latest or null",
         ),
         (
             ["train", "trainer.resume_mode=from_path", "trainer.resume_path=/x"],

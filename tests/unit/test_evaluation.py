@@ -1,4 +1,4 @@
-"""What ``eval-draft`` reads and concludes; engines are in tests/e2e/test_tools.py."""
+"""Targets, prompts and recommendations of ``eval-draft``. Tests with engines are in tests/e2e/test_tools.py."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_the_fastest_in_the_median_is_recommended() -> None:
     assert recommended(results) == {1: 3, 64: 0}
     assert recommendation_lines(results) == [
         "batch 1     k=3 (1.90x)",
-        "batch 64    no draft: none was faster than generating without",
+        "batch 64    no draft: generating without a draft was fastest",
     ]
     results[0].drafted_tok_s[0] = 195.0
-    assert recommendation_lines(results)[0] == "batch 1     k=3 (1.90x; k=1 is within the spread)"
+    assert recommendation_lines(results)[0] == "batch 1     k=3 (1.90x; k=1 is as fast within the range)"
 
 
 def test_a_row_stands_under_its_header() -> None:
@@ -77,10 +77,10 @@ def test_targets_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, "target='': names nothing"),
+        ({}, "target='': must name a run, checkpoint, bundle or model"),
         ({"target": "no/such/place"}, "target=no/such/place: no such directory"),
-        ({"target": str(ROOT)}, f"target={ROOT}: is neither a run with a checkpoint, nor"),
-        ({"target": str(QWEN3)}, "has no draft of its own; name one with draft=DIR, or take method=ngram"),
+        ({"target": str(ROOT)}, f"target={ROOT}: must be a run with a checkpoint, a checkpoint,"),
+        ({"target": str(QWEN3)}, "has no draft; give draft=DIR, or method=ngram"),
         ({"target": str(QWEN3), "method": "mtp"}, "has no MTP head"),
         ({"target": str(MIMO), "method": "eagle3"}, "method=eagle3: needs a draft"),
     ],
@@ -92,7 +92,9 @@ def test_targets_that_cannot_be(options: dict[str, str], expected: str) -> None:
 
 
 def test_more_tokens_than_a_block_has() -> None:
-    with pytest.raises(ConfigError, match=r"^num_speculative_tokens=9: a block of the draft .* has 7 drafted tokens"):
+    with pytest.raises(
+        ConfigError, match=r"^num_speculative_tokens=9: must be at most 7, the tokens that .* drafts in a block"
+    ):
         opened(target=str(QWEN3), draft=str(DRAFT)).token_counts([1, 9])
 
 
@@ -107,7 +109,7 @@ def test_prompts_are_rows_or_lines(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     assert prompts.load([str(text)], tokenizer, 64)[1].token_ids == tokenizer.encode("1+1=")
     for paths, expected in (
-        ([], r"^prompts=\[\]: name a"),
+        ([], r"^prompts=\[\]: must name at least one"),
         (["nowhere.txt"], r"^prompts=nowhere.txt: cannot be read \(No such file"),
         (["nowhere.csv"], r"^prompts=nowhere.csv: must end in"),
     ):
@@ -124,20 +126,23 @@ def test_prompts_are_rows_or_lines(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["rounds=0"], "rounds=0: must be at least 1"),
-        (["batch_sizes=[0]"], "batch_sizes=[0]: must be numbers of at least 1"),
+        (["batch_sizes=[0]"], "batch_sizes=[0]: must be a list of numbers of at least 1"),
         (["temperature=-1"], "temperature=-1.0: must be at least 0"),
         (["temperature=inf"], "temperature=inf: must be at least 0"),
         (["seed=-1"], "seed=-1: must be at least 0"),
         (["prompts={a:1}"], "prompts"),
         (["target='a b/c d'"], "target=a b/c d: "),
-        ([f"target={QWEN3}", "method=ngram", f"draft={DRAFT}"], f"draft={DRAFT}: method=ngram has no draft"),
+        (
+            [f"target={QWEN3}", "method=ngram", f"draft={DRAFT}"],
+            f"draft={DRAFT}: method=ngram takes no draft directory",
+        ),
         ([f"target={MIMO}", "device=cuda"], "device=cuda: two engines of tensor_parallel_size=1 need 1 GPUs"),
         (
             [f"target={MIMO}", "max_prompt_length=500", "prompts=examples/arithmetic_mtp/data/validation.jsonl"],
-            "max_generate_length=128: with max_prompt_length=500 it passes the model's 512 positions",
+            "max_generate_length=128: its sum with max_prompt_length=500 must be at most 512, the positions",
         ),
         (["device=tpu"], "device=tpu: must be cpu or cuda"),
-        ([f"target={MIMO}"], "prompts=[]: name a .parquet, .jsonl or .txt file"),
+        ([f"target={MIMO}"], "prompts=[]: must name at least one .parquet, .jsonl or .txt file"),
         ([f"target={MIMO}", "prompts=x.jsonl"], "prompts=x.jsonl: no such file"),
         (
             [f"target={MIMO}", "prompts=examples/arithmetic_mtp/data/validation.jsonl", "out=/no/such/x.json"],

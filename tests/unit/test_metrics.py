@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import metric_keys
 import numpy as np
 import pytest
 from rich.console import Console
@@ -44,8 +45,10 @@ def test_means_are_of_sums_not_of_means() -> None:
 
 
 def test_keys_that_apply() -> None:
-    draft = names.step_keys(num_trained_positions=2, num_speculative_tokens=2, n_samples_per_prompt=8, use_kl_loss=True)
-    plain = names.step_keys(
+    draft = metric_keys.step_keys(
+        num_trained_positions=2, num_speculative_tokens=2, n_samples_per_prompt=8, use_kl_loss=True
+    )
+    plain = metric_keys.step_keys(
         num_trained_positions=0, num_speculative_tokens=0, n_samples_per_prompt=8, use_kl_loss=False
     )
     assert len(set(draft)) == len(draft)
@@ -71,8 +74,8 @@ def test_keys_that_apply() -> None:
     }
     assert set(plain) < set(draft)
     assert {"trainer/step", "reward/avg_pass_at_8", "timing/generate", "sync/bytes"} < set(plain)
-    assert names.eval_keys(0) == ["eval/all/avg_score"]
-    assert "vllm/eval/draft_acceptance_rate_pos_2" in names.eval_keys(2)
+    assert metric_keys.eval_keys(0) == ["eval/all/avg_score"]
+    assert "vllm/eval/draft_acceptance_rate_pos_2" in metric_keys.eval_keys(2)
 
 
 def test_metrics_file_is_there_after_each_step(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import metric_keys
 import pytest
 
 from skyrl_spec.cli import main
@@ -21,18 +22,20 @@ STEPS = 4
 
 
 def step_values(step: int, k: int) -> dict[str, Any]:
-    keys = names.step_keys(num_trained_positions=k, num_speculative_tokens=k, n_samples_per_prompt=4, use_kl_loss=False)
+    keys = metric_keys.step_keys(
+        num_trained_positions=k, num_speculative_tokens=k, n_samples_per_prompt=4, use_kl_loss=False
+    )
     values: dict[str, Any] = dict.fromkeys(keys, 0.25 * step) | {names.STEP: step}
     if step == 1:
-        values |= dict.fromkeys(names.canary_keys(has_draft=k > 0), 1e-7)
+        values |= dict.fromkeys(metric_keys.canary_keys(has_draft=k > 0), 1e-7)
     if step % 2 == 0:
-        values |= dict.fromkeys(names.eval_keys(k), 0.5 + 0.1 * step)
+        values |= dict.fromkeys(metric_keys.eval_keys(k), 0.5 + 0.1 * step)
     return values
 
 
 def write_run(directory: Path, *, k: int = 3, settings: str = "trainer: {seed: 1}", **changed: Any) -> Path:
     directory.mkdir(parents=True)
-    records = [dict.fromkeys(names.eval_keys(k), 0.5) | {names.STEP: 0}]
+    records = [dict.fromkeys(metric_keys.eval_keys(k), 0.5) | {names.STEP: 0}]
     records += [step_values(step, k) | changed for step in range(1, STEPS + 1)]
     samples: list[Mapping[str, Any]] = [
         {"step": 1, "uid": "1", "prompt": "1<2?", "response": "<script>alert(1)</script>", "reward": 1.0,
@@ -81,7 +84,7 @@ def test_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert found.accepted[-1] == "b & "
     assert "2 of 3" not in text
-    assert "1 of 3 tokens drafted" in text
+    assert "1 of 3 tokens were drafted" in text
     assert "0.500 → 0.900" in text
 
 
@@ -101,7 +104,7 @@ def test_runs_are_laid_over_one_another(tmp_path: Path) -> None:
     assert "none" not in charts["acceptance_length"].text
     assert "acceptance_by_position_a_run" in charts
     text = write_report(runs, tmp_path / "out").read_text()
-    assert "What differs between the runs" in text
+    assert "Settings that differ between the runs" in text
     rows = re.findall(r"<tr><td>(trainer\.[a-z.]+)</td>", text)
     assert rows == ["trainer.seed", "trainer.mtp.enabled"]
 
@@ -114,7 +117,8 @@ def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
     runs = [
-        write_run(tmp_path / name, **dict.fromkeys(names.canary_keys(has_draft=True), 0.0)) for name in ("a$^$b", "_c")
+        write_run(tmp_path / name, **dict.fromkeys(metric_keys.canary_keys(has_draft=True), 0.0))
+        for name in ("a$^$b", "_c")
     ]
     charts = {chart.name: chart for chart in draw(read_runs(runs))}
     legend = charts["reward"].figure.axes[0].get_legend()
@@ -140,7 +144,7 @@ def test_a_run_at_its_first_step(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "metrics.jsonl").write_text(json.dumps({names.STEP: 0, names.EVAL_SCORE: 0.5}) + '\n{"trainer/st')
-    assert "The run has written none yet" in write_report([directory]).read_text()
+    assert "The run has written no samples yet" in write_report([directory]).read_text()
 
 
 def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,15 +156,15 @@ def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     of_another_program = write_run(tmp_path / "program")
     (of_another_program / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
     for words, expected in (
-        ([], "names no run"),
+        ([], "at least one run is needed"),
         ([str(tmp_path / "nowhere")], "has no metrics.jsonl; give the directory of a run"),
         ([str(run), str(run)], "is named twice"),
         ([str(broken)], "cannot be read"),
         ([str(empty)], "has no step yet"),
-        ([str(run), "out=/dev/null/x"], "out=/dev/null/x: cannot be written (Not a directory)"),
-        ([str(run), "too=x"], "report: cannot use 'too=x'"),
+        ([str(run), "out=/dev/null/x"], "out=/dev/null/x: cannot be written to (Not a directory)"),
+        ([str(run), "too=x"], "report: unknown option 'too=x'"),
         ([str(run), "out="], "out='': must name a directory"),
-        ([str(write_run(tmp_path / "other", settings="[1]"))], "holds no settings"),
+        ([str(write_run(tmp_path / "other", settings="[1]"))], "must hold a mapping"),
         ([str(of_another_program)], "metrics.jsonl has lines without trainer/step"),
     ):
         assert main(["report", *words]) == 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import metric_keys
 import pytest
 
 from skyrl_spec.cli import SCHEMAS
@@ -45,10 +46,12 @@ def test_defaults_are_those_of_the_schema() -> None:
 
 def test_every_metric_is_described_and_no_other() -> None:
     keys = {
-        *names.step_keys(num_trained_positions=3, num_speculative_tokens=3, n_samples_per_prompt=8, use_kl_loss=True),
-        *names.canary_keys(has_draft=True),
-        *names.lossless_keys(),
-        *names.eval_keys(3),
+        *metric_keys.step_keys(
+            num_trained_positions=3, num_speculative_tokens=3, n_samples_per_prompt=8, use_kl_loss=True
+        ),
+        *metric_keys.canary_keys(has_draft=True),
+        *metric_keys.lossless_keys(),
+        *metric_keys.eval_keys(3),
         names.NUM_SAMPLE_BATCHES,
         names.NUM_KEPT_GROUPS,
     }
