@@ -31,7 +31,7 @@ def settings() -> str:
         "# Settings\n",
         "Settings of `skyrl-spec train`, `warmup-draft` and `compare`. Give them as `KEY=VALUE` words or in a YAML "
         "file in `configs/experiment/`. Names follow SkyRL if SkyRL has the setting. `null` means that the value "
-        "follows from other settings. `configs/` has ready-made configurations, and `--cfg job` prints all settings of a "
+        "follows from other settings. `configs/` has ready-made configurations. `--cfg job` prints all settings of a "
         "run.\n",
     ]
     for section in sections(Config):

@@ -111,7 +111,7 @@ def test_the_command(
 
     assert says() == (2, "skyrl-spec: error: checkpoint='': must name a directory; write checkpoint=DIR\n")
     status, line = says(f"checkpoint={checkpoint}", "to=here")
-    assert (status, "export: cannot use 'to=here'; " in line) == (2, True)
+    assert (status, "export: unknown option 'to=here'; " in line) == (2, True)
     status, line = says(f"checkpoint={tmp_path}", f"out={out}")
     assert (status, f"checkpoint={tmp_path}: is no checkpoint of skyrl_spec" in line) == (2, True)
     # The model has moved, and the draft.
@@ -130,7 +130,7 @@ def test_the_command(
     shutil.rmtree(out)
     other = write_model(tmp_path / "other" / "model", "mtp")
     status, line = says(*whole[:1], *whole[2:], f"model={other}", f"out={out}")
-    assert (status, f"model={other}: checkpoint={checkpoint} is of another model, whose " in line) == (2, True)
+    assert (status, f"model={other}: checkpoint={checkpoint} belongs to another model: " in line) == (2, True)
     for name in (".metadata", "__0_0.distcp"):
         (checkpoint / name).rename(tmp_path / name)
         (checkpoint / name).write_bytes(bytes((tmp_path / name).stat().st_size))
