@@ -1,5 +1,7 @@
-"""What a run leaves behind and goes on from.
+"""Checkpoints to resume from, and exports that vLLM serves.
 
-``dist`` saves and loads what the ranks train, ``folders`` orders the directories of these checkpoints; ``hf_export``
-writes policy and draft as checkpoints that transformers and vLLM load, ``fresh`` drafts from scratch.
+- ``dist``: save and load; ``pieces`` and ``optimizer_state``: the tensors of a checkpoint
+- ``folders``: directories of checkpoints
+- ``hf_export``: Hugging Face checkpoints of policy and draft
+- ``bundle``: export of a checkpoint; ``serving``: the command that serves it
 """

@@ -1,10 +1,10 @@
-"""A checkpoint of a run as a bundle that vLLM serves.
+"""Export of a checkpoint as a bundle that vLLM serves.
 
     out/model       the policy, with its MTP head, as a Hugging Face checkpoint with its tokenizer
     out/draft       a DFlash draft
-    out/README.md   how it is served, and what the draft's acceptance was
+    out/README.md   how to serve it, and the draft's measured acceptance
 
-Tensors are read from the checkpoint's files one by one: no GPU, no other ranks, no optimizer state.
+Tensors are read from the checkpoint's files one at a time. This needs no GPU, no other ranks and no optimizer state.
 """
 
 from __future__ import annotations
@@ -38,29 +38,33 @@ from skyrl_spec.specs.model import ModelSpec, load_spec, tensor_shapes
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, and what it was trained from.
-
-    ``shapes`` are those of its tensors, by component. ``metrics`` are those of the checkpoint's step.
-    """
+    """A checkpoint to export."""
 
     directory: Path
+    # Settings of the run.
     config: Config
+    # The policy's starting model.
     spec: ModelSpec
+    # Shapes of the checkpoint's tensors, by component and HF name.
     shapes: dict[str, dict[str, list[int]]]
+    # Metrics of the checkpoint's step.
     metrics: dict[str, float]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the exported tensors."""
         return DTYPES[self.config.trainer.policy.megatron_config.dtype]
 
 
 def read_source(directory: Path, *, model: str | None = None, draft: str | None = None) -> Source:
-    """The checkpoint at ``directory``, or the newest one of a run there.
+    """The checkpoint at ``directory``, or the newest checkpoint of the run at ``directory``.
 
-    ``model`` and ``draft`` say where the run's starting model and draft are now; None: where they were.
+    Args:
+        model: present place of the run's starting model. None: where it was.
+        draft: present place of the run's starting draft. None: where it was.
 
     Raises:
-        ConfigError: no complete checkpoint, or its model or draft is not there, or another one.
+        ConfigError: no checkpoint is complete, or its starting model or draft is missing or a different one.
     """
     newest = latest(directory / "checkpoints") or latest(directory)
     directory = newest or directory
@@ -71,7 +75,7 @@ def read_source(directory: Path, *, model: str | None = None, draft: str | None 
     kind = trained_kind(trainer)
     if kind is not None and draft is not None:
         config.trainer = trainer = kind.with_path(trainer, draft)
-    shapes = {name: part["shapes"] for name, part in record["parts"].items()}
+    shapes = {name: component["shapes"] for name, component in record["parts"].items()}
     spec, where = _read_model(config), f"checkpoint={directory}"
     if "policy" in shapes:
         require_shapes(shapes["policy"], tensor_shapes(spec), f"model={trainer.policy.model.path}", where)
@@ -82,7 +86,7 @@ def read_source(directory: Path, *, model: str | None = None, draft: str | None 
 
 
 def export_bundle(source: Source, target: Path) -> Path:
-    """Write the bundle, which appears at ``target`` when it is complete; returns ``target``.
+    """Writes the bundle and returns ``target``, which appears when the bundle is complete.
 
     Raises:
         RunError: it could not be written.
@@ -103,12 +107,12 @@ def export_bundle(source: Source, target: Path) -> Path:
 
 
 def serve_line(source: Source, command: str | None = None) -> str:
-    """The command that serves the bundle, in its folder; without ``command``, with the vLLM that is installed."""
+    """Command that serves the bundle from its folder. ``command`` None: that of the installed vLLM."""
     return serve_command(source.config.trainer, "./model", "./draft", command)
 
 
 def readme(source: Source) -> str:
-    """What a bundle says of itself."""
+    """README of the bundle."""
     trainer, kind = source.config.trainer, trained_kind(source.config.trainer)
     has_directory = kind is not None and kind.has_own_directory
     lines = [
@@ -135,9 +139,9 @@ def readme(source: Source) -> str:
 
 
 def _acceptance_lines(metrics: Mapping[str, float]) -> list[str]:
-    """A table of what vLLM measured in the checkpoint's step; nothing where nothing was drafted."""
+    """Table of the acceptance that vLLM measured in the checkpoint's step. Empty if nothing was drafted."""
     modes = {"train": "training prompts, sampled", "eval": "held-out prompts, as eval_sampling_params says"}
-    measured = {mode: what for mode, what in modes.items() if names.acceptance_length(mode) in metrics}
+    measured = {mode: prompts for mode, prompts in modes.items() if names.acceptance_length(mode) in metrics}
     if not measured:
         return []
     lines = [
@@ -147,26 +151,26 @@ def _acceptance_lines(metrics: Mapping[str, float]) -> list[str]:
         "| on | mean acceptance length | accepted of drafted tokens | by position |",
         "|---|---|---|---|",
     ]
-    for mode, what in measured.items():
+    for mode, prompts in measured.items():
         prefix = names.acceptance_rate_pos(mode, 1).removesuffix("1")
         positions = sorted((int(key.removeprefix(prefix)), key) for key in metrics if key.startswith(prefix))
         by_position = ", ".join(f"{metrics[key]:.2f}" for _, key in positions)
         length, rate = metrics[names.acceptance_length(mode)], metrics[names.acceptance_rate(mode)]
-        lines.append(f"| {what} | {length:.2f} | {rate:.1%} | {by_position} |")
+        lines.append(f"| {prompts} | {length:.2f} | {rate:.1%} | {by_position} |")
     return lines
 
 
 def _read(source: Source, name: str, rules: list[Rule]) -> dict[str, Tensor]:
-    """Nothing where the part was not trained."""
+    """Tensors of component ``name`` by HF name. Empty if it was not trained."""
     if name not in source.shapes:
         return {}
     try:
-        # Parts of one stored tensor, or of a padded one, are views of it.
+        # Tensors cut from one stored tensor are views of it.
         return {key: tensor.clone() for key, tensor in read_parameters(source.directory, name, rules)}
-    # Files of the right size with wrong bytes fail in any way; torch's own exception is no ``Exception``.
+    # Files with wrong bytes raise any exception. torch's own one is no ``Exception``.
     except (Exception, CheckpointException) as error:
         raise ConfigError(
-            f"checkpoint={source.directory}: cannot be read ({reason(error)[:120]}); take another checkpoint"
+            f"checkpoint={source.directory}: cannot be read ({reason(error)[:120]}); use another checkpoint"
         ) from None
 
 
@@ -185,13 +189,13 @@ def _draft_shapes(config: Config, spec: ModelSpec, kind: DraftKind) -> Shapes:
 
 
 def _config(extra: Mapping[str, Any], directory: Path) -> Config:
-    """The run's, resolved, as it was saved."""
+    """Settings of the run, as the checkpoint holds them."""
     try:
         saved = yaml.safe_load(extra["config"])
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))  # type: ignore[return-value]
     except (KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())[:120]
+        text = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"checkpoint={directory}: its configuration cannot be read ({reason}); "
+            f"checkpoint={directory}: its configuration cannot be read ({text}); "
             "use the version of skyrl_spec that wrote it"
         ) from None

@@ -1,22 +1,21 @@
-"""Save and load what the ranks train, in Megatron's distributed checkpoint format. All ranks call both together.
+"""Save and load of the trained components, in Megatron's distributed checkpoint format. Both are collective.
 
-What is where. A checkpoint has Megatron's files (``.metadata``, ``*.distcp``, ``metadata.json``, ``common.pt``),
-``rank_dpI_tpJ.safetensors`` with the RNG states of each rank, and ``checkpoint.json`` with everything that is small
-and equal on all ranks: step counts, schedules, the caller's ``extra``, and names and shapes to check a load against.
+Files. A checkpoint has Megatron's files (``.metadata``, ``*.distcp``, ``metadata.json``, ``common.pt``), one
+``rank_dpI_tpJ.safetensors`` per rank with its RNG states, and ``checkpoint.json``. The latter holds everything that is
+small and equal on all ranks: step counts, schedules, the caller's ``extra``, and names and shapes for checks.
 
-How tensors are cut. Parameters, Adam moments and fp32 masters are cut by the table that also reads and exports weights
-(``megatron.conversion.Rule``): in its canonical layout tensor parallelism cuts one axis of every parameter. Megatron's
-own ``sharded_state_dict`` was looked at and not taken, for three reasons:
+Tensors. Parameters, Adam moments and fp32 masters are cut by the rules that also load and export weights
+(``models.conversion.Rule``). In the canonical layout of a rule, tensor parallelism cuts one axis. Megatron's own
+``sharded_state_dict`` is not used, for three reasons:
 
-- a module list inside a draft of ours has no ``sharded_state_dict``; Megatron then takes its tensor-parallel layers
-  for replicated ones and would keep rank 0's part only, without a word;
-- its reshardable form of the distributed optimizer gathers all moments of a data-parallel group on one rank, and on a
-  load every rank holds them all; here each rank writes and reads just its own range (``_boxes``), into place;
-- its optimizers write different keys, so a run could not change ``use_distributed_optimizer``; here it can.
+- A module list inside a draft has no ``sharded_state_dict``. Megatron then treats its tensor-parallel layers as
+  replicated and silently keeps rank 0's part only.
+- Megatron's reshardable format of the distributed optimizer gathers all moments of a data-parallel group on one rank,
+  and every rank holds them all during a load. Here each rank writes and reads only its own range (``pieces``).
+- Megatron's optimizers write different keys, so a run could not change ``use_distributed_optimizer``. Here it can.
 
-What comes from where on a load. What was trained comes from the checkpoint: parameters, moments, masters, step counts.
-What is set comes from the configuration: learning rates, betas, the shape of the schedule. With the same configuration
-a resumed run is bitwise the uninterrupted one.
+Load. Parameters, moments, masters and step counts come from the checkpoint. Learning rates, betas and the shape of the
+schedule come from the settings. With the same settings, a resumed run is bitwise equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -56,9 +55,10 @@ _TORCH_RNG = "torch"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load gives back to the caller; ``per_rank`` is empty where the checkpoint has nothing for this rank."""
+    """Data that a checkpoint holds for its caller."""
 
     extra: dict[str, Any]
+    # Empty if the checkpoint has no file for this rank.
     per_rank: dict[str, Tensor]
 
 
@@ -68,14 +68,14 @@ def save(
     extra: dict[str, Any],
     per_rank: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write ``components`` to ``directory`` (named ``step_N``), which appears when it is complete.
+    """Writes ``components`` to ``directory`` (named ``step_N``), which appears when it is complete.
 
     Args:
-        extra: Plain data for JSON, equal on all ranks.
-        per_rank: Small tensors of this rank (states of generators). The state of torch's CPU generator is saved anyway.
+        extra: plain data for JSON, equal on all ranks.
+        per_rank: small tensors of this rank, such as states of generators. torch's CPU generator is always saved.
 
     Raises:
-        RunError: it could not be written; on all ranks, and earlier checkpoints are untouched.
+        RunError: it could not be written. Raised on all ranks; earlier checkpoints are untouched.
     """
     parallel = _parallel(components)
     for component in components.values():
@@ -91,21 +91,21 @@ def save(
         if parallel.rank == 0:
             folders.discard(directory)
         raise RunError(
-            f"{directory}: the checkpoint could not be written ({reason(error)}); earlier ones are as they were. "
-            "Free space, or name another place with trainer.run_dir"
+            f"{directory}: the checkpoint could not be written ({reason(error)}); earlier ones are as they were; "
+            "free space, or set trainer.run_dir to another place"
         ) from None
 
 
 def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loaded:
-    """Read ``components``, which may be fewer than ``directory`` holds, into place, and set torch's CPU generator.
+    """Loads ``components`` in place and sets torch's CPU generator. ``directory`` may hold more components.
 
-    The parallel layout may be another than the one of the save. Per-rank states then come from the rank of the same
-    data-parallel index and tensor-parallel index 0, so that they are equal within a tensor-parallel group; a
-    data-parallel index that was not there keeps the state it has.
+    The parallel layout may differ from the layout of the save. Then per-rank states come from the rank with the same
+    data-parallel index and tensor-parallel index 0, so that they are equal within a tensor-parallel group. A
+    data-parallel index that the save did not have keeps its present state.
 
     Raises:
-        ConfigError: no complete checkpoint, a component is missing, or of another model or dtype. Raised on all ranks,
-            before anything is changed. (After a file that cannot be read, components may be half loaded.)
+        ConfigError: the checkpoint is incomplete or unreadable, or a component is missing or of another model or dtype.
+            Raised on all ranks, before any change, except that an unreadable file may leave components half loaded.
     """
     parallel = _parallel(components)
     record = _together(lambda: _check(directory, components))
@@ -127,7 +127,7 @@ def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loa
 
 
 def read_parameters(directory: Path, name: str, rules: list[Rule]) -> Iterator[tuple[str, Tensor]]:
-    """Part ``name`` of a checkpoint by HF name, one parameter at a time, without a model or other ranks."""
+    """HF names and tensors of component ``name``, one parameter at a time, without a model or other ranks."""
     reader = FileSystemReader(directory)
     stored = reader.read_metadata().state_dict_metadata
     for rule in rules:
@@ -148,29 +148,29 @@ def _layout(parallel: Parallel) -> dict[str, int]:
 
 
 def _together(step: Callable[[], T]) -> T:
-    """Run a step of this rank's own; if it failed on one rank, its error is raised on all of them."""
-    error, result = None, None
+    """Runs ``step`` on every rank. An error on one rank is raised on all of them."""
+    local_error, result = None, None
     try:
         result = step()
-    except (OSError, ConfigError) as raised:
-        error = raised
+    except (OSError, ConfigError) as error:
+        local_error = error
     errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for first in errors:
-        if first is not None:
-            raise first
+    dist.all_gather_object(errors, local_error)
+    for error_of_rank in errors:
+        if error_of_rank is not None:
+            raise error_of_rank
     return result  # type: ignore[return-value]
 
 
 def reason(error: BaseException) -> str:
-    """One line of what went wrong, on whichever rank."""
+    """One line about an error. For torch's exception over all ranks, the error of the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-# ---- What is saved beside the tensors -------------------------------------------------------------------------------
+# ---- Small files and checks ------------------------------------------------------------------------------------------
 
 
 def _write_small_files(partial: Path, parallel: Parallel, per_rank: dict[str, Tensor]) -> None:
@@ -179,10 +179,10 @@ def _write_small_files(partial: Path, parallel: Parallel, per_rank: dict[str, Te
     data = safetensors.torch.save(states)
     folders.write_synced(_per_rank_file(partial, parallel, _layout(parallel)), data)
     if parallel.rank == 0:
-        # Megatron's loader wants both; nothing of ours is in them.
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
-        folders.write_synced(partial / COMMON_STATE_FNAME, nothing.getvalue())
+        # Megatron's loader requires both files. They hold no data.
+        empty_state = io.BytesIO()
+        torch.save({}, empty_state)
+        folders.write_synced(partial / COMMON_STATE_FNAME, empty_state.getvalue())
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
 
 
@@ -203,7 +203,7 @@ def _read_per_rank(directory: Path, parallel: Parallel, layout: dict[str, int]) 
 
 
 def _describe(components: Mapping[Component, SavedComponent]) -> dict[str, Any]:
-    """What a load checks, and the counters it sets; independent of the parallel layout."""
+    """Names and shapes that a load checks, and counters that it sets. Independent of the parallel layout."""
     return {
         name: {
             "dtypes": sorted(_dtypes(component)),
@@ -220,7 +220,7 @@ def _dtypes(component: SavedComponent) -> set[str]:
 
 
 def _shapes(component: SavedComponent) -> dict[str, list[int]]:
-    """Of the full tensors, by HF name."""
+    """Shapes of the full tensors, by HF name."""
     parameters = megatron_patches.named_parameters(component.trainable.module)
     return {
         name: list(shape)
@@ -232,25 +232,27 @@ def _shapes(component: SavedComponent) -> dict[str, list[int]]:
 
 
 def _check(directory: Path, components: Mapping[Component, SavedComponent]) -> dict[str, Any]:
-    """The checkpoint's record, if ``components`` can be loaded from it."""
+    """Record of the checkpoint, checked against ``components``."""
     record = folders.read_record(directory)
     _check_index(directory)
-    setting, there = f"trainer.resume_path={directory}", record["parts"]
+    setting, saved_components = f"trainer.resume_path={directory}", record["parts"]
     for name, component in components.items():
-        if name not in there:
+        if name not in saved_components:
             raise ConfigError(
-                f"{setting}: holds no {name} (it has: {', '.join(sorted(there))}); "
+                f"{setting}: holds no {name} (it has: {', '.join(sorted(saved_components))}); "
                 f"resume without the {name}, or from another checkpoint"
             )
-        saved, shapes = there[name], _shapes(component)
+        saved, shapes = saved_components[name], _shapes(component)
         if saved["shapes"] != shapes:
-            other = sorted(
+            differing = sorted(
                 key for key in saved["shapes"].keys() | shapes if saved["shapes"].get(key) != shapes.get(key)
             )
+            key = differing[0]
             raise ConfigError(
-                f"{setting}: its {name} is another model than this run's: {other[0]} is "
-                f"{saved['shapes'].get(other[0], 'not there')}, here {shapes.get(other[0], 'not there')} "
-                f"({len(other)} tensors differ); set the model it was trained from, or resume from another checkpoint"
+                f"{setting}: its {name} is another model than this run's: {key} is "
+                f"{saved['shapes'].get(key, 'not there')}, here {shapes.get(key, 'not there')} "
+                f"({len(differing)} tensors differ); set the model it was trained from, or resume from another "
+                "checkpoint"
             )
         if saved["dtypes"] != sorted(_dtypes(component)):
             raise ConfigError(
@@ -261,10 +263,10 @@ def _check(directory: Path, components: Mapping[Component, SavedComponent]) -> d
 
 
 def _check_index(directory: Path) -> None:
-    """Read the index of tensors on its own: within a load, PyTorch prints a traceback beside its error."""
+    """Reads the index of tensors in advance, because PyTorch prints a traceback if that fails during a load."""
     try:
         FileSystemReader(directory).read_metadata()
-    # A pickle of wrong bytes fails in any way.
+    # A pickle with wrong bytes raises any exception.
     except Exception as error:
         raise ConfigError(
             f"trainer.resume_path={directory}: .metadata cannot be read ({reason(error)}); "

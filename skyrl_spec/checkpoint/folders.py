@@ -1,13 +1,13 @@
-"""Where checkpoints lie: how one becomes visible, which is the newest, which go. Needs neither torch nor Megatron.
+"""Directories of checkpoints: publishing, finding the newest, and removing old ones. Needs no torch and no Megatron.
 
-    root/step_N             a checkpoint, complete: it got its name by one rename, when everything in it was on disk
-    root/step_N.partial     being written, or what a killed save left
-    root/step_N.replaced    the former step_N, from the moment before a new one takes its name until it is removed
-    root/step_N.removing    on its way out
-    root/latest             the name of the one saved last
-    root.earlierN           all of this, of earlier runs in the same folder
+    root/step_N             complete checkpoint; it got its name by one rename, when all its files were on disk
+    root/step_N.partial     checkpoint that is being written, or remains of a save that was killed
+    root/step_N.replaced    former step_N, while a new one takes its name
+    root/step_N.removing    checkpoint that is being removed
+    root/latest             file with the name of the checkpoint that was saved last
+    root.earlierN           checkpoints of an earlier run in the same folder
 
-One process at a time writes below a root; any number may read.
+One process at a time writes below a root. Any number may read.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _PARTIAL, _REPLACED, _REMOVING, _EARLIER = ".partial", ".replaced", ".removing",
 
 
 def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint below ``root``, None if there is none.
+    """Newest complete checkpoint below ``root``, or None.
 
-    That is the one the file ``latest`` names; where this file is missing or names something that is not complete, the
-    complete one that was saved last.
+    It is the one that the file ``latest`` names. If this file is missing or names no complete checkpoint, it is the
+    complete checkpoint that was saved last.
     """
     complete = _complete(root)
     try:
@@ -49,16 +49,17 @@ def latest(root: Path) -> Path | None:
 
 
 def rotate(root: Path, keep: int) -> list[str]:
-    """Remove the complete checkpoints saved first, beyond ``keep`` of them, and what killed saves and removals left.
+    """Removes the oldest complete checkpoints beyond ``keep``, and remains of saves and removals that were killed.
 
-    The one ``latest`` returns always stays; ``keep`` below 1 keeps all. Call it after a save, from one process.
+    The checkpoint that ``latest`` returns always stays. ``keep`` below 1 keeps all. Call it after a save, from one
+    process.
 
     Returns:
-        One line for each thing that could not be removed; the rest is removed all the same.
+        One line for each path that could not be removed. All others are removed.
     """
     complete, newest = _complete(root), latest(root)
     by_age = sorted((path for path in complete.values() if path != newest), key=_saved_at)
-    going = by_age[: max(0, len(complete) - keep)] if keep >= 1 else []
+    outdated = by_age[: max(0, len(complete) - keep)] if keep >= 1 else []
     leftovers = [
         path
         for suffix in (_PARTIAL, _REMOVING, _REPLACED)
@@ -66,7 +67,7 @@ def rotate(root: Path, keep: int) -> list[str]:
         if _is_ours(path, suffix) and path not in complete.values()
     ]
     lines = []
-    for path in [*leftovers, *going]:
+    for path in [*leftovers, *outdated]:
         try:
             _remove(path)
         except OSError as error:
@@ -75,9 +76,9 @@ def rotate(root: Path, keep: int) -> list[str]:
 
 
 def set_aside(root: Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of the way of one that begins; returns their new place, if any.
+    """Moves the checkpoints of an earlier run aside and returns their new place; None if there are none.
 
-    So they are neither rotated away nor taken for the new run's.
+    A new run then neither removes them nor takes them for its own.
     """
     if latest(root) is None:
         return None
@@ -86,7 +87,7 @@ def set_aside(root: Path) -> Path | None:
 
 
 def name_latest(directory: Path) -> None:
-    """Let ``latest`` name this one, in one step."""
+    """Makes the file ``latest`` name ``directory``, atomically."""
     root = directory.parent
     named = root / (LATEST + _PARTIAL)
     write_synced(named, f"{directory.name}\n".encode())
@@ -95,94 +96,94 @@ def name_latest(directory: Path) -> None:
 
 
 def contents(directory: Path) -> set[str]:
-    """Names of what the checkpoint holds: ``policy``, ``draft``.
+    """Components of the checkpoint: ``policy``, ``draft``.
 
     Raises:
-        ConfigError: ``directory`` is no complete checkpoint.
+        ConfigError: ``directory`` is not a complete checkpoint.
     """
     return set(read_record(directory)["parts"])
 
 
 def read_record(directory: Path, setting: str = "trainer.resume_path") -> dict[str, Any]:
-    """What ``publish`` wrote about the checkpoint that ``setting`` names, checked against the files that are there.
+    """Record that ``publish`` wrote, checked against the checkpoint's files. Errors name ``setting``.
 
     Raises:
-        ConfigError: it is not there, is no checkpoint, or not complete.
+        ConfigError: ``directory`` is missing, not a checkpoint, or incomplete.
     """
     setting = f"{setting}={directory}"
     if not directory.is_dir():
         raise ConfigError(f"{setting}: no such directory; name a checkpoint (RUN/checkpoints/step_N)")
     try:
         record = json.loads((directory / RECORD).read_bytes())
-        form, files = record["format"], record["files"]
-        present = {"parts", "layout", "saved_at", "extra"} <= record.keys()
+        record_format, files = record["format"], record["files"]
+        has_all_keys = {"parts", "layout", "saved_at", "extra"} <= record.keys()
     except FileNotFoundError:
         raise ConfigError(
             f"{setting}: is no checkpoint of skyrl_spec (no {RECORD}); name one (RUN/checkpoints/step_N)"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{setting}: {RECORD} cannot be read ({error}); take another checkpoint") from None
-    if form != FORMAT or not present:
+    if record_format != FORMAT or not has_all_keys:
         raise ConfigError(
-            f"{setting}: {RECORD} has format {form!r}, this version reads {FORMAT}; "
+            f"{setting}: {RECORD} has format {record_format!r}, this version reads {FORMAT}; "
             "use the version that wrote it, or another checkpoint"
         )
     for name, size in files.items():
         try:
-            found = (directory / name).stat().st_size
+            actual_size = (directory / name).stat().st_size
         except OSError:
             raise ConfigError(f"{setting}: {name} is missing; take another checkpoint") from None
-        if found != size:
-            raise ConfigError(f"{setting}: {name} has {found} bytes, not {size}; take another checkpoint")
+        if actual_size != size:
+            raise ConfigError(f"{setting}: {name} has {actual_size} bytes, not {size}; take another checkpoint")
     return record
 
 
 def begin(directory: Path) -> None:
-    """Make the empty directory ``partial(directory)`` to write into."""
+    """Makes the empty directory ``partial(directory)``, in which a checkpoint is written."""
     assert _STEP.fullmatch(directory.name), f"{directory.name} is no step_N"
     shutil.rmtree(partial(directory), ignore_errors=True)
     partial(directory).mkdir(parents=True)
 
 
 def partial(directory: Path) -> Path:
-    """The name under which ``directory`` is written."""
+    """Path under which the checkpoint ``directory`` is written."""
     return directory.with_name(directory.name + _PARTIAL)
 
 
 def publish(directory: Path, record: dict[str, Any]) -> None:
-    """Give what lies complete in ``partial(directory)`` its name, in place of a former one, and let ``latest`` name it.
+    """Renames the finished ``partial(directory)`` to ``directory``, which it replaces, and makes ``latest`` name it.
 
-    ``record`` is plain data about the checkpoint, for ``read_record``. Whenever the process dies, the checkpoint
-    is there whole or not at all, and so is the one it replaces.
+    ``record`` is plain data about the checkpoint, for ``read_record``. If the process dies at any time, the new
+    checkpoint exists as a whole or not at all, and so does the one that it replaces.
     """
-    source, former, root = partial(directory), directory.with_name(directory.name + _REPLACED), directory.parent
+    source, replaced, root = partial(directory), directory.with_name(directory.name + _REPLACED), directory.parent
     files = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*") if path.is_file()}
     full = {"format": FORMAT, "saved_at": time.time_ns(), **record, "files": files}
     write_synced(source / RECORD, json.dumps(full).encode())
     for path in [*source.rglob("*"), source]:
         _sync(path)
     if is_complete(directory):
-        if former.exists():
-            _remove(former)
-        directory.rename(former)
+        if replaced.exists():
+            _remove(replaced)
+        directory.rename(replaced)
     elif directory.exists():
         _remove(directory)
     source.rename(directory)
     _sync(root)
     name_latest(directory)
-    # The checkpoint is there: what cannot be removed now, ``rotate`` tries again and says.
+    # The checkpoint is complete. ``rotate`` tries a failed removal again and reports it.
     with suppress(OSError):
-        if former.exists():
-            _remove(former)
+        if replaced.exists():
+            _remove(replaced)
 
 
 def discard(directory: Path) -> None:
-    """Give back the space of a save that failed."""
+    """Removes the remains of a save that failed."""
     shutil.rmtree(partial(directory), ignore_errors=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
+    """Writes a file and waits until it is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -190,17 +191,20 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def _complete(root: Path) -> dict[str, Path]:
-    """Complete checkpoints by name. One that was moved aside still counts while nothing complete has its name."""
-    found: dict[str, Path] = {}
+    """Complete checkpoints by name.
+
+    A replaced checkpoint counts as long as no complete checkpoint has its name.
+    """
+    checkpoints: dict[str, Path] = {}
     for suffix in (_REPLACED, ""):
         for path in root.glob(f"step_*{suffix}"):
             if _is_ours(path, suffix) and is_complete(path):
-                found[path.name.removesuffix(suffix)] = path
-    return found
+                checkpoints[path.name.removesuffix(suffix)] = path
+    return checkpoints
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether ``directory`` is a checkpoint with everything in it."""
+    """Whether ``directory`` is a checkpoint with all its files."""
     try:
         read_record(directory)
     except ConfigError:
@@ -218,12 +222,12 @@ def _saved_at(directory: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Rename first: a removal that is cut short must not leave half a checkpoint under a name that counts."""
+    """Removes a file or directory. A directory is renamed first, so that no step_N is ever half removed."""
     if path.is_file():
         path.unlink()
         return
     if not path.name.endswith((_PARTIAL, _REMOVING)):
-        # A former removal that was cut short may have left this name.
+        # An earlier removal that was killed may have left this name.
         target = path.with_name(path.name.removesuffix(_REPLACED) + _REMOVING)
         shutil.rmtree(target, ignore_errors=True)
         path = path.rename(target)
@@ -231,7 +235,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on disk."""
+    """Waits until a file, or the entries of a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Policy and draft as Hugging Face checkpoint directories, which transformers and vLLM load."""
+"""Export of policy and draft as Hugging Face checkpoint directories, which transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from skyrl_spec.specs.files import read_config
 from skyrl_spec.specs.model import ModelSpec
 from skyrl_spec.types import Component
 
-# Everything that is no weight and no config.json is copied as it is: tokenizer, chat template, generation config.
+# All files but weights and config.json are copied: tokenizer, chat template, generation config.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 class ExportedTrainer(Protocol):
-    """What an export needs of the trainer (``training.trainer.PolicyTrainer``)."""
+    """Part of ``training.trainer.PolicyTrainer`` that an export uses."""
 
     spec: ModelSpec
     parallel: Parallel
@@ -35,7 +35,7 @@ class ExportedTrainer(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def draft_source(self) -> Path | None:
-        """The checkpoint directory that the draft's tensors belong to; None without a draft."""
+        """Checkpoint directory with the draft's tensors. None without a draft."""
         ...
 
     def draft_hf_config(self) -> dict[str, Any] | None: ...
@@ -43,10 +43,10 @@ class ExportedTrainer(Protocol):
 
 
 def save_hf(trainer: ExportedTrainer, run_dir: Path) -> None:
-    """Write ``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own.
+    """Writes ``run_dir/model``, and ``run_dir/draft`` for a draft with its own directory.
 
-    An MTP head is a part of the policy's checkpoint. All ranks take part, rank 0 writes; a directory appears under its
-    name when it is complete.
+    An MTP head is a part of the policy's checkpoint. All ranks must call this; rank 0 writes. A directory appears when
+    it is complete.
     """
     components: list[Component] = ["policy"]
     if trainer.draft_source == trainer.spec.path:
@@ -57,7 +57,7 @@ def save_hf(trainer: ExportedTrainer, run_dir: Path) -> None:
 
 
 def save_draft(trainer: ExportedTrainer, run_dir: Path) -> None:
-    """Writes the draft alone to ``run_dir/draft``, or to ``run_dir/model`` with the policy it is a part of."""
+    """Writes the draft to ``run_dir/draft``, or to ``run_dir/model`` with the starting policy that it is a part of."""
     if trainer.draft_source == trainer.spec.path:
         _save_model(trainer, ["draft"], run_dir / "model")
         return
@@ -69,9 +69,9 @@ def save_draft(trainer: ExportedTrainer, run_dir: Path) -> None:
 
 
 def write_model(weights: dict[str, Tensor], source: Path, dtype: torch.dtype, target: Path) -> None:
-    """``source``'s checkpoint in ``dtype`` with ``weights`` in place of its own, at ``target``.
+    """Writes the checkpoint ``source``, with ``weights`` in place of its own, in ``dtype`` to ``target``.
 
-    What ``weights`` does not have (further MTP layers, a frozen trunk) stays as it was; ``config.json`` says the dtype.
+    Tensors that ``weights`` does not have (further MTP layers, a frozen trunk) stay as they are in ``source``.
     """
     untouched = HfTensors(source)
     weights = weights | {name: untouched[name].to(dtype) for name in untouched.names() if name not in weights}
@@ -88,7 +88,7 @@ def write_model(weights: dict[str, Tensor], source: Path, dtype: torch.dtype, ta
 
 
 def write_draft(weights: dict[str, Tensor], config: dict[str, Any], target: Path) -> None:
-    """A draft's own directory at ``target``; ``config`` is its config.json."""
+    """Writes a draft with its own directory to ``target``. ``config`` is its config.json."""
     with complete(target) as directory:
         save_torch_state_dict(weights, directory)
         _write_config(directory, config)
@@ -96,7 +96,7 @@ def write_draft(weights: dict[str, Tensor], config: dict[str, Any], target: Path
 
 @contextmanager
 def complete(target: Path) -> Iterator[Path]:
-    """A directory to fill, which gets its name when it is full.
+    """Directory to write into. It is renamed to ``target`` at the end of the context, or removed after an error.
 
     Raises:
         RunError: it could not be written.
@@ -110,11 +110,11 @@ def complete(target: Path) -> Iterator[Path]:
         partial.rename(target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors has an error of its own for a full disk.
+        # safetensors raises its own error for a full disk.
         if not isinstance(error, OSError | SafetensorError):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RunError(f"{target}: could not be written ({reason}); free space or choose another place") from None
+        raise RunError(f"{target}: could not be written ({reason}); free space, or choose another place") from None
 
 
 def _save_model(trainer: ExportedTrainer, components: list[Component], target: Path) -> None:
@@ -124,7 +124,7 @@ def _save_model(trainer: ExportedTrainer, components: list[Component], target: P
 
 
 def _gather(trainer: ExportedTrainer, components: list[Component]) -> dict[str, Tensor]:
-    """Full tensors by HF name, on rank 0; empty elsewhere."""
+    """Full tensors by HF name on rank 0; empty on the other ranks."""
     weights: dict[str, Tensor] = {}
     if trainer.parallel.dp_rank == 0:
         for component in components:

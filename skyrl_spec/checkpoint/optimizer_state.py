@@ -1,4 +1,4 @@
-"""Optimizer state of what is trained, whichever of Megatron's optimizers holds it."""
+"""Optimizer state of a trained module, for all of Megatron's optimizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skyrl_spec.models.parallel import Parallel
 
 
 class TrainableState(Protocol):
-    """What a checkpoint saves of a trained module (``training.optimizer.Trainable``)."""
+    """Part of ``training.optimizer.Trainable`` that a checkpoint uses."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -27,12 +27,13 @@ class TrainableState(Protocol):
 
 
 def optimizers(trainable: TrainableState) -> list[MegatronOptimizer]:
+    """Megatron's optimizers of the module, unchained."""
     optimizer = trainable.optimizer
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def initialize_optimizer(trainable: TrainableState) -> None:
-    """Give an optimizer that has not stepped yet the state it would make in its first step: zeros."""
+    """Makes the zero state that an optimizer would make in its first step, if it has not stepped yet."""
     for optimizer in optimizers(trainable):
         inner = optimizer.optimizer
         optimizer.init_state_fn(inner, optimizer.config)
@@ -43,12 +44,12 @@ def initialize_optimizer(trainable: TrainableState) -> None:
 
 
 def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
-    """torch's Adam counts in each parameter's state, Transformer Engine's and Apex's in the parameter group."""
+    """Whether steps are counted per parameter (torch's Adam) or per group (Transformer Engine's, Apex's)."""
     return isinstance(inner, torch.optim.Adam)
 
 
 def optimizer_steps(trainable: TrainableState) -> int:
-    """Updates so far."""
+    """Number of updates so far."""
     counts = set()
     for optimizer in optimizers(trainable):
         inner = optimizer.optimizer
@@ -62,26 +63,27 @@ def optimizer_steps(trainable: TrainableState) -> int:
 
 
 def set_steps(trainable: TrainableState, optimizer_steps: int, schedule_steps: int) -> None:
+    """Sets the counts of updates and of schedule steps, and the learning rate of that step."""
     for optimizer in optimizers(trainable):
         inner = optimizer.optimizer
         for group in inner.param_groups:
             if _counts_per_parameter(inner):
                 for parameter in group["params"]:
-                    # A tensor each: torch counts them up in place.
+                    # One tensor per parameter, because torch increments it in place.
                     inner.state[parameter]["step"] = torch.tensor(float(optimizer_steps))
             else:
                 group["step"] = optimizer_steps
     trainable.scheduler.num_steps = schedule_steps
-    # Sets the learning rate that goes with the count.
+    # Sets the learning rate.
     trainable.scheduler.step(increment=0)
 
 
 def main_parameter(optimizer: MegatronOptimizer, parameter: Tensor) -> Tensor | None:
-    """What the inner optimizer updates in place of ``parameter``; None if that is on another data-parallel rank."""
+    """Tensor that the inner optimizer updates for ``parameter``. None if another data-parallel rank holds it."""
     if isinstance(optimizer, DistributedOptimizer):
         if parameter not in optimizer.model_param_gbuf_map:
             return None
         group, index = optimizer.model_param_group_index_map[parameter]
         return optimizer.optimizer.param_groups[group]["params"][index]
-    # Set on 16-bit parameters alone.
+    # Megatron sets main_param on 16-bit parameters only.
     return parameter.main_param if hasattr(parameter, "main_param") else parameter

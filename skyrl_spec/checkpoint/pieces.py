@@ -1,4 +1,4 @@
-"""This rank's pieces of every trained tensor, as boxes of the full tensors in the canonical layout."""
+"""This rank's pieces of all trained tensors, as boxes of the full tensors in the canonical layout."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from skyrl_spec.types import Component
 
 @dataclass(frozen=True)
 class SavedComponent:
-    """A trained module with its optimizer, and the rules that cut its parameters."""
+    """Trained module with its optimizer, and the conversion rules of its parameters."""
 
     trainable: TrainableState
     rules: list[Rule]
 
 
 def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, ShardedTensor]:
-    """This rank's pieces of everything, as views: a load writes through them into place."""
+    """This rank's pieces of all tensors, by unique names. They are views, so a load writes into the tensors."""
     pieces: dict[str, ShardedTensor] = {}
     for name, component in components.items():
         module = component.trainable.module
         parameters = megatron_patches.named_parameters(module)
-        # Anything else that has a state would be lost without a word.
+        # Any other state would be lost silently.
         stateful = {
             megatron_patches.canonical_name(key)
             for key, value in module.state_dict().items()
@@ -50,14 +50,14 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
 
 
 def tensor_key(name: str, kind: str, rule: Rule) -> str:
-    """Under which a tensor is stored, in the canonical layout: of a part, the parameter or a moment of it."""
+    """Name of a stored tensor: component, kind (``param``, ``exp_avg``, ``exp_avg_sq``, ``master``), parameter."""
     return f"{name}.{kind}.{rule.megatron}"
 
 
 def _tensors(trainable: TrainableState, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
-    """A parameter and its optimizer state: kind, flat range of it, where the range starts, which copy of it this is.
+    """Parameter and optimizer state: kind, flat tensor, its offset in the parameter, and the index of this replica.
 
-    Without the distributed optimizer each data-parallel rank has a copy of the state; with it, each has its own range.
+    Without the distributed optimizer every data-parallel rank has a replica. With it, each rank has its own range.
     """
     dp_rank = trainable.parallel.dp_rank
     yield "param", _flat(parameter), 0, dp_rank
@@ -80,13 +80,13 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank's part of a parameter lies in the full one, in the canonical layout."""
+    """Place of this rank's part in the full parameter, in the canonical layout."""
 
     local_shape: tuple[int, ...]
     full_shape: tuple[int, ...]
     offset: tuple[int, ...]
     tp_replica: int
-    # Rows were added that depend on the tensor-parallel size; they are zero, and so is their optimizer state.
+    # The number of padding rows depends on the tensor-parallel size. They and their optimizer state are zero.
     padded: bool
 
     @staticmethod
@@ -106,7 +106,7 @@ class _Place:
         )
 
     def pieces(self, key: str, flat: Tensor, start: int, replica: int) -> Iterator[ShardedTensor]:
-        """Boxes of the full tensor that together are ``flat``, elements ``start`` and up of this rank's part."""
+        """Boxes of the full tensor that make up ``flat``, which begins at element ``start`` of this rank's part."""
         position = 0
         for corner, sizes in _boxes(start, start + flat.numel(), self.local_shape):
             numel = math.prod(sizes)
@@ -125,9 +125,9 @@ class _Place:
 
 
 def _boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements ``start`` to ``end`` of a row-major array as boxes (corner, sizes), in order, each contiguous.
+    """Contiguous boxes (corner, sizes) that make up elements ``start`` to ``end`` of a row-major array, in order.
 
-    At most ``2 * len(shape) - 1``: a part of a first row, whole rows, a part of a last one, and so on inside these.
+    There are at most ``2 * len(shape) - 1``: part of a first row, whole rows, part of a last row, recursively.
     """
     if start >= end:
         return
@@ -148,6 +148,6 @@ def _boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple
 def _boxes_of_row(
     row: int, start: int, end: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    before = row * math.prod(shape[1:])
-    for corner, sizes in _boxes(start - before, end - before, shape[1:]):
+    row_start = row * math.prod(shape[1:])
+    for corner, sizes in _boxes(start - row_start, end - row_start, shape[1:]):
         yield (row, *corner), (1, *sizes)

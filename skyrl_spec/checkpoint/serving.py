@@ -1,4 +1,4 @@
-"""How vLLM serves what was trained."""
+"""Command with which vLLM serves policy and draft."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.settings.schema import TrainerConfig
 
 COMMAND = "vllm serve"
-# The same server. vLLM's CPU build is a package of another name, for which `vllm serve` looks in vain; by default it
-# takes nearly all memory for its cache, and compiles for minutes.
+# vLLM's CPU build has another package name, and `vllm serve` fails because of it. This command starts the same server.
+# By default the CPU build takes nearly all memory for its cache and compiles for minutes.
 CPU_COMMAND = "python -m vllm.entrypoints.openai.api_server --enforce-eager --kv-cache-memory-bytes 1G --model"
 
 
 def command_here() -> str:
-    """The one that works with the vLLM that is installed."""
+    """Serve command of the installed vLLM."""
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -24,9 +24,11 @@ def command_here() -> str:
 
 
 def serve_command(trainer: TrainerConfig, policy: str, draft: str, command: str | None = None) -> str:
-    """The command that serves the policy in directory ``policy`` with its draft.
+    """Command line that serves the policy in directory ``policy`` with its draft.
 
-    ``draft`` is the directory of a draft that has its own. ``command`` None: the one for the vLLM that is installed.
+    Args:
+        draft: directory of a draft that has its own.
+        command: server to start. None: that of the installed vLLM.
     """
     line = f"{command or command_here()} {policy}"
     kind = trained_kind(trainer)

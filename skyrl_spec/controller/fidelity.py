@@ -1,4 +1,4 @@
-"""What each step tells of whether rollouts are what is trained on, without asking the engines anything more."""
+"""Checks in every step that rollouts come from the trained policy and draft. They need no calls to the engines."""
 
 from __future__ import annotations
 
@@ -9,39 +9,32 @@ import numpy as np
 
 from skyrl_spec.errors import RunError
 from skyrl_spec.metrics import names
-from skyrl_spec.settings.schema import CanaryConfig, Config
+from skyrl_spec.settings.schema import CanaryConfig
 from skyrl_spec.types import Rollout, TrainBatch, Versions
 
-# Mean |difference| of rollout and trainer log-probs that passes without a word, by the coarser dtype of the two.
+# Mean |log-prob difference| of engine and trainer above which a warning is printed, by the coarser dtype of the two.
 LOGPROBS_LIMIT = {"fp32": 1e-3, "bf16": 0.1}
 
 
-def coarser_dtype(config: Config) -> str:
-    """ "bf16" if trainer or engines compute in it."""
-    trainer = config.trainer.policy.megatron_config.dtype
-    engine = config.generator.inference_engine.dtype or trainer
-    return "bf16" if "bf16" in (trainer, engine) else "fp32"
-
-
 def require_current(rollouts: Sequence[Rollout], versions: Versions) -> None:
-    """Rollouts were sampled under the weights that their log-probs are about to be taken under.
+    """Checks that rollouts were sampled with the weights that the trainer holds.
 
     Raises:
-        RunError: some were not.
+        RunError: some were sampled with others.
     """
     stale = {rollout.generation.versions for rollout in rollouts} - {versions}
     if stale:
         raise RunError(
-            f"rollouts were sampled under {', '.join(sorted(map(str, stale)))}, but the trainer is at {versions}: "
+            f"rollouts were sampled with {', '.join(sorted(map(str, stale)))}, but the trainer is at {versions}: "
             "an engine missed a sync"
         )
 
 
 def logprob_agreement(batch: TrainBatch) -> dict[str, float]:
-    """Trainer's log-probs of the rollouts, before an update, against the engines': mean and largest |difference|, KL.
+    """Agreement of trainer and engines on the rollouts, before an update: mean and largest |log-prob difference|, KL.
 
-    KL(engine || trainer) is estimated on what the engine sampled, as ``exp(d) - 1 - d`` (k3, "Approximating KL
-    Divergence", Schulman 2020), which is never negative.
+    KL(engine || trainer) is estimated on the engine's samples as ``exp(d) - 1 - d`` with ``d`` the log-prob of the
+    trainer minus that of the engine (k3 of "Approximating KL Divergence", Schulman 2020). It is never negative.
     """
     assert batch.policy_logprobs is not None
     difference = (batch.policy_logprobs - batch.rollout_logprobs)[batch.loss_mask].astype(np.float64)
@@ -53,7 +46,7 @@ def logprob_agreement(batch: TrainBatch) -> dict[str, float]:
 
 
 def acceptance_gap(values: Mapping[str, float]) -> dict[str, float]:
-    """Predicted less measured acceptance length, over the drafted positions that a step has both of."""
+    """Predicted minus measured acceptance length, over the draft positions with both numbers; empty without any."""
     gaps, position = [], 1
     while (predicted := values.get(names.predicted_acceptance_pos(position))) is not None:
         measured = values.get(names.acceptance_rate_pos("train", position))
@@ -65,13 +58,13 @@ def acceptance_gap(values: Mapping[str, float]) -> dict[str, float]:
 
 
 class Watch:
-    """Says once when a step's numbers are beyond what they should be."""
+    """Prints a warning, once each, when a step's metrics are beyond their limits."""
 
     def __init__(self, config: CanaryConfig, *, dtype: str, temperature: float):
         self._config, self._temperature = config, temperature
         limit = config.max_logprobs_diff
         self._logprobs_limit = LOGPROBS_LIMIT[dtype] if limit is None else limit
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def look(self, step_values: Mapping[str, float]) -> None:
         difference = step_values.get(names.LOGPROBS_DIFF)
@@ -79,27 +72,27 @@ class Watch:
             self._say(
                 names.LOGPROBS_DIFF,
                 f"{names.LOGPROBS_DIFF} is {difference:.2g}, above {self._logprobs_limit:g} "
-                "(trainer.canary.max_logprobs_diff): engines sample from another distribution than is trained; likely "
-                "a truncating sampling setting, a temperature that only one side has, or a weight transfer gone wrong",
+                "(trainer.canary.max_logprobs_diff): the engines do not sample from the trained policy; likely causes "
+                "are a truncating sampling setting, different temperatures, or a faulty weight transfer",
             )
         gap, measured = step_values.get(names.ACCEPTANCE_GAP), step_values.get(names.acceptance_length("train"))
         if gap is None or measured is None:
             return
         if not abs(gap) <= self._config.max_acceptance_gap * measured:
             causes = (
-                "the engines' draft is not the trainer's (see canary/draft_*), or its keys are of old weights"
+                "the engines' draft is not the trainer's (see canary/draft_*), or its cached keys are old"
                 if gap > 0
-                else f"the trainer's draft sees other inputs than the engines' (layers, norms), or another temperature "
-                f"than {self._temperature:g} is sampled with"
+                else "the trainer's draft gets other inputs than the engines' (layers, norms), or they sample at "
+                f"another temperature than {self._temperature:g}"
             )
             self._say(
                 names.ACCEPTANCE_GAP,
                 f"the trainer predicts an acceptance length of {measured + gap:.2f}, the engines measure "
                 f"{measured:.2f} (trainer.canary.max_acceptance_gap={self._config.max_acceptance_gap:g}): "
-                f"likely {causes}",
+                f"likely, {causes}",
             )
 
     def _say(self, topic: str, line: str) -> None:
-        if topic not in self._said:
-            self._said.add(topic)
-            print(f"skyrl-spec: warning: {line} (said once)", file=sys.stderr)
+        if topic not in self._printed:
+            self._printed.add(topic)
+            print(f"skyrl-spec: warning: {line} (printed once)", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""The losslessness canary: with the draft and without it, engines generate the same.
+"""The losslessness canary: do engines generate the same with the draft and without it?
 
-At temperature 0 that is token by token; at the sampling temperature it is in distribution, which two samples can only
-be tested for. The test is of response lengths and of the log-probs at each of the first positions, all of them
-two-sample Kolmogorov-Smirnov tests (conservative where values are discrete), with Bonferroni's correction.
+At temperature 0, tokens are compared one by one. At the sampling temperature, the distributions are compared by
+two-sample Kolmogorov-Smirnov tests of response lengths and of log-probs at each of the first positions, with
+Bonferroni's correction. The tests are conservative for discrete values.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.types import Generation, Prompt, Versions
 
-# Positions whose log-probs are tested one by one.
+# Number of response positions whose log-probs are tested.
 _NUM_POSITIONS = 8
 
 
 class PlainEngine:
-    """A further engine that has no draft."""
+    """An additional engine without a draft."""
 
     def __init__(self, engines: EngineGroup, policy: PolicyGroup):
         self._engines = engines
-        # It is on the driver's machine, and there is no GPU.
+        # Ray's object store always serves it: this engine runs on CPU, on the driver's machine.
         self._sync = WeightSync(policy, engines, backend="ray", components=["policy"])
 
     def updated(self) -> EngineGroup:
-        """The engine, brought to the workers' policy by the protocol that brings it to the others."""
+        """The engine, with the workers' current policy."""
         self._sync.sync()
         return self._engines
 
@@ -42,7 +42,7 @@ class PlainEngine:
 
 
 class LosslessCanary:
-    """Holds the engines with a draft against one without."""
+    """Compares the engines, which have a draft, with one that has none."""
 
     def __init__(
         self,
@@ -53,35 +53,35 @@ class LosslessCanary:
         *,
         exact: bool,
     ):
-        """``exact``: in fp32 greedy tokens must be equal; shorter types round differently in batches unlike in size."""
+        """``exact``: greedy tokens must be equal, as in fp32. In bf16, rounding depends on the size of the batch."""
         self._config, self._sampling, self._prompts, self._exact = config, sampling, list(prompts), exact
         self._plain = plain
 
     def is_due(self, versions: Versions) -> bool:
-        # In a warm-up the policy stays at version 0.
+        # The larger version, because the policy stays at version 0 in a warm-up.
         return max(versions.policy, versions.draft) % self._config.lossless_interval == 0
 
     def check(self, drafting: EngineGroup, seed: int) -> dict[str, float]:
-        """The share of prompts with equal greedy responses, and the smallest corrected p-value.
+        """Metrics: the share of prompts with equal greedy responses, and the smallest corrected p-value.
 
         Raises:
-            RunError: they differ, and ``on_mismatch`` is "error".
+            RunError: responses differ, and ``on_mismatch`` is "error".
         """
         plain = self._plain.updated()
         greedy = replace(self._sampling, temperature=0.0)
         pairs = zip(*(_flat(e.generate(self._prompts, greedy, 1, seed)) for e in (drafting, plain)), strict=True)
         equal = float(np.mean([mine.token_ids == theirs.token_ids for mine, theirs in pairs]))
-        # Unlike seeds: two samples that have nothing to do with each other.
+        # Different seeds, because the test needs independent samples.
         num_samples = self._config.lossless_num_samples
         p_value = two_sample_p_value(
             _flat(drafting.generate(self._prompts, self._sampling, num_samples, 2 * seed)),
             _flat(plain.generate(self._prompts, self._sampling, num_samples, 2 * seed + 1)),
         )
         if self._exact and equal < 1:
-            self._report(f"{1 - equal:.0%} of greedy responses are other tokens with the draft than without")
+            self._report(f"{1 - equal:.0%} of the greedy responses differ with the draft and without")
         if p_value < self._config.lossless_level:
             self._report(
-                f"sampled responses are distributed otherwise with the draft than without: p = {p_value:.1e}, below "
+                f"sampled responses have another distribution with the draft than without: p = {p_value:.1e}, below "
                 f"trainer.canary.lossless_level={self._config.lossless_level:g}"
             )
         return {names.LOSSLESS_GREEDY: equal, names.LOSSLESS_P_VALUE: p_value}
@@ -89,12 +89,12 @@ class LosslessCanary:
     def _report(self, problem: str) -> None:
         line = f"losslessness canary: {problem}"
         if self._config.on_mismatch == "error":
-            raise RunError(f"{line} (trainer.canary.on_mismatch=warn goes on)")
+            raise RunError(f"{line} (trainer.canary.on_mismatch=warn continues)")
         print(f"skyrl-spec: warning: {line}", file=sys.stderr)
 
 
 def two_sample_p_value(first: Sequence[Generation], second: Sequence[Generation]) -> float:
-    """Smallest of the tests' p-values times their number, at most 1."""
+    """Smallest p-value of the tests times their number, at most 1."""
     from scipy.stats import ks_2samp
 
     samples: list[tuple[Sequence[float], Sequence[float]]] = [

@@ -1,6 +1,10 @@
 """Speculative-decoding drafts that are trained with the policy.
 
-``base`` the interface the worker knows · ``align`` which positions are drafted and supervised · ``mtp`` the model's own
-MTP head · ``chain_attention`` how its depths attend · ``dflash`` a block-diffusion draft · ``blocks`` what it learns
-from · ``block_attention`` how its slots attend · ``build`` which one a configuration asks for.
+- ``base``: interface of a draft in training
+- ``kinds``: everything else about each kind of draft: settings, shapes, vLLM options, export
+- ``align``: which drafted tokens are supervised, and how many an engine would accept
+- ``mtp``: the model's own MTP head; ``chain_attention``: its attention over depths
+- ``dflash``: a block-diffusion draft; ``blocks``: its training blocks; ``block_attention``: their attention
+- ``fresh``: drafts from scratch
+- ``speculation``: rules for the engines' speculative decoding
 """

@@ -1,4 +1,4 @@
-"""The one interface of a draft. The worker and the loop know this and nothing of any particular draft.
+"""Interface of a draft in training. The trainer uses it and knows no particular draft.
 
 Shapes: T tokens, B batch, S sequence, D hidden, v this rank's vocabulary shard, K draft depths.
 """
@@ -23,7 +23,10 @@ from skyrl_spec.types import Metric, Metrics
 
 @dataclass(frozen=True)
 class BatchTokens:
-    """The tokens of a micro-batch, ``[B, S]``, on the device."""
+    """Tokens of a micro-batch on the device, ``[B, S]``.
+
+    ``attention_mask`` is that of ``models.policy.document_mask``.
+    """
 
     token_ids: Tensor
     segment_ids: Tensor
@@ -33,44 +36,43 @@ class BatchTokens:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The policy as it is now, detached: its distribution of the same forward pass, and its embedding.
+    """The current policy, detached: its embedding, and its distribution ``softmax(hidden W^T / temperature)``.
 
-    The distribution is ``softmax(hidden W^T / temperature)``.
+    ``hidden_SBD`` comes from the same forward pass as the captured states.
     """
 
     hidden_SBD: Tensor
     output_weight_vD: Tensor
-    # Token ids of any shape -> their rows of the embedding; on all tensor-parallel ranks together.
+    # Token ids of any shape -> rows of the embedding. Collective over tensor-parallel ranks.
     embed: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Which draft tokens of a micro-batch are supervised; a draft adds what it needs to know of them."""
+    """Supervised draft tokens of a micro-batch. A draft extends this class with what its loss needs."""
 
     targets: BatchTokens
-    # What they count together (float64 scalar): this rank's part of the loss's denominator.
+    # Sum of their weights, float64 scalar: this micro-batch's part of the loss's denominator.
     weight: Tensor
 
 
 @dataclass(frozen=True)
 class DraftSums:
-    """Sums of a micro-batch (float64, no gradient), divided once they are added up over all ranks.
-
-    Of K drafted tokens each: how many are supervised, and at how many the draft's favourite is the policy's. Then, of
-    chains of K drafted tokens, how many are expected to be accepted that far (``align.expected_acceptance``). Where all
-    chains are trained they are those that an engine would have begun (``align.followed_acceptance``), else the ones
-    that are supervised to their end.
-    """
+    """Sums of a micro-batch for metrics (float64, no gradient). Division follows the sum over all ranks."""
 
     loss: Tensor
+    # Supervised tokens at which the draft's and the policy's most probable tokens are equal, by depth.
     top1_agreements_K: Tensor
+    # Supervised tokens, by depth.
     num_targets_K: Tensor
+    # Expected number of chains that an engine accepts up to this depth (``align.expected_acceptance``).
     accepted_K: Tensor
+    # Chains in ``accepted_K``: those that an engine would begin (``align.followed_acceptance``) if all chains are
+    # trained, else those that are supervised to their end.
     num_chains: Tensor
 
     def flat(self) -> Tensor:
-        """All of it, ``[3 K + 2]``."""
+        """All sums in one tensor, ``[3 K + 2]``."""
         scalars = torch.stack([self.loss, self.num_chains])
         return torch.cat([scalars, self.top1_agreements_K, self.num_targets_K, self.accepted_K])
 
@@ -81,10 +83,10 @@ def num_sums(num_speculative: int) -> int:
 
 
 def draft_metrics(sums: list[float]) -> Metrics:
-    """The metrics of summed ``DraftSums.flat``."""
+    """Metrics from the sum of all ranks' ``DraftSums.flat``."""
     loss, num_chains, *positions = sums
     num_positions = len(positions) // 3
-    top1, num_targets, accepted = (positions[part * num_positions :][:num_positions] for part in range(3))
+    top1, num_targets, accepted = (positions[index * num_positions :][:num_positions] for index in range(3))
     metrics = {
         names.DRAFT_LOSS: Metric(loss, 1),
         names.DRAFT_TOP1: Metric(sum(top1), sum(num_targets)),
@@ -97,52 +99,52 @@ def draft_metrics(sums: list[float]) -> Metrics:
 
 
 class Draft(ABC):
-    """A draft: a Megatron module that sees detached trunk tensors, and how it is trained and served."""
+    """A draft in training: a Megatron module on detached trunk states, and its loss."""
 
     module: MegatronModule
-    # Names and layout in which vLLM loads the draft.
+    # Conversion to the names and layout in which vLLM loads the draft.
     rules: list[Rule]
-    # The checkpoint directory that holds the draft's tensors: the policy's own, or the draft's.
+    # Checkpoint directory with the draft's tensors: the policy's, or the draft's own.
     source: Path
-    # The trunk tensors that ``loss`` wants.
+    # Trunk states that ``loss`` and ``propose`` need.
     capture_points: tuple[CapturePoint, ...]
-    # Drafted tokens of a chain, K.
+    # K, the number of drafted tokens of a chain.
     num_positions: int
-    # Logits of the loss are computed in float32 from a shorter dtype (``losses.vocab_parallel.ChunkLogits``).
+    # The loss uses float32 logits of 16-bit weights (``losses.vocab_parallel.ChunkLogits``).
     fp32_logits: bool = False
 
     @abstractmethod
     def supervise(self, targets: BatchTokens) -> Supervision:
-        """What is supervised in a micro-batch. Once for each: a plan may be drawn at random."""
+        """Supervision of a micro-batch. Call it once for each: it may draw random numbers."""
 
     @abstractmethod
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervise: Supervision, denominator: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: Supervision, denominator: Tensor
     ) -> tuple[Tensor, DraftSums]:
-        """This micro-batch's part of the loss, already divided by the global ``denominator``, and its sums.
+        """This micro-batch's part of the loss, divided by the global ``denominator``, and its sums.
 
-        Gradient reaches the parameters of ``module`` alone. Without a supervised token the loss is a zero that is
-        still connected to them.
+        Gradient reaches only the parameters of ``module``. Without a supervised token the loss is a zero that is still
+        connected to them.
         """
 
     @abstractmethod
     def propose(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
     ) -> Tensor:
-        """What the draft drafts behind one token of each row, as an engine does: ``[B, K, D]``, ready for the head.
+        """Hidden states of the tokens drafted after ``anchor_B`` in each row, as in an engine: ``[B, K, D]``.
 
-        Entry k is of token ``anchor + 1 + k``; a draft that feeds on its own tokens takes them from the row. Rows have
-        K tokens or more behind their anchor.
+        Entry k, which the output head turns into logits, drafts token ``anchor + 1 + k``. A draft that reads its own
+        drafted tokens takes them from the row, so every row has at least K tokens after its anchor.
         """
 
     def random_state(self) -> dict[str, Tensor]:
-        """What ``plan`` draws from; empty where nothing is drawn."""
+        """State of the generator that ``supervise`` draws from; empty if it draws nothing."""
         return {}
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
-        """As ``random_state`` gave it; nothing where it is of a draft that draws nothing."""
+        """Restores a ``random_state``. A state of a draft that draws nothing has no effect."""
         return None
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any] | None:
-        """``config.json`` of the exported draft, if it has a directory of its own."""
+        """``config.json`` of the exported draft. None: the draft is a part of the policy's checkpoint."""
         return None

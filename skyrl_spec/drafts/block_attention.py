@@ -1,6 +1,6 @@
-"""Attention of DFlash blocks over the sequence before them and themselves: one function, two kernels.
+"""Attention of DFlash blocks over the sequence before their anchor and over their own slots. Two kernels.
 
-On a GPU FlexAttention skips what is masked, nearly everything between blocks; elsewhere SDPA gets the mask written out.
+On a GPU, FlexAttention skips masked parts, which is nearly everything between blocks. On a CPU, SDPA gets a dense mask.
 Shapes: B batch, H heads, G key heads, Q slots, N keys (sequence, then slots), d head size.
 """
 
@@ -22,17 +22,18 @@ BlockAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttention:
-    """The attention of these blocks, its mask made once for all layers."""
+    """Attention of ``blocks``. All layers share its mask."""
     build = flex_block_attention if segment_ids_BS.is_cuda else sdpa_block_attention
     return build(blocks, segment_ids_BS)
 
 
 def sdpa_block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttention:
+    """``block_attention`` by SDPA with a dense mask."""
     mask_B1QN = visible(blocks, segment_ids_BS)
 
     def attend(query_BHQd: Tensor, key_BGNd: Tensor, value_BGNd: Tensor, scale: float) -> Tensor:
         heads_per_group = query_BHQd.shape[1] // key_BGNd.shape[1]
-        # With a mask and shared keys no kernel is left that does without the [Q, N] scores.
+        # No kernel that avoids the [Q, N] scores takes both a mask and shared keys.
         key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key_BGNd, value_BGNd))
         return F.scaled_dot_product_attention(query_BHQd, key, value, attn_mask=mask_B1QN, scale=scale)
 
@@ -40,6 +41,7 @@ def sdpa_block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttenti
 
 
 def flex_block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttention:
+    """``block_attention`` by FlexAttention: compiled on a GPU, eager on a CPU."""
     num_rows, num_slots = len(segment_ids_BS), blocks.anchor_BA.shape[1] * blocks.num_slots
     mask = create_block_mask(
         visible_mod(blocks, segment_ids_BS),
@@ -59,5 +61,5 @@ def flex_block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttenti
 
 @cache
 def _compiled_flex_attention() -> Any:
-    # Rows differ in length from micro-batch to micro-batch.
+    # Micro-batches differ in length.
     return torch.compile(flex_attention, dynamic=True)

@@ -1,7 +1,9 @@
-"""Blocks of a DFlash draft in training: where they begin, what of them is supervised, what their slots may see.
+"""Training blocks of a DFlash draft: their anchors, supervised slots and visible keys.
 
-A block begins at an *anchor*: slot 0 holds the anchor's token, slots 1 … K are masked, and slot i predicts the token at
-its own position, anchor + i. Shapes: B batch, S sequence, A anchors a sequence, K drafted slots, Q = A (K + 1) slots.
+A block begins at an *anchor*. Slot 0 holds the anchor's token, slots 1 to K hold mask tokens, and slot i predicts the
+token at its own position, anchor + i.
+
+Shapes: B batch, S sequence, A anchors per sequence, K drafted slots, Q = A (K + 1) slots.
 """
 
 from __future__ import annotations
@@ -16,19 +18,20 @@ from skyrl_spec.drafts.align import shift_right
 
 @dataclass(frozen=True)
 class Blocks:
-    """Anchors of a micro-batch and which of their drafted slots are supervised."""
+    """Blocks of a micro-batch."""
 
-    # Position in its row; any position where the row has fewer anchors than A.
+    # Position in the row. Arbitrary for blocks without a supervised slot, if a row has fewer than A anchors.
     anchor_BA: Tensor
-    # Slot i + 1 counts.
+    # Bool: whether slot i + 1 is supervised, at index i.
     supervised_BAK: Tensor
 
     @property
     def num_slots(self) -> int:
+        """Slots of a block, K + 1."""
         return self.supervised_BAK.shape[2] + 1
 
     def positions_BQ(self) -> Tensor:
-        """Position of every slot; the last ones may lie behind the row."""
+        """Position of every slot. The last ones may lie beyond the end of the row."""
         slots = torch.arange(self.num_slots, device=self.anchor_BA.device)
         return (self.anchor_BA[:, :, None] + slots).flatten(1)
 
@@ -36,10 +39,10 @@ class Blocks:
 def draw_blocks(
     loss_mask_BS: Tensor, segment_ids_BS: Tensor, num_anchors: int, num_drafted: int, generator: torch.Generator
 ) -> Blocks:
-    """``num_anchors`` blocks a row at random; all there are, and unsupervised ones besides, if there are fewer.
+    """``num_anchors`` random blocks per row. If a row has fewer anchors, it gets all of them and unsupervised blocks.
 
-    Anchors are response tokens whose next token is supervised too: an engine drafts behind a sampled token.
-    ``generator`` lives on the CPU, so that the draw is the same on every device.
+    An anchor is a trained response token whose next token is trained too: an engine drafts after a sampled token.
+    ``generator`` is on the CPU, so that the draw does not depend on the device.
     """
     valid_BS = loss_mask_BS & follows_in_response(loss_mask_BS, segment_ids_BS, 1)
     priority_BS = torch.rand(valid_BS.shape, generator=generator).to(valid_BS.device)
@@ -48,14 +51,14 @@ def draw_blocks(
     supervised_BKS = torch.stack(
         [follows_in_response(loss_mask_BS, segment_ids_BS, slot) for slot in range(1, num_drafted + 1)], dim=1
     )
-    # A label behind the first unsupervised token is none: the engine would not get there.
+    # Slots after the first unsupervised one are unsupervised: an engine would not get there.
     supervised_BKS = supervised_BKS.cummin(dim=1).values & valid_BS[:, None]
     index_BAK = anchor_BA[:, None].expand(-1, num_drafted, -1)
     return Blocks(anchor_BA, supervised_BKS.gather(2, index_BAK).transpose(1, 2))
 
 
 def follows_in_response(loss_mask_BS: Tensor, segment_ids_BS: Tensor, steps: int) -> Tensor:
-    """Bool ``[B, S]``: the token ``steps`` on is trained on, and of the same document."""
+    """Bool ``[B, S]``: whether the token ``steps`` later is trained on and belongs to the same document."""
     if steps >= loss_mask_BS.shape[1]:
         return torch.zeros_like(loss_mask_BS)
     same_BS = (shift_right(segment_ids_BS, -steps) == segment_ids_BS) & (segment_ids_BS > 0)
@@ -63,15 +66,17 @@ def follows_in_response(loss_mask_BS: Tensor, segment_ids_BS: Tensor, steps: int
 
 
 def position_weights(num_drafted: int, gamma: float, device: torch.device) -> Tensor:
-    """``exp(-(i - 1) / gamma)`` of slots i = 1 … K, float32 ``[K]``: early drafts matter to all that follow."""
+    """Loss weights ``exp(-(i - 1) / gamma)`` of slots i = 1 to K, float32 ``[K]``.
+
+    An early drafted token weighs more, because all later ones depend on its acceptance.
+    """
     return torch.exp(-torch.arange(num_drafted, device=device) / gamma)
 
 
 def visible(blocks: Blocks, segment_ids_BS: Tensor) -> Tensor:
-    """Bool ``[B, 1, Q, S + Q]``: which keys a slot sees, those of the sequence first, then those of the slots.
+    """Bool ``[B, 1, Q, S + Q]``: whether a slot sees a key. Keys of the sequence come first, then keys of the slots.
 
-    The sequence strictly before its anchor, of the anchor's document, and all slots of its own block. So no slot is
-    without a key.
+    A slot sees the anchor's document strictly before the anchor, and all slots of its block, so it always sees a key.
     """
     anchor_BQ, block_Q = _of_slots(blocks)
     index_S = torch.arange(segment_ids_BS.shape[1], device=segment_ids_BS.device)
@@ -83,7 +88,7 @@ def visible(blocks: Blocks, segment_ids_BS: Tensor) -> Tensor:
 
 
 def visible_mod(blocks: Blocks, segment_ids_BS: Tensor):  # type: ignore[no-untyped-def]
-    """``visible`` as FlexAttention takes it: a function of indices (batch, head, slot, key)."""
+    """``visible`` as FlexAttention's mask function of (batch, head, slot, key)."""
     anchor_BQ, block_Q = _of_slots(blocks)
     num_context, num_slots = segment_ids_BS.shape[1], len(block_Q)
     anchor_segment_BQ = segment_ids_BS.gather(1, anchor_BQ)
@@ -98,7 +103,7 @@ def visible_mod(blocks: Blocks, segment_ids_BS: Tensor):  # type: ignore[no-unty
 
 
 def _of_slots(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """The anchor of every slot ``[B, Q]`` and its block's number ``[Q]``."""
+    """Anchor ``[B, Q]`` and block number ``[Q]`` of every slot."""
     anchor_BQ = blocks.anchor_BA.repeat_interleave(blocks.num_slots, dim=1)
     numbers_A = torch.arange(blocks.anchor_BA.shape[1], device=anchor_BQ.device)
     return anchor_BQ, numbers_A.repeat_interleave(blocks.num_slots)

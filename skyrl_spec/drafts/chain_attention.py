@@ -1,9 +1,9 @@
-"""Attention of an MTP head that is unrolled on its own output, as vLLM runs it.
+"""Attention of an MTP head that is unrolled on its own output, as in vLLM.
 
-vLLM caches the head's keys of depth 1 for every position. A chain that starts at base t continues in the slots t+1,
-t+2, … of that cache, over the entries it finds there. So the query of depth d sees the depth-1 keys of positions <= t
-and the keys of its own chain (depths 2 … d), and nothing else. Depths share the depth-1 keys: the cost is linear in
-depth, where rolling the sequence would compute (another function) over all keys of all depths.
+vLLM caches the head's depth-1 keys of every position. A chain with base t writes its next keys to the slots t+1, t+2, …
+of that cache, over the depth-1 keys there. The query of depth d therefore sees the depth-1 keys of positions <= t, the
+keys of its own chain (depths 2 to d), and nothing else. All depths share the depth-1 keys, so the cost is linear in
+depth. Rolling the sequence instead computes another function, over all keys of all depths.
 
 Shapes follow Megatron: S sequence, B batch, H query heads, G key heads, d head size.
 """
@@ -18,12 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from skyrl_spec.models.attention import SdpaAttention
 
-# Queries whose scores exist at a time; a longer row is computed in blocks that are recomputed in the backward pass.
+# Queries whose scores exist at a time. Longer rows are computed in blocks, and again in the backward pass.
 QUERY_BLOCK = 1024
 
 
 class ChainAttention(SdpaAttention):
-    """Depth 1 is causal attention and is remembered; every further call is the next depth of the same rows."""
+    """Attention whose first call after ``reset`` is depth 1 (causal) and whose next calls are the next depths.
+
+    It keeps the keys and values of all depths of a micro-batch.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -31,7 +34,7 @@ class ChainAttention(SdpaAttention):
         self._values: list[Tensor] = []
 
     def reset(self) -> None:
-        """Forget the rows; call it before depth 1 and after the last."""
+        """Drops all keys and values. Call it before depth 1 and after the last depth."""
         self._keys, self._values = [], []
 
     def forward(
@@ -48,7 +51,13 @@ class ChainAttention(SdpaAttention):
 def chain_attention(
     query_SBHd: Tensor, keys: list[Tensor], values: list[Tensor], barred_B1SS: Tensor | None, scale: float
 ) -> Tensor:
-    """The attention of the module docstring for the depth ``len(keys)``; returns ``[S, B, H*d]``."""
+    """Attention of depth ``len(keys)`` (at least 2), ``[S, B, H*d]``.
+
+    Args:
+        keys: keys of every depth, ``[S, B, G, d]`` each; those of depth d at index t belong to base t.
+        values: values, likewise.
+        barred_B1SS: True where depth-1 attention is barred; None: causal.
+    """
     seq_len, batch, num_heads, head_dim = query_SBHd.shape
     num_groups = keys[0].shape[2]
     query_BGRSd = query_SBHd.permute(1, 2, 0, 3).reshape(batch, num_groups, -1, seq_len, head_dim) * scale
@@ -84,7 +93,11 @@ def _barred_rows(barred_B1SS: Tensor | None, rows: slice, seq_len: int, device: 
 def _attend(
     query: Tensor, first_key: Tensor, first_value: Tensor, chain_key: Tensor, chain_value: Tensor, barred: Tensor
 ) -> Tensor:
-    """``query`` ``[B, G, R, s, d]``; first ``[B, G, 1, S, d]``; chain ``[B, G, 1, s, E, d]``, its depths 2 … E+1."""
+    """Attention of one block of queries over the depth-1 keys and its chains.
+
+    ``query`` is ``[B, G, R, s, d]``, ``first_*`` ``[B, G, 1, S, d]``, and ``chain_*`` ``[B, G, 1, s, E, d]`` holds the
+    depths 2 to E+1.
+    """
     first_scores = (query @ first_key.transpose(-1, -2)).float().masked_fill(barred, -torch.inf)
     chain_scores = (chain_key @ query[..., None]).squeeze(-1).float()
     probs = torch.softmax(torch.cat([first_scores, chain_scores], dim=-1), dim=-1).to(query.dtype)

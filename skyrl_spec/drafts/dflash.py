@@ -1,10 +1,13 @@
-"""The DFlash block-diffusion draft, from Megatron's tensor-parallel layers, as vLLM serves it.
+"""The DFlash block-diffusion draft, built from Megatron's tensor-parallel layers.
 
-One forward pass drafts a block: ``[x_a, MASK x K]`` at positions a … a+K, every slot seeing all of its block and the
-policy's hidden states before a. Those enter as keys and values only: the outputs of some of the policy's layers,
-concatenated, projected to one width (``fc``) and normed (``hidden_norm``), are the same context for every draft layer,
-whose own key and value weights are applied to it, without ``input_layernorm``. The final ``norm`` is followed by the
-policy's live output head; embeddings are the policy's too. Served by ``model_executor/models/qwen3_dflash.py`` of vLLM.
+One forward pass drafts a block ``[x_a, MASK x K]`` at positions a to a+K. Every slot sees its whole block, and the
+policy's hidden states before a as *context*:
+
+- The outputs of some policy layers are concatenated, projected to one width (``fc``) and normed (``hidden_norm``).
+- All draft layers share this context. Each applies its own key and value weights to it, without ``input_layernorm``.
+- The draft ends in ``norm``. Embedding and output head are those of the current policy.
+
+vLLM serves it with ``model_executor/models/qwen3_dflash.py``.
 
 Source: "DFlash: Block Diffusion for Flash Speculative Decoding", arXiv 2602.06036.
 
@@ -40,7 +43,7 @@ from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import dflash_rules
 from skyrl_spec.models.parallel import Parallel
-from skyrl_spec.settings.schema import DflashConfig
+from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, dflash_hf_config, read_dflash_spec
 from skyrl_spec.specs.model import ModelSpec
 
@@ -49,11 +52,13 @@ _ANCHORS = "anchors"
 
 @dataclass(frozen=True)
 class DflashSupervision(Supervision):
+    """Blocks that are drawn for a micro-batch."""
+
     blocks: Blocks
 
 
 class DflashDraft(Draft):
-    """Trains a DFlash draft on blocks drawn at random from the responses."""
+    """DFlash draft, trained on random blocks of the responses."""
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class DflashDraft(Draft):
         self.config, self.parallel, self.temperature = config, parallel, temperature
         self.spec = read_dflash_spec(config.path)
         self.source = self.spec.layers.path
-        # What an engine drafts at a time is what a block is trained at.
+        # Blocks are as long in training as in an engine.
         self.num_positions = config.num_speculative_tokens or self.spec.block_size - 1
         self.vocab_size = target.vocab_size
         self.module = build_dflash(self.spec, trunk, parallel)
@@ -76,7 +81,7 @@ class DflashDraft(Draft):
         self.capture_points = tuple(
             CapturePoint(f"decoder.layers.{layer}", "output") for layer in self.spec.target_layer_ids
         )
-        # Of its own, so that drawing anchors disturbs no other random numbers; the same on tensor-parallel ranks.
+        # A generator of its own leaves all other random numbers alone. Tensor-parallel ranks draw the same anchors.
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + parallel.dp_rank)
         gamma = decay_gamma(config, self.num_positions + 1)
         self._weights_K = position_weights(self.num_positions, gamma, parallel.device)
@@ -92,14 +97,14 @@ class DflashDraft(Draft):
         return DflashSupervision(targets, (blocks.supervised_BAK * self._weights_K).sum(dtype=torch.float64), blocks)
 
     def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: DflashSupervision) -> Tensor:
-        """The draft's output at every slot of ``plan``'s blocks, ``[Q, B, D]``, ready for the output head."""
+        """Output of the draft at every slot, ``[Q, B, D]``, for the output head."""
         context_SBE = torch.cat([captured[point] for point in self.capture_points], dim=-1)
         return self.module(
             context_SBE,
             self._slot_embeddings(teacher, supervision),
             supervision.blocks.positions_BQ().t(),
             block_attention(supervision.blocks, supervision.targets.segment_ids),
-            # The last block may reach behind the row.
+            # The last block may reach beyond the row.
             num_positions=len(context_SBE) + self.num_positions,
         )
 
@@ -118,10 +123,10 @@ class DflashDraft(Draft):
         assert isinstance(supervision, DflashSupervision)
         out_QBD = self.forward(captured, teacher, supervision)
         mask_BAK = supervision.blocks.supervised_BAK
-        # T drafted tokens, each with the position that predicts it.
+        # T supervised tokens and their target positions.
         batch_T, block_T, slot_T = mask_BAK.nonzero(as_tuple=True)
         target_T = supervision.blocks.anchor_BA[batch_T, block_T] + slot_T
-        # Where anything is supervised a slot 1 is, whose weight is 1.
+        # Any supervision includes a slot 1, whose weight is 1, so the clamp changes only a denominator of 0.
         weights_T = self._weights_K[slot_T] / denominator.clamp(min=1.0)
         labels_T = supervision.targets.token_ids[batch_T, target_T + 1]
         result = vocab_parallel_soft_ce(
@@ -138,12 +143,12 @@ class DflashDraft(Draft):
             labels_T=labels_T,
             fp32_logits=self.fp32_logits,
         )
-        here = (slot_T, batch_T, block_T)
+        index_T = (slot_T, batch_T, block_T)
         top1_KBA, hit_KBA = mask_BAK.new_zeros((2, mask_BAK.shape[2], *mask_BAK.shape[:2]))
         accept_prob_KBA = torch.zeros(top1_KBA.shape, dtype=torch.float64, device=mask_BAK.device)
-        accept_prob_KBA[here] = result.accept_prob_KT[0].double()
-        top1_KBA[here], hit_KBA[here] = result.top1_KT[0], result.argmax_KT[0] == labels_T
-        # Supervised to the last slot means to all before it.
+        accept_prob_KBA[index_T] = result.accept_prob_KT[0].double()
+        top1_KBA[index_T], hit_KBA[index_T] = result.top1_KT[0], result.argmax_KT[0] == labels_T
+        # A block whose last slot is supervised is supervised throughout.
         is_complete_BA = mask_BAK[..., -1]
         sums = DraftSums(
             loss=result.loss.detach().double(),
@@ -165,7 +170,7 @@ class DflashDraft(Draft):
         return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
 
     def _slot_embeddings(self, teacher: Teacher, supervision: DflashSupervision) -> Tensor:
-        """``[Q, B, D]``: the anchor's token, then mask tokens."""
+        """Embeddings of the slots, ``[Q, B, D]``: in each block the anchor's token, then mask tokens."""
         blocks = supervision.blocks
         anchor_ids_BA = supervision.targets.token_ids.gather(1, blocks.anchor_BA)
         mask_id = anchor_ids_BA.new_tensor([self.spec.mask_token_id])
@@ -177,7 +182,7 @@ class DflashDraft(Draft):
 
 
 class DflashAttention(MegatronModule):
-    """Attention of the slots over context and slots, with one set of key and value weights for both."""
+    """Attention of slots over context and slots. Both use the same key and value weights."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
@@ -189,7 +194,7 @@ class DflashAttention(MegatronModule):
         self.linear_proj = RowParallelLinear(
             heads * self.head_dim, config.hidden_size, input_is_parallel=True, skip_bias_add=True, **options
         )
-        # Under these names Megatron sums the norms' gradients over tensor-parallel ranks, whose heads differ.
+        # Megatron finds these norms by name and sums their gradients over tensor-parallel ranks, whose heads differ.
         self.q_layernorm = WrappedTorchNorm(config, self.head_dim, config.layernorm_epsilon)
         self.k_layernorm = WrappedTorchNorm(config, self.head_dim, config.layernorm_epsilon)
         self.queries_per_group = heads // groups
@@ -202,7 +207,7 @@ class DflashAttention(MegatronModule):
         rotary_S: Tensor,
         attend: BlockAttention,
     ) -> Tensor:
-        """``[Q, B, D]``. The gradient of ``context_SBD`` is this rank's part."""
+        """Output ``[Q, B, D]``. The gradient of ``context_SBD`` is this rank's part of the sum."""
         query_QBHd, key_QBGd, value_QBGd = self._split(self.linear_qkv(hidden_QBD)[0], self.queries_per_group)
         _, key_SBGd, value_SBGd = self._split(nn.functional.linear(context_SBD, self._key_value_weight()), 0)
         query_QBHd = self._rotate(self.q_layernorm(query_QBHd), rotary_Q)
@@ -217,13 +222,13 @@ class DflashAttention(MegatronModule):
         return self.linear_proj(out_BHQd.permute(2, 0, 1, 3).flatten(2))[0]
 
     def _split(self, projected: Tensor, queries_per_group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key, value ``[.., B, heads, d]`` of Megatron's layout: a group's queries, its key, its value."""
+        """Query, key and value ``[.., B, heads, d]`` from Megatron's layout: a group's queries, its key, its value."""
         grouped = projected.unflatten(-1, (-1, queries_per_group + 2, self.head_dim))
         query, key, value = grouped.split([queries_per_group, 1, 1], dim=-2)
         return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 
     def _key_value_weight(self) -> Tensor:
-        """The rows of ``linear_qkv`` that make keys and values, ``[2 G d, D]``."""
+        """Rows of ``linear_qkv`` that produce keys and values, ``[2 G d, D]``."""
         weight = self.linear_qkv.weight
         grouped = weight.view(-1, self.queries_per_group + 2, self.head_dim, weight.shape[1])
         return grouped[:, self.queries_per_group :].reshape(-1, weight.shape[1])
@@ -233,7 +238,7 @@ class DflashAttention(MegatronModule):
 
 
 class DflashLayer(MegatronModule):
-    """Pre-norm attention and SwiGLU; parameter names are those of Megatron's transformer layer."""
+    """Pre-norm attention and SwiGLU. Parameters have the names of Megatron's transformer layer."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
@@ -247,13 +252,13 @@ class DflashLayer(MegatronModule):
         )
 
     def forward(self, hidden_QBD: Tensor, *attention_inputs: Any) -> Tensor:
-        """``[Q, B, D]``; ``attention_inputs`` are those of ``DflashAttention``."""
+        """Output ``[Q, B, D]``. ``attention_inputs`` are those of ``DflashAttention``."""
         hidden_QBD = hidden_QBD + self.self_attention(self.input_layernorm(hidden_QBD), *attention_inputs)
         return hidden_QBD + self.mlp(self.pre_mlp_layernorm(hidden_QBD))[0]
 
 
 class DflashModule(MegatronModule):
-    """The draft's parameters, and its forward pass from captured states and slot embeddings."""
+    """Parameters of the draft, and its forward pass from captured states and slot embeddings."""
 
     def __init__(self, config: TransformerConfig, num_captured: int, rotary: RotaryEmbedding):
         super().__init__(config)
@@ -279,9 +284,9 @@ class DflashModule(MegatronModule):
         *,
         num_positions: int,
     ) -> Tensor:
-        """Output of every slot ``[Q, B, D]``, after the final norm."""
+        """Output of every slot after the final norm, ``[Q, B, D]``."""
         context_SBD = self.hidden_norm(self.fc(context_SBE)[0])
-        # The layers use it with weights of their own rank: the way back sums over the ranks, once for all layers.
+        # Layers apply this rank's weights to the context. Its gradient is summed over ranks once, for all layers.
         context_SBD = copy_to_tensor_model_parallel_region(context_SBD)
         rotary = self._rotary(num_positions)
         rotary_Q, rotary_S = rotary[positions_QB, 0], rotary[: len(context_SBE)]
@@ -292,7 +297,10 @@ class DflashModule(MegatronModule):
 
 
 def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel) -> DflashModule:
-    """The draft's module on this rank's device, weights not yet loaded."""
+    """The draft's module on this rank's device, weights not yet loaded.
+
+    Recompute is off: the draft is a few layers deep.
+    """
     layers = spec.layers
     config = replace(
         trunk,

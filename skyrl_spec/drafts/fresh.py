@@ -1,4 +1,4 @@
-"""Drafts from scratch, written as checkpoint directories: trainer and engines then load them like any other.
+"""Drafts from scratch, written as checkpoint directories that trainer and engines load like any other draft.
 
 ``dtype`` is "fp32" or "bf16".
 """
@@ -25,7 +25,7 @@ INIT_STD = 0.02
 
 
 def write_fresh_dflash(spec: DflashSpec, directory: Path, dtype: str, seed: int) -> None:
-    """A DFlash draft with random weights; the same seed gives the same ones."""
+    """Writes a DFlash draft with random weights that ``seed`` determines."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     _save(_random(dflash_tensor_shapes(spec), DTYPES[dtype], seed), directory / "model.safetensors")
@@ -33,9 +33,9 @@ def write_fresh_dflash(spec: DflashSpec, directory: Path, dtype: str, seed: int)
 
 
 def write_fresh_mtp(spec: ModelSpec, directory: Path, dtype: str, seed: int) -> None:
-    """A copy of ``spec``'s checkpoint with a random MTP head in place of its own, if it has one.
+    """Writes a copy of ``spec``'s checkpoint with a random MTP head, which replaces an existing one.
 
-    A Qwen2 model becomes a MiMo one, which is a Qwen2 trunk with such a head.
+    A Qwen2 model becomes a MiMo model: a Qwen2 trunk with an MTP head.
 
     Raises:
         ConfigError: vLLM serves no MTP head of this kind on the architecture.
@@ -63,7 +63,7 @@ def write_fresh_mtp(spec: ModelSpec, directory: Path, dtype: str, seed: int) -> 
 
 
 def _random(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Normal matrices, norms of one and biases of zero."""
+    """Tensors of ``shapes``: normal matrices, norms of one, biases of zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():

@@ -1,9 +1,12 @@
-"""The model's own MTP head as draft: Megatron's MultiTokenPredictionBlock, outside the policy.
+"""The model's own MTP head as a draft: Megatron's MultiTokenPredictionBlock, outside the policy.
 
-Conventions are MiMo's as vLLM serves it (``model_executor/models/mimo_mtp.py``): the head gets the trunk's hidden state
-*before* the final norm and the embedding of the next token; the embedding at position 0 of a document is zeroed; its
-output, after its own final norm, goes to the policy's output head and is the hidden state of the next depth. Depth d of
-base t has rotary position t+d-1 and attends as ``chain_attention`` says.
+Conventions are MiMo's, as vLLM serves it (``model_executor/models/mimo_mtp.py``):
+
+- Inputs are the trunk's hidden state *before* the final norm, and the embedding of the next token.
+- The embedding at position 0 of a document is zero.
+- The output, after the head's own final norm, goes to the policy's output head. It is also the hidden state of the next
+  depth.
+- Depth d of base t has rotary position t+d-1 and attends as in ``chain_attention``.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import mtp_rules
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import layer_spec
-from skyrl_spec.settings.schema import MtpConfig
+from skyrl_spec.settings.draft import MtpConfig
 from skyrl_spec.specs.model import ModelSpec
 
 TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "input")
@@ -41,8 +44,9 @@ EMBEDDING = CapturePoint("embedding", "output")
 
 @dataclass(frozen=True)
 class MtpSupervision(Supervision):
-    """``mask_KBS``: depth d is supervised at target position p (``align.chain_mask``)."""
+    """Supervised depths of all chains."""
 
+    # ``align.chain_mask``
     mask_KBS: Tensor
 
 
@@ -72,9 +76,11 @@ class MtpDraft(Draft):
         )
 
     def forward(self, trunk_SBD: Tensor, embeds_SBD: Tensor, targets: BatchTokens) -> list[Tensor]:
-        """Output of each depth ``[S, B, D]``: ``out[d-1][t]`` drafts token t+d+1.
+        """Output of every depth, ``[S, B, D]`` each: ``out[d-1][t]`` drafts token t+d+1.
 
-        ``trunk_SBD`` is the trunk before its final norm, ``embeds_SBD`` the embeddings of the same positions.
+        Args:
+            trunk_SBD: hidden states of the trunk before its final norm.
+            embeds_SBD: embeddings of the same positions.
         """
         layer = self.module.layers[0]
         attention: ChainAttention = megatron_patches.mtp_transformer_layer(layer).self_attention.core_attention
@@ -108,7 +114,7 @@ class MtpDraft(Draft):
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
     ) -> Tensor:
         outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], targets)
-        # The base of a chain is the position whose next token is its first.
+        # The anchor is the sampled token that a chain starts from. The chain's base is the position before it.
         rows_B = torch.arange(len(anchor_B), device=anchor_B.device)
         return torch.stack([out[anchor_B - 1, rows_B] for out in outputs], dim=1)
 
@@ -118,7 +124,7 @@ class MtpDraft(Draft):
         assert isinstance(supervision, MtpSupervision)
         outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], supervision.targets)
         mask_KBS = supervision.mask_KBS
-        # Depth 1 is supervised wherever a deeper one is, so its target positions hold all.
+        # Depth 1 is supervised wherever a deeper depth is, so its target positions include all.
         batch_T, position_T = mask_KBS[0].nonzero(as_tuple=True)
         mask_KT = mask_KBS[:, batch_T, position_T]
         draft_hidden_KTD = torch.stack(
@@ -155,7 +161,7 @@ class MtpDraft(Draft):
 
 
 class _Constant:
-    """Stands in for the embedding module that Megatron's MTP layer calls: the rows are already looked up."""
+    """Replacement for the embedding module that Megatron's MTP layer calls. It returns given rows."""
 
     def __init__(self, embeds_SBD: Tensor):
         self.embeds_SBD = embeds_SBD
@@ -165,7 +171,10 @@ class _Constant:
 
 
 def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPredictionBlock:
-    """One MTP layer of the trunk's shape. Recompute is off: the attention remembers earlier depths, once."""
+    """One MTP layer of the trunk's shape.
+
+    Recompute is off, because ``ChainAttention`` would append the keys of a depth again when the layer runs again.
+    """
     config = replace(
         trunk, mtp_num_layers=1, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
     )

@@ -1,4 +1,4 @@
-"""Rules for the speculative decoding of the engines. Imports no vLLM: they are checked before any process starts."""
+"""Rules for the speculative decoding of the engines. They are checked before any process starts, without vLLM."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def require_exact_sampling(
 
 
 def drafts_under_way(device: str) -> int:
-    """Number of drafts that an engine needs room for behind a sequence; without it, it stops drafting for its batch.
+    """Number of drafts that must fit behind a sequence. Without this room an engine stops drafting for its batch.
 
-    These are the draft being verified and the next one. On GPUs vLLM schedules a step before it knows what the last
-    one accepted, and assumes that all of it was: one more.
+    They are the draft that is being verified and the next one. On GPUs vLLM schedules a step before it knows what the
+    last one accepted and assumes that all was accepted, which makes a third.
     """
     return 2 if device == "cpu" else 3
 

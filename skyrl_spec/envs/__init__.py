@@ -1,1 +1,4 @@
-"""registry.py knows the environments by name (skyrl-gym's and the user's own), rewards.py plays episodes in them."""
+"""Environments and rewards.
+
+``registry``: environments by name. ``rewards``: scores one response. ``grader``: scores many in a separate process.
+"""

@@ -1,4 +1,4 @@
-"""Scoring in a process of its own: a reward function that raises, hangs or dies costs its own response, not the run."""
+"""Scoring in a separate process: a reward function that raises, hangs or dies costs one response, not the run."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ from skyrl_spec.settings.schema import EnvironmentConfig
 from skyrl_spec.types import Prompt
 
 _PR_SET_PDEATHSIG = 1
-# Seconds that the process may take to import what it needs.
+# Longest time for the process to import its modules.
 _START_S = 120.0
 
 
 class Grader:
-    """Scores responses one after the other, in the main thread of one process: graders often bound their time with a
-    signal, which Python delivers there alone. A rule-based one takes microseconds."""
+    """Scores responses one after the other, in the main thread of a separate process.
+
+    The main thread, because reward functions often limit their time with a signal, which Python delivers only there.
+    """
 
     def __init__(self, environment: EnvironmentConfig):
         self._environment = environment
         self._start()
 
     def score_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[EnvResult]:
-        """The results in order; of a response that could not be scored, one that says so.
+        """Results in order. A response that could not be scored has an ``error``.
 
         Raises:
-            ConfigError: an environment that cannot be used at all (``rewards.score``).
-            RunError: more than ``environment.max_failed_share`` of the responses failed.
+            ConfigError: the environment cannot be used at all (``rewards.score``).
+            RunError: more than ``environment.max_failed_share`` of the responses could not be scored.
         """
         pairs = list(zip(prompts, texts, strict=True))
         results: list[EnvResult] = []
         while len(results) < len(pairs):
             results += self._score(pairs[len(results) :])
-            # Now, and not at the end: each one that hangs takes its time.
+            # Not only at the end, because every response that hangs costs timeout_s.
             self._require_few([result.error for result in results if result.error is not None], len(pairs))
         return results
 
     def close(self) -> None:
-        """End the process; more than once does no harm."""
+        """Ends the process. May be called more than once."""
         self._finalizer()
 
     def _require_few(self, errors: Sequence[str], num_responses: int) -> None:
@@ -57,11 +59,11 @@ class Grader:
         if len(errors) > allowed * num_responses:
             raise RunError(
                 f"environment.max_failed_share={allowed:g}: {len(errors)} of {num_responses} responses could not be "
-                f"scored, the last one of {errors[-1]}; mend the environment or the rows, or raise it"
+                f"scored, the last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
             )
 
     def _score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[EnvResult]:
-        """As far as one process gets; the last result may be the one that it was lost with."""
+        """Results up to the first response that the process hangs or dies on; that one's result says so."""
         results: list[EnvResult] = []
         problem = "the process that scored it died"
         self._wait_for_start()
@@ -84,10 +86,10 @@ class Grader:
         return results
 
     def _start(self) -> None:
-        # Forked, it would have locks of Ray's threads; spawned, it has nothing.
+        # Not forked: the child would inherit locks that threads of Ray hold.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # Not a daemon: an environment may have processes of its own.
+        # Not a daemon, because daemons may not have child processes, and environments may need some.
         process = context.Process(target=_serve, args=(theirs, self._environment), daemon=False)
         process.start()
         theirs.close()
@@ -95,7 +97,11 @@ class Grader:
         self._has_started = False
 
     def _wait_for_start(self) -> None:
-        """So that the time it takes to import counts for no response."""
+        """Waits until the process has imported its modules, so that no response pays for it.
+
+        Raises:
+            ConfigError: the process died, or took too long.
+        """
         if self._has_started:
             return
         with suppress(EOFError):
@@ -106,7 +112,7 @@ class Grader:
 
 def _end(process: BaseProcess, connection: Connection) -> None:
     process.kill()
-    # What its environments started is in its group; it may not have got so far as to have one.
+    # The group includes processes that environments started. A process that has just started may have no group yet.
     assert process.pid is not None
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -115,7 +121,7 @@ def _end(process: BaseProcess, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, environment: EnvironmentConfig) -> None:
-    """The process: batches of pairs in, a result for each out."""
+    """Main function of the process: receives batches of pairs, and sends a result for each pair."""
     os.setsid()
     _ignore_signals()
     _end_with_parent()
@@ -136,21 +142,23 @@ def _result(prompt: Prompt, text: str, environment: EnvironmentConfig) -> EnvRes
 
 
 def _ignore_signals() -> None:
-    """The run decides when this process ends, whatever a scheduler sends to all of its processes; what environments
-    start gets signals as ever."""
+    """Ignores SIGINT and SIGTERM, which schedulers send to all processes: the run decides when this process ends.
+
+    Child processes of environments handle signals as usual.
+    """
 
     def restore() -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
-        # No SIG_IGN, which would outlive an exec.
+        # Not SIG_IGN, which child processes would keep after exec.
         signal.signal(signum, lambda *_: None)
     os.register_at_fork(after_in_child=restore)
 
 
 def _end_with_parent() -> None:
-    """Also where the parent was killed, and a reward function hangs that lets no other thread run."""
+    """Makes this process end with its parent, even if the parent is killed or a reward function blocks all threads."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_wait_for_parents_end, daemon=True).start()

@@ -1,6 +1,6 @@
-"""Environments by name: skyrl-gym's registry, to which the user's own are added.
+"""Environments by name: skyrl-gym's registry plus the user's own.
 
-skyrl_gym is imported inside the functions: it brings pandas along, a second that ``--help`` need not take.
+skyrl_gym is imported inside the functions, because it imports pandas, which would make ``--help`` a second slower.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from skyrl_spec.errors import ConfigError
 
 
 def register_custom(custom: dict[str, str]) -> None:
-    """Adds ``environment.custom`` (env_class to ``"module:Class"``) to the registry of this process; twice is once.
+    """Adds ``environment.custom`` (env_class to ``"module:Class"``) to the registry of this process. May be repeated.
 
     Raises:
-        ConfigError: a name that is taken; an entry that is no ``module:Class``, cannot be imported or is no
+        ConfigError: a name that is taken, or an entry that is not ``module:Class``, cannot be imported or is not a
             ``BaseTextEnv``.
     """
     import skyrl_gym
@@ -29,7 +29,7 @@ def register_custom(custom: dict[str, str]) -> None:
 
 
 def check_env_class(env_class: str, custom: dict[str, str], *, setting: str = "environment.env_class") -> None:
-    """Raises ConfigError, listing those there are, unless ``env_class`` is skyrl-gym's or one of ``custom``."""
+    """Raises ConfigError, with a list of the valid names, unless ``env_class`` is one of skyrl-gym's or ``custom``."""
     import skyrl_gym
 
     known = sorted({*skyrl_gym.registry, *custom})
@@ -47,8 +47,8 @@ def _check_entry_point(entry_point: str, where: str) -> None:
     if not module_name or not class_name:
         raise ConfigError(f"{where}: must be module:Class, as in my_package.envs:MyEnv")
     try:
-        found = vars(importlib.import_module(module_name)).get(class_name)
+        env_type = vars(importlib.import_module(module_name)).get(class_name)
     except ImportError as error:
         raise ConfigError(f"{where}: cannot be imported ({error}); install it or extend PYTHONPATH") from error
-    if not (isinstance(found, type) and issubclass(found, BaseTextEnv)):
+    if not (isinstance(env_type, type) and issubclass(env_type, BaseTextEnv)):
         raise ConfigError(f"{where}: must name a subclass of skyrl_gym's BaseTextEnv in {module_name}; correct it")

@@ -1,4 +1,4 @@
-"""Rewards: one episode of one turn in a skyrl-gym environment for every response."""
+"""Rewards: each response is the only turn of an episode in a skyrl-gym environment."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from skyrl_spec.types import Prompt
 
 @dataclass(frozen=True)
 class EnvResult:
-    """What an environment said of a response; ``error`` is why it could say nothing, and its reward is 0 then."""
+    """Reward of a response. ``error`` says why it could not be scored; the reward is then 0."""
 
     reward: float
     error: str | None = None
 
 
 def failed(prompt: Prompt, error: str) -> EnvResult:
-    """Of a response that could not be scored."""
+    """Result for a response that could not be scored."""
     return EnvResult(0.0, f"row {prompt.uid}, env_class {prompt.env_class}: {error}")
 
 
 def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig) -> None:
-    """Makes the environment of the first prompt of every env_class, to find what is missing before a run begins.
+    """Makes one environment of every env_class, for its first prompt, to find mistakes before a run begins.
 
     Raises:
         ConfigError: an env_class that does not exist, or an environment that cannot be made from the row's fields.
@@ -42,16 +42,16 @@ def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig
         except Exception as error:
             raise ConfigError(
                 f"row {prompt.uid}: environment {env_class} cannot be made from its fields "
-                f"({_one_line(error)}); it has {', '.join(prompt.extras) or 'none'}: mend the data"
+                f"({_one_line(error)}); it has {', '.join(prompt.extras) or 'none'}: fix the data"
             ) from error
 
 
 def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
-    """Plays ``text`` as the only turn of an episode; the environment gets the row's fields as ``extras``.
+    """Plays ``text`` as the only turn of an episode. The environment gets the row's fields as ``extras``.
 
     Raises:
-        ConfigError: an environment that rewrites the prompt or wants another turn.
-        RuntimeError: the environment raised, or its reward is no finite number.
+        ConfigError: the environment rewrites the prompt or wants another turn.
+        RuntimeError: the environment raised an exception, or its reward is not finite.
     """
     try:
         env = _make(prompt, env_config)
@@ -79,7 +79,7 @@ def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
 def _make(prompt: Prompt, env_config: Any) -> Any:
     import skyrl_gym
 
-    # Environments written for SkyRL read env_config by attribute.
+    # A DictConfig, because environments written for SkyRL read env_config by attribute.
     return skyrl_gym.make(prompt.env_class, env_config=OmegaConf.create(env_config), extras=dict(prompt.extras))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.schema import LOSS_REDUCTIONS
+from skyrl_spec.settings.allowed import LOSS_REDUCTIONS
 
 
 def token_weights(loss_mask_BS: np.ndarray, reduction: str, max_response_length: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The vLLM engines that sample rollouts.
 
-``engine`` (one engine, in this process), ``actor`` (its Ray shell), ``speculative`` (which speculative decoding is
-accepted; imports no vLLM), ``weight_engine`` (receives weights on CPU), ``spec_metrics`` (acceptance), ``compat``
-(what vLLM needs to run right on CPU, and the plugin that tells vLLM of all this).
+``engine``: one engine in this process. ``actor``: the same as a Ray actor. ``engine_args``: engine arguments that are
+set or refused; imports no vLLM. ``draft_recorder``: records drafted tokens inside vLLM's worker. ``weight_engine``:
+receives weights on CPU. ``sender``: sends them from GPU to GPU. ``vllm_patches``: fixes for faults of vLLM, and its
+plugin that registers the weight engine.
 """

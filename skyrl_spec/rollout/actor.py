@@ -1,4 +1,4 @@
-"""The Ray shell of a rollout engine."""
+"""A rollout engine as a Ray actor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from skyrl_spec.types import Versions
 
 
 class EngineActor(RolloutEngine):
-    """A ``RolloutEngine`` in a process of its own: the same methods, called remotely."""
+    """A ``RolloutEngine`` whose methods are called remotely, in a separate process."""
 
     def ping(self) -> Versions:
-        """Answers once the engine is built, with the weights it holds."""
+        """Versions of the weights that the engine holds. The call returns once the engine is built."""
         return self._versions
 
     def load_weights(self, updates: list[Update], versions: Versions) -> None:
-        """A whole sync over Ray's object store."""
+        """Receives a whole sync over Ray's object store."""
         load_updates(self, updates, versions)
 
 
@@ -27,9 +27,9 @@ RolloutActor = ray.remote(EngineActor)
 
 
 def actor_options(settings: EngineSettings) -> dict[str, Any]:
-    """Options of ``RolloutActor.options``: its resources, and the environment its process must start with.
+    """Arguments for ``RolloutActor.options``: resources and environment variables of the process.
 
-    On CPU an engine asks for no Ray CPUs: engines and workers take turns on the same cores.
+    On CPU an engine reserves no CPUs in Ray, because engines and workers take turns on the same cores.
     """
     return {
         "num_cpus": 0,

@@ -1,4 +1,4 @@
-"""What vLLM's drafter proposes, read in the worker process where it is computed (vLLM's ``worker_extension_cls``)."""
+"""Records the drafter's proposals inside vLLM's worker process (vLLM's ``worker_extension_cls``)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 class DraftRecorder:
-    """Mixed into vLLM's worker; its methods are called by name through ``LLM.collective_rpc``."""
+    """Base class that vLLM adds to its worker. ``LLM.collective_rpc`` calls the methods by name."""
 
     model_runner: Any
 
     def start_recording_drafts(self) -> None:
-        """From now on keep each drafted token and its log-prob under the draft. A request runs alone meanwhile.
+        """Starts to record drafted tokens and their log-probs under the draft. Requests must run one at a time.
 
-        A draft without a model (n-gram) has nothing to keep.
+        A draft without a model (n-gram) has no logits, and nothing is recorded.
         """
         self._drafts: list[torch.Tensor] = []
         self._model = getattr(self.model_runner.drafter, "model", None)
@@ -25,7 +25,7 @@ class DraftRecorder:
 
         def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
             logits = compute_logits(*args, **kwargs)
-            # Ranks whose logits were gathered by another have none.
+            # None on tensor-parallel ranks other than the one that gathers the logits.
             if logits is not None:
                 self._drafts.append(torch.stack(logits.float().log_softmax(dim=-1).max(dim=-1)).double())
             return logits
@@ -33,7 +33,7 @@ class DraftRecorder:
         self._compute_logits, self._model.compute_logits = compute_logits, recorded
 
     def take_recorded_drafts(self) -> tuple[list[int], list[float]]:
-        """Tokens and log-probs since the last call, in the order they were drafted."""
+        """Drafted tokens and their log-probs since the last call, in order."""
         if not self._drafts:
             return [], []
         logprobs, tokens = torch.cat(self._drafts, dim=1).cpu()
@@ -41,5 +41,6 @@ class DraftRecorder:
         return tokens.long().tolist(), logprobs.tolist()
 
     def stop_recording_drafts(self) -> None:
+        """Ends the recording; the drafter is as it was before."""
         if self._model is not None:
             self._model.compute_logits = self._compute_logits

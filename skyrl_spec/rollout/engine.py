@@ -1,4 +1,7 @@
-"""One vLLM engine: sampling with a draft, acceptance counters, weight updates. vLLM is imported when one is built."""
+"""One vLLM engine: sampling with a draft, acceptance counters, weight updates.
+
+vLLM is imported when an engine is built, not with this module.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,18 @@ _COUNTERS = {counter.name for counter in fields(SpecCounters)}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built from; ``generator.inference_engine`` with its defaults decided."""
+    """Settings of one engine: ``generator.inference_engine`` with all defaults filled in."""
 
     model_path: str
     dtype: str = "bf16"
     # "cpu" or "cuda".
     device: str = "cuda"
     tensor_parallel_size: int = 1
-    # Prompt and response, in tokens; what no response passes.
+    # Largest number of tokens in prompt and response together.
     max_model_len: int = 2048
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.8
-    # GiB; on CPU.
+    # GiB, on CPU only.
     cpu_kvcache_space: float = 1.0
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
@@ -52,51 +55,52 @@ class EngineSettings:
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment variables of an engine's process; OpenMP and vLLM's logger read them once, when they are loaded."""
+    """Environment variables for an engine's process. OpenMP and vLLM's logger read them once, when they are loaded."""
     environment = {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if settings.device == "cpu":
-        # The scheduler in the worker's process: separate ones cost more than a decode step of a small model.
+        # Scheduler and worker share a process: messages between two cost more than a decode step of a small model.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Engine and trainer take turns on the same cores, so none of them may be tied to one.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if settings.enforce_eager:
-            # A sampler's helper is compiled all the same, which takes seconds, and a C++ compiler.
+            # Otherwise a helper of the sampler is compiled, which takes seconds and needs a C++ compiler.
             environment["TORCH_COMPILE_DISABLE"] = "1"
         if settings.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(settings.num_threads)
     else:
-        # The runner, and with it the rejection sampler, that the tests of exact sampling ran on. Remove when they have
-        # run on the other one, which vLLM prefers on GPUs.
+        # Exact sampling is tested with this model runner and its rejection sampler. vLLM prefers its V2 runner on
+        # GPUs. Remove when the tests have run on that one.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if settings.weight_sync_backend == "ipc":
-        # A handle to GPU memory holds classes and a dtype, which vLLM sends to its own engine process by pickle alone.
-        # The engine's one peer is that process, over a socket of this machine.
+        # A handle to GPU memory holds classes and a dtype. vLLM can send these to its engine process only by pickle.
+        # The only peer is that process, over a socket of this machine.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return environment
 
 
 def context_len(settings: EngineSettings) -> int:
-    """The context vLLM is given: ``max_model_len`` and, where the model has the positions, room for drafts under way.
+    """Context length for vLLM: ``max_model_len`` plus room for drafts, as far as the model has positions.
 
-    vLLM stops drafting for the whole batch while any of its sequences has no room for a draft, and the others' drafts
-    are worse from then on, because the head's keys of those steps are never computed.
+    vLLM stops drafting for the whole batch while one sequence has no room for a draft. The draft's keys of those steps
+    are never computed, so drafts for the other sequences stay worse afterwards.
     """
     if settings.speculative_config is None:
         return settings.max_model_len
-    # DFlash's block also has a slot for the token sampled last: for it this is just enough, for MTP one position more.
+    # A DFlash block also holds the last sampled token and needs exactly this room. MTP needs one position less.
     room = drafts_under_way(settings.device) * settings.speculative_config.get("num_speculative_tokens", 0)
     positions = read_config(model_directory(settings.model_path)).get("max_position_embeddings")
     return settings.max_model_len + room if positions is None else min(settings.max_model_len + room, positions)
 
 
 def engine_args(settings: EngineSettings) -> dict[str, Any]:
-    """Keyword arguments of ``vllm.LLM``.
+    """Keyword arguments for ``vllm.LLM``.
 
-    Raises ``ConfigError`` for a lossy draft, or for an entry of ``engine_init_kwargs`` that another setting decides.
+    Raises:
+        ConfigError: a draft that makes rollouts inexact, or an entry of ``engine_init_kwargs`` that is not allowed.
     """
     require_exact_rejection(settings.speculative_config)
     require_other_engine_args(settings.engine_init_kwargs)
@@ -111,7 +115,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "speculative_config": settings.speculative_config,
         "weight_transfer_config": {"backend": settings.weight_sync_backend},
-        # Of the distribution sampled from: after temperature, top-k and top-p.
+        # Log-probs of the distribution sampled from: after temperature, top-k and top-p.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": False,
         "use_tqdm_on_load": False,
@@ -127,9 +131,9 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _with_local_models(settings: EngineSettings) -> EngineSettings:
-    """Hub names as directories, resolved where the engine runs: another node has a cache of its own.
+    """``settings`` with hub names replaced by local directories, on the engine's node: each node has its own cache.
 
-    Of a draft too: for a hub name vLLM asks the hub for a file of it each time it is given weights.
+    This includes the draft's name. Otherwise vLLM asks the hub for one of its files in every weight update.
     """
     speculative = settings.speculative_config
     if speculative is not None and speculative.get("model"):
@@ -139,14 +143,14 @@ def _with_local_models(settings: EngineSettings) -> EngineSettings:
 
 
 def _anchors(prompt_length: int, response: list[int], blocks: list[list[int]]) -> list[int]:
-    """The anchor of each block that was drafted along a response; later blocks were drafted beyond its end.
+    """Anchors of the blocks that were drafted for a response. Blocks drafted beyond its end have none.
 
-    The first block follows the first sampled token. A drafted token that is the sampled one was accepted, and one that
-    was rejected is never sampled in its place; so the next block's anchor is the token behind the accepted ones.
+    The first block follows the first sampled token. A drafted token is accepted exactly if it equals the sampled one,
+    because a rejected token is never sampled in the same place. The next anchor is the token after the accepted ones.
     """
     anchors, position = [], 0
     for block in blocks:
-        # A block behind the last token has nothing to be held against, and is not always drafted.
+        # A block after the last token has no sampled tokens to compare with, and vLLM does not always draft it.
         if position + 1 >= len(response):
             break
         anchors.append(prompt_length + position)
@@ -157,7 +161,7 @@ def _anchors(prompt_length: int, response: list[int], blocks: list[list[int]]) -
 
 
 class RolloutEngine:
-    """A vLLM engine in this process. On CPU a process holds one engine and trains nothing: vLLM takes its threads."""
+    """A vLLM engine in this process. On CPU the process holds nothing else, because vLLM takes its threads."""
 
     def __init__(self, settings: EngineSettings):
         settings = _with_local_models(settings)
@@ -177,11 +181,13 @@ class RolloutEngine:
     def generate(
         self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
     ) -> list[list[Generation]]:
-        """``n`` responses to each prompt (token ids), in the order of the prompts; none passes ``max_model_len``.
+        """``n`` responses to each prompt (token ids), in the order of the prompts, within ``max_model_len``.
 
-        Log-probs are of the distribution sampled from. With a ``seed`` every response has a random stream of its own,
-        so it does not depend on what else is in the batch; without, and on GPUs, all draw from the engine's stream.
-        Raises ``ValueError`` for a prompt that leaves no room for a response.
+        Log-probs are those of the distribution sampled from. On CPU with a ``seed``, every response has its own random
+        stream and does not depend on the rest of the batch. Otherwise all responses draw from the engine's stream.
+
+        Raises:
+            ValueError: a prompt leaves no room for a response.
         """
         from vllm import SamplingParams, TokensPrompt
 
@@ -190,10 +196,10 @@ class RolloutEngine:
         if longest >= self._settings.max_model_len:
             raise ValueError(f"a prompt of {longest} tokens fills max_model_len={self._settings.max_model_len}")
         seeds: list[int | None] = [None] * len(prompts)
-        # On GPUs vLLM draws for each seeded request by itself, some kernels each in every step. What a seed is for,
-        # asking another engine again, cannot be there: the ranks of a transfer group are not replaced.
+        # On GPUs vLLM samples each seeded request separately, with several kernels a step. Seeds serve to repeat
+        # requests on a replacement engine. On GPUs engines are not replaced, so seeds are not needed.
         if seed is not None and self._settings.device == "cpu":
-            # vLLM numbers the n responses of a prompt on from its seed.
+            # vLLM gives the n responses of a prompt the seeds seed, seed + 1, ...
             seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 2]
         params = [
             SamplingParams(
@@ -222,10 +228,12 @@ class RolloutEngine:
         return Generation(token_ids, logprobs, completion.finish_reason, self._versions)
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
-        """A response to each prompt, one after the other, with what the draft proposed along it; slow.
+        """A response to each prompt with the draft's proposals along it. Slow: one prompt after the other.
 
-        Without a draft that has a distribution (n-gram) there are no blocks. Raises ``ConfigError`` for an option that
-        hides what is drafted; an engine that is only asked to generate may have it.
+        A draft without a model (n-gram), or no draft, gives no blocks.
+
+        Raises:
+            ConfigError: an option of ``speculative_config`` hides the draft. An engine that only generates may have it.
         """
         require_visible_draft(self._settings.speculative_config)
         num_drafted = (self._settings.speculative_config or {}).get("num_speculative_tokens", 0)
@@ -256,7 +264,7 @@ class RolloutEngine:
         )
 
     def spec_counters(self) -> SpecCounters:
-        """Drafting since the engine started; zeros without a draft."""
+        """Counters of drafting since the engine started. All are 0 without a draft."""
         from vllm.v1.metrics.reader import Counter, Vector
 
         values: dict[str, Any] = {}
@@ -269,35 +277,35 @@ class RolloutEngine:
         return SpecCounters(**values)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connects to the trainer as the backend wants it; the ``ray`` backend wants ``{}``."""
+        """Connects to the trainer. ``init_info`` depends on the backend; it is ``{}`` for ``ray``."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self, draft: bool) -> None:
-        """Begins an update of the draft's weights, or of the policy's."""
+        """Begins an update of the draft's or the policy's weights."""
         if draft:
             self._llm.start_draft_weight_update()
         else:
             self._llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Loads one chunk; the ``ray`` backend takes what ``skyrl_spec.sync.payload.pack_weights`` makes."""
+        """Loads one chunk. The ``ray`` backend takes a payload of ``skyrl_spec.sync.payload.pack_weights``."""
         self._llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self) -> None:
-        """Ends the update. Afterwards the prefix cache holds keys of the old weights: reset it."""
+        """Ends the update. The caller must then reset the prefix cache, which holds keys of the old weights."""
         self._llm.finish_weight_update()
 
     def set_versions(self, versions: Versions) -> None:
-        """Which weights the engine holds from now on; recorded with every generation."""
+        """Sets the versions of the weights that the engine holds. Every generation records them."""
         self._versions = versions
 
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached keys, the draft's too. Raises ``RuntimeError`` if vLLM still uses some."""
+        """Drops all cached keys, including the draft's. Raises ``RuntimeError`` if vLLM still uses some."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
 
     def shutdown(self) -> None:
-        """Frees the engine; it cannot be used afterwards."""
+        """Frees the engine. It cannot be used afterwards."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()

@@ -1,4 +1,4 @@
-"""The trainer's side of vLLM's own GPU weight transfers (``nccl``, ``ipc``); CPU engines get weights over Ray."""
+"""Trainer's side of vLLM's GPU weight transfers (``nccl``, ``ipc``). CPU engines receive weights over Ray instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER
 
 
 class ExportSource(WeightSource):
-    """vLLM's weight source over what a trainer exports."""
+    """vLLM's weight source for the tensors that the trainer exports."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class ExportSource(WeightSource):
 
 
 class EnginesClient:
-    """All rollout engines as the one inference side that vLLM's sender drives, for the policy or the draft."""
+    """All rollout engines as the single inference side that vLLM's sender expects, for policy or draft weights."""
 
     def __init__(self, engines: list[Any], tensor_parallel_size: int, draft: bool):
         self._engines, self._tp, self._draft = engines, tensor_parallel_size, draft
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Every engine gets ranks of its own in an NCCL group; ``ipc`` has none."""
+        """Connects every engine. In an NCCL group each gets its own ranks; ``ipc`` has no ranks."""
         infos = [
             init_info | {"rank_offset": init_info["rank_offset"] + index * self._tp}
             if "rank_offset" in init_info
@@ -58,7 +58,7 @@ class EnginesClient:
         ray.get([engine.update_weights.remote(update_info) for engine in self._engines])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        # Versions are set by the one place that orders a sync, after policy and draft are both there.
+        # WeightSync sets the versions, once both policy and draft have arrived.
         ray.get([engine.finish_weight_update.remote() for engine in self._engines])
 
 
@@ -72,10 +72,10 @@ def build_senders(
     master_address: str,
     master_port: int,
 ) -> dict[str, TrainerWeightTransferEngine]:
-    """A sender for each of ``sources`` ("policy", "draft"); every trainer rank calls this, rank 0 drives the engines.
+    """A sender for each of ``sources`` ("policy", "draft"). Every trainer rank calls this; rank 0 calls the engines.
 
-    With ``nccl`` rank 0 broadcasts from its GPU, and address and port are where the ranks meet. With ``ipc`` every
-    rank, data-parallel replicas included, packs all weights on its own GPU for the engine there.
+    With ``nccl``, rank 0 broadcasts from its GPU, and the ranks meet at address and port. With ``ipc``, every rank,
+    including data-parallel replicas, packs all weights on its own GPU for the engine there.
     """
     clients = {
         component: EnginesClient(engines, tensor_parallel_size, draft=component == "draft") for component in sources
@@ -92,8 +92,8 @@ def build_senders(
 
 
 def _ipc_sender(source: WeightSource, client: EnginesClient, rank: int) -> TrainerWeightTransferEngine:
-    """The handshake tells the engines how weights are packed and nothing more, so policy and draft can each make it."""
-    # A tensor travels in one piece. All ranks see the same metadata, so their chunks end at the same tensors.
+    """Sender over shared GPU memory. Its handshake only says how weights are packed, so each sender makes its own."""
+    # A tensor is never split. All ranks see the same metadata, so their chunks end at the same tensors.
     largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
     info = IPCTrainerInitInfo(
         packed=True, packed_buffer_size_bytes=max(largest, DEFAULT_PACKED_BUFFER_SIZE_BYTES), rank=rank
@@ -104,7 +104,7 @@ def _ipc_sender(source: WeightSource, client: EnginesClient, rank: int) -> Train
 def _nccl_senders(
     sources: dict[str, WeightSource], clients: dict[str, EnginesClient], info: NCCLTrainerInitInfo
 ) -> dict[str, TrainerWeightTransferEngine]:
-    """An engine has one transfer group: the first sender opens it, and a second one uses it, not to replace it."""
+    """Senders over NCCL. An engine has one transfer group: the first sender opens it, and the others share it."""
     (first, source), *others = sources.items()
     opened = NCCLTrainerWeightTransferEngine.trainer_init(info, client=clients[first], source=source)
     senders: dict[str, TrainerWeightTransferEngine] = {first: opened}

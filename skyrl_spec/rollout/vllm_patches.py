@@ -1,6 +1,6 @@
-"""What vLLM 0.32 needs to compute what it should: one function for each fault, with its reason and when it can go.
+"""Fixes for faults of vLLM 0.32: one function for each, with the reason and the condition for its removal.
 
-``register`` is the ``vllm.general_plugins`` entry point, so every process of vLLM runs it before its workers start.
+``register`` is the ``vllm.general_plugins`` entry point. Every process of vLLM calls it before its workers start.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _registered = False
 def fix_sampling_parameter_expansion() -> None:
     """Gives every drafted token its request's temperature, top-k and top-p.
 
-    vLLM's CPU version writes them to an int64 copy of the output and drops the copy, so drafted tokens are sampled
-    with uninitialised memory for a temperature.
+    vLLM's CPU version writes them to an int64 copy of the output and drops the copy. Drafted tokens are then sampled
+    with uninitialised memory as their temperature.
     Remove when tests/rollout/test_vllm_patches.py::test_sampling_is_wrong_without_the_fix fails.
     """
     from vllm.utils import cpu_triton_utils
@@ -30,7 +30,7 @@ def fix_sampling_parameter_expansion() -> None:
     def expand(
         output: Tensor,  # [T] drafted tokens
         input_val: Tensor,  # [B] requests
-        cu_num_tokens: Tensor,  # [B] drafted tokens of the requests so far
+        cu_num_tokens: Tensor,  # [B] cumulative number of drafted tokens
         replace_from: float,
         replace_to: float,
         MAX_NUM_TOKENS: int | None = None,
@@ -43,9 +43,9 @@ def fix_sampling_parameter_expansion() -> None:
 
 
 def fix_top_k_of_no_tokens() -> None:
-    """Lets logits without rows pass through top-k.
+    """Skips top-k for logits without rows.
 
-    vLLM takes the largest k of the rows, and a step in which nothing was drafted has no row of drafted tokens.
+    vLLM takes the maximum of k over the rows. A step without drafts has no rows of drafted tokens, and max() fails.
     Remove when tests/rollout/test_vllm_patches.py::test_top_k_fails_without_the_fix fails.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
@@ -60,10 +60,10 @@ def fix_top_k_of_no_tokens() -> None:
 
 
 def fix_reload_of_tied_output_weights() -> None:
-    """Packs output weights that are tied to the embeddings again when a weight update ends.
+    """Packs tied output weights again at the end of a weight update.
 
-    On CPU vLLM multiplies with a packed copy of them. A reload loads the tied tensor through the embeddings alone,
-    so the copy keeps the old weights: hidden states of the new policy, logits with the output weights of the old.
+    On CPU vLLM multiplies with a packed copy of the output weights. A reload writes tied weights through the embeddings
+    only, so the copy stays old: the new policy's hidden states are multiplied with the old policy's output weights.
     Remove when tests/rollout/test_vllm_patches.py::test_tied_output_weights_stay_old_without_the_fix fails.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -83,10 +83,10 @@ def fix_reload_of_tied_output_weights() -> None:
 
 
 def fix_context_keys_of_later_layers() -> None:
-    """Norms the context keys of each layer of a DFlash draft with that layer's weight.
+    """Normalizes the context keys of each layer of a DFlash draft with that layer's weight.
 
-    vLLM norms the keys of all layers in one call, with a row of weights for each. Its CPU kernel knows of one row: the
-    keys of every layer are normed with the weight of the first.
+    vLLM normalizes the keys of all layers in one call, with one row of weights for each layer. Its CPU kernel reads
+    only the first row, and uses it for every layer.
     Remove when tests/rollout/test_dflash_patches.py::test_context_keys_are_wrong_without_the_fix fails.
     """
     from vllm import _custom_ops
@@ -105,10 +105,10 @@ def fix_context_keys_of_later_layers() -> None:
 
 
 def fix_context_projection_of_packed_weights() -> None:
-    """Projects the context of a DFlash draft with its layers themselves, not with a copy of their weights.
+    """Projects the context of a DFlash draft with the layers themselves, not with a fused copy of their weights.
 
-    On CPU a linear layer packs its weights and empties ``weight``. The copy, made of ``weight`` before that, cannot be
-    made again when a weight update ends. Without it vLLM asks the layers, as it does with quantized ones.
+    On CPU a linear layer packs its weights and empties ``weight``. The fused copy is built from ``weight`` before that,
+    and cannot be rebuilt after a weight update. Without the copy vLLM calls the layers, as for quantized ones.
     Remove when tests/rollout/test_dflash_patches.py::test_an_update_breaks_the_draft_without_the_fix fails for it.
     """
     from vllm.model_executor.models import qwen3_dflash
@@ -125,11 +125,11 @@ def fix_context_projection_of_packed_weights() -> None:
 
 
 def fix_reload_of_context_buffers() -> None:
-    """Builds what a DFlash draft projects its context with when a weight update ends, and not in the middle of it.
+    """Rebuilds the context buffers of a DFlash draft at the end of a weight update, not in the middle of one.
 
-    These are copies of parameters, and references to some. ``load_weights`` builds them, but in a weight update the
-    parameters of layers that wait for tensors, and the RoPE table, are without values then. So the next draft fails or
-    is computed with old weights. The new values go into the tensors that are there, which a CUDA graph may point to.
+    The buffers are copies of parameters and references to them. ``load_weights`` builds them. During a weight update,
+    layers that wait for tensors and the RoPE table have no values yet, so the next draft fails or uses old weights.
+    The new values are written into the existing tensors, because a CUDA graph may point to them.
     Remove when tests/rollout/test_dflash_patches.py::test_an_update_breaks_the_draft_without_the_fix fails for it.
     """
     from vllm.model_executor.model_loader import reload
@@ -143,7 +143,7 @@ def fix_reload_of_context_buffers() -> None:
     upstream_build = draft_class._build_fused_kv_buffers
 
     def _build_fused_kv_buffers(self: Any) -> None:
-        # Attention layers keep this from the beginning of an update to its end.
+        # Attention layers have kernel_tensors during a weight update, and only then.
         if all(get_layerwise_info(layer).kernel_tensors is None for layer in self.modules()):
             upstream_build(self)
 
@@ -167,10 +167,10 @@ def fix_reload_of_context_buffers() -> None:
 
 
 def fix_rewinding_of_generators() -> None:
-    """Puts a request's random numbers back where a prompt is prefilled in parts, and a sampled token is thrown away.
+    """Restores a request's random state when vLLM discards a token sampled after a partial prefill.
 
-    vLLM moves the generator's offset back, which a CPU generator does not have: the engine dies of the first seeded
-    request whose prompt does not fit into a step. Here the state of before is kept.
+    vLLM moves the generator's offset back, but CPU generators have no offset. The engine fails at the first seeded
+    request whose prompt does not fit into one step. The fix saves the state before sampling.
     Remove when tests/rollout/test_vllm_patches.py::test_a_prompt_in_parts_fails_without_the_fix fails.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -211,7 +211,7 @@ CPU_FIXES: tuple[Callable[[], None], ...] = (
 
 
 def register(fixes: Sequence[Callable[[], None]] = FIXES, cpu_fixes: Sequence[Callable[[], None]] = CPU_FIXES) -> None:
-    """Tells vLLM of the weight engine and applies the fixes. Only a process's first call does anything."""
+    """Registers the weight engine with vLLM and applies the fixes. Only the first call in a process has an effect."""
     global _registered
     if _registered:
         return
@@ -227,7 +227,7 @@ def register(fixes: Sequence[Callable[[], None]] = FIXES, cpu_fixes: Sequence[Ca
 
 
 def _require(owner: Any, name: str, fix: Callable[[], None]) -> None:
-    """A fix of something that is gone must be looked at, not skipped. ``owner``: a module or a class."""
+    """Raises RuntimeError if the patched name is gone: the fix must then be reviewed. ``owner``: a module or class."""
     if not hasattr(owner, name):
         raise RuntimeError(
             f"{owner.__name__}.{name} is gone from vLLM: adapt or remove skyrl_spec.rollout.vllm_patches.{fix.__name__}"

@@ -1,8 +1,8 @@
-"""vLLM's weight transfer over Ray's object store, for CPU engines: weights arrive as numpy arrays in the call itself.
+"""Weight transfer for CPU engines: weights arrive as numpy arrays, as arguments of the call.
 
-One update of one model (the target, or the draft) is ``start_weight_update``, any number of ``update_weights`` with
-the payloads of ``skyrl_spec.sync.payload``, ``finish_weight_update``; together they carry every tensor of the model's
-checkpoint once, under the checkpoint's names. vLLM loads a layer when its last tensor is there.
+One update of one model (target or draft) is ``start_weight_update``, any number of ``update_weights`` with payloads of
+``skyrl_spec.sync.payload``, and ``finish_weight_update``. Together they carry every tensor of the model's checkpoint
+once, under the checkpoint's names. vLLM loads a layer when its last tensor has arrived.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Manifest = dict[str, tuple[int, ...]]
 
 @dataclass
 class RayInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on."""
+    """Empty: there is nothing to agree on."""
 
 
 @dataclass
 class RayUpdateInfo(WeightTransferUpdateInfo):
-    """What ``pack_weights`` makes."""
+    """A payload of ``pack_weights``."""
 
     names: list[str]
     dtype_names: list[str]
@@ -47,11 +47,11 @@ class RayUpdateInfo(WeightTransferUpdateInfo):
 
 
 class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
-    """Loads the weights of each call into the target or the draft, checked against the model's checkpoint."""
+    """Loads weights into the target or the draft, and checks names and shapes against the model's checkpoint."""
 
     init_info_cls = RayInitInfo
     update_info_cls = RayUpdateInfo
-    # vLLM's models have ``load_weights`` and ``hf_to_vllm_mapper``; ``nn.Module`` does not say so.
+    # Any, because nn.Module does not declare load_weights and hf_to_vllm_mapper of vLLM's models.
     model: Any
     _default_model: Any
 
@@ -63,10 +63,10 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
         self._awaited: Manifest = {}
 
     def init_transfer_engine(self, init_info: RayInitInfo) -> None:
-        """No connection to make."""
+        """Does nothing: there is no connection to make."""
 
     def start_weight_update(self) -> None:
-        """Begins an update of every tensor; one that was broken off before is forgotten."""
+        """Begins an update of every tensor. Discards an unfinished update."""
         if self.model not in self._manifests:
             self._manifests[self.model] = self._build_manifest()
         self._awaited = dict(self._manifests[self.model])
@@ -77,11 +77,11 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
             info.loaded_weights.clear()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class does, without its device synchronization: there is no device."""
+        """Loads one chunk, without the base class's device synchronization: there is no device."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: RayUpdateInfo) -> None:
-        """Loads one chunk. Raises ``ValueError`` for a tensor that is unknown, of another shape, or sent twice."""
+        """Loads one chunk. Raises ``ValueError`` for a tensor that is unknown, sent twice or of another shape."""
         weights = unpack_weights(**vars(update_info))
         for name, tensor in weights:
             self._check(name, tuple(tensor.shape))
@@ -89,14 +89,14 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
             self.model.load_weights(weights)
 
     def finish_weight_update(self) -> None:
-        """Ends the update. Raises ``ValueError`` if tensors are missing: they can still be sent, then finish again."""
+        """Ends the update. Raises ``ValueError`` if tensors are missing; the update can be completed afterwards."""
         if self._awaited:
             names = sorted(self._awaited)
             raise ValueError(f"weight update lacks {len(names)} tensors of {self._describe()}: {_some(names)}")
         reload.finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing to close."""
+        """Does nothing: there is nothing to close."""
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         manifest = self._manifests[self.model]
@@ -109,7 +109,7 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
         del self._awaited[name]
 
     def _build_manifest(self) -> Manifest:
-        """The tensors of the active model: what the target's loader takes, or leaves to a draft in its checkpoint."""
+        """Tensors of the active model. In a shared checkpoint the draft's are those that the target's loader skips."""
         target = self._default_model_config
         is_draft = self.model is not self._default_model
         tensors = checkpoint_manifest(self.model_config.model, self.model_config.revision)
@@ -124,7 +124,7 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
 
 
 def checkpoint_manifest(model: str, revision: str | None = None) -> Manifest:
-    """Names and shapes of a checkpoint's tensors, from its safetensors headers. ``model``: directory or hub name."""
+    """Names and shapes of a checkpoint's tensors, read from safetensors headers. ``model``: directory or hub name."""
     directory = Path(model)
     if not directory.is_dir():
         directory = Path(snapshot_download(model, revision=revision, local_files_only=True))

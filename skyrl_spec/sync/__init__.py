@@ -1,1 +1,5 @@
-"""How weights reach the engines: ``weights`` orders a sync and counts versions, ``payload`` is the CPU wire form."""
+"""Weights on their way to the engines.
+
+``weights``: the order of a sync, and versions. ``payload``: weights as numpy arrays, for CPU engines. ``canary``:
+checks that trainer and engines compute the same.
+"""

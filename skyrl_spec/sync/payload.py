@@ -1,4 +1,4 @@
-"""How weights travel over Ray's object store: names, dtypes, shapes and numpy arrays that share the tensors' memory."""
+"""Weights as payloads for Ray's object store: names, dtypes, shapes, and numpy arrays that share their memory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The integer type bfloat16 travels as: numpy has none of its own.
+# dtype of a tensor -> dtype of its array. numpy has no bfloat16, so its bits travel as int16.
 _WIRE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.int16}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _WIRE_DTYPES}
 
 
 def pack_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """The update of vLLM's weight-transfer protocol: ``{"names", "dtype_names", "shapes", "arrays"}``.
+    """Payload for ``update_weights`` of vLLM's weight transfer: ``{"names", "dtype_names", "shapes", "arrays"}``.
 
     CPU tensors are not copied: put the payload into the object store before the weights change again.
-    Raises ``ValueError`` for a dtype that has no wire form.
+
+    Raises:
+        ValueError: a dtype that cannot be sent.
     """
     payload: dict[str, list[Any]] = {"names": [], "dtype_names": [], "shapes": [], "arrays": []}
     for name, tensor in named_tensors:
@@ -33,7 +35,7 @@ def pack_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
 
 
 def pack_chunks(named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int = 512 * 2**20) -> Iterator[dict[str, Any]]:
-    """Payloads of at most ``max_bytes`` each; a larger tensor travels alone."""
+    """Payloads of at most ``max_bytes`` each. A larger tensor gets its own."""
     chunk: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named_tensors:
@@ -49,13 +51,14 @@ def pack_chunks(named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int = 51
 def unpack_weights(
     names: list[str], dtype_names: list[str], shapes: list[list[int]], arrays: list[np.ndarray]
 ) -> list[tuple[str, Tensor]]:
-    """The named tensors of a payload, on the arrays' own memory: read them, never write to them.
+    """Named tensors of a payload. They share the arrays' memory, which may be read-only: do not write to them.
 
-    Raises ``ValueError`` for lists of unlike length, an unknown dtype, or an array that is not of its shape.
+    Raises:
+        ValueError: lists of different length, an unknown dtype, or an array without the announced shape.
     """
     if not len(names) == len(dtype_names) == len(shapes) == len(arrays):
         raise ValueError(
-            f"names, dtype_names, shapes and arrays must be of one length,"
+            f"names, dtype_names, shapes and arrays must have one length,"
             f" got {len(names)}, {len(dtype_names)}, {len(shapes)}, {len(arrays)}"
         )
     named_tensors = []
@@ -69,12 +72,12 @@ def unpack_weights(
 
 
 def payload_bytes(payload: dict[str, Any]) -> int:
-    """Bytes of the weights in a payload."""
+    """Number of bytes of the weights in a payload."""
     return sum(array.nbytes for array in payload["arrays"])
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
-    # Arrays from the object store are read-only, which torch warns of; nothing writes to these tensors.
+    # torch warns about the read-only arrays of the object store. Nothing writes to these tensors.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

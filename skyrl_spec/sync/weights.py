@@ -1,11 +1,11 @@
-"""One sync: policy, then draft, one version number, caches reset. The only place that knows the order.
+"""Weight sync: policy, then draft, then caches, under one version number. No other module knows this order.
 
     export policy -> start_weight_update -> update_weights (chunks) -> finish
     export draft  -> start_draft_weight_update -> update_weights (chunks) -> finish
     reset the prefix cache (it holds keys of the old policy and draft) -> set versions
 
-Engines are idle meanwhile. An engine takes the new version only when both have arrived, so a rollout's version says
-what it was sampled with.
+Engines are idle during a sync. An engine takes the new version only when all weights have arrived, so the version of
+a rollout tells with which weights it was sampled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import ray
 
 from skyrl_spec.types import Component, Versions
 
-# What is sent, and its chunks in Ray's object store.
+# A component, and its chunks in Ray's object store.
 Update = tuple[Component, Sequence[ray.ObjectRef]]
 
 
 class UpdatedEngine(Protocol):
-    """What a sync asks of one engine."""
+    """Methods of one engine that a sync needs."""
 
     def start_weight_update(self, draft: bool) -> None: ...
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
@@ -33,7 +33,7 @@ class UpdatedEngine(Protocol):
 
 
 class UpdatedEngines(Protocol):
-    """What a sync asks of all engines together."""
+    """Methods of the group of engines that a sync needs."""
 
     handles: list[Any]
     timeout_s: float
@@ -43,7 +43,7 @@ class UpdatedEngines(Protocol):
 
 
 class SendingWorkers(Protocol):
-    """What a sync asks of the policy workers."""
+    """Methods of the policy workers that a sync needs."""
 
     def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]: ...
     def connect(self, backend: str, engines: list[Any], components: list[Component], timeout_s: float) -> None: ...
@@ -51,7 +51,7 @@ class SendingWorkers(Protocol):
 
 
 def load_updates(engine: UpdatedEngine, updates: Iterable[Update], versions: Versions) -> None:
-    """An engine's side of a sync over the object store. On one host the arrays are mapped, not copied."""
+    """Engine's side of a sync over the object store. On one host the arrays are mapped, not copied."""
     for component, chunks in updates:
         engine.start_weight_update(component == "draft")
         for chunk in chunks:
@@ -62,9 +62,9 @@ def load_updates(engine: UpdatedEngine, updates: Iterable[Update], versions: Ver
 
 
 class WeightSync:
-    """Carries the workers' weights to the engines, over Ray's object store or vLLM's GPU transfers.
+    """Brings the workers' weights to the engines, over Ray's object store or vLLM's GPU transfers.
 
-    ``components``: what is trained, in the order it is sent; what is frozen stays at version 0.
+    ``components``: the trained components, in the order of a sync. Frozen ones stay at version 0.
     """
 
     def __init__(self, policy: SendingWorkers, engines: UpdatedEngines, *, backend: str, components: list[Component]):
@@ -75,16 +75,16 @@ class WeightSync:
             engines.all("init_weight_transfer_engine", {})
             engines.allow_replacement(self._catch_up)
         else:
-            # Engines are ranks of one transfer group here, and cannot be replaced one by one.
+            # The engines are ranks of one transfer group, so a single one cannot be replaced.
             policy.connect(backend, engines.handles, self.components, engines.timeout_s)
 
     def sync(self) -> int:
-        """Bring every engine to the workers' weights under the next version; returns the bytes of one copy."""
+        """Brings every engine to the workers' weights, under the next version. Returns the bytes of one copy."""
         version = 1 + max(self.versions.policy, self.versions.draft)
         return self.restore(replace(self.versions, **dict.fromkeys(self.components, version)))
 
     def restore(self, versions: Versions) -> int:
-        """The same under given versions: the workers' weights are those of a checkpoint."""
+        """Brings every engine to the workers' weights, under the versions of a checkpoint. Returns the bytes."""
         self.versions = versions
         if self._over_ray:
             updates, num_bytes = self._export()
@@ -96,13 +96,13 @@ class WeightSync:
         return num_bytes
 
     def _export(self) -> tuple[list[Update], int]:
-        """What there is to load, and the bytes of it."""
+        """Updates for the engines, and their size in bytes."""
         exported = [(component, self._policy.export(component)) for component in self.components]
         updates: list[Update] = [(component, [chunk for chunk, _ in chunks]) for component, chunks in exported]
         return updates, sum(num_bytes for _, chunks in exported for _, num_bytes in chunks)
 
     def _catch_up(self, engine: Any) -> None:
-        """Bring an engine that has just been built from disk to where the others are."""
+        """Brings a replacement engine, just built from disk, to the weights and versions of the others."""
         timeout_s = self._engines.timeout_s
         ray.get(engine.init_weight_transfer_engine.remote({}), timeout=timeout_s)
         ray.get(engine.load_weights.remote(self._export()[0], self.versions), timeout=timeout_s)

@@ -1,6 +1,8 @@
-"""The policy on Megatron-core.
+"""Training of policy and draft on Megatron-core.
 
-``compat`` what Megatron needs on CPU · ``parallel`` process groups · ``model`` the trunk · ``attention`` its core
-attention · ``conversion`` HF<->Megatron weights · ``capture`` forward hooks · ``optim`` DDP and optimizer ·
-``step`` one optimizer step · ``worker`` the Ray actor.
+- ``trainer``: policy, draft and reference of one rank
+- ``step``: forward pass and loss of a micro-batch
+- ``optimizer``: gradient buffer, optimizer and schedule of one module
+- ``proposals``: an engine's drafted tokens as rows, for the sync canary
+- ``worker``: the Ray actor
 """

@@ -1,7 +1,7 @@
-"""A module with a gradient buffer, an optimizer, a clip and a learning-rate schedule of its own.
+"""Gradient buffer, optimizer, clipping and learning-rate schedule of one module.
 
-Policy and draft each are one ``Trainable``. They share no parameter, no buffer and no norm, so nothing about the
-draft can change a bit of the policy.
+Policy and draft are one ``Trainable`` each. They share no parameter, no buffer and no norm, so the draft cannot change
+a bit of the policy.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from skyrl_spec.errors import RunError
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.parallel import Parallel
-from skyrl_spec.settings.schema import MegatronConfig, OptimizerConfig
+from skyrl_spec.settings.draft import OptimizerConfig
+from skyrl_spec.settings.schema import MegatronConfig
 from skyrl_spec.types import Metric, Metrics
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """``is_skipped``: the gradient was not finite, and nothing was updated."""
+    """Result of one optimizer step."""
 
+    # Before clipping.
     grad_norm: float
     lr: float
+    # The gradient was not finite, and nothing was updated.
     is_skipped: bool
 
     def metrics(self, prefix: str) -> Metrics:
-        """The norm is that of the updates that were made."""
+        """Metrics under ``prefix``. A skipped update does not count in the mean gradient norm."""
         norm = Metric() if self.is_skipped else Metric(self.grad_norm, 1)
         return {
             f"{prefix}/grad_norm": norm,
@@ -75,20 +78,20 @@ class Trainable:
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
 
     def zero_grad(self) -> None:
-        """Before the first micro-batch of a mini-batch."""
+        """Clears the gradients. Call it before the first micro-batch of a mini-batch."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def reduce_grads(self) -> None:
-        """Sum gradients over data parallelism; every rank must call it, with or without tokens of its own."""
+        """Sums gradients over data-parallel ranks. Every rank must call it, with or without tokens."""
         with megatron_patches.megatron_device(self.parallel.device):
             finalize_model_grads([self.ddp], num_tokens=None)
 
     def step(self) -> OptimizerStep:
-        """Clip, update, move the schedule on; with a gradient that is not finite, none of it.
+        """Clips the gradient, updates the module and advances the schedule, unless the gradient is not finite.
 
-        Megatron's own ``step`` in two parts: without a gradient scaler it would update whatever the norm is. All ranks
-        see the same norm.
+        Megatron's own ``step`` updates even then, because no gradient scaler is in use. This method therefore calls its
+        two parts. All ranks see the same norm.
 
         Raises:
             RunError: too many updates in a row were skipped.
@@ -105,17 +108,17 @@ class Trainable:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
         if self._skipped_in_a_row > self._max_skipped:
             raise RunError(
-                f"trainer.max_skipped_updates={self._max_skipped}: the gradient norm of {type(self.module).__name__} "
-                f"is {grad_norm}, and {self._skipped_in_a_row} updates in a row were skipped for that; "
-                "lower the learning rate, or look at samples.jsonl for what it was trained on"
+                f"trainer.max_skipped_updates={self._max_skipped}: {self._skipped_in_a_row} updates in a row were "
+                f"skipped because the gradient norm of {type(self.module).__name__} is not finite ({grad_norm}); "
+                "lower the learning rate, or look for bad data in samples.jsonl"
             )
         return OptimizerStep(grad_norm, lr, is_skipped)
 
     def _clip(self, grad_norm: float) -> None:
-        parts = self.optimizer.chained_optimizers if isinstance(self.optimizer, ChainedOptimizer) else [self.optimizer]
-        for part in parts:
-            if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+        is_chained = isinstance(self.optimizer, ChainedOptimizer)
+        for optimizer in self.optimizer.chained_optimizers if is_chained else [self.optimizer]:
+            if parameters := optimizer.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
 
 
 def _megatron_optimizer_config(
@@ -140,12 +143,12 @@ def _megatron_optimizer_config(
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
-        # Not 0: the first update counts.
+        # Not 0, so that the first update has an effect.
         init_lr=config.lr / (config.num_warmup_steps + 1),
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.num_warmup_steps,
-        # The schedule asserts that decay ends after warm-up.
+        # Megatron asserts that decay ends after warm-up.
         lr_decay_steps=max(total_steps, config.num_warmup_steps + 1),
         lr_decay_style=config.scheduler,
         start_wd=config.weight_decay,

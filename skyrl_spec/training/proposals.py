@@ -1,7 +1,7 @@
-"""An engine's proposals as rows for the trainer's forward pass: its side of the sync canary (``sync.canary``).
+"""Rows for the trainer's forward pass over an engine's proposals: the trainer's side of the sync canary.
 
-Every block becomes a row of its own, the tokens up to its anchor and the drafted ones behind them, because a draft that
-feeds on its own tokens saw those and not the sampled ones. The responses are rows too, for the policy.
+Every drafted block becomes a row: the tokens up to its anchor, then the drafted tokens. A draft that reads its own
+drafted tokens saw these, not the sampled ones. The responses become rows for the policy. See ``sync.canary``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from skyrl_spec.types import Proposals, TrainBatch
 
 @dataclass(frozen=True)
 class BlockRows:
-    """R rows that end in K drafted tokens each."""
+    """R rows, each with the K tokens drafted after its anchor."""
 
     targets: BatchTokens
     anchor_R: Tensor
@@ -30,27 +30,30 @@ class BlockRows:
 def block_rows(
     proposals: Sequence[Proposals], num_positions: int, rows_at_a_time: int, device: torch.device
 ) -> list[BlockRows]:
-    """All blocks, for a draft that drafts ``num_positions`` tokens; the engine's may be longer or shorter."""
+    """Rows of all blocks, ``rows_at_a_time`` of them in a micro-batch.
+
+    The draft computes ``num_positions`` drafted tokens. The engine's blocks may be longer, which are cut, or shorter.
+    """
     blocks = [
         (item.prompt_ids + item.generation.token_ids, anchor, drafted)
         for item in proposals
         for anchor, drafted in zip(item.anchors, item.drafted, strict=True)
     ]
-    # What the draft computes beyond the engine's tokens is not looked at, but it reads that many.
+    # The draft reads num_positions tokens after the anchor. Its results beyond the engine's tokens are not used.
     padding = [0] * num_positions
-    parts = [blocks[start : start + rows_at_a_time] for start in range(0, len(blocks), rows_at_a_time)]
+    micro_batches = [blocks[start : start + rows_at_a_time] for start in range(0, len(blocks), rows_at_a_time)]
     return [
         BlockRows(
-            _targets([tokens[: anchor + 1] + drafted + padding for tokens, anchor, drafted in part], device),
-            torch.tensor([anchor for _, anchor, _ in part], device=device),
-            torch.tensor([drafted[:num_positions] for _, _, drafted in part], device=device),
+            _targets([tokens[: anchor + 1] + drafted + padding for tokens, anchor, drafted in rows], device),
+            torch.tensor([anchor for _, anchor, _ in rows], device=device),
+            torch.tensor([drafted[:num_positions] for _, _, drafted in rows], device=device),
         )
-        for part in parts
+        for rows in micro_batches
     ]
 
 
 def response_batch(proposals: Sequence[Proposals]) -> TrainBatch:
-    """The responses with their prompts, a row each; advantages and weights are 0."""
+    """Responses with their prompts, one per row. Advantages, loss weights and rollout log-probs are 0."""
     token_ids, segment_ids = _rows([item.prompt_ids + item.generation.token_ids for item in proposals])
     zeros = np.zeros(token_ids.shape, np.float32)
     prompt_lengths = np.array([len(item.prompt_ids) for item in proposals])
@@ -64,7 +67,7 @@ def _targets(rows: Sequence[list[int]], device: torch.device) -> BatchTokens:
 
 
 def _rows(rows: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token and document ids, padded on the right."""
+    """Token ids and document ids of ``rows``, padded on the right."""
     token_ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
     segment_ids = np.zeros_like(token_ids)
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""One micro-batch through policy and draft: what is computed, without Ray, optimizers or schedules.
+"""Policy log-probs and policy loss of one micro-batch, without Ray, optimizers or schedules.
 
 Shapes: T response tokens, B batch, S sequence, D hidden, v this rank's vocabulary shard.
 """
@@ -22,7 +22,7 @@ from skyrl_spec.types import TrainBatch
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch on the device; response tokens as flat index pairs, everything per token already picked out."""
+    """A micro-batch on the device, with the indices of its response tokens."""
 
     targets: BatchTokens
     # Row and position of each response token.
@@ -31,13 +31,13 @@ class Micro:
     batch: TrainBatch
 
     def pick(self, values_BS: np.ndarray) -> Tensor:
-        """The response tokens' entries of a ``[B, S]`` array, ``[T]``."""
+        """Entries of a ``[B, S]`` array at the response tokens, ``[T]``, on the device."""
         device = self.row_T.device
         return torch.as_tensor(np.ascontiguousarray(values_BS)).to(device)[self.row_T, self.position_T]
 
 
 def to_device(batch: TrainBatch, device: torch.device) -> Micro:
-    """The tensors of ``batch`` that a forward pass needs."""
+    """Micro-batch with the tensors that a forward pass needs on ``device``."""
     token_ids, segment_ids, loss_mask = (
         torch.as_tensor(np.ascontiguousarray(array)).to(device)
         for array in (batch.token_ids, batch.segment_ids, batch.loss_mask)
@@ -62,7 +62,7 @@ def response_logprobs(
     group: torch.distributed.ProcessGroup,
     fp32_logits: bool = False,
 ) -> TokenLogprobs:
-    """Log-prob and entropy of every response token, predicted at the position before it."""
+    """Log-prob of every response token, and entropy of the distribution at the position before it."""
     return vocab_parallel_logprobs(
         hidden_SBD[micro.position_T - 1, micro.row_T],
         output_weight_vD,
@@ -75,18 +75,18 @@ def response_logprobs(
     )
 
 
-# The order of ``policy_loss``'s sums.
+# Order of the sums of ``policy_loss``.
 POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl")
 
 
 def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """This micro-batch's part of the policy loss, and its sums over tokens.
+    """This micro-batch's part of the policy loss, and sums for metrics.
 
-    The loss is ``sum(loss_weights * (surrogate + kl_loss_coef * kl))``: the weights carry the global denominator.
+    The loss is ``sum(loss_weights * (surrogate + kl_loss_coef * kl))``. The weights carry the global denominator.
 
     Returns:
-        The loss (scalar, connected to the trunk even without tokens) and a float64 ``[len(POLICY_SUMS) + 1]``: the
-        loss, then sums over tokens in the order of ``POLICY_SUMS``, then the number of tokens.
+        The loss (a scalar, connected to the trunk even without tokens), and float64 ``[len(POLICY_SUMS) + 1]``: sums
+        in the order of ``POLICY_SUMS``, then the number of tokens.
     """
     batch = micro.batch
     assert batch.policy_logprobs is not None

@@ -1,9 +1,13 @@
-"""A rank's policy, draft and reference: forward, one optimizer step, export. The Ray actor around it is ``worker``.
+"""Policy, draft and reference of one rank: log-probs, optimizer steps and export. ``worker`` is the Ray actor.
 
-A mini-batch goes through Megatron's schedule micro-batch by micro-batch. In each, the policy's forward pass leaves
-detached trunk states in the hooks; the draft's forward and backward pass run on them at once, then the schedule runs
-the policy's backward pass. Gradients are summed over data parallelism and both optimizers step, one after the other,
-knowing nothing of each other. With a frozen policy (warm-up of a draft) only the draft's half happens.
+Megatron's schedule runs a mini-batch micro-batch by micro-batch:
+
+1. The policy's forward pass runs. Hooks capture detached trunk states.
+2. The draft's forward and backward pass run on these states.
+3. The policy's backward pass runs.
+
+Then gradients are summed over data-parallel ranks, and the policy's and the draft's optimizers step independently. With
+a frozen policy (warm-up of a draft), only the draft is trained.
 """
 
 from __future__ import annotations
@@ -43,12 +47,14 @@ from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScor
 
 @dataclass(frozen=True)
 class TrainableDraft:
+    """A draft with its optimizer."""
+
     draft: Draft
     trainable: Trainable
 
 
 class PolicyTrainer:
-    """Everything one rank trains. All ranks call every method together."""
+    """Policy, draft and reference of one rank. Most methods are collective: all ranks call them together."""
 
     def __init__(
         self,
@@ -84,19 +90,19 @@ class PolicyTrainer:
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
 
     def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
-        """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if there is one.
+        """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if one is loaded.
 
         Returns:
-            ``policy_logprobs`` (and ``ref_logprobs``), ``[rows of the shard, S]`` float32, 0 off the response.
+            ``policy_logprobs`` and ``ref_logprobs``, ``[rows of the shard, S]`` float32, 0 outside the response.
         """
-        mine = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
-        out = {"policy_logprobs": self._logprobs(self.model, mine)}
+        local_batch = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
+        logprobs = {"policy_logprobs": self._logprobs(self.model, local_batch)}
         if self.reference is not None:
-            out["ref_logprobs"] = self._logprobs(self.reference, mine)
-        return out
+            logprobs["ref_logprobs"] = self._logprobs(self.reference, local_batch)
+        return logprobs
 
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
-        """Forward and backward over this rank's shard of ``batch``, then one optimizer step of policy and draft."""
+        """One optimizer step of policy and draft on this rank's shard of ``batch``."""
         start = time.perf_counter()
         self._draft_clock.reset()
         metrics = self._reduce(self.forward_backward(batch))
@@ -105,7 +111,7 @@ class PolicyTrainer:
         return StepReport(metrics=metrics, policy_train_s=time.perf_counter() - start - draft_s, draft_train_s=draft_s)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step of the draft on this rank's shard of ``batch``; the policy only runs forward."""
+        """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
         assert self.draft is not None
         start = time.perf_counter()
         micros = self._micros(batch)
@@ -123,10 +129,10 @@ class PolicyTrainer:
         return StepReport(metrics=metrics, draft_train_s=time.perf_counter() - start)
 
     def forward_backward(self, batch: TrainBatch) -> Tensor:
-        """Leave the gradients of ``batch``, summed over all ranks, in both gradient buffers.
+        """Computes the gradients of ``batch``, summed over data-parallel ranks, in both gradient buffers.
 
         Returns:
-            This rank's sums (policy, then draft; float64).
+            This rank's sums for ``_reduce``, float64: the policy's, then the draft's.
         """
         assert self.policy is not None
         micros = self._micros(batch)
@@ -164,7 +170,7 @@ class PolicyTrainer:
         return torch.cat([policy_sums, draft_sums])
 
     def optimizer_step(self) -> Metrics:
-        """Update policy and draft from their gradient buffers."""
+        """Updates policy and draft from their gradient buffers."""
         assert self.policy is not None
         metrics = self.policy.step().metrics("policy")
         if self.draft is not None:
@@ -174,36 +180,37 @@ class PolicyTrainer:
 
     @torch.no_grad()
     def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
-        """What policy and draft, as they are here now, make of an engine's responses and drafted tokens.
+        """Scores of an engine's responses under the policy, and of its drafted tokens under the draft.
 
-        Collective over tensor parallelism alone: data-parallel replicas are the same.
+        Collective over tensor-parallel ranks only: data-parallel replicas are equal.
         """
         batch, rows_at_a_time = response_batch(proposals), self.config.trainer.micro_forward_batch_size_per_gpu
         policy_logprobs = self._logprobs(self.model, batch)[batch.loss_mask]
         num_positions = 0 if self.draft is None else self.draft.draft.num_positions
-        parts = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
+        scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
         if self.draft is not None:
             with self._capture() as captured:
                 blocks = block_rows(proposals, num_positions, rows_at_a_time, self.parallel.device)
-                parts = [self._score_blocks(rows, captured) for rows in blocks] or parts
-        logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+                scores = [self._score_blocks(rows, captured) for rows in blocks] or scores
+        logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*scores, strict=True))
         return ProposalScores(policy_logprobs, logprobs, favourites)
 
     def random_state(self) -> dict[str, Tensor]:
-        """States of this rank's own generators."""
+        """States of the generators that belong to this trainer."""
         return {} if self.draft is None else self.draft.draft.random_state()
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
+        """Restores a ``random_state``."""
         if self.draft is not None:
             self.draft.draft.set_random_state(state)
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors by HF name, in the layout vLLM loads; all ranks of a tensor-parallel group must iterate."""
+        """HF names and full tensors, in the layout that vLLM loads. All tensor-parallel ranks must iterate."""
         module, rules = self._exported(component)
         return export_weights(module, rules, self.parallel)
 
     def export_shapes(self, component: Component) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of what ``export`` will yield, in its order; no communication."""
+        """Name, dtype and shape of every tensor that ``export`` yields, in its order. No communication."""
         module, rules = self._exported(component)
         parameters = megatron_patches.named_parameters(module)
         return [
@@ -213,7 +220,7 @@ class PolicyTrainer:
         ]
 
     def saved_components(self) -> dict[Component, SavedComponent]:
-        """Everything that is trained, as a checkpoint saves it."""
+        """Trained components, for a checkpoint."""
         saved: dict[Component, SavedComponent] = {}
         if self.policy is not None:
             saved["policy"] = SavedComponent(self.policy, self.rules)
@@ -223,19 +230,20 @@ class PolicyTrainer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the policy's parameters."""
+        """Dtype of the policy's parameters."""
         return next(self.model.parameters()).dtype
 
     @property
     def draft_source(self) -> Path | None:
-        """The checkpoint directory that the draft's tensors belong to; None without a draft."""
+        """Checkpoint directory with the draft's tensors. None without a draft."""
         return None if self.draft is None else self.draft.draft.source
 
     def draft_hf_config(self) -> dict[str, Any] | None:
-        """``config.json`` of the exported draft, if it has a directory of its own."""
+        """``config.json`` of the exported draft. None without a draft with its own directory."""
         return None if self.draft is None else self.draft.draft.hf_config(self.dtype)
 
     def _exported(self, component: Component) -> tuple[torch.nn.Module, list[Rule]]:
+        """Module and conversion rules of ``component``."""
         if component == "policy":
             return self.model, self.rules
         assert self.draft is not None
@@ -268,17 +276,17 @@ class PolicyTrainer:
 
     @torch.no_grad()
     def _logprobs(self, model: PolicyModel, batch: TrainBatch) -> np.ndarray:
-        rows = micro_batch_rows(batch, self.config.trainer.micro_forward_batch_size_per_gpu)
-        parts = []
-        for part_rows in rows:
-            micro = to_device(batch.select(part_rows), self.parallel.device)
+        micro_rows = micro_batch_rows(batch, self.config.trainer.micro_forward_batch_size_per_gpu)
+        micro_logprobs = []
+        for rows in micro_rows:
+            micro = to_device(batch.select(rows), self.parallel.device)
             hidden_SBD = self._hidden(model, micro.targets, None)
             logprobs_BS = torch.zeros(micro.targets.token_ids.shape, device=self.parallel.device)
             logprobs_BS[micro.row_T, micro.position_T] = self._token_logprobs(
                 model, hidden_SBD, micro
             ).logprobs_T.float()
-            parts.append(logprobs_BS.cpu().numpy())
-        return assemble(parts, rows, batch.token_ids.shape)
+            micro_logprobs.append(logprobs_BS.cpu().numpy())
+        return assemble(micro_logprobs, micro_rows, batch.token_ids.shape)
 
     def _token_logprobs(self, model: PolicyModel, hidden_SBD: Tensor, micro: Micro) -> Any:
         return response_logprobs(
@@ -297,16 +305,16 @@ class PolicyTrainer:
             self._token_logprobs(self.model, hidden_SBD, micro), micro, self.config.trainer.algorithm
         )
         sums[: len(micro_sums)] += micro_sums
-        # The schedule divides by nothing when it is told a number of tokens and calculate_per_token_loss is set.
+        # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
 
     def _micros(self, batch: TrainBatch) -> list[Micro]:
-        mine = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
+        local_batch = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
         rows = self.config.trainer.micro_train_batch_size_per_gpu
-        return [to_device(part, self.parallel.device) for part in micro_batches(mine, rows)]
+        return [to_device(micro_batch, self.parallel.device) for micro_batch in micro_batches(local_batch, rows)]
 
     def _hidden(self, model: torch.nn.Module, targets: BatchTokens, captured: Captured | None) -> Tensor:
-        """The trunk's forward pass, ``[S, B, D]``, which leaves in ``captured`` what the hooks are there for."""
+        """Hidden states after the trunk's forward pass, ``[S, B, D]``. Hooks fill ``captured``."""
         with (
             megatron_patches.megatron_device(self.parallel.device),
             nullcontext() if captured is None else captured.listening(),
@@ -314,7 +322,7 @@ class PolicyTrainer:
             return model(targets.token_ids, targets.attention_mask)
 
     def _supervise_draft(self, micros: list[Micro]) -> tuple[list[Supervision | None], Tensor]:
-        """What the draft is supervised on in each micro-batch, and the weight of that over all ranks."""
+        """The draft's supervision of every micro-batch, and its total weight over all data-parallel ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
         if self.draft is None:
             return [None] * len(micros), total
@@ -330,7 +338,7 @@ class PolicyTrainer:
     def _train_draft(
         self, captured: Captured | None, hidden_SBD: Tensor, supervision: Supervision | None, denominator: Tensor
     ) -> Tensor:
-        """The draft's forward and backward pass on detached tensors; leaves gradients in its own buffer."""
+        """Runs the draft forward and backward on detached tensors; returns its sums (``DraftSums.flat``)."""
         assert self.draft is not None
         assert captured is not None
         assert supervision is not None
@@ -342,7 +350,7 @@ class PolicyTrainer:
         return Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
 
     def _score_blocks(self, rows: BlockRows, captured: Captured | None) -> tuple[np.ndarray, np.ndarray]:
-        """Of every drafted token its log-prob under this draft, and what this one drafts there, ``[R, K]``."""
+        """Log-prob of every drafted token under this draft, and this draft's most probable token, ``[R, K]``."""
         assert self.draft is not None
         assert captured is not None
         hidden_SBD = self._hidden(self.model, rows.targets, captured)
@@ -376,7 +384,7 @@ class PolicyTrainer:
         return nullcontext() if self.draft is None else capture(self.model, self.draft.draft.capture_points)
 
     def _reduce(self, sums: Tensor) -> Metrics:
-        """Sums and counts of all data-parallel ranks, in one collective. A loss is a mean of its mini-batch already."""
+        """Metrics of all data-parallel ranks, in one collective. Losses already carry their denominator."""
         dist.all_reduce(sums, group=self.parallel.dp_group)
         values = sums.tolist()
         loss, *token_sums, num_tokens = values[: len(POLICY_SUMS) + 1]
@@ -392,13 +400,14 @@ class PolicyTrainer:
 
 
 class DeviceClock:
-    """Seconds spent inside its context, added up; on a GPU measured by events, so that nothing waits for it."""
+    """Total seconds inside its context. On a GPU, CUDA events measure them without a synchronization."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
+        """Starts again from 0."""
         self._intervals: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
@@ -408,6 +417,7 @@ class DeviceClock:
         self._intervals.append((self._start, self._now()))
 
     def seconds(self) -> float:
+        """Seconds since ``reset``. Synchronizes the GPU."""
         if not self._cuda:
             return sum(end - start for start, end in self._intervals)
         torch.cuda.synchronize()

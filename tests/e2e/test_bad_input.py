@@ -65,7 +65,7 @@ ROW = {"prompt": [{"role": "user", "content": "1+1="}], "env_class": "gsm8k"}
 
 @dataclass(frozen=True)
 class Workspace:
-    """A model directory and a dataset that are right, and the overrides that name them."""
+    """A valid model directory and dataset, and overrides that name them."""
 
     root: Path
 
@@ -80,12 +80,15 @@ class Workspace:
         ]
 
     def model(self, *, without: str | None = None, reshaped: str | None = None, **changes: Any) -> Path:
-        """A model of zeros; a change to None takes the entry out of config.json. ``without``: tensors named so."""
+        """A model of zeros.
+
+        ``changes`` of config.json; None removes an entry. ``without`` removes the tensors whose names contain it.
+        """
         directory = self.root / f"model-{uuid.uuid4().hex[:8]}"
         directory.mkdir()
         config = {key: value for key, value in (MODEL_CONFIG | changes).items() if value is not None}
         (directory / "config.json").write_text(json.dumps(config))
-        # Of what the changes leave right.
+        # Shapes must follow the changes that are valid.
         sizes = {key: changes[key] for key in ("num_hidden_layers", "head_dim") if key in changes}
         architecture = changes.get("architectures", MODEL_CONFIG["architectures"])
         spec = parse_spec(
@@ -104,7 +107,7 @@ class Workspace:
         return directory
 
     def dflash(self, path: Path | None = None, *, target: dict[str, Any] | None = None) -> list[str]:
-        """A DFlash draft (from scratch without ``path``) on a Qwen3 model of eight layers."""
+        """Overrides for a DFlash draft on a Qwen3 model of eight layers. Without ``path`` it is from scratch."""
         of_target = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "num_nextn_predict_layers": None}
         model = self.model(**(of_target | (target or {})))
         draft = "null" if path is None else str(path)
@@ -117,7 +120,7 @@ class Workspace:
         ]
 
     def draft(self, *, without: str | None = None, reshaped: str | None = None, **changes: Any) -> Path:
-        """A DFlash draft's directory, of zeros."""
+        """The directory of a DFlash draft of zeros."""
         directory = self.root / f"draft-{uuid.uuid4().hex[:8]}"
         directory.mkdir()
         config = DRAFT_CONFIG | changes
@@ -130,12 +133,12 @@ class Workspace:
         return directory
 
     def real(self) -> list[str]:
-        """Overrides that name the shipped model and data, for what its tokenizer finds."""
+        """Overrides that name the shipped model and data, for mistakes that only its tokenizer finds."""
         example = ROOT / "examples" / "arithmetic_mtp"
         return [f"{PATH}={example / 'model'}", f"data.val_data=[{example / 'data' / 'validation.jsonl'}]"]
 
     def real_model(self, *, without: str | None = None, **tokenizer_config: Any) -> list[str]:
-        """The shipped model, copied, and with other files of the tokenizer."""
+        """Overrides that name a copy of the shipped model with a changed tokenizer."""
         directory = self.root / f"model-{uuid.uuid4().hex[:8]}"
         shutil.copytree(ROOT / "examples" / "arithmetic_mtp" / "model", directory)
         if without is not None:
@@ -146,7 +149,7 @@ class Workspace:
         return [*self.real(), f"{PATH}={directory}"]
 
     def checkpoint(self, *, part: str = "policy", dtypes: tuple[str, ...] = ("fp32",), **record: Any) -> Path:
-        """The record of a checkpoint without tensors, of the workspace's model."""
+        """A checkpoint of the workspace's model that has a record but no tensors."""
         directory = self.root / f"run-{uuid.uuid4().hex[:8]}" / "checkpoints" / "step_3"
         begin(directory)
         spec = parse_spec(self.root / "model", MODEL_CONFIG)
@@ -598,7 +601,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a row that its environment cannot use": (
         lambda space: space.real(),
-        ("row ", "environment gsm8k cannot be made from its fields", "mend the data"),
+        ("row ", "environment gsm8k cannot be made from its fields", "fix the data"),
     ),
     "rows that are no UTF-8": (
         lambda space: [f"data.train_data=[{space.file('latin.jsonl', LATIN_ROW)}]"],
@@ -651,7 +654,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
 
 
 def test_the_workspace_itself_is_right(workspace: Workspace) -> None:
-    """So that every line below is about its mistake and nothing else."""
+    """Otherwise a line below could be about something else than its mistake."""
     config = load_config(workspace.overrides)
     validate(config)
     preflight(config)
@@ -674,7 +677,7 @@ def test_sharing_halves_the_gpus_that_are_asked_for(workspace: Workspace, monkey
         preflight(config)
 
 
-# Whatever the machine has; tests/conftest.py sees to hub and accounts.
+# No GPU, whatever the machine has. tests/conftest.py disables hub and accounts.
 NOTHING = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -698,7 +701,7 @@ def test_mistake_gets_its_line(mistake: str, workspace: Workspace, tmp_path: Pat
 
 @pytest.mark.parametrize("mistake", ["unknown key", "wandb without an account"])
 def test_the_line_comes_within_seconds(mistake: str, workspace: Workspace, tmp_path: Path) -> None:
-    """A mistake seen first, and one seen last, at the command as a shell starts it."""
+    """The first and the last mistake to be found, at the command as a shell starts it."""
     overrides, expected = MISTAKES[mistake]
     start = time.monotonic()
     done = subprocess.run(
@@ -717,7 +720,7 @@ def test_the_line_comes_within_seconds(mistake: str, workspace: Workspace, tmp_p
 
 
 def processes_with(mark: str) -> list[str]:
-    """Command lines of the processes that inherited the mark in their environment."""
+    """Command lines of processes that inherited the mark in their environment."""
     left = []
     for process in psutil.process_iter():
         try:

@@ -57,7 +57,7 @@ def _train(trainer: PolicyTrainer) -> dict[str, Any]:
 def _live_activations() -> list[torch.Size]:
     """Shapes of all live tensors ``[S, B, ...]``: captured states, or keys and values that a draft remembers."""
     gc.collect()
-    tensors = [value for value in gc.get_objects() if isinstance(value, Tensor)]
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
     return [x.shape for x in tensors if x.dim() >= 3 and x.shape[1] in MICRO_BATCH_ROWS]
 
 

@@ -1,4 +1,4 @@
-"""GRPO's advantages and DAPO's overlong punishment against values by hand and a plain loop."""
+"""GRPO's advantages and DAPO's overlong punishment against values computed by hand and by a plain loop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_groups_against_a_plain_loop(norm_by_std: bool) -> None:
 
 def test_equal_rewards_and_groups_of_one() -> None:
     equal = group_advantages(np.full((2, 8), 0.1), norm_by_std=True)
-    # 0.1 has no exact mean; what is left, 1e-17, is divided by 1e-6.
+    # The mean of 0.1s has a rounding error of 1e-17, which is divided by 1e-6.
     np.testing.assert_allclose(equal, 0, atol=1e-10)
     rewards_P1 = np.array([[0.3], [1.0]])
     np.testing.assert_array_equal(group_advantages(rewards_P1, norm_by_std=True), rewards_P1)

@@ -1,4 +1,4 @@
-"""The command line, up to where a run would start."""
+"""The command line, without starting a run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_bad_value_gets_one_line_even_if_it_has_several(capsys: pytest.Capture
 
 
 def test_module_is_the_command_and_leaves_no_files(tmp_path: Path) -> None:
-    """hydra would make an outputs/ folder and change directory."""
+    """hydra by itself would create a folder outputs/ and change the directory."""
     command = [sys.executable, "-m", "skyrl_spec", "train", "experiment=cpu_mtp_dapo", "--cfg", "job"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True)
     assert "run_dir: runs/cpu_mtp_dapo" in done.stdout

@@ -1,4 +1,4 @@
-"""Whatever is typed, the answer is a configuration or one line."""
+"""Random words on the command line give a configuration or an error of one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChec
 
 
 def names(section: Any, prefix: str = "") -> list[str]:
-    """Of all settings and sections."""
+    """Dotted names of all settings and sections."""
     found = []
     for field in fields(section):
         value = getattr(section, field.name)
@@ -56,7 +56,7 @@ overrides = st.tuples(st.sampled_from(NAMES), values).map("=".join)
 
 
 def answer(arguments: list[str]) -> Config | str:
-    """As the command does before it looks at anything else."""
+    """The configuration or the error line that the command makes first."""
     try:
         config = load_config(arguments)
         validate(config)
@@ -73,7 +73,7 @@ def check(arguments: list[str]) -> None:
         assert found
         assert len(found) < 2000
     else:
-        # What --cfg job prints, and a checkpoint keeps.
+        # --cfg job prints it, and a checkpoint contains it.
         assert to_yaml(found)
 
 

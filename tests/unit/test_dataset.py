@@ -1,4 +1,4 @@
-"""Dataset rows of both file kinds, the prompts made of them, and what a user is told of bad files."""
+"""Rows of both types of dataset files, prompts made from them, and errors about bad files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row(text: str = "1+2=", **fields: Any) -> dict[str, Any]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
-        # Fields that only some rows have become fields of all, as in files from elsewhere.
+        # In parquet a field of some rows becomes a field of all rows.
         pq.write_table(pa.Table.from_struct_array(pa.array(rows)), path)
     else:
         path.write_text("".join(json.dumps(item) + "\n" for item in rows))
@@ -96,7 +96,7 @@ def test_uids_are_unique_over_files(tmp_path: Path, tokenizer: PreTrainedTokeniz
 
 
 def test_long_prompts_are_skipped_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    # Two control tokens and one token a character.
+    # Two control tokens, and one token per character.
     path = write(tmp_path / "rows.jsonl", [row("x" * length) for length in (1, 7, 8, 9, 30)])
     loaded = load(tokenizer, path, max_prompt_length=10)
     assert [len(prompt.token_ids) for prompt in loaded.prompts] == [3, 9, 10]

@@ -1,4 +1,4 @@
-"""``trainer.dry_run``: what is printed, and that nothing is written. The numbers are in tests/megatron/test_plan.py."""
+"""``trainer.dry_run``: its output, and that it writes nothing. tests/megatron/test_plan.py checks the numbers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_plan_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert line.startswith(f"skyrl-spec: warning: this machine cannot start the run: {what}")
     assert re.search(r"^GPUs +2$", out, flags=re.MULTILINE)
-    # Without a dry run it is an error.
+    # It is an error in a real run.
     assert main([*words, f"trainer.run_dir={tmp_path / 'run'}"]) == 2
 
 
@@ -118,7 +118,7 @@ def test_a_comparison_goes_on_with_what_is_done_and_no_more(tmp_path: Path) -> N
     arm = arms(load_config(words))["frozen"]
     assert not _is_done(arm)
     (tmp_path / "frozen").mkdir()
-    # What stands there once an arm is over, started without resuming.
+    # The file of a finished arm that was started without resuming.
     (tmp_path / "frozen" / "compared.yaml").write_text(_asked(arms(load_config(words[:2]))["frozen"]))
     assert _is_done(arm)
     assert not _is_done(arms(load_config(words[:2]))["frozen"]), "a comparison that begins repeats all"
@@ -148,9 +148,9 @@ def test_sizes_of_a_large_model(tmp_path: Path) -> None:
     # bf16: 2 bytes each in a sync; 2 + 4 + 8 in a checkpoint.
     assert plan.sync == pytest.approx(2 * 7.83e9, rel=0.01)
     assert plan.checkpoint == 7 * plan.sync
-    # Four ranks; one data-parallel rank, so the distributed optimizer divides nothing.
+    # Four ranks. There is one data-parallel rank, so that the distributed optimizer divides nothing.
     assert plan.worker.optimizer == pytest.approx(12 * 7.83e9 / 4, rel=0.01)
-    # AdamW updates everything at once on GPUs; fewer activations than that are gone by then.
+    # On GPUs AdamW updates all parameters at once. That takes more memory than the activations, freed by then.
     assert plan.worker.update == pytest.approx(4 * 7.83e9 / 4, rel=0.01)
     assert plan.worker.update > plan.worker.activations
     lasting = plan.worker.weights + plan.worker.gradients + plan.worker.optimizer

@@ -67,7 +67,7 @@ def test_targets_are_told_apart(tmp_path: Path) -> None:
     (bundle / "draft").symlink_to(DRAFT)
     found = opened(target=str(bundle))
     assert (found.method, found.draft, found.home) == ("dflash", bundle / "draft", bundle)
-    # Something that is no DFlash draft is taken for EAGLE-3's.
+    # Any draft that is not a DFlash draft is taken for an EAGLE-3 draft.
     eagle = tmp_path / "eagle"
     eagle.mkdir()
     (eagle / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLMEagle3"]}))

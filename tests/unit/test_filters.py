@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups are kept, when sampling ends, and what is said of it."""
+"""Dynamic sampling: the groups it keeps, when it ends, and its counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RIGHT, WRONG, MIXED = group(1, 1), group(0, 0), group(0, 1)
 
 
 def sampler(*batches: Sequence[Group]) -> Callable[[], Sequence[Group]]:
-    """Raises StopIteration when asked for more than there is."""
+    """A function that returns the batches one by one, and raises StopIteration after the last."""
     source = iter(batches)
     return lambda: next(source)
 

@@ -1,4 +1,4 @@
-"""The command line answers without the heavy packages. Contracts between our own packages: ``make lint``."""
+"""The command line imports no heavy packages. ``make lint`` checks imports between our own packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEAVY = ("torch", "vllm", "megatron", "ray")
 
 
 def test_configuration_loads_without_heavy_packages() -> None:
-    """Command line, composition, rules, preflight and plan, in a process of their own."""
+    """Command line, composition, rules, preflight and plan, in a separate process."""
     script = f"""
 import sys
 import skyrl_spec, skyrl_spec.cli, skyrl_spec.planning.preflight

@@ -1,4 +1,4 @@
-"""What is written of a run: values from sums and counts, files that survive a resume, wandb offline, the console."""
+"""Metrics of a run: values from sums and counts, files that survive a resume, offline wandb, and the console."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def rollout(index: int, text: str) -> Rollout:
 def test_samples_are_a_few_of_each_step(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     writer = SamplesWriter(path)
-    # A line separator and half of a surrogate pair: neither may break the file's lines.
+    # Neither a line separator nor half of a surrogate pair may break the lines of the file.
     texts = ["a\u2028b", "\ud800", *map(str, range(2, 11))]
     plain = rollout(9, "ab")
     drafted = DraftedResponse(plain.prompt, plain.generation, [("a", False), ("b", True)])
@@ -164,7 +164,7 @@ print("written")
 
 
 def wandb_environment(home: Path, **extra: str) -> dict[str, str]:
-    """No account: neither in the environment nor under HOME."""
+    """An environment without a wandb account, neither in variables nor in HOME."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_") and name != "NETRC"}
     return {**kept, "HOME": str(home), "WANDB_CONFIG_DIR": str(home), **extra}
 
@@ -195,7 +195,7 @@ def test_wandb_offline_needs_no_account(tmp_path: Path) -> None:
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """What an offline run keeps for ``wandb sync``: LevelDB's log format behind a header of 7 bytes."""
+    """Records that an offline run keeps for ``wandb sync``: LevelDB's log format after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, payload = file.read_bytes(), 7, b""
@@ -205,14 +205,14 @@ def wandb_records(file: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack_from("<IHB", data, position)
         payload += data[position + 7 : position + 7 + length]
         position += 7 + length
-        # Whole, or the last part of one.
+        # A whole record, or the last part of one.
         if kind in (1, 4):
             yield Record.FromString(payload)
             payload = b""
 
 
 def tensorboard_values(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Scalars by tag, read from the files' records (length, checksum, event, checksum)."""
+    """Scalars by tag, read from the records of the files (length, checksum, event, checksum)."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: dict[str, list[tuple[int, float]]] = {}
@@ -257,14 +257,14 @@ def test_headline_numbers(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     SummaryWriter(path).summarize(found)
     assert json.loads(path.read_text()) == found
-    # The next run in the folder has none yet.
+    # The next run in the folder removes it.
     SummaryWriter(path)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])
 def test_wandb_without_a_key_is_an_error_and_no_question(tmp_path: Path, on_terminal: bool) -> None:
-    """On a terminal wandb itself would ask and wait."""
+    """wandb by itself would ask on a terminal, and wait."""
     controller, terminal = pty.openpty()
     streams: dict[str, Any] = {"stdin": terminal, "stdout": terminal} if on_terminal else {"stdin": subprocess.DEVNULL}
     done = subprocess.run(
@@ -327,7 +327,7 @@ def test_progress_bar_on_a_terminal_is_taken_away() -> None:
     writer.close()
     writer.close()
     assert "1/60" in out.getvalue()
-    # The cursor, hidden for the bar, is shown again.
+    # The cursor, which the bar hides, is shown again.
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l") >= 0
 
 

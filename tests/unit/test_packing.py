@@ -1,4 +1,4 @@
-"""Rollouts to train batches and on to micro-batches: every token arrives once, with what belongs to it."""
+"""From rollouts to micro-batches: every token arrives exactly once, with its mask, advantage and log-prob."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_packing_loses_nothing(rollouts: list[Rollout]) -> None:
 
 @given(rollouts=rollout_lists(), rows=st.integers(1, 4), dp_size=st.integers(1, 4), micro_rows=st.integers(1, 3))
 def test_every_row_reaches_one_micro_batch(rollouts: list[Rollout], rows: int, dp_size: int, micro_rows: int) -> None:
-    """The loss is a sum over all micro-batches of all ranks, so each mini-batch's weights must add up to its mean."""
+    """The loss is a sum over micro-batches and ranks, so that the weights of a mini-batch must add up to 1."""
     batch = pack(rollouts, [0.0] * len(rollouts))
     seen = []
     for mini in mini_batches(batch, rows, loss_reduction="token_mean", max_response_length=16):
@@ -119,7 +119,7 @@ def test_mini_batches_have_their_own_denominator(reduction: str) -> None:
         "sequence_mean": [1 / 2, 1 / 10, 1 / 2],
         "seq_mean_token_sum_norm": [1 / 32, 1 / 32, 1 / 16],
     }[reduction]
-    # Of the first response token of each mini-batch's first row, in float32.
+    # Weight of the first response token in the first row of each mini-batch, in float32.
     np.testing.assert_allclose([part.loss_weights[0, 1] for part in parts], expected, rtol=1e-6)
     assert parts[0].token_ids.shape == (2, 4)
 
@@ -129,7 +129,7 @@ def test_shards_have_like_numbers_of_tokens() -> None:
     rollouts = [rollout([1] * 5, [2] * int(size)) for size in rng.integers(1, 200, 64)]
     batch = pack(rollouts, [0.0] * 64)
     tokens = [int((shard(batch, rank, 4).segment_ids > 0).sum()) for rank in range(4)]
-    # Dealt out by length, two ranks differ by less than the longest row.
+    # Rows are dealt by length, so that two ranks differ by less than the longest row.
     assert max(tokens) - min(tokens) < 205
     assert max(tokens) / min(tokens) < 1.1
     np.testing.assert_array_equal(np.sort(np.concatenate(shard_rows(batch, 4))), np.arange(64))

@@ -1,4 +1,4 @@
-"""The order of the prompts: fair within an epoch, fixed by the seed, and going on exactly after a resume."""
+"""Order of the prompts: each once per epoch, fixed by the seed, and the same after a resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_epoch_gives_each_prompt_once_and_drops_the_tail() -> None:
     epochs = [list(chain.from_iterable(uids(stream, 3))) for _ in range(20)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 20
-    # Which prompt is dropped changes, so none is left out of training.
+    # The dropped prompt changes, so that every prompt is used.
     assert set().union(*epochs) == {str(index) for index in range(10)}
     assert stream.epoch == 20
 
@@ -83,7 +83,10 @@ def test_resume_with_another_batch_size_repeats_no_prompt_of_the_epoch() -> None
 
 def test_errors_name_the_setting() -> None:
     for batch_size in (0, 6):
-        with pytest.raises(ConfigError, match=rf"^trainer\.train_batch_size={batch_size}: must be from 1 to 5, the number of prompts in data"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"^trainer\.train_batch_size={batch_size}: must be from 1 to 5, the number of prompts in data",
+        ):
             PromptStream(prompts(5), batch_size, seed=0, shuffle=True)
     state = PromptStream(prompts(5), 2, seed=0, shuffle=True).state_dict()
     changed = {

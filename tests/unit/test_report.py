@@ -1,4 +1,4 @@
-"""The report's page and pictures, from runs' files."""
+"""Page and charts of a report, made from files of runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_run(directory: Path, *, k: int = 3, settings: str = "trainer: {seed: 1
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the texts of what is shaded."""
+    """Tags with their attributes, and shaded texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     images = [attributes for tag, attributes in found.tags if tag == "img"]
     assert len(images) == len(list(page.parent.glob("*.png"))) == len(draw(read_runs([run])))
     assert all(str(image["src"]).startswith("data:image/svg+xml;base64,") for image in images)
-    # Who cannot see a chart reads what it shows.
+    # The text for screen readers.
     assert any("from 0.25 (step 1) to 1 (4)" in str(image["alt"]) for image in images)
     assert not [tag for tag, _ in found.tags if tag in ("script", "link", "iframe")]
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
@@ -100,7 +100,7 @@ def test_runs_are_laid_over_one_another(tmp_path: Path) -> None:
     reward = charts["reward"].figure.axes[0]
     assert len({line.get_color() for line in reward.lines}) == 3
     assert len({str(line.get_linestyle()) for line in reward.lines}) == 3
-    # The run without a draft is in no chart of drafts, and breaks none.
+    # The run without a draft is not in the charts of drafts.
     assert "none" not in charts["acceptance_length"].text
     assert "acceptance_by_position_a_run" in charts
     text = write_report(runs, tmp_path / "out").read_text()
@@ -124,7 +124,7 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     legend = charts["reward"].figure.axes[0].get_legend()
     assert legend is not None
     assert len(legend.get_texts()) == 4
-    # Canaries that are all zero: a linear axis, for they have no place on the other.
+    # Zeros need a linear axis.
     assert charts["canary"].figure.axes[0].get_yscale() == "linear"
     assert write_report(runs).is_file()
 

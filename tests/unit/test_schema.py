@@ -1,4 +1,4 @@
-"""The references in docs/ are made from the code: nothing is missing there, and nothing is stale."""
+"""The reference pages in docs/ describe every setting, command and metric, and are up to date."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_options_are_typed_words() -> None:
 )
 def test_mistaken_options_get_one_line(words: list[str], expected: str) -> None:
     if not expected:
-        # Empty is for the command to refuse.
+        # The command refuses an empty target later.
         assert read_options(EvalDraftOptions, words, "eval-draft").target == ""
         return
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,11 @@
-"""Kinds of drafts that can be trained: one object each, and one row in ``KINDS``. Imports no torch."""
+"""Kinds of drafts that can be trained. Each is one ``DraftKind`` object and one entry of ``KINDS``.
+
+- ``kind``: the interface
+- ``mtp``, ``dflash``: the kinds
+- ``served``: vLLM's speculative_config of a run
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ KINDS: dict[str, DraftKind] = {kind.method: kind for kind in (MtpKind(), DflashK
 
 
 def trained_kind(trainer: TrainerConfig) -> DraftKind | None:
-    """The kind of the draft that is trained, if one is."""
+    """Kind of the draft that is trained; None without one."""
     return next((kind for kind in KINDS.values() if kind.settings(trainer).enabled), None)
 
 

@@ -1,4 +1,4 @@
-"""DFlash as a kind of draft: a directory of its own, served by vLLM's method ``dflash``."""
+"""DFlash as a kind of draft. It has its own directory; vLLM's method is ``dflash``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from skyrl_spec.drafts.kinds.kind import DraftKind, DraftShapes, require_user_sp
 from skyrl_spec.drafts.speculation import drafts_under_way
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.derived import parallel_sizes
-from skyrl_spec.settings.schema import Config, DflashConfig, TrainerConfig
+from skyrl_spec.settings.draft import DflashConfig
+from skyrl_spec.settings.schema import Config, TrainerConfig
 from skyrl_spec.specs.dflash import (
     DFLASH_PATH,
     DFLASH_TARGETS,
@@ -76,9 +77,9 @@ class DflashKind(DraftKind):
 
     def decide(self, config: Config, spec: ModelSpec, tokenizer: Any, *, may_write: bool) -> Config:
         dflash = config.trainer.dflash
-        found = None if dflash.path is None else read_dflash_spec(dflash.path, weights=may_write)
-        known = dflash.mask_token_id if found is None else found.mask_token_id
-        draft = plan_dflash(config, spec, found, resolve_mask_token(known, tokenizer, spec.vocab_size))
+        existing = None if dflash.path is None else read_dflash_spec(dflash.path, weights=may_write)
+        mask_token_id = dflash.mask_token_id if existing is None else existing.mask_token_id
+        draft = plan_dflash(config, spec, existing, resolve_mask_token(mask_token_id, tokenizer, spec.vocab_size))
         if dflash.path is not None:
             return decided(config, draft, dflash.path)
         directory = (Path(config.trainer.run_dir) / "draft_start").resolve()
@@ -115,8 +116,8 @@ class DflashKind(DraftKind):
         dflash = trainer.dflash
         if dflash.path is None:
             raise ConfigError(
-                f"{DFLASH_PATH}=null: a draft from scratch that stays frozen helps nobody; "
-                "name one, such as what skyrl-spec warmup-draft writes"
+                f"{DFLASH_PATH}=null: a frozen draft with random weights is of no use; "
+                "set it to a trained draft, such as one from skyrl-spec warmup-draft"
             )
         tokens = dflash.num_speculative_tokens or read_dflash_spec(dflash.path).block_size - 1
         return self.speculative_config(trainer) | {"num_speculative_tokens": tokens}
@@ -146,16 +147,16 @@ class DflashKind(DraftKind):
 
 
 def plan_dflash(
-    config: Config, target: ModelSpec, found: DflashSpec | None, mask_token_id: int | None = None
+    config: Config, target: ModelSpec, existing: DflashSpec | None, mask_token_id: int | None = None
 ) -> DflashSpec:
-    """The draft that ``trainer.dflash`` asks for, checked against its target.
+    """Draft that ``trainer.dflash`` describes, checked against the policy ``target``.
 
     Args:
-        found: what ``trainer.dflash.path`` holds; None: a draft from scratch.
-        mask_token_id: what ``resolve_mask_token`` found; without it (no tokenizer at hand) it is not checked.
+        existing: the draft at ``trainer.dflash.path``. None: a draft from scratch.
+        mask_token_id: result of ``resolve_mask_token``. None, if no tokenizer is at hand: it is not checked.
 
     Raises:
-        ConfigError: for the first thing that does not fit.
+        ConfigError: the draft does not fit.
     """
     dflash = config.trainer.dflash
     if target.architecture not in DFLASH_TARGETS:
@@ -163,8 +164,8 @@ def plan_dflash(
             f"trainer.dflash.enabled=true: vLLM cannot hand the hidden states of a {target.architecture} to a draft; "
             f"use a {' or '.join(DFLASH_TARGETS)}, or trainer.mtp.enabled=true for a model with an MTP head"
         )
-    spec = fresh_dflash_spec(dflash, target, mask_token_id or 0) if found is None else found
-    if found is not None:
+    spec = fresh_dflash_spec(dflash, target, mask_token_id or 0) if existing is None else existing
+    if existing is not None:
         _check_settings_agree(dflash, spec)
     _check_target_layers(dflash, spec, target)
     _check_fit(config, spec, target)
@@ -172,7 +173,7 @@ def plan_dflash(
 
 
 def decided(config: Config, spec: DflashSpec, path: str) -> Config:
-    """``config`` with everything that was left open about its DFlash draft."""
+    """``config`` with every open setting of its DFlash draft filled in from ``spec``."""
     dflash = replace(
         config.trainer.dflash,
         path=path,
@@ -186,17 +187,17 @@ def decided(config: Config, spec: DflashSpec, path: str) -> Config:
 
 
 def _check_settings_agree(dflash: DflashConfig, spec: DflashSpec) -> None:
-    """A setting that says something else than the draft's own config.json would do nothing."""
-    found = {
+    """Refuses a setting that differs from the draft's config.json, because it would have no effect."""
+    in_draft = {
         "num_layers": spec.layers.num_layers,
         "block_size": spec.block_size,
         "target_layer_ids": list(spec.target_layer_ids),
         "mask_token_id": spec.mask_token_id,
     }
-    for name, value in found.items():
-        wanted = getattr(dflash, name)
-        if wanted is not None and wanted != value:
-            _refuse(name, wanted, f"the draft at {DFLASH_PATH}={dflash.path} has {value}; leave it null")
+    for name, value in in_draft.items():
+        setting = getattr(dflash, name)
+        if setting is not None and setting != value:
+            _refuse(name, setting, f"the draft at {DFLASH_PATH}={dflash.path} has {value}; leave it null")
 
 
 def _check_target_layers(dflash: DflashConfig, spec: DflashSpec, target: ModelSpec) -> None:
@@ -239,7 +240,7 @@ def _check_fit(config: Config, spec: DflashSpec, target: ModelSpec) -> None:
     length = config.trainer.max_prompt_length + max(
         generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length
     )
-    # vLLM drafts nothing, and does not say so, where drafts under way do not fit into the draft's positions.
+    # vLLM silently drafts nothing if the drafts under way do not fit into the draft's positions.
     num_drafts = drafts_under_way(config.trainer.placement.device)
     needed = min(length + num_drafts * (tokens or spec.block_size - 1), target.max_position_embeddings)
     if spec.layers.max_position_embeddings < needed:
@@ -250,19 +251,19 @@ def _check_fit(config: Config, spec: DflashSpec, target: ModelSpec) -> None:
         )
 
 
-def resolve_mask_token(found: int | None, tokenizer: Any, vocab_size: int) -> int:
-    """The token that fills the slots to be drafted: ``found`` if not None, else the tokenizer's, else an unused row.
+def resolve_mask_token(mask_token_id: int | None, tokenizer: Any, vocab_size: int) -> int:
+    """Token id for the masked slots: ``mask_token_id``, else the tokenizer's mask token, else an unused row.
 
     Raises:
-        ConfigError: none is free, or the one set is the padding or end token (drafts would be garbage).
+        ConfigError: no row is unused, or the token is the padding or end token, which would ruin the drafts.
     """
-    token = found
+    token = mask_token_id
     if token is None:
         token = tokenizer.mask_token_id
     if token is None:
         token = 1 + max(tokenizer.get_vocab().values())
     if token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        _refuse("mask_token_id", token, "is the padding or end token, which the draft must tell apart; use another")
+        _refuse("mask_token_id", token, "is the padding or end token; set it to a token that never occurs in text")
     if not 0 <= token < vocab_size:
         raise ConfigError(
             f"trainer.dflash.mask_token_id=null: the tokenizer has no mask token and all {vocab_size} rows of the "
@@ -276,7 +277,7 @@ def _refuse(name: str, value: object, message: str) -> NoReturn:
 
 
 def _spec_at(config: Config, target: ModelSpec, path: str | None) -> DflashSpec:
-    # A draft from scratch is not written yet.
+    """The draft at ``path``, or the one that the settings describe if it is from scratch and not written yet."""
     if path is None or (Path(path).is_absolute() and not Path(path).exists()):
         return fresh_dflash_spec(config.trainer.dflash, target, 0)
     return read_dflash_spec(path, weights=False)

@@ -1,7 +1,7 @@
-"""Interface of a kind of draft: everything the rest of the code asks about it before, around and after training.
+"""Interface of a kind of draft: its settings, start, shapes, vLLM options and export.
 
-A kind is stateless. Methods take the settings, so they work before a process starts; none of them needs torch, except
-those that say so. What is trained is a ``drafts.base.Draft``, which ``build`` makes.
+A ``DraftKind`` has no state. Its methods take the settings, so they work before any process starts, and import torch
+only if they say so. ``build`` makes the ``drafts.base.Draft`` that is trained.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.schema import Config, DflashConfig, MtpConfig, TrainerConfig
+from skyrl_spec.settings.draft import DflashConfig, MtpConfig
+from skyrl_spec.settings.schema import Config, TrainerConfig
 from skyrl_spec.specs.files import Shapes
 from skyrl_spec.specs.model import ModelSpec
 
@@ -35,22 +36,23 @@ class DraftShapes(NamedTuple):
 
 
 class DraftKind(ABC):
-    """A kind of draft that can be trained. ``method`` is vLLM's name of it, and the section of its settings."""
+    """A kind of draft that can be trained."""
 
+    # vLLM's name of the method, and the name of the section of settings under ``trainer``.
     method: str
-    # False: its tensors are part of the policy's checkpoint.
+    # False: the draft's tensors are part of the policy's checkpoint.
     has_own_directory: bool
-    # Begins the errors of users who enabled it.
+    # Setting that enables it. Errors name it.
     on_setting: str
 
     # ---- Settings ---------------------------------------------------------------------------------------------------
 
     def settings(self, trainer: TrainerConfig) -> DraftSettings:
-        """``trainer.<method>``."""
+        """Section ``trainer.<method>``."""
         return getattr(trainer, self.method)
 
     def with_settings(self, trainer: TrainerConfig, **changes: Any) -> TrainerConfig:
-        """``trainer`` with some of ``trainer.<method>`` changed."""
+        """``trainer`` with ``changes`` of ``trainer.<method>``."""
         section: Any = replace(self.settings(trainer), **changes)
         return replace(trainer, **{self.method: section})
 
@@ -65,11 +67,11 @@ class DraftKind(ABC):
     # ---- Start ------------------------------------------------------------------------------------------------------
 
     def path(self, trainer: TrainerConfig) -> str | None:
-        """Directory or hub name of the checkpoint that the draft starts from. None: from scratch."""
+        """Directory or hub name of the checkpoint that holds the draft at the start. None: from scratch."""
         return trainer.policy.model.path
 
     def with_path(self, trainer: TrainerConfig, path: str | None) -> TrainerConfig:
-        """``trainer`` with another place of the draft's own directory; as it is for a draft without one."""
+        """``trainer`` with ``path`` as the draft's own directory; unchanged if the kind has none."""
         return trainer
 
     @abstractmethod
@@ -77,11 +79,14 @@ class DraftKind(ABC):
         """Raises ``ConfigError`` if the draft does not fit the policy, or its files are incomplete."""
 
     def decide(self, config: Config, spec: ModelSpec, tokenizer: Any, *, may_write: bool) -> Config:
-        """``config`` with all settings of the draft decided. Writes a draft from scratch to run_dir if allowed."""
+        """``config`` with every open setting of the draft filled in.
+
+        With ``may_write``, a draft from scratch is written to run_dir (imports torch).
+        """
         return config
 
     def write_fresh(self, config: Config) -> Config:
-        """``config`` of a warm-up from scratch, its draft written with random weights. Imports torch."""
+        """``config`` of a warm-up from scratch, whose draft is written with random weights. Imports torch."""
         return config
 
     # ---- Shapes -----------------------------------------------------------------------------------------------------
@@ -90,14 +95,17 @@ class DraftKind(ABC):
     def shapes(
         self, config: Config, spec: ModelSpec, path: str | None, *, may_be_unwritten: bool = False
     ) -> DraftShapes:
-        """Shapes of the draft at ``path`` (for a draft with its own directory) on the policy ``spec``.
+        """Shapes of the draft for the policy ``spec``.
 
-        ``may_be_unwritten``: a draft from scratch has no files before the run starts.
+        Args:
+            path: directory or hub name of a draft with its own directory.
+            may_be_unwritten: ``path`` may not exist yet, as for a draft from scratch before the run starts. Then the
+                settings decide the shapes.
         """
 
     @abstractmethod
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
-        """Tokens times draft layers that a micro-batch of ``tokens`` tokens runs through the draft."""
+        """Tokens times draft layers in the draft's forward pass over a micro-batch of ``tokens`` tokens."""
 
     # ---- vLLM -------------------------------------------------------------------------------------------------------
 
@@ -107,14 +115,14 @@ class DraftKind(ABC):
 
     @abstractmethod
     def frozen_config(self, trainer: TrainerConfig) -> dict[str, Any]:
-        """vLLM's speculative_config for the draft as it starts, not trained.
+        """vLLM's speculative_config for the draft as it is at the start, when it is not trained.
 
         Raises:
             ConfigError: the draft starts from scratch.
         """
 
     def max_draft_tokens(self, draft: Path | None) -> int | None:
-        """Tokens that the draft in directory ``draft`` can draft at most; None: any number."""
+        """Most tokens that the draft in directory ``draft`` can draft at a time. None: any number."""
         return None
 
     @abstractmethod
@@ -132,7 +140,10 @@ class DraftKind(ABC):
         """Conversion of the draft's weights. Imports Megatron."""
 
     def hf_config(self, trainer: TrainerConfig, torch_dtype: str) -> dict[str, Any] | None:
-        """config.json of an exported draft with its own directory; ``torch_dtype`` as in "float32"."""
+        """config.json of an exported draft. None: it is a part of the policy's checkpoint.
+
+        ``torch_dtype`` is a name such as "float32".
+        """
         return None
 
 

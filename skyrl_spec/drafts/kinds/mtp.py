@@ -1,4 +1,4 @@
-"""The MTP head as a kind of draft: part of the policy's checkpoint, served by vLLM's method ``mtp``."""
+"""MTP head as a kind of draft. It is a part of the policy's checkpoint; vLLM's method is ``mtp``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MtpKind(DraftKind):
             raise _refusal(path, "has no MTP head (num_nextn_predict_layers is missing or 0 in its config.json)")
         if spec.architecture != "MiMoForCausalLM":
             raise _refusal(path, f"is a {spec.architecture}, whose MTP head is not supported (MiMoForCausalLM's is)")
-        # The weights of a hub name are not there yet.
+        # Weights of a hub name are not downloaded yet.
         if Path(path).is_dir() and not any(".mtp_layers." in name for name in read_shapes(Path(path), POLICY_PATH)):
             raise _refusal(path, "has no tensor named *.mtp_layers.* in its *.safetensors")
         require_tensors(path, POLICY_PATH, mtp_tensor_shapes(spec))

@@ -1,4 +1,4 @@
-"""The speculative decoding that the engines run: the user's, completed by the draft that is trained."""
+"""Speculative decoding of the engines: the user's options, completed by those of the trained draft."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from skyrl_spec.settings.schema import TrainerConfig
 
 
 def build_speculative_config(trainer: TrainerConfig, user: dict[str, Any] | None) -> dict[str, Any] | None:
-    """vLLM's ``speculative_config``: the user's, completed by the trained draft's; None without a draft.
-
-    The user decides what the draft leaves open.
+    """vLLM's ``speculative_config``: the trained draft's options and the user's, which win. None without a draft.
 
     Raises:
-        ConfigError: an option of the user's makes rollouts inexact, or hides the draft from the canary.
+        ConfigError: an option of the user makes rollouts inexact, or hides the draft from the sync canary.
     """
     require_exact_rejection(user)
     require_visible_draft(user)
