@@ -25,7 +25,11 @@ def trained_positions(config: Config) -> int:
     draft = trained_kind(config.trainer)
     if draft is None:
         return 0
-    return config.trainer.mtp.unroll_steps or draft.num_speculative_tokens or config.trainer.dflash.block_size - 1
+    return (
+        config.trainer.mtp.unroll_steps
+        or draft.settings(config.trainer).num_speculative_tokens
+        or config.trainer.dflash.block_size - 1
+    )
 
 
 def expected_keys(config: Config, k: int, *, step: int = 1) -> set[str]:
