@@ -26,6 +26,14 @@ def test_a_chain_starts_at_a_response_token_and_never_leaves_its_document() -> N
     assert mask[2].sum() == 0
 
 
+def test_a_chain_does_not_start_in_the_document_before() -> None:
+    """Also where a document begins with a trained token, so that the loss mask does not part the two."""
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
+    mask = chain_mask(torch.ones_like(segments, dtype=torch.bool), segments, num_depths=2)
+    assert mask[0].nonzero()[:, 1].tolist() == [1, 2, 5, 6]
+    assert mask[1].nonzero()[:, 1].tolist() == [2, 6]
+
+
 def test_the_first_chain_starts_at_the_last_prompt_token() -> None:
     segments = torch.ones(1, 8, dtype=torch.long)
     loss_mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
