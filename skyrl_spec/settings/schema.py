@@ -194,11 +194,14 @@ class CanaryConfig:
     num_baselines: int = setting(
         3,
         "Checks before the first sync, with different seeds. They measure the rounding noise between trainer and "
-        "engines. Later a mismatch counts only if it repeats under as many other seeds.",
+        "engines. Later a mismatch counts only if it repeats under most of as many other seeds.",
         FROM_ONE,
     )
     on_mismatch: str = setting(
-        "error", "When a canary fails: error ends the run, warn prints a warning and continues.", ON_FAILURE
+        "error",
+        "When a canary fails: error ends the run, and after a mismatch of the sync canary first saves the completed "
+        "step. warn prints a warning and continues.",
+        ON_FAILURE,
     )
     lossless_interval: int = setting(
         0,
@@ -307,8 +310,8 @@ class TrainerConfig:
     resume_path: str | None = setting(None, "Checkpoint for resume_mode=from_path, such as RUN/checkpoints/step_N.")
     max_restarts: int = setting(
         0,
-        "How often a run restarts by itself when a worker fails or engines can no longer be restarted. It continues "
-        "from its last checkpoint, or starts again if there is none.",
+        "How often a run restarts by itself when a worker fails, engines can no longer be restarted, or the sync "
+        "canary finds a mismatch. It continues from its last checkpoint, or starts again if there is none.",
         NOT_NEGATIVE,
     )
     save_final_model: bool = setting(
