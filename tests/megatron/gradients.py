@@ -1,4 +1,4 @@
-"""Gradients as Megatron's buffers hold them after the backward pass, whole and by HF name."""
+"""Full gradients by HF name, from Megatron's buffers after the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skyrl_spec.types import Component
 
 
 def hf_gradients(trainer: PolicyTrainer, component: Component) -> dict[str, Tensor]:
-    """Gradient of every HF tensor of ``component``, summed over data parallelism. Collective; equal on every rank.
+    """Gradient of every HF tensor of ``component``, summed over data-parallel ranks. Collective; equal on every rank.
 
     The buffers are only read: an optimizer step may follow.
     """
@@ -30,7 +30,7 @@ def hf_gradients(trainer: PolicyTrainer, component: Component) -> dict[str, Tens
 
 
 def _local_gradients(trainable: Trainable) -> dict[nn.Parameter, Tensor]:
-    """Gradient of each parameter of this tensor-parallel rank."""
+    """Gradient of each parameter on this tensor-parallel rank."""
     is_sharded = trainable.ddp.ddp_config.use_distributed_optimizer
     found = {}
     for buffer in trainable.ddp.buffers:
@@ -44,7 +44,7 @@ def _local_gradients(trainable: Trainable) -> dict[nn.Parameter, Tensor]:
 
 
 def _gather_data_parallel(bucket: Tensor, parallel: Parallel) -> None:
-    """Fill ``bucket``, of which a rank of the distributed optimizer has summed its own equal part alone."""
+    """Fills ``bucket``: each rank of the distributed optimizer has the sum of its own equal part only."""
     parts = bucket.chunk(parallel.dp_size)
     gathered = [torch.empty_like(part) for part in parts]
     dist.all_gather(gathered, parts[parallel.dp_rank].clone(), group=parallel.dp_group)
@@ -52,7 +52,7 @@ def _gather_data_parallel(bucket: Tensor, parallel: Parallel) -> None:
 
 
 def _gather_tensor_parallel(gradient: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
-    """The whole gradient in the canonical layout; a replicated one as this rank has it."""
+    """Full gradient in the canonical layout. For a replicated parameter, this rank's gradient."""
     shard = canonical_shard(gradient, rule).contiguous()
     if rule.shard_axis is None:
         return shard

@@ -1,4 +1,4 @@
-"""``skyrl-spec export`` of a checkpoint, held against what the ranks that wrote it hold."""
+"""``skyrl-spec export`` of a checkpoint, against the tensors of the ranks that wrote it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_config(model: Path, draft: str, **options: Any) -> Config:
 
 
 def train_and_save(rank: int, model: Path, draft: str, tp: int, dtype: str, run_dir: Path, freeze: bool) -> None:
-    """A run's checkpoint, and beside it what the ranks export themselves."""
+    """Writes a run's checkpoint, and the export of the ranks themselves next to it."""
     ranks = parallel.lay_out(tp, torch.device("cpu"))
     config = run_config(model, draft, tp=tp, dtype=dtype)
     trainer = PolicyTrainer(config, load_spec(str(model)), ranks, total_optimizer_steps=10, freeze_policy=freeze)
@@ -64,7 +64,7 @@ def test_a_bundle_is_what_the_ranks_hold(draft: str, tp: int, dtype: str, freeze
     model, run_dir, out = write_model(tmp_path / "model", draft), tmp_path / "run", tmp_path / "out"
     (model / "tokenizer.json").write_text("{}")
     run_distributed(train_and_save, tp, model, draft, tp, dtype, run_dir, freeze)
-    # Of a run: its newest checkpoint.
+    # A run stands for its newest checkpoint.
     source = read_source(run_dir)
     assert source.directory == run_dir / "checkpoints" / "step_2"
     export_bundle(source, out)
@@ -89,11 +89,11 @@ def test_a_bundle_is_what_the_ranks_hold(draft: str, tp: int, dtype: str, freeze
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
-    """A run with a DFlash draft, of one rank."""
+    """Directory of a run of one rank with a DFlash draft."""
     model = write_model(tmp_path / "model", "dflash")
     run_distributed(train_and_save, 1, model, "dflash", 1, "fp32", tmp_path / "run", False)
     yield tmp_path / "run"
-    # The command turns it down.
+    # The command refuses it.
     logging.disable(logging.NOTSET)
 
 
@@ -114,7 +114,7 @@ def test_the_command(
     assert (status, "export: unknown option 'to=here'; " in line) == (2, True)
     status, line = says(f"checkpoint={tmp_path}", f"out={out}")
     assert (status, f"checkpoint={tmp_path}: is no checkpoint of skyrl_spec" in line) == (2, True)
-    # The model has moved, and the draft.
+    # Model and draft are in another place now.
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.move(tmp_path / "model", moved / "model")
@@ -142,13 +142,13 @@ def test_the_command(
     assert says(*whole, "out=.")[0] == 0
     status, line = says(f"checkpoint={checkpoint}", f"out={out}")
     assert (status, f"out={out}: is there and not empty" in line) == (2, True)
-    # Nothing can be made below a file.
+    # No directory can be made below a file.
     status, line = says(*whole, f"out={out / 'README.md' / 'x'}")
     assert (status, "could not be written (Not a directory)" in line) == (1, True)
 
 
 def test_shapes_that_preflight_expects(tmp_path: Path) -> None:
-    """Held against checkpoints as transformers and vLLM read them."""
+    """Names and shapes of exports against checkpoints that transformers and vLLM read."""
     for draft in ("mtp", "dflash"):
         model = write_model(tmp_path / draft / "model", draft)
         spec = load_spec(str(model))

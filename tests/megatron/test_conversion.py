@@ -1,4 +1,4 @@
-"""HF <-> Megatron, both ways, against transformers' forward pass; TP 1 and 2 on real gloo processes."""
+"""Weight conversion in both directions against transformers' forward pass, over one and two gloo processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skyrl_spec.models.policy import build_policy, transformer_config
 from skyrl_spec.settings.schema import MegatronConfig
 from skyrl_spec.specs.model import load_spec, padded_vocab_size
 
-# Two implementations, fp32, sums in another order.
+# fp32; two implementations add in another order.
 TOLERANCE = 1e-5
 
 

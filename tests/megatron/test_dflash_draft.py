@@ -1,4 +1,4 @@
-"""The Megatron DFlash draft against its definition, block by block; its two attention kernels against each other."""
+"""Megatron DFlash draft against its definition, block by block, and its two attention kernels against each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 
 def _check_reference(_rank: int, path: Path, tp: int) -> None:
-    """Outputs of all blocks of two packed rows, and the gradients of a function of them, against the definition."""
+    """Outputs of all blocks of two packed rows and their gradients, against the definition."""
     ranks = parallel.lay_out(tp, torch.device("cpu"))
     trainer = PolicyTrainer(make_config(path, draft="dflash", tp=tp), load_spec(str(path)), ranks, 1)
     assert trainer.draft is not None
@@ -66,7 +66,7 @@ def _check_reference(_rank: int, path: Path, tp: int) -> None:
     expected_loss.backward()
     parameters = dict(draft.module.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-    # Megatron sums these over tensor-parallel ranks when a step's gradients are finished.
+    # Megatron sums these gradients over tensor-parallel ranks at the end of a step.
     for name, gradient in gradients.items():
         if "q_layernorm" in name or "k_layernorm" in name:
             torch.distributed.all_reduce(gradient, group=ranks.tp_group)
@@ -100,7 +100,7 @@ def test_what_is_loaded_is_exported_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_sdpa_with_a_mask_equals_flex_attention() -> None:
-    """On a CPU FlexAttention has no backward pass; tests/gpu compares the gradients."""
+    """Outputs only: FlexAttention has no backward pass on a CPU. tests/gpu compares gradients."""
     generator = torch.Generator().manual_seed(0)
     segments = torch.tensor([[1] * 7 + [2] * 9 + [0] * 2, [1] * 16 + [0] * 2])
     loss_mask = (segments > 0) & (torch.arange(18) % 7 > 1)

@@ -1,7 +1,7 @@
-"""A checkpoint brings back bitwise the same training under the same parallel layout, the same numbers under another.
+"""Training resumed from a checkpoint: bitwise equal under the same parallel layout, equal to rounding under another.
 
-Real PolicyTrainers on real gloo processes. Starting processes takes longest by far, so one pair of them does all checks
-that can share it: alone (each a world of its own), then together.
+PolicyTrainers on gloo processes. Starting processes takes most of the time, so one pair of them runs all checks that
+can share it: first alone (each a world of one rank), then together.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-distributed-bf16": {"distributed": True, "dtype": "bf16"},
 }
 
-# Saved under, loaded under.
+# Layout of the save, layout of the load.
 TO_TWO_RANKS = [
     ("tp1", "tp2"),
     ("tp1-distributed-bf16", "tp2-bf16"),
@@ -72,7 +72,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(model: Path, layout: str, **options: Any) -> PolicyTrainer:
-    """A trainer in the groups of ``layout``, which replace those that were there."""
+    """Trainer in the groups of ``layout``, which replace the present groups."""
     options = LAYOUTS[layout] | options
     tp = options.get("tp", 1)
     if parallel.parallel_state.is_initialized():
@@ -92,7 +92,7 @@ def _train(trainer: PolicyTrainer, seeds: range) -> list[dict[str, float]]:
 
 
 def _state(trainer: PolicyTrainer, only: str | None = None) -> dict[str, Any]:
-    """Everything that training changed, of policy and draft or ``only`` one, as this rank has it."""
+    """This rank's trained state of policy and draft, or of ``only`` one."""
     state: dict[str, Any] = {}
     for name, part in trainer.saved_components().items():
         if only not in (None, name):
@@ -120,7 +120,7 @@ def _assert_same(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def _full_state(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
-    """Parameters, moments and masters as full tensors by HF name, put together without the code under test."""
+    """Full parameters, moments and masters by HF name, gathered without the code under test."""
     full: dict[str, torch.Tensor] = {}
     for name, part in trainer.saved_components().items():
         by_kind: dict[str, dict[str, torch.Tensor]] = {}
@@ -148,7 +148,7 @@ def _per_rank() -> dict[str, torch.Tensor]:
 
 
 def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
-    """2 steps, save, 2 more; against: a fresh trainer, load, the same 2."""
+    """2 steps, a save and 2 more steps, against a new trainer that loads and runs the same 2 steps."""
     for layout in layouts:
         directory = root / layout / "step_2"
         torch.manual_seed(rank)
@@ -176,7 +176,7 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
         _assert_same(_state(resumed), saved)
         assert _train(resumed, range(2, 4)) == metrics
         _assert_same(_state(resumed), trained)
-        # And the comparison could have failed: training changed every tensor, before and after the save.
+        # The comparison can fail: training changes every tensor, before and after the save.
         for key, tensor in _full_state(trainer).items():
             if not key.endswith("norm.weight") or ".param." not in key:
                 assert not torch.equal(fresh[key], full[key]), key
@@ -186,7 +186,7 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
 
 
 def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]]) -> None:
-    """Load what another layout saved: the same full tensors, and training goes on as it did there."""
+    """A load under another layout has the same full tensors, and training continues equally."""
     for source, target in pairs:
         directory = root / source / "step_2"
         torch.manual_seed(99)
@@ -196,7 +196,7 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
         assert loaded.extra == EXTRA
         _assert_same(_full_state(trainer), torch.load(root / source / "full.pt", weights_only=True))
         assert all(part.trainable.scheduler.num_steps == 2 for part in trainer.saved_components().values())
-        # States come from the same data-parallel index, equal within a tensor-parallel group; else they stay.
+        # States come from the same data-parallel index, or stay. They are equal within a tensor-parallel group.
         saved_world = 1 if source.startswith("tp1") else 2
         saved_dp = 2 if source.startswith("dp2") else 1
         if trainer.parallel.dp_rank < saved_dp:
@@ -212,10 +212,10 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
             assert torch.equal(torch.get_rng_state(), before)
         metrics = _train(trainer, range(2, 3))[0]
         reference = json.loads((root / source / "metrics.json").read_text())
-        # The same step, its sums in another order; ratios of tiny numbers are left out.
+        # The same step with sums in another order. Ratios of tiny numbers are left out.
         for key in ("policy/grad_norm", "policy/lr", "draft/loss", "draft/grad_norm", "draft/lr"):
             assert metrics[key] == pytest.approx(reference[key], rel=1e-4 if "bf16" not in source else 0.05), key
-        # What comes out of a resharded load can be saved, and loads as the same again.
+        # A resharded state can be saved and loaded again.
         again = root / f"{source}-{target}" / "step_3"
         dist.save(again, trainer.saved_components(), EXTRA)
         state = _state(trainer)
@@ -234,7 +234,7 @@ def _says(action: Callable[[], object], kind: type[Exception], *parts: str) -> N
 
 
 def _errors_job(model: Path, other_model: Path, root: Path) -> None:
-    """What a user gets wrong is one line, and nothing was changed by then."""
+    """A user's mistake gives one line, and changes nothing."""
     trainer = _build(model, "tp1")
     parts, here = trainer.saved_components(), root / "errors"
     _train(trainer, range(1))
@@ -252,7 +252,7 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
         (broken / name).unlink()
         _says(lambda broken=broken: dist.load(broken, parts), ConfigError, f"step_3: {name} is missing")
     _assert_same(_state(trainer), state)
-    # Of the right size, but not what was written.
+    # Right size, wrong bytes.
     shutil.copytree(here / "step_1", broken, dirs_exist_ok=True)
     (broken / ".metadata").write_bytes(bytes((broken / ".metadata").stat().st_size))
     _says(lambda: dist.load(broken, parts), ConfigError, "step_3: .metadata cannot be read")
@@ -262,7 +262,7 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
     other = _build(other_model, "tp1").saved_components()
     _says(lambda: dist.load(here / "step_1", other), ConfigError, "is another model", "[150, 128], here [97, 128]")
 
-    # A draft newly enabled, or dropped, or warmed up alone, by what is asked for.
+    # Drafts that are new, dropped, or trained alone.
     without = _build(model, "tp1", draft=None)
     dist.load(here / "step_1", without.saved_components())
     policy_state = {key: value for key, value in state.items() if key.startswith("policy.")}
@@ -278,7 +278,7 @@ def _errors_job(model: Path, other_model: Path, root: Path) -> None:
 
 
 def _full_disk_job(rank: int, model: Path, root: Path) -> None:
-    """Files of one rank cannot grow: all ranks say so, nothing half written is left, and the next save works."""
+    """One rank cannot write: all ranks raise the error, nothing incomplete is left, and the next save works."""
     trainer = _build(model, "tp2")
     parts, here = trainer.saved_components(), root / "full"
     dist.save(here / "step_1", parts, EXTRA)
@@ -291,12 +291,12 @@ def _full_disk_job(rank: int, model: Path, root: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         torch.distributed.barrier()
         assert {path.name for path in here.iterdir()} == {"step_1", "latest"}
-        # The next save must not begin before both have looked.
+        # The next save must not begin before both ranks have checked.
         torch.distributed.barrier()
     dist.save(here / "step_2", parts, EXTRA)
     assert folders.latest(here) == here / "step_2"
     torch.distributed.barrier()
-    # Over an existing one, on all ranks together.
+    # Over an existing checkpoint, on all ranks together.
     dist.save(here / "step_2", parts, EXTRA | {"step": 7})
     assert dist.load(here / "step_2", parts).extra["step"] == 7
 
@@ -304,7 +304,7 @@ def _full_disk_job(rank: int, model: Path, root: Path) -> None:
 def _regroup(rank: int, world_size: int, store: Path) -> None:
     if parallel.parallel_state.is_initialized():
         parallel.parallel_state.destroy_model_parallel()
-    # A rank that left at once would close connections that the other is still making.
+    # A rank that ends at once closes connections that the other one still opens.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -333,7 +333,7 @@ def test_resume_is_bitwise_and_resharding_and_errors(model: Path, tmp_path: Path
 
 
 def _killed_job(rank: int, model: Path, root: Path) -> None:
-    """The second save dies on rank 1 when it has written, but not yet told so, its file of tensors."""
+    """Rank 1 dies in the second save, after writing its tensors and before reporting it."""
     trainer = _build(model, "tp2")
     dist.save(root / "step_1", trainer.saved_components(), EXTRA)
     real = os.fsync

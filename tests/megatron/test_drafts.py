@@ -1,4 +1,4 @@
-"""What holds for every draft: documents packed or apart, isolation, batches without a target."""
+"""Properties of every draft: packing changes nothing, isolation, batches without a target."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _teacher(trainer: PolicyTrainer, hidden_SBD: torch.Tensor) -> Teacher:
 
 
 def _loss(trainer: PolicyTrainer, targets: BatchTokens) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Summed (not averaged) loss, gradients and sums of one forward pass."""
+    """Loss (a sum, not a mean), gradients and sums of one forward pass."""
     assert trainer.draft is not None
     draft = trainer.draft.draft
     draft.module.zero_grad(set_to_none=True)
@@ -56,7 +56,7 @@ def _check_packing(_rank: int, path: Path, draft: str) -> None:
     lengths, prompts = (9, 5, 12), (3, 2, 6)
     documents = [torch.as_tensor(rng.integers(0, VOCAB_SIZE, length)) for length in lengths]
     masks = [torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts, strict=True)]
-    # An observation in the middle of a response is never drafted to nor from.
+    # An observation in the middle of a response takes no part in drafts.
     masks[2][9] = False
 
     packed_ids = torch.cat([*documents, torch.zeros(2, dtype=torch.long)])[None]

@@ -1,4 +1,4 @@
-"""``fp32_output_head`` reaches log-probs, draft loss and canary scores of a bf16 trainer, over one rank and two."""
+"""``fp32_output_head`` reaches log-probs, draft loss and canary scores of a bf16 trainer, over one and two ranks."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
     ranks = parallel.lay_out(tp, torch.device("cpu"))
     wide, rounded, default = (_results(_build(path, ranks, draft, fp32_head)) for fp32_head in (True, False, None))
     for name, value in wide.items():
-        # bf16 logits of a tiny model are rounded by less than 0.02, and by more than fp32 is.
+        # Rounding bf16 logits of a tiny model changes results by less than 0.02, and by more than fp32 rounding.
         difference = np.abs(value - rounded[name]).max()
         assert 1e-6 < difference < 0.02, (name, difference)
-        # On a CPU the default is off.
+        # The default on a CPU is off.
         np.testing.assert_array_equal(default[name], rounded[name])
 
 

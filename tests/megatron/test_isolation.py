@@ -1,7 +1,7 @@
-"""The policy does not know that there is a draft: every bit of it is the same with the draft and without.
+"""Isolation: every bit of the policy is equal with the draft and without.
 
-Real PolicyTrainers on real gloo processes. Each process trains twice, compares what it has itself, and says which
-combination failed.
+PolicyTrainers on gloo processes. Each process trains twice, compares its own results, and names the combination that
+failed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.trainer import PolicyTrainer
 
-# Tensor and data parallelism.
+# Tensor-parallel and data-parallel size.
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
-# Rows of a micro-batch: the eight rows of a batch in several of them, and in one.
+# Rows of a micro-batch, for a batch of eight: several micro-batches, and one.
 MICRO_BATCHES = {"accumulated": 2, "at once": 8}
 
 
@@ -39,7 +39,7 @@ def _build(path: Path, ranks: Parallel, draft: str | None, micro_rows: int, **op
 
 
 def _train(trainer: PolicyTrainer) -> dict[str, Any]:
-    """What two steps leave of the policy on this rank."""
+    """This rank's state of the policy after two steps."""
     assert trainer.policy is not None
     record: dict[str, Any] = {"metrics": [], "gradients": []}
     for step in range(2):
@@ -54,12 +54,12 @@ def _train(trainer: PolicyTrainer) -> dict[str, Any]:
 
 
 def _gradients(trainable: Trainable) -> dict[str, torch.Tensor]:
-    """The whole buffer, before clipping: with a distributed optimizer also what belongs to another rank."""
+    """Gradients in the whole buffer, before clipping. With a distributed optimizer it has other ranks' parts too."""
     return {name: parameter.main_grad.clone() for name, parameter in trainable.module.named_parameters()}
 
 
 def _optimizer_tensors(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
-    """Moments and fp32 masters, in the optimizer's own order."""
+    """Moments and fp32 masters, in the optimizer's order."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     found = []
     for part in chained:
@@ -98,7 +98,7 @@ def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
 
 
 def _check_draft_alone(trainer: PolicyTrainer, where: str) -> None:
-    """A step of the draft gives every parameter of its own a gradient, and none of the policy's."""
+    """The draft's backward pass gives every parameter of the draft a gradient, and no parameter of the policy."""
     assert trainer.policy is not None
     assert trainer.draft is not None
     trainer.policy.zero_grad()
@@ -112,7 +112,7 @@ def _check_draft_alone(trainer: PolicyTrainer, where: str) -> None:
         assert gradient.abs().max() > 0, (where, name)
 
 
-# Four processes on two cores take long: with both parallelisms at once, embeddings are untied.
+# Four processes are slow on two cores, so with both parallelisms embeddings are untied only.
 CASES = [(*layout, tied) for layout in LAYOUTS for tied in (False, True) if not tied or layout != (2, 2)]
 
 

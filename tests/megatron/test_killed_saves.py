@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a save: resuming always finds a complete checkpoint. ``make kills``."""
+"""kill -9 at random moments of a save. A resume always finds a complete checkpoint. ``make kills``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEEP = 2
 
 
 def run(model: Path, root: Path, store: Path, said: Connection) -> None:
-    """Go on from the newest checkpoint, and train and save until killed; tells where it went on, and of each save."""
+    """Resumes from the newest checkpoint, trains and saves until killed, and reports the resume and each save."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     ranks = parallel.lay_out(1, torch.device("cpu"))
@@ -34,7 +34,7 @@ def run(model: Path, root: Path, store: Path, said: Connection) -> None:
     if newest is not None:
         extra = dist.load(newest, parts).extra
         step = extra["step"]
-        # What is found is all of the same step.
+        # Everything in the checkpoint is of the same step.
         assert checksum(trainer) == extra["checksum"]
         assert newest.name == f"step_{step}"
     said.send(("resumed", step))
@@ -48,7 +48,7 @@ def run(model: Path, root: Path, store: Path, said: Connection) -> None:
 
 
 def checksum(trainer: PolicyTrainer) -> float:
-    """Of everything that is trained, moments included."""
+    """Checksum of all trained tensors, including moments."""
     total = 0.0
     for part in trainer.saved_components().values():
         initialize_optimizer(part.trainable)
@@ -70,14 +70,14 @@ def test_a_save_killed_at_a_random_moment_costs_that_save_alone(tmp_path: Path) 
         said.close()
         what, step = heard.recv()
         assert (what, step) == ("resumed", step)
-        # Never behind one that was complete, and never before it.
+        # The resume is at the last complete step, or at the step whose save was killed.
         assert step in (saved, saved + 1), (step, saved)
         saved = step
         if kill == NUM_KILLS:
             process.kill()
             process.join()
             break
-        # Two saves of a process are left alone: so steps are made, and the second one tells how long they take.
+        # Two saves of a process are not killed. So steps advance, and the second save gives the time that one takes.
         hear(heard, "saving")
         hear(heard, "saved")
         hear(heard, "saving")
@@ -101,7 +101,7 @@ def test_a_save_killed_at_a_random_moment_costs_that_save_alone(tmp_path: Path) 
 
 
 def has_more(heard: Connection) -> bool:
-    """Whether it said, before it died, that the save was done."""
+    """Whether the process reported the save before it died."""
     try:
         return heard.recv()[0] == "saved"
     except EOFError:

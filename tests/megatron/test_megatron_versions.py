@@ -1,7 +1,7 @@
 """Names of parameters in checkpoints do not depend on Megatron's version.
 
-The names are listed here, so a run of this test under another Megatron finds the same ones or fails. The transformer
-layer inside an MTP layer has one name in 0.16 and another since 0.17: a test plays the other version by renaming it.
+This file lists the names, so this test fails under a Megatron version with other names. The transformer layer inside an
+MTP layer has one name in 0.16 and another since 0.17. A test renames it to get the other version.
 """
 
 from __future__ import annotations

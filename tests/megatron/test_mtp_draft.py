@@ -1,4 +1,4 @@
-"""The Megatron MTP draft against the plain PyTorch head."""
+"""Megatron MTP draft against the head in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _check_reference(_rank: int, path: Path) -> None:
             outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], _targets(token_ids, ones, ones.bool()))
             expected = head(trunk[TRUNK_HIDDEN].transpose(0, 1), trunk[EMBEDDING].transpose(0, 1), NUM_DEPTHS)
         for depth, (mine, theirs) in enumerate(zip(outputs, expected, strict=True), start=1):
-            # The last tokens have no token t+d to look at.
+            # The last bases have no token t+d.
             difference = (mine.transpose(0, 1) - theirs)[:, : max(seq_len - depth, 0)].abs()
             assert difference.numel() == 0 or difference.max() < TOLERANCE, depth
 

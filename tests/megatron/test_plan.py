@@ -1,4 +1,4 @@
-"""What ``trainer.dry_run`` tells of a worker's memory and of a checkpoint, held against real ones."""
+"""``trainer.dry_run``'s memory of a worker and size of a checkpoint, against real ones."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
 
 
 def optimizer_bytes(trainer: PolicyTrainer) -> int:
-    """Moments and fp32 masters on this rank."""
+    """Bytes of moments and fp32 masters on this rank."""
     held: dict[int, torch.Tensor] = {}
     for part in trainer.saved_components().values():
         for optimizer in getattr(part.trainable.optimizer, "chained_optimizers", [part.trainable.optimizer]):
             parameters = {id(p) for p in part.trainable.module.parameters()}
             for parameter, state in optimizer.optimizer.state.items():
                 held |= {id(t): t for t in state.values() if isinstance(t, torch.Tensor) and t.ndim > 0}
-                # In fp32 the optimizer works on the parameters, or on views of them.
+                # In fp32 the optimizer updates the parameters or views of them.
                 if id(parameter) not in parameters and parameter._base is None:
                     held[id(parameter)] = parameter
     return nbytes(list(held.values()))
@@ -56,7 +56,7 @@ def compare(rank: int, model: Path, root: Path, draft: str, tp: int, dtype: str,
     dist.save(root / "step_1", trainer.saved_components(), {})
     if rank == 0:
         files = sum(path.stat().st_size for path in (root / "step_1").glob("*.distcp"))
-        # A tensor's entry has a header of its own.
+        # Every stored tensor has a header.
         assert plan_memory(config).checkpoint < files < plan_memory(config).checkpoint * 1.3
 
 

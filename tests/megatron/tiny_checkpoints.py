@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported architecture, and rollouts to train on. TP=2 divides their heads."""
+"""Tiny random checkpoints of every supported architecture, whose heads TP=2 divides, and training batches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny_config(architecture: str, tied: bool) -> PreTrainedConfig:
 
 
 def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied: bool = False, seed: int = 0) -> Path:
-    """Random fp32 weights; norms and biases are drawn too, so that no mix-up goes unseen."""
+    """Writes random fp32 weights. Norms and biases are random too, so that a mix-up shows."""
     torch.manual_seed(seed)
     config = tiny_config(architecture, tied)
     model = (Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen2ForCausalLM)(config)
@@ -63,7 +63,7 @@ def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied:
 
 
 def write_model(path: Path, draft: str, *, tied: bool = False) -> Path:
-    """A checkpoint that ``draft`` ("mtp" or "dflash") goes with; a DFlash draft lies next to it."""
+    """Writes a policy checkpoint for ``draft`` ("mtp" or "dflash"), and a DFlash draft next to it."""
     if draft == "mtp":
         return write_checkpoint(path, "MiMoForCausalLM", tied=tied)
     write_checkpoint(path, "Qwen3ForCausalLM", tied=tied)
@@ -82,7 +82,7 @@ def make_config(
     trainer = config.trainer
     trainer.policy.model.path = str(path)
     trainer.policy.optimizer_config.lr = 1e-3
-    # Far below the norms that occur, so that clipping is active.
+    # Far below actual gradient norms, so that clipping is active.
     trainer.policy.optimizer_config.max_grad_norm = 0.01
     trainer.policy.megatron_config.tensor_model_parallel_size = tp
     trainer.policy.megatron_config.dtype = dtype
@@ -93,7 +93,7 @@ def make_config(
     trainer.dflash.enabled = draft == "dflash"
     trainer.dflash.path = str(dflash_path(path))
     trainer.dflash.loss_chunk_size = 16
-    # Every anchor there is, so that nothing is drawn.
+    # More than there are, so that all anchors are used.
     trainer.dflash.anchors_per_sequence = 1000
     trainer.logprobs_chunk_size = 16
     trainer.micro_train_batch_size_per_gpu = 3
@@ -102,7 +102,7 @@ def make_config(
 
 
 def make_batch(seed: int, rows: int = 8) -> TrainBatch:
-    """Fixed rollouts of different lengths, the fifth of which has nothing to train on."""
+    """Rollouts of different lengths, determined by ``seed``. The fifth has no token to train on."""
     rng = np.random.default_rng(seed)
     prompt_lengths, response_lengths = rng.integers(2, 9, rows), rng.integers(1, 14, rows)
     width = int((prompt_lengths + response_lengths).max())
