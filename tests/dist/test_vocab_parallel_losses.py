@@ -156,7 +156,7 @@ def test_fp32_logits_of_two_ranks_are_not_rounded() -> None:
 
 
 def check_ranks_tie(rank: int) -> None:
-    """Both shards hold the same rows: the largest logits tie across ranks, and the lower id must win on both."""
+    """Both shards hold the same rows, so the largest logits tie across ranks, and the lower id must win."""
     weight_vD = torch.eye(D)
     hidden_TD = 8.0 * torch.eye(D)[:5]
     result = vocab_parallel_soft_ce(

@@ -1,4 +1,4 @@
-"""Which drafted tokens are supervised, by hand."""
+"""Supervision and acceptance of drafted tokens, against cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_chain_starts_at_a_response_token_and_never_leaves_its_document() -> N
 
 
 def test_a_chain_does_not_start_in_the_document_before() -> None:
-    """Also where a document begins with a trained token, so that the loss mask does not part the two."""
+    """Even if a document begins with a trained token, so that the loss mask does not separate the documents."""
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
     mask = chain_mask(torch.ones_like(segments, dtype=torch.bool), segments, num_depths=2)
     assert mask[0].nonzero()[:, 1].tolist() == [1, 2, 5, 6]
@@ -38,7 +38,7 @@ def test_the_first_chain_starts_at_the_last_prompt_token() -> None:
     segments = torch.ones(1, 8, dtype=torch.long)
     loss_mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
     mask = chain_mask(loss_mask, segments, num_depths=2)
-    # Base t = p - d; the token after the base is the first that was sampled, token 3.
+    # Base t = p - d. The token after the base is the first sampled one, token 3.
     assert mask[0].nonzero()[:, 1].tolist() == [3, 4, 5, 6]
     assert (mask[1].nonzero()[:, 1] - 2).tolist() == [2, 3, 4]
 
@@ -61,17 +61,17 @@ def test_a_chain_is_read_from_its_base() -> None:
 
 
 def test_expected_acceptance_is_what_rejection_sampling_accepts() -> None:
-    """A policy that sometimes is sure and sometimes not, where one good draft means that the next is good too."""
+    """A policy whose certainty varies between chains, so that a good draft is followed by good drafts."""
     generator = torch.Generator().manual_seed(0)
     num_chains, num_depths = 200_000, 3
-    # The draft proposes token 0; the policy gives it this probability throughout a chain.
+    # The draft proposes token 0. The policy's probability of it is constant in a chain.
     easy = torch.rand(num_chains, generator=generator) < 0.5
     prob = torch.where(easy, 0.95, 0.2).expand(num_depths, num_chains)
     sampled_hit = torch.rand(num_depths, num_chains, generator=generator) < prob
     accepted = (torch.rand(num_depths, num_chains, generator=generator) < prob).cumprod(dim=0).double().mean(dim=1)
     expected = expected_acceptance(prob.double(), sampled_hit).mean(dim=1)
     torch.testing.assert_close(expected, accepted, rtol=0, atol=0.005)
-    # What one might take in its place.
+    # A product of probabilities is biased.
     assert (prob.double().mean(dim=1).cumprod(dim=0) - accepted).abs().max() > 0.05
 
 
@@ -81,7 +81,7 @@ def test_an_engine_begins_behind_what_it_accepted() -> None:
     hits = torch.zeros(2, 1, 14, dtype=torch.bool)
     hits[0, 0, [2, 4, 5, 11]] = True
     hits[1, 0, [2, 3, 5]] = True
-    # 2 accepts both, 5 both, 8 none; 3 and 4 are never begun at; 11 accepts one, and 13 is no base.
+    # 2 accepts both, 5 both, 8 none. No chain begins at 3 and 4. 11 accepts one, and 13 is no base.
     assert drafted_bases(hits, is_base).nonzero()[:, 1].tolist() == [2, 5, 8, 11]
 
 
@@ -101,7 +101,7 @@ def test_bases_are_those_of_a_walk() -> None:
 
 
 def test_followed_acceptance_is_that_of_an_engine_which_drafts_beyond_the_end() -> None:
-    """Two places of every response are hard; an engine that walks through others of their kind, drawn anew."""
+    """Responses with two hard positions each, against an engine that walks through other such responses."""
     generator = torch.Generator().manual_seed(0)
     num_depths, prompt, length, num_rows = 3, 2, 11, 6000
     prob_S = torch.full((prompt + length,), 0.95, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_followed_acceptance_is_that_of_an_engine_which_drafts_beyond_the_end() 
         last = prompt
         while last < prompt + length - 1:
             drafts, count = drafts + 1, 0
-            # The drafted token behind ``last + count`` is predicted there; behind the end all are rejected.
+            # Position ``last + count`` predicts the next drafted token. Tokens beyond the end are rejected.
             while count < num_depths and last + count < prompt + length - 1:
                 if draws[last][count] >= prob_S[last + count]:
                     break
@@ -128,7 +128,7 @@ def test_followed_acceptance_is_that_of_an_engine_which_drafts_beyond_the_end() 
     assert abs(num_chains.item() / drafts - 1) < 0.02
     engine_K = torch.tensor(accepted, dtype=torch.float64) / drafts
     torch.testing.assert_close(accepted_K / num_chains, engine_K, rtol=0, atol=0.015)
-    # What one might take in its place: the average over all chains.
+    # The average over all chains is biased.
     everywhere_K = expected_acceptance(chains_by_base(prob), chains_by_base(hit))
     everywhere_K = everywhere_K.sum(dim=(1, 2)) / chains_by_base(mask)[0].sum()
     assert (everywhere_K - engine_K).abs().max() > 0.05

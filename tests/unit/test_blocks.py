@@ -1,4 +1,4 @@
-"""Anchors, supervised slots and what a slot sees, against loops over positions."""
+"""Anchors, supervised slots and visible keys, against loops over positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _draw(num_anchors: int, seed: int = 0) -> Blocks:
 
 
 def _is_supervised(row: int, anchor: int, slot: int) -> bool:
-    """Anchor and every token up to ``anchor + slot`` are trained tokens of one document."""
+    """Whether all tokens from the anchor to ``anchor + slot`` are trained tokens of one document."""
     if anchor + slot >= SEGMENTS.shape[1]:
         return False
     span = slice(anchor, anchor + slot + 1)

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, whenever the process dies; rotation and reading, without any tensor."""
+"""Checkpoint directories without tensors: atomic saves under kills at every moment, rotation and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(root: Path, step: int, payload: str = "first") -> Path:
 
 
 def payload(directory: Path) -> str:
-    """What is in the checkpoint, if all of it belongs together."""
+    """Content of a checkpoint whose files all belong to one save."""
     text = (directory / "tensors").read_text()
     assert folders.read_record(directory)["extra"]["payload"] == text
     return text
@@ -38,7 +38,7 @@ def names(root: Path) -> set[str]:
 
 
 def dies_at(moment: int, action: Callable[[], object]) -> bool:
-    """Do ``action`` in a process that dies before its file operation number ``moment``; False if it came to the end."""
+    """Runs ``action`` in a process that dies before file operation ``moment``; False if ``action`` finished."""
     child = os.fork()
     if child == 0:
         left = moment
@@ -81,7 +81,7 @@ def test_killed_at_every_moment_of_a_save_and_a_rotation(tmp_path: Path) -> None
             assert payload(newest) == "second"
         if not died:
             break
-        # Whatever was left behind, the next save and rotation work and clear it away.
+        # The next save and rotation work with any remains, and remove them.
         save(root, 3, "third")
         assert folders.latest(root) == root / "step_3"
         assert folders.rotate(root, keep=1) == []
@@ -118,13 +118,13 @@ def test_latest_passes_over_what_is_not_complete(tmp_path: Path) -> None:
     assert folders.latest(tmp_path) == tmp_path / "step_2"
     (tmp_path / "step_2" / "checkpoint.json").unlink()
     assert folders.latest(tmp_path) == tmp_path / "step_1"
-    # A damaged one is replaced as well.
+    # A damaged checkpoint is replaced too.
     save(tmp_path, 2, "second")
     assert payload(tmp_path / "step_2") == "second"
 
 
 def test_rotation_keeps_the_last_saved(tmp_path: Path) -> None:
-    # Step 2 after step 4: a run that went back and on from an older checkpoint.
+    # Step 2 after step 4: a run that resumed from an older checkpoint.
     for step in (1, 3, 4, 2):
         save(tmp_path, step)
     (tmp_path / "step_7.partial").mkdir()
@@ -228,7 +228,7 @@ def test_a_run_that_begins_sets_the_checkpoints_of_an_earlier_one_aside(
         assert f"the checkpoints of an earlier run are in {earlier} now" in capsys.readouterr().err
         assert newest(config) is None
         assert [payload(earlier / path.name) for path in payloads] == [f"run {number}"] * 2
-    # From one of them: what lies in the folder is not this run's, and what it goes on from stays.
+    # A run that resumes from one of these checkpoints: they are not its own, and they stay.
     save(root, 5)
     begin(config, tmp_path / "checkpoints.earlier1" / "step_8")
     assert newest(config) is None

@@ -1,4 +1,4 @@
-"""What is decided of a draft before anything starts, against the published rules."""
+"""Settings of a draft that are decided before a run starts, against the published rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples/arithmetic_dflash"
 @pytest.mark.parametrize(
     ("depth", "num_layers", "expected"),
     [
-        # What the published drafts of Qwen3-4B, Qwen3-8B (36 layers) and of a 28-layer model have.
+        # Published drafts of Qwen3-4B, Qwen3-8B (36 layers) and a 28-layer model.
         (36, 5, [1, 9, 17, 25, 33]),
         (28, 5, [1, 7, 13, 19, 25]),
         (12, 1, [6]),
@@ -96,7 +96,7 @@ def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_a_published_drafts_config_json_is_read(tmp_path: Path) -> None:
-    """Entries as the drafts on the hub have them, those that say nothing here included."""
+    """A config.json with the entries of drafts on the hub, including those that are ignored."""
     config = {
         "architectures": ["DFlashDraftModel"],
         "attention_bias": False,

@@ -1,7 +1,7 @@
 """Chunked log-probs and entropy against the full-vocabulary formula in float64, forward and backward.
 
-Every weight carries rows of padding that are far larger than the tokens' rows: a padded column that is let into a
-softmax takes nearly all of it.
+Every weight has padding rows that are far larger than the token rows, so a padded column that enters a softmax takes
+nearly all of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The clipped surrogate and k3 against scalar arithmetic in float64 and autograd of the plain formula."""
+"""Clipped surrogate and k3 against scalar arithmetic in float64 and autograd of the plain formula."""
 
 from __future__ import annotations
 

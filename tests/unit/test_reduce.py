@@ -1,4 +1,4 @@
-"""The weights against sums written out, and that sharding does not change a loss."""
+"""Token weights against explicit sums, and losses that do not depend on sharding."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The draft loss against the full-vocabulary formula in float64, forward and backward, and that it is chunked.
+"""Draft loss against the full-vocabulary formula in float64, forward and backward, and its chunking.
 
-Every weight carries rows of padding that are far larger than the tokens' rows: a padded column that is let into a
-softmax takes nearly all of it.
+Every weight has padding rows that are far larger than the token rows, so a padded column that enters a softmax takes
+nearly all of it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_forward_and_backward_equal_the_full_vocabulary_formula(
 
 @pytest.mark.parametrize("loss_type", ["soft_ce", "hard_ce"])
 def test_bf16_stays_near_the_formula(loss_type: str) -> None:
-    # Not topk_soft_ce and not the argmaxes: rounded logits tie, so that other tokens may be the largest.
+    # No topk_soft_ce and no argmax: rounded logits tie, so other tokens may be the largest.
     inputs = make_inputs(2, 29, 104, torch.bfloat16)
     expected, result = reference(*inputs, loss_type, 0.7), run(inputs, loss_type)
     assert result.loss_KT.dtype == torch.float32
@@ -226,7 +226,7 @@ def test_wrong_loss_types_are_said() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements that any operation put out, forward and backward."""
+    """Number of elements of the largest output of any operation, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,12 +256,12 @@ def logprobs_backward(chunk_size: int, _: str, dtype: torch.dtype) -> None:
     ("backward", "loss_type"), [*((soft_ce_backward, name) for name in LOSS_TYPES), (logprobs_backward, "")]
 )
 def test_logits_of_all_tokens_never_exist(backward: Callable[..., None], loss_type: str, dtype: torch.dtype) -> None:
-    """The largest tensor is an input, or the gradient of one; logits of the 72 positions that count are larger."""
+    """The largest tensor is an input or its gradient. Logits of all 72 positions with weight are larger."""
     largest_input = 2 * 96 * D
     with LargestTensor() as chunked:
         backward(8, loss_type, dtype)
     assert chunked.numel <= largest_input < 72 * VOCAB_SIZE / 2
-    # The same measure sees them when one chunk takes all.
+    # With one chunk for all positions, the same measure sees these logits.
     with LargestTensor() as whole:
         backward(96, loss_type, dtype)
     assert whole.numel >= 72 * VOCAB_SIZE
