@@ -24,6 +24,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
 from skyrl_spec.controller.lossless import PlainEngine
+from skyrl_spec.controller.processes import kill_all, open_tree
+from skyrl_spec.controller.signals import sigterm_kept_from_children
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.errors import RunError
@@ -39,13 +41,17 @@ _GPU_SHARE = 0.5
 
 @contextmanager
 def ray_session(verbose: bool) -> Iterator[None]:
-    """Ray for the time of a run. A local one keeps its files in a folder that is removed at the end."""
+    """Ray for the time of a run. A local one keeps its files in a folder that is removed at the end.
+
+    The processes of a local Ray ignore SIGTERM. A cluster that ``RAY_ADDRESS`` joins is as whoever started it made it.
+    """
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING if verbose else logging.ERROR}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without log_to_driver Ray still prints a paragraph for every process that dies; the run says it in a line.
     ray._private.worker._worker_logs_enabled = verbose
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        with sigterm_kept_from_children():
+            ray.init(**options)
         try:
             yield
         finally:
@@ -54,11 +60,24 @@ def ray_session(verbose: bool) -> Iterator[None]:
     # The prefix is short: sockets below it must stay within 107 characters.
     directory = tempfile.mkdtemp(prefix="skyrl-")
     try:
-        ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
+        with sigterm_kept_from_children():
+            ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
         yield
     finally:
-        ray.shutdown()
+        _end_local_ray()
         _remove(directory)
+
+
+def _end_local_ray() -> None:
+    """Ends Ray's processes and all that they started, none of which SIGTERM would end."""
+    node: Any = ray._private.worker._global_node
+    servers = [] if node is None else [info.process for infos in node.all_processes.values() for info in infos]
+    for process in servers:
+        # Ray sends SIGTERM, and waits a second for each.
+        process.terminate = process.kill
+    pidfds = open_tree(process.pid for process in servers)
+    ray.shutdown()
+    kill_all(pidfds)
 
 
 def _remove(directory: str, patience_s: float = 5.0) -> None:

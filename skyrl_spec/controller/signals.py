@@ -71,6 +71,23 @@ class SignalWatch:
             os._exit(SIGNAL_EXIT + signum)
 
 
+@contextmanager
+def sigterm_kept_from_children() -> Iterator[None]:
+    """Processes started in this context never receive SIGTERM, nor do theirs: they inherit the blocked signal mask.
+
+    A scheduler sends SIGTERM to every process of a job. What the driver needs to save must outlive it. The driver
+    itself gets a SIGTERM of that time when the context ends, with the handlers that it had before.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def ended_by_signal(job: Callable[[SignalWatch], None]) -> int:
     """``job(watch)`` to its end, or until a signal makes it clean up and end; returns the process's exit code."""
     watch = SignalWatch()

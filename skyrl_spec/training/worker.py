@@ -1,8 +1,9 @@
-"""The Ray shell of a rank's trainer. Megatron is imported when a worker starts, never in the driver."""
+"""Ray actor around the trainer of one rank. Megatron is imported when a worker starts, never in the driver."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import warnings
 from functools import partial
@@ -20,10 +21,12 @@ from skyrl_spec.types import Component, Proposals, ProposalScores, StepReport, T
 
 @ray.remote
 class PolicyWorker:
-    """One rank. All ranks are called together: most methods are collective."""
+    """Policy worker of one rank. Most methods are collective, so the driver calls all ranks together."""
 
     def __init__(self, config: Config, rank: int, world_size: int, num_threads: int | None):
-        # Megatron says on import, a line each, what is not installed.
+        # The driver decides when a worker ends. A scheduler may signal every process of a job.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        # Megatron logs a line for every optional package that is missing.
         logging.disable(logging.INFO)
         warnings.filterwarnings("ignore")
         import torch
@@ -35,7 +38,7 @@ class PolicyWorker:
         self._store: Any = None
 
     def ping(self) -> None:
-        """Answers if there is anyone."""
+        """Answers a liveness check."""
 
     def serve_store(self) -> tuple[str, int]:
         """Serves the store where the ranks meet, on a port that stays bound; returns this node's IP and the port."""
@@ -93,7 +96,7 @@ class PolicyWorker:
         return self._trainer.score_proposals(proposals)
 
     def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]:
-        """Weights in Ray's object store, in chunks with their bytes, from rank 0; the others gather with it."""
+        """Chunks of weights in Ray's object store, and their bytes. All ranks gather; only rank 0 returns chunks."""
         from skyrl_spec.sync.payload import pack_chunks, payload_bytes
 
         if self._trainer.parallel.dp_rank > 0:
@@ -106,7 +109,7 @@ class PolicyWorker:
         return [(ray.put(chunk), payload_bytes(chunk)) for chunk in chunks]
 
     def connect(self, backend: str, engines: list[Any], components: list[Component], address: tuple[str, int]) -> None:
-        """Open vLLM's own transfer to the engines, ``nccl`` or ``ipc``."""
+        """Opens vLLM's own weight transfer to the engines, ``nccl`` or ``ipc``."""
         from skyrl_spec.rollout.sender import ExportSource, build_senders
 
         trainer = self._trainer
@@ -125,54 +128,54 @@ class PolicyWorker:
         )
 
     def send(self, component: Component) -> int:
-        """One update of the engines through ``connect``'s transfer; returns the bytes sent."""
+        """Sends ``component`` to the engines through the transfer of ``connect``; returns the bytes sent."""
         import torch
 
-        # The sender packs on CUDA streams of its own, which do not wait for the optimizer's.
+        # The sender packs on its own CUDA streams, which do not wait for the optimizer's stream.
         torch.cuda.synchronize()
         self._senders[component].send_weights()
         return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(component))
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
-        """Everything that is trained, with the driver's ``extra``."""
+        """Saves the trained components, with the driver's ``extra``."""
         from skyrl_spec.checkpoint import dist
 
         dist.save(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
-        """Back to where the checkpoint was, in what it and this run both train; returns the driver's ``extra``.
+        """Loads the components that the checkpoint and this run both train; returns the driver's ``extra``.
 
-        A draft may come or go, the policy may not.
+        A draft may be new or dropped. The policy must be in the checkpoint.
         """
         from skyrl_spec.checkpoint import dist
         from skyrl_spec.checkpoint.folders import contents
 
-        saved, mine = contents(directory), self._trainer.saved_components()
-        both = {
-            name: component for name, component in mine.items() if name in saved or name == "policy" or len(mine) == 1
-        }
-        loaded = dist.load(directory, both)
+        saved, trained = contents(directory), self._trainer.saved_components()
+        # ``dist.load`` refuses a checkpoint without the policy, or without the only trained component.
+        required = {"policy"} if len(trained) > 1 else set(trained)
+        components = {name: component for name, component in trained.items() if name in saved | required}
+        loaded = dist.load(directory, components)
         self._trainer.set_random_state(loaded.per_rank)
         return loaded.extra
 
     def export_checkpoint(self, directory: Path, target: Path) -> None:
-        """Not collective: from the files."""
+        """Writes the bundle of a checkpoint to ``target`` from its files. Not collective."""
         from skyrl_spec.checkpoint.bundle import export_bundle, read_source
 
         trainer = self._config.trainer
-        # Where they are for this node; the checkpoint's settings have them as the user wrote them.
+        # Paths on this node. The checkpoint's settings hold them as the user wrote them.
         kind = trained_kind(trainer)
         draft = None if kind is None else kind.path(trainer)
         export_bundle(read_source(directory, model=trainer.policy.model.path, draft=draft), target)
 
     def save_hf(self, run_dir: Path) -> None:
-        """Write policy and draft as Hugging Face checkpoints that vLLM loads."""
+        """Writes policy and draft as Hugging Face checkpoints that vLLM loads."""
         from skyrl_spec.checkpoint.hf_export import save_hf
 
         save_hf(self._trainer, run_dir)
 
     def save_draft_hf(self, run_dir: Path) -> None:
-        """Write the draft alone."""
+        """Writes the draft only."""
         from skyrl_spec.checkpoint.hf_export import save_draft
 
         save_draft(self._trainer, run_dir)

@@ -107,6 +107,8 @@ def launch(run_dir: Path, command: Sequence[str], **environment: str) -> Run:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Ray's processes may signal their whole group when they end, and the tests are not to be in it.
+        start_new_session=True,
     )
     return Run(process, run_dir, mark)
 

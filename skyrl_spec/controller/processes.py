@@ -1,0 +1,51 @@
+"""Processes of a local Ray, and how they end."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+
+def open_tree(roots: Iterable[int]) -> list[int]:
+    """Pidfds of the processes ``roots`` and of all their descendants.
+
+    A pidfd refers to one process for ever, while the kernel may give a process id to another.
+    """
+    children = defaultdict(list)
+    for pid, parent in _parents().items():
+        children[parent].append(pid)
+    pids, pidfds = list(roots), []
+    # Grows while it is read.
+    for pid in pids:
+        pids += children[pid]
+        with suppress(ProcessLookupError):
+            pidfds.append(os.pidfd_open(pid))
+    return pidfds
+
+
+def kill_all(pidfds: list[int], timeout_s: float = 5.0) -> None:
+    """Kills the processes of ``pidfds``, waits until they have ended, and closes ``pidfds``."""
+    for pidfd in pidfds:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    deadline = time.monotonic() + timeout_s
+    for pidfd in pidfds:
+        # Readable once the process has ended.
+        select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
+        os.close(pidfd)
+
+
+def _parents() -> dict[int, int]:
+    """Parent of each process of this machine."""
+    parents = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # The name before the parenthesis may hold anything: "pid (name) state parent ...".
+            parents[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+    return parents
