@@ -82,14 +82,14 @@ class Watch:
             causes = (
                 "the engines' draft is not the trainer's (see canary/draft_*), or its cached keys are old"
                 if gap > 0
-                else "the trainer's draft gets other inputs than the engines' (layers, norms), or they sample at "
-                f"another temperature than {self._temperature:g}"
+                else "the trainer's draft gets other inputs than the engines' (layers, norms), or the engines sample "
+                f"at another temperature than {self._temperature:g}"
             )
             self._say(
                 names.ACCEPTANCE_GAP,
                 f"the trainer predicts an acceptance length of {measured + gap:.2f}, the engines measure "
                 f"{measured:.2f} (trainer.canary.max_acceptance_gap={self._config.max_acceptance_gap:g}): "
-                f"likely, {causes}",
+                f"likely cause: {causes}",
             )
 
     def _say(self, topic: str, line: str) -> None:

@@ -230,5 +230,6 @@ def _require(owner: Any, name: str, fix: Callable[[], None]) -> None:
     """Raises RuntimeError if the patched name is gone: the fix must then be reviewed. ``owner``: a module or class."""
     if not hasattr(owner, name):
         raise RuntimeError(
-            f"{owner.__name__}.{name} is gone from vLLM: adapt or remove skyrl_spec.rollout.vllm_patches.{fix.__name__}"
+            f"vLLM no longer has {owner.__name__}.{name}: "
+            f"adapt or remove skyrl_spec.rollout.vllm_patches.{fix.__name__}"
         )

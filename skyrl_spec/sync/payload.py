@@ -1,4 +1,4 @@
-"""Weights as payloads for Ray's object store: names, dtypes, shapes, and numpy arrays that share their memory."""
+"""Weights as payloads for Ray's object store: names, dtypes, shapes, and arrays that share the tensors' memory."""
 
 from __future__ import annotations
 

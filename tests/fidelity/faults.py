@@ -306,7 +306,7 @@ def _checks(line: str) -> Iterator[str]:
         yield LOGPROBS
     elif "acceptance length" in line:
         yield "predicted acceptance"
-    elif "were sampled under" in line:
+    elif "were sampled with" in line:
         yield "versions"
 
 

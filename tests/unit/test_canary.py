@@ -287,7 +287,7 @@ def make_rollout(versions: Versions) -> Rollout:
 
 def test_rollouts_of_other_weights_are_refused() -> None:
     require_current([make_rollout(Versions(2, 2))], Versions(2, 2))
-    with pytest.raises(RunError, match="sampled under policy version 1 and draft version 2, but the trainer is at"):
+    with pytest.raises(RunError, match="sampled with policy version 1 and draft version 2, but the trainer is at"):
         require_current([make_rollout(Versions(2, 2)), make_rollout(Versions(1, 2))], Versions(2, 2))
 
 

@@ -100,7 +100,7 @@ def test_failures_beyond_the_allowed_share_end_the_run() -> None:
     assert sum(result.error is not None for result in grader.score_all(prompts(8), texts)) == 2
     start = time.monotonic()
     # Not all eight are waited for.
-    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one of row row-2, "):
+    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one in row row-2, "):
         grader.score_all(prompts(8), ["hang"] * 8)
     assert time.monotonic() - start < 60
     grader.close()
