@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from skyrl_spec.controller.checkpoints import begin
-from skyrl_spec.controller.signals import sigterm_kept_from_children
 from skyrl_spec.controller.task import Task
 from skyrl_spec.drafts.kinds import describe_draft
 from skyrl_spec.metrics.console import ConsoleWriter
@@ -70,9 +69,7 @@ def open_output(task: Task) -> Iterator[Output]:
             writers.append(TensorBoardWriter(run_dir / "tensorboard", task.steps_done))
         if "wandb" in trainer.logger:
             settings: Any = OmegaConf.to_container(OmegaConf.structured(task.config))
-            # wandb writes in a process of its own.
-            with sigterm_kept_from_children():
-                writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))
+            writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))
         console.start(facts_of(task))
         _warn_of_truncation(task.config)
         console.note("starting engines and workers (-v shows what they print)")

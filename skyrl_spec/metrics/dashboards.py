@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -38,26 +40,45 @@ class WandbWriter(Writer):
         self._run.define_metric("*", step_metric=names.STEP)
         # INCREMENTAL sends new rows only.
         self._samples = wandb.Table(columns=list(_SAMPLE_COLUMNS), log_mode="INCREMENTAL")
+        self._run_dir, self._is_lost = run_dir, False
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({**values, names.STEP: step}, step=step)
+        self._send(lambda: self._run.log({**values, names.STEP: step}, step=step))
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         scored = [sample for sample in samples if "reward" in sample]
         for sample in scored:
             self._samples.add_data(*(sample[column] for column in _SAMPLE_COLUMNS))
         if scored:
-            self._run.log({"samples": self._samples}, step=step)
+            self._send(lambda: self._run.log({"samples": self._samples}, step=step))
 
     def summarize(self, headline: Mapping[str, float]) -> None:
-        self._run.summary.update(dict(headline))
+        self._send(lambda: self._run.summary.update(dict(headline)))
 
     def close(self) -> None:
         """Ends the run and wandb's own process."""
         import wandb
 
-        self._run.finish()
-        wandb.teardown()
+        self._send(self._run.finish)
+        # Also where its process has ended: otherwise wandb tries again when Python exits, with a traceback.
+        with suppress(ConnectionError):
+            wandb.teardown()
+
+    def _send(self, call: Callable[[], object]) -> None:
+        """Makes a call of wandb's. If wandb's process has ended, prints one line, once, and makes no more calls.
+
+        wandb's process ends on SIGTERM. A scheduler sends that to all processes, and the run still has to save.
+        """
+        if self._is_lost:
+            return
+        try:
+            call()
+        except ConnectionError:
+            self._is_lost = True
+            print(
+                f"skyrl-spec: warning: wandb's process ended; later metrics are in {self._run_dir}/metrics.jsonl only",
+                file=sys.stderr,
+            )
 
 
 class TensorBoardWriter(Writer):
