@@ -7,6 +7,7 @@ model, data and devices.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
@@ -50,7 +51,8 @@ def check_allowed(setting: str, value: Any, allowed: Allowed) -> None:
     if value is None or allowed is None or value in allowed:
         return
     if isinstance(allowed, Range):
-        raise ConfigError(f"{setting}={value}: must be {allowed}; change it")
+        finite = "" if math.isfinite(value) else "finite and "
+        raise ConfigError(f"{setting}={value}: must be {finite}{allowed}; change it")
     raise ConfigError(f"{setting}={value}: must be {' or '.join(allowed)}; set one of these")
 
 

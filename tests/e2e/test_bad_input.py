@@ -477,7 +477,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "a number that is none": (
         lambda _: ["trainer.policy.optimizer_config.lr=nan"],
-        ("trainer.policy.optimizer_config.lr=nan: must be at least 0",),
+        ("trainer.policy.optimizer_config.lr=nan: must be finite and at least 0",),
     ),
     "no nucleus": (
         lambda _: ["generator.sampling_params.top_p=0"],

@@ -107,7 +107,9 @@ def test_a_wrong_value_gets_one_line(setting: Setting, value: str, config: Confi
             validate(config)
     finally:
         setattr(section, name, former)
-    must = str(setting.allowed) if is_number else " or ".join(allowed_words(setting))
+    must = " or ".join(allowed_words(setting)) if not is_number else str(setting.allowed)
+    if is_number and not math.isfinite(float(value)):
+        must = f"finite and {must}"
     line = str(caught.value)
     assert line.startswith(f"{setting.name}={typed}: must be {must}; ")
     assert "\n" not in line

@@ -128,7 +128,7 @@ def test_prompts_are_rows_or_lines(tmp_path: Path) -> None:
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["batch_sizes=[0]"], "batch_sizes=[0]: must be a list of numbers of at least 1"),
         (["temperature=-1"], "temperature=-1.0: must be at least 0"),
-        (["temperature=inf"], "temperature=inf: must be at least 0"),
+        (["temperature=inf"], "temperature=inf: must be finite and at least 0"),
         (["seed=-1"], "seed=-1: must be at least 0"),
         (["prompts={a:1}"], "prompts"),
         (["target='a b/c d'"], "target=a b/c d: "),
