@@ -1,7 +1,7 @@
-"""Faults, put into a real run one at a time, and what sees them: ``python tests/fidelity/faults.py`` prints the table.
+"""Faults injected into a real run one at a time, and the checks that see them.
 
-Real workers, engines and the loop around them, on the shipped models. A fault is put into one object of them and taken
-out again; before each, everything is synced and agrees.
+Workers, engines and loop are real, with the shipped models. Each fault is put into one of these objects and taken out
+afterwards. Before each fault the engines are synced. ``python tests/fidelity/faults.py`` prints the table.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from skyrl_spec.training.worker import PolicyWorker
 from skyrl_spec.types import Generation, Versions
 
 MAX_STEPS = 3
-# Enough for every check to have its say in seconds.
+# Small, but large enough for every check.
 OVERRIDES = (
     "trainer.train_batch_size=8",
     "trainer.policy_mini_batch_size=4",
     "generator.n_samples_per_prompt=4",
     "generator.inference_engine.cpu_kvcache_space=0.25",
     "generator.inference_engine.max_num_seqs=64",
-    # A prompt that the prefix cache keeps: it takes more than two blocks of 128 tokens.
+    # The prefix cache keeps a prompt of more than two blocks of 128 tokens.
     "trainer.max_prompt_length=300",
     "trainer.canary.interval=1",
     "trainer.canary.on_mismatch=warn",
@@ -49,18 +49,18 @@ Tensors = list[tuple[str, Any]]
 
 
 class _FaultyEngine(EngineActor):
-    """A real engine that can be told to do wrong."""
+    """A real engine with a fault that ``inject`` sets."""
 
     fault: str | None = None
-    # A call that it leaves out.
+    # A method that does nothing.
     skipped: str | None = None
-    # What becomes of the tensors that arrive; each is loaded alone then.
+    # A function that changes the received tensors. Each is then loaded separately.
     change: Callable[[Tensors], Tensors] | None = None
 
     def inject(self, fault: str | None, skipped: str | None = None, change: Any = None) -> None:
         self.fault, self.skipped, self.change = fault, skipped, change
         if not (fault or skipped or change):
-            # Breaks off an update that the last fault may have left open.
+            # Ends an update that the last fault may have left open.
             with suppress(Exception):
                 super().update_weights({"names": ["none"], "dtype_names": [], "shapes": [], "arrays": []})
 
@@ -99,7 +99,7 @@ class _FaultyEngine(EngineActor):
             super().set_versions(versions)
 
     def _fused(self) -> dict[str, Any]:
-        """What a DFlash drafter derives from its parameters."""
+        """Tensors that a DFlash drafter derives from its parameters."""
         import torch
 
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -112,7 +112,7 @@ FaultyEngine = ray.remote(_FaultyEngine)
 
 
 class _FaultyWorker(PolicyWorker.__ray_metadata__.modified_class):  # type: ignore[name-defined]
-    """A real worker whose draft can be given other trunk states than an engine gives it."""
+    """A real worker whose draft can be given other trunk states than the engines give it."""
 
     def inject(self, fault: str | None) -> None:
         from skyrl_spec.drafts import mtp
@@ -136,7 +136,7 @@ FaultyWorker = ray.remote(_FaultyWorker)
 
 @dataclass(frozen=True)
 class Fault:
-    """``inject`` puts it in; ``from_start`` ones are there before engine and trainer are first compared.
+    """A fault that ``inject`` sets: before the first check if ``from_start``, otherwise after it.
 
     ``seen_by``: every check that sees it, in step 1, or in step 0 if it is there from the start.
     """
@@ -194,7 +194,7 @@ def repeat(part: str) -> Callable[[Tensors], Tensors]:
 
 
 def corrupt(part: str) -> Callable[[Tensors], Tensors]:
-    """A row of zeros in one tensor."""
+    """A change that sets a row of one tensor to zeros."""
 
     def change(tensors: Tensors) -> Tensors:
         changed = []
@@ -238,7 +238,7 @@ EXPERIMENTS = {"mtp": "cpu_mtp_grpo", "dflash": "cpu_dflash_grpo"}
 
 @dataclass(frozen=True)
 class Sighting:
-    """``seen`` maps a check to the step it first saw the fault in; 0 is before the first."""
+    """``seen`` maps each check that saw the fault to the first step in which it did. Step 0 is before training."""
 
     fault: Fault
     seen: dict[str, int]
@@ -247,14 +247,14 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Rig:
-    """Actors that are up, and what they work on."""
+    """Running actors and their task."""
 
     task: Task
     engines: EngineGroup
     policy: PolicyGroup
 
     def run(self, fault: Fault) -> Sighting:
-        """Everything in order, then the fault, then steps until a check has seen it."""
+        """Checks a run without the fault, injects it, and trains until a check sees it."""
         for handle in (*self.engines.handles, *self.policy.handles):
             ray.get(handle.inject.remote(None))
         trainer = make_trainer(TrainingLoop, self.task, self.engines, self.policy, ["policy", "draft"])
@@ -284,7 +284,7 @@ def _step(trainer: TrainingLoop, step: int) -> None:
 
 
 def _watched(act: Callable[[], Any]) -> str:
-    """What it says on stderr, or dies of."""
+    """Lines that ``act`` prints to stderr, and the error it raises."""
     stderr = StringIO()
     with redirect_stderr(stderr):
         try:
@@ -312,7 +312,7 @@ def _checks(line: str) -> Iterator[str]:
 
 @contextmanager
 def rig(draft: str, run_dir: Path) -> Iterator[Rig]:
-    """Actors of a run with ``draft``; needs Ray."""
+    """Actors of a run with ``draft``. Ray must be running."""
     task = load_task(load_config([f"experiment={EXPERIMENTS[draft]}", *OVERRIDES, f"trainer.run_dir={run_dir}"]))
     assert trained_kind(task.config.trainer) is not None
     classes = (placement.RolloutActor, placement.PolicyWorker)
@@ -329,7 +329,7 @@ def rig(draft: str, run_dir: Path) -> Iterator[Rig]:
 
 
 def table(sightings: list[Sighting]) -> str:
-    """In Markdown."""
+    """Table of the sightings in Markdown."""
     rows = ["| fault | draft | seen by | steps until seen |", "|---|---|---|---|"]
     for sighting in sightings:
         checks = ", ".join(sighting.seen) or "nothing"

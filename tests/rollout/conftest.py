@@ -1,4 +1,4 @@
-"""Engines that serve tiny models. They are driven without Ray here; tests/e2e and test_ipc_sync have it around them."""
+"""Engines that serve tiny models, without Ray. tests/e2e and test_ipc_sync run engines in Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``w0`` and ``w1`` (unlike weights), and ``tied0`` and ``tied1``."""
+    """Models ``w0`` and ``w1`` with different weights, and ``tied0`` and ``tied1`` with tied embeddings."""
     root = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
         write_tiny_model(root / f"w{seed}", seed)
@@ -28,7 +28,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dflash_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Targets ``t0`` and ``t1`` with DFlash drafts ``d0`` and ``d1`` (unlike weights)."""
+    """Targets ``t0`` and ``t1`` with DFlash drafts ``d0`` and ``d1``, all with different weights."""
     root = tmp_path_factory.mktemp("dflash_models")
     for index, seed in enumerate((1, 2)):
         write_tiny_dflash(root / f"d{index}", write_tiny_qwen3(root / f"t{index}", seed), seed)
@@ -55,7 +55,7 @@ StartEngine = Callable[..., EngineProcess]
 
 @contextmanager
 def engines_from(base_settings: EngineSettings) -> Iterator[StartEngine]:
-    """Starts engines with changed settings; all end with the context, since each takes a good part of a GiB."""
+    """A function that starts engines with changed settings. All end with the context: each takes most of a GiB."""
     started: list[EngineProcess] = []
 
     def start(
@@ -73,21 +73,21 @@ def engines_from(base_settings: EngineSettings) -> Iterator[StartEngine]:
 
 @pytest.fixture(scope="module")
 def start_engine(base_settings: EngineSettings) -> Iterator[StartEngine]:
-    """Starts an engine of this module's with changed settings."""
+    """A function that starts an engine with changed settings, which ends with the test module."""
     with engines_from(base_settings) as start:
         yield start
 
 
 @pytest.fixture(scope="session")
 def engine(base_settings: EngineSettings) -> Iterator[EngineProcess]:
-    """Serves ``w0`` with its MTP head; tests leave its weights as they are."""
+    """An engine with ``w0`` and its MTP head. Tests must restore its weights."""
     with engines_from(base_settings) as start:
         yield start()
 
 
 @pytest.fixture(scope="session")
 def dflash_engine(base_settings: EngineSettings, dflash_dir: Path) -> Iterator[EngineProcess]:
-    """Serves ``t0`` with ``d0``; tests leave its weights as they are."""
+    """An engine with ``t0`` and ``d0``. Tests must restore its weights."""
     models = {"model_path": str(dflash_dir / "t0"), "speculative_config": dflash(dflash_dir / "d0")}
     with engines_from(base_settings) as start:
         yield start(DflashRecorder, **models)

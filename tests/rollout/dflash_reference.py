@@ -1,4 +1,4 @@
-"""What a DFlash draft computes, written down one block at a time: the definition that implementations are held against.
+"""Definition of a DFlash draft, one block at a time, to compare implementations with.
 
 Shapes: S tokens of one document, n captured target layers, D hidden, K drafted tokens, V vocabulary.
 Source of the architecture: "DFlash: Block Diffusion for Flash Speculative Decoding", arXiv 2602.06036.
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 
 class DflashReference:
-    """The draft of a Hugging Face directory. ``weights`` are leaves that collect gradients."""
+    """A draft from a Hugging Face directory. ``weights`` are leaf tensors with gradients."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32):
         self.config = json.loads((path / "config.json").read_text())
@@ -49,11 +49,11 @@ class DflashReference:
         return self._norm("norm", hidden)
 
     def logits(self, aux_hidden_SnD: Tensor, embeds_BD: Tensor, anchor: int, output_weight_VD: Tensor) -> Tensor:
-        """``[K, V]``: of the tokens at ``anchor`` + 1 ... ``anchor`` + K. ``output_weight_VD``: the target's."""
+        """``[K, V]``: logits of positions ``anchor`` + 1 ... ``anchor`` + K. ``output_weight_VD``: the target's."""
         return self.draft_hidden(aux_hidden_SnD, embeds_BD, anchor)[1:] @ output_weight_VD.t()
 
     def _attention(self, name: str, context: Tensor, block: Tensor, anchor: int) -> Tensor:
-        """Every block token sees the whole context and the whole block."""
+        """Attention in which every block token sees the whole context and the whole block."""
         head_dim = self.config["head_dim"]
         group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         both = torch.cat([context, block])
@@ -68,7 +68,7 @@ class DflashReference:
         return self._linear(f"{name}.o_proj", torch.cat(outputs, dim=-1))
 
     def _rotate(self, heads_Td: Tensor, first_position: int) -> Tensor:
-        """RoPE of consecutive positions; coordinate i turns with coordinate i + d/2."""
+        """RoPE for consecutive positions. Coordinate i rotates with coordinate i + d/2."""
         length, head_dim = heads_Td.shape
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
         positions = torch.arange(first_position, first_position + length, dtype=torch.float64)
@@ -86,7 +86,7 @@ class DflashReference:
 
 
 class TargetReference:
-    """What the draft takes from its target, by a transformers forward."""
+    """Target tensors that the draft needs, from a forward pass of transformers."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32):
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
@@ -114,7 +114,7 @@ class TargetReference:
         return torch.stack([outputs[layer_id] for layer_id in layer_ids], dim=1)
 
     def block_embeddings(self, token: int, mask_token: int, num_masks: int) -> Tensor:
-        """``[K+1, D]`` of the block [``token``, mask x K]."""
+        """``[K+1, D]``: embeddings of the block [``token``, mask x K]."""
         return self.embedding_VD[[token] + [mask_token] * num_masks]
 
 

@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own: one holds but one, and what is patched in it stays in it."""
+"""A vLLM engine in a separate process: a process can hold only one engine, and patches stay in it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_envi
 
 
 class EngineProcess:
-    """``engine_class(settings, *args)`` in a forked process (tests/conftest.py); its methods, called from here.
+    """An ``engine_class(settings, *args)`` in a forked process (tests/conftest.py), with the same methods.
 
-    What a method raises is raised here. A call that takes longer than ``timeout_s`` raises TimeoutError, and the
-    engine is of no use then.
+    Exceptions of a method are raised here. A call that takes longer than ``timeout_s`` raises TimeoutError; the engine
+    cannot be used afterwards.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ def _serve(
 ) -> None:
     environment = engine_environment(settings)
     os.environ.update(environment)
-    # Read when torch was imported, before this process began.
+    # torch read the environment when it was imported, before this process started.
     torch._dynamo.config.disable = environment.get("TORCH_COMPILE_DISABLE") == "1"
     engine = None
 

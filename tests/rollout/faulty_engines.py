@@ -1,4 +1,4 @@
-"""Engines that do not sample from the policy's distribution, for tests that must tell."""
+"""Engines that do not sample from the policy's distribution, to show that tests notice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 
 
 class UnpatchedEngine(RolloutEngine):
-    """An engine on vLLM as it comes."""
+    """An engine on vLLM without our fixes."""
 
     def __init__(self, settings: EngineSettings):
         vllm_patches.register(fixes=(), cpu_fixes=())
@@ -15,7 +15,7 @@ class UnpatchedEngine(RolloutEngine):
 
 
 class LossyEngine(RolloutEngine):
-    """An engine that accepts drafted tokens more often than it may: as if they were ``1 / leniency`` as likely."""
+    """An engine that accepts drafted tokens too often: with ``1 / leniency`` times the right probability."""
 
     def __init__(self, settings: EngineSettings, leniency: float):
         from vllm.v1.sample import rejection_sampler

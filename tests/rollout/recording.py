@@ -1,4 +1,4 @@
-"""Engines that keep what their drafter computes, and the DFlash definition to hold that against."""
+"""Engines that record their drafter's logits, and their difference from the DFlash definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skyrl_spec.settings.schema import SamplingConfig
 
 @dataclass
 class DraftedBlock:
-    """The position of a block's first token, as vLLM has it, and the drafter's logits ``[K, V]`` of the K after it."""
+    """The position of a block's first token in vLLM, and the drafter's logits ``[K, V]`` of the next K."""
 
     anchor: int
     logits: Tensor
@@ -22,14 +22,14 @@ class DraftedBlock:
 
 @dataclass
 class DraftedResponse:
-    """A greedy response with its prompt, and the blocks that were drafted for it, in order."""
+    """A prompt with a greedy response, and the blocks that were drafted for it, in order."""
 
     token_ids: list[int]
     blocks: list[DraftedBlock]
 
 
 class DflashRecorder(EngineActor):
-    """An engine that keeps the logits of its DFlash drafter."""
+    """An engine that records the logits of its DFlash drafter."""
 
     def draft(self, prompt: list[int], num_tokens: int) -> DraftedResponse:
         """A greedy response of ``num_tokens`` to ``prompt``, alone in its batch."""
@@ -49,7 +49,7 @@ class DflashRecorder(EngineActor):
         finally:
             model.compute_logits = original
         token_ids = [*prompt, *response]
-        # vLLM also drafts, and drops the drafts, behind each chunk of a prompt, and behind the response's end.
+        # vLLM also drafts after each chunk of a prompt and after the response's end, and drops these drafts.
         kept = [block for block in blocks if len(prompt) <= block.anchor < len(token_ids)]
         return DraftedResponse(token_ids, kept)
 
@@ -64,7 +64,7 @@ class DflashRecorder(EngineActor):
         return hits.value
 
     def context_buffers(self) -> dict[str, tuple[str, int]]:
-        """Device and address of the drafter's tensors that are neither parameters nor buffers of torch."""
+        """Device and address of the drafter's tensors that are neither torch parameters nor torch buffers."""
         attributes = vars(self._runner().drafter.model.model)
         return {
             name: (str(value.device), value.data_ptr())
@@ -77,7 +77,7 @@ class DflashRecorder(EngineActor):
 
 
 def largest_difference(responses: list[DraftedResponse], target: TargetReference, draft: DflashReference) -> float:
-    """Of recorded logits and the definition's, over all blocks."""
+    """Largest |difference| of recorded logits from the definition's, over all blocks."""
     return max(
         float((block.logits - _reference_logits(draft, target, response.token_ids, block)).abs().max())
         for response in responses
@@ -88,7 +88,7 @@ def largest_difference(responses: list[DraftedResponse], target: TargetReference
 def _reference_logits(
     draft: DflashReference, target: TargetReference, token_ids: list[int], block: DraftedBlock
 ) -> Tensor:
-    """``[K, V]``: of ``block`` by the definition."""
+    """``[K, V]``: logits of ``block`` by the definition."""
     aux_hidden = target.aux_hidden(token_ids[: block.anchor], draft.target_layer_ids)
     embeds = target.block_embeddings(token_ids[block.anchor], draft.mask_token, num_masks=len(block.logits))
     return draft.logits(aux_hidden, embeds, block.anchor, target.output_weight_VD).detach()

@@ -1,7 +1,7 @@
-"""A stand-in for the one part of vLLM's ``ipc`` transfer that takes a GPU: memory of a device that processes map.
+"""A stand-in for the part of vLLM's ``ipc`` transfer that needs a GPU: device memory that two processes map.
 
-Files play the part of GPU memory, and every process is told which "GPU" it is on. Packing, the handles' all-gather,
-messages, unpacking and loading stay vLLM's own. For a process of its own: functions of torch are replaced.
+Files take the place of GPU memory, and every process is told which "GPU" it is on. Packing, the all-gather of handles,
+messages, unpacking and loading are vLLM's. Use it in a separate process, because it replaces functions of torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def install(gpu: str, directory: Path) -> None:
-    """``gpu`` is the device's UUID to this process; its memory is files in ``directory``."""
+    """Replaces GPU memory by files in ``directory``. ``gpu`` is this process's device UUID."""
     import torch.multiprocessing.reductions as reductions
     from vllm.distributed.weight_transfer import packed_tensor
 
@@ -26,7 +26,7 @@ def install(gpu: str, directory: Path) -> None:
     reductions.rebuild_cuda_tensor = _rebuild
     torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid=gpu)
     torch.cuda.current_stream = lambda: SimpleNamespace(synchronize=lambda: None)
-    # A function each: torch.compile keeps a table of them.
+    # Separate functions, because torch.compile keeps a table by function.
     torch.cuda.synchronize = lambda: None
     torch.cuda.ipc_collect = lambda: None
     torch.accelerator.synchronize = lambda: None
@@ -34,7 +34,7 @@ def install(gpu: str, directory: Path) -> None:
 
 
 class _Memory:
-    """``torch``, except that memory asked of CUDA is a mapped file."""
+    """``torch``, except that CUDA memory is a mapped file."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -52,7 +52,7 @@ class _Memory:
         return buffer
 
     def handle(self, tensor: Tensor) -> tuple[Any, ...]:
-        """What torch makes of a CUDA tensor, in its order and types, with the file's name for the memory's handle."""
+        """torch's handle of a CUDA tensor, with the file's name in place of the memory handle."""
         return (
             type(tensor),
             tensor.size(),

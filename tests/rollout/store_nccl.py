@@ -1,7 +1,7 @@
-"""Stand-ins for what takes a GPU in vLLM's ``nccl`` transfer: the communicator, and CUDA's streams.
+"""Stand-ins for the parts of vLLM's ``nccl`` transfer that need a GPU: the communicator and CUDA streams.
 
-The ranks meet in vLLM's own process group on a TCP store, and tensors travel through that store. Handshake, ranks,
-packing, messages and unpacking stay vLLM's own.
+The ranks meet in vLLM's process group on a TCP store, and tensors travel through that store. Handshake, ranks,
+packing, messages and unpacking are vLLM's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from vllm.distributed.weight_transfer import packed_tensor
 
 
 class StoreCommunicator:
-    """The part of ``PyNcclCommunicator`` that a transfer uses."""
+    """Replaces ``PyNcclCommunicator`` as far as a transfer uses it."""
 
     def __init__(self, group: StatelessProcessGroup, device: int):
         self._group = group
-        # As with NCCL, nobody has a communicator before every rank is there.
+        # As with NCCL, no rank has a communicator before all have joined.
         group.barrier(timeout=60)
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> None:
@@ -31,7 +31,7 @@ class StoreCommunicator:
 
 
 def replacements() -> Iterator[tuple[Any, str, Any]]:
-    """Object, attribute and stand-in, to be set in every process that takes part."""
+    """Object, attribute and stand-in, to be set in every participating process."""
     stream = SimpleNamespace(synchronize=lambda: None)
     yield pynccl, "PyNcclCommunicator", StoreCommunicator
     yield packed_tensor, "_get_streams", lambda _device, num_buffers: (stream,) * num_buffers

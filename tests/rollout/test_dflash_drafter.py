@@ -1,4 +1,4 @@
-"""vLLM's DFlash drafter computes what the reference says, also of prompts in chunks and of cached prefixes."""
+"""vLLM's DFlash drafter equals the reference, also for prompts in chunks and cached prefixes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine_process import EngineProcess
 from recording import DflashRecorder, DraftedResponse, largest_difference
 from tiny_models import BLOCK_SIZE, LONG_PROMPT, VOCAB_SIZE, dflash, write_tiny_dflash, write_tiny_qwen3
 
-# fp32 on two implementations.
+# Two implementations in fp32.
 TOLERANCE = 1e-4
 PROMPT_LENGTHS = (1, 2, 7, 40)
 RESPONSE_LENGTH = 24
@@ -30,7 +30,7 @@ def served(
         return request.getfixturevalue("dflash_engine"), models / "t0", models / "d0"
     root = tmp_path_factory.mktemp("dflash")
     target = write_tiny_qwen3(root / "target", seed=0, tied=True, num_layers=NUM_LAYERS)
-    # The last layer's output is taken before the final norm.
+    # The last layer is included: its output must be captured before the final norm.
     draft = write_tiny_dflash(root / "draft", target, seed=0, target_layer_ids=(0, NUM_LAYERS - 1))
     engine = start_engine(
         DflashRecorder,
@@ -87,7 +87,7 @@ def test_a_cached_prefix_has_the_keys_of_the_draft(served: tuple[EngineProcess, 
     engine, target, draft = served
     engine.reset_prefix_cache()
     prompt = LONG_PROMPT[::-1]
-    # The second time with tokens of its own behind the cached prefix.
+    # The second prompt has its own tokens after the cached prefix.
     requests = [(prompt, 8), ([*prompt[:280], 5, 6, 7], 8)]
     before = engine.num_cached_tokens()
     responses = [engine.draft(*request) for request in requests]

@@ -1,4 +1,4 @@
-"""The faults of vLLM with DFlash drafts that are patched, on engines without: when one is gone, so can its fix."""
+"""Faults of vLLM with DFlash drafts, on engines without the fixes. If a test fails, its fix can be removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skyrl_spec.rollout import vllm_patches
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.sync.payload import pack_weights
 
-# Multiplying with the emptied weights, and rotating with a table on the meta device.
+# The causes: a product with emptied weights, and a RoPE table on the meta device.
 ERRORS = {
     "fix_context_projection_of_packed_weights": "mat1 and mat2|size|dimension",
     "fix_reload_of_context_buffers": "Meta tensors",
@@ -37,7 +37,7 @@ class EngineWithout(DflashRecorder):
 
 @pytest.fixture(scope="module")
 def engines_without(start_engine: Callable[..., EngineProcess], dflash_dir: Path) -> dict[str, EngineProcess]:
-    """By the fix that is left out; two faults that have nothing to do with each other share an engine."""
+    """Engines by the fix that they lack. Two independent faults share an engine."""
 
     def start(*left_out: str) -> EngineProcess:
         settings = {"model_path": str(dflash_dir / "t0"), "speculative_config": dflash(dflash_dir / "d0")}
@@ -66,7 +66,7 @@ def test_context_keys_are_wrong_without_the_fix(
 def test_an_update_breaks_the_draft_without_the_fix(
     engines_without: dict[str, EngineProcess], dflash_dir: Path, fix: str
 ) -> None:
-    """Every weight stays what it is, and yet; test_dflash_transfer.py has the same with the fixes. Last: it breaks."""
+    """The update changes no weight, and still breaks the draft. Must run last: the engine cannot be used afterwards."""
     unpatched = engines_without[fix]
     unpatched.init_weight_transfer_engine({})
     assert unpatched.draft(PROMPT, 4).blocks

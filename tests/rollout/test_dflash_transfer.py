@@ -1,4 +1,4 @@
-"""Updating a DFlash draft, its target, or both, equals building the engine from them."""
+"""An engine with updated DFlash draft, target, or both equals one built from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = [PROMPT, [9], LONG_PROMPT[:200]]
 
 @pytest.fixture(scope="module")
 def updated(dflash_engine: EngineProcess, dflash_dir: Path) -> Iterator[EngineProcess]:
-    """The engine built from ``t0`` and ``d0``; it has these again in the end."""
+    """The engine built from ``t0`` and ``d0``, which gets these back at the end."""
     dflash_engine.init_weight_transfer_engine({})
     yield dflash_engine
     update_both(dflash_engine, dflash_dir, 0)
@@ -53,7 +53,7 @@ def draft_responses(engine: EngineProcess) -> list[DraftedResponse]:
 
 
 def assert_same_engine(engine: EngineProcess, fresh: EngineProcess) -> None:
-    """Tokens, acceptance, log-probs and the drafter's logits are equal bit for bit."""
+    """Asserts that tokens, acceptance, log-probs and the drafter's logits are equal bit for bit."""
     assert_equals_fresh(engine, fresh)
     for response, expected in zip(draft_responses(engine), draft_responses(fresh), strict=True):
         assert response.token_ids == expected.token_ids
@@ -65,13 +65,13 @@ def test_updated_engine_equals_a_fresh_one(updated: EngineProcess, fresh: Engine
     old_logits = draft_responses(updated)[0].blocks[0].logits
     buffers = updated.context_buffers()
     assert {device for device, _ in buffers.values()} == {"cpu"}
-    # Again and again: what one update leaves behind is what the next one finds.
+    # Repeated, because an update starts from the state that the last one left.
     for _ in range(2):
         update_both(updated, dflash_dir, 1)
         assert_same_engine(updated, fresh)
         update_both(updated, dflash_dir, 0)
         assert torch.equal(draft_responses(updated)[0].blocks[0].logits, old_logits)
-    # New values in the old places: CUDA graphs keep addresses.
+    # New values at the old addresses, because CUDA graphs keep addresses.
     assert updated.context_buffers() == buffers
     assert updated.shares_embeddings_and_head()
 
@@ -81,7 +81,7 @@ def test_chunked_update_equals_a_single_one(
     updated: EngineProcess, fresh: EngineProcess, dflash_dir: Path, backwards: bool
 ) -> None:
     update_both(updated, dflash_dir, 0)
-    # A tensor a chunk, nearly.
+    # Nearly one tensor per chunk.
     update_one(updated, dflash_dir / "d1", draft=True, max_bytes=10_000, backwards=backwards)
     update_one(updated, dflash_dir / "t1", draft=False, max_bytes=10_000, backwards=backwards)
     assert_same_engine(updated, fresh)
@@ -126,7 +126,7 @@ def test_bad_updates_name_the_tensor(updated: EngineProcess, fresh: EngineProces
     updated.update_weights(pack_weights((key, weights[key]) for key in weights if key != name))
     with pytest.raises(ValueError, match=f"lacks 1 tensors of the draft .*: {name}"):
         updated.finish_weight_update()
-    # What is missing can still be sent.
+    # The missing tensor can still be sent.
     updated.update_weights(pack_weights([(name, weights[name])]))
     updated.finish_weight_update()
     update_one(updated, dflash_dir / "t1", draft=False)

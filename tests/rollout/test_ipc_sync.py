@@ -36,7 +36,7 @@ BUFFER_BYTES = 30_000
 
 @ray.remote
 class IpcEngine(EngineActor):
-    """A real engine; notes updates of the policy as ``P``, of the draft as ``D``, chunks as ``.``, ends as ``|``."""
+    """A real engine that logs its updates: ``P`` policy, ``D`` draft, ``.`` a chunk, ``|`` the end."""
 
     def __init__(self, settings: EngineSettings, gpu: str, directory: Path):
         super().__init__(settings)
@@ -119,7 +119,7 @@ Answer = tuple[list[list[int]], list[list[float]], SpecCounters]
 
 
 def ask(engine: RolloutEngine | EngineProcess) -> Answer:
-    """Greedy tokens and log-probs, and what the draft did meanwhile."""
+    """Greedy tokens and log-probs, and the counters of drafting."""
     before = engine.spec_counters()
     groups = engine.generate(list(PROMPTS), GREEDY, 1, 0)
     counters = engine.spec_counters() - before
@@ -136,7 +136,7 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
     sync = WeightSync(
         PolicyGroup(workers, [(0, 0), (0, 1)], timeout_s=300), group, backend="ipc", components=["policy", "draft"]
     )
-    # The second sync finds what the first one left.
+    # The second sync starts from the state that the first one left.
     first = train_and_sync(workers, sync, engines, tmp_path / "first")
     second = train_and_sync(workers, sync, engines, tmp_path / "second")
     fresh = ask(start_engine(model_path=str(tmp_path / "second" / "model"), max_model_len=64))
@@ -149,14 +149,14 @@ def test_engines_synced_over_ipc_equal_a_fresh_one(
         assert rest == ""
         assert [update[0] for update in updates] == ["P", "D", "P", "D"]
         assert all(update[1:] == "." * len(update[1:]) for update in updates)
-        # One chunk would not show a buffer that is written again.
+        # More than one chunk, so that buffers are reused.
         assert min(map(len, updates)) > 3
 
 
 def train_and_sync(
     workers: list[ActorHandle], sync: WeightSync, engines: list[ActorHandle], exported: Path
 ) -> list[Answer]:
-    """Five steps, a sync, and what the engines answer then; exports the weights too."""
+    """Five steps and a sync; returns the engines' answers and the exported weights."""
     for _ in range(5):
         ray.get([worker.train_mini_batch.remote(make_batch(seed=0)) for worker in workers])
     num_bytes = sync.sync()

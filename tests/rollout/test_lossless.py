@@ -1,7 +1,7 @@
-"""A draft does not change what is sampled: whole responses, against their exact distribution and against no draft.
+"""A draft does not change the distribution of responses: compared with the exact one, and with an engine without draft.
 
-Each test is shown to have the power it needs: an engine that accepts drafts too often fails it, and so does vLLM's CPU
-sampling as it comes.
+The tests are shown to have enough power: they fail for an engine that accepts drafts too often, and for vLLM's CPU
+sampling without our fixes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skyrl_spec.controller.lossless import two_sample_p_value
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation
 
-# A good engine fails one such test in a thousand; the seeds are fixed, so it is not chance from run to run.
+# A right engine fails one such test in a thousand. Seeds are fixed, so results do not vary from run to run.
 LEVEL = 1e-3
 CAUGHT = 1e-6
 SAMPLING = SamplingConfig(temperature=0.7)
@@ -57,7 +57,7 @@ def test_a_lossy_sampler_and_an_unpatched_one_are_caught_by_it(
 def test_the_canary_tells_a_lossy_sampler_from_a_good_one(
     engine: EngineProcess, plain: EngineProcess, lossy: EngineProcess
 ) -> None:
-    # What the losslessness canary of a run compares: a few prompts, some dozens of responses to each.
+    # As in the losslessness canary of a run: a few prompts with dozens of responses each.
     def samples(candidate: EngineProcess, seed: int) -> Sequence[Generation]:
         sampling = SamplingConfig(max_generate_length=24)
         groups = generate(candidate, [PROMPT, [9], [60, 61, 62], LONG_PROMPT[:40]], sampling, n=128, seed=seed)

@@ -1,4 +1,4 @@
-"""What engines sample, with real engines: tokens, log-probs, and their distribution."""
+"""Samples of real engines: tokens, log-probs, and their distribution."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPTS = [PROMPT, [9], list(range(2, 40)), [60, 61, 62]]
 
 @pytest.fixture(scope="module")
 def plain_engine(start_engine: Callable[..., EngineProcess]) -> EngineProcess:
-    """Serves ``w0`` without a draft."""
+    """An engine with ``w0`` and no draft."""
     return start_engine(speculative_config=None)
 
 
@@ -54,10 +54,10 @@ def test_samples_come_from_the_exact_distribution(
 ) -> None:
     engine, target = drafting
     before = engine.spec_counters()
-    # Both drafted: at the end of one block, the third one's draft counts if the second one's was accepted.
+    # The second and third token can be drafted. The third one's draft counts if the second one's was accepted.
     assert min(token_p_values(engine, target, sampling, (1, 2))) > 0.001
     drafted = engine.spec_counters() - before
-    # The draft takes part: some of its tokens are accepted, some are not.
+    # Some drafted tokens are accepted and some are not.
     assert 0.1 < drafted.num_accepted_tokens_per_pos[0] / drafted.num_drafts < 0.9
 
 
@@ -173,7 +173,7 @@ def test_there_is_room_for_the_drafts_under_way(models_dir: Path, device: str, n
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_requests_are_seeded_on_cpu_alone(device: str) -> None:
-    """A stand-in for vLLM's ``LLM``, since there is no GPU."""
+    """vLLM's ``LLM`` is replaced, because there is no GPU."""
 
     class Asked:
         params: list[Any]

@@ -1,4 +1,4 @@
-"""The faults of vLLM on CPU that are patched, on an engine without the fixes: when one is gone, so can its fix."""
+"""Faults of vLLM on CPU, on an engine without the fixes. If a test fails, its fix can be removed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_tied_output_weights_stay_old_without_the_fix(
 
 
 def test_top_k_fails_without_the_fix(unpatched: EngineProcess, patched: EngineProcess) -> None:
-    """Last: the engine cannot be used afterwards."""
+    """Must run last: the engine cannot be used afterwards."""
     # The model has no positions left to draft in.
     prompt = (LONG_PROMPT * 2)[: MAX_POSITIONS - 6]
     top_k = SamplingConfig(top_k=8, max_generate_length=6)

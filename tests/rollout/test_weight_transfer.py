@@ -1,4 +1,4 @@
-"""Updating an engine to other weights equals building it from them."""
+"""An engine updated to other weights equals one built from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skyrl_spec.sync.payload import pack_chunks, pack_weights
 
 @pytest.fixture(scope="module")
 def updated(engine: EngineProcess, models_dir: Path) -> Iterator[EngineProcess]:
-    """The engine built from ``w0``; it has ``w0`` again in the end."""
+    """The engine built from ``w0``, which gets ``w0`` back at the end."""
     engine.init_weight_transfer_engine({})
     yield engine
     update_both(engine, models_dir / "w0")
@@ -46,7 +46,7 @@ def test_updated_engine_equals_a_fresh_one(updated: EngineProcess, fresh: Engine
 def test_chunked_update_equals_a_single_one(updated: EngineProcess, fresh: EngineProcess, models_dir: Path) -> None:
     update_both(updated, models_dir / "w0")
     for draft, weights in enumerate(split_weights(models_dir / "w1")):
-        # Backwards, and so that the shards of a fused layer come in different chunks.
+        # In reverse order, with the shards of a fused layer in different chunks.
         chunks = list(pack_chunks(reversed(weights.items()), max_bytes=20_000))
         assert len(chunks) > 3
         update(updated, bool(draft), chunks)
@@ -63,7 +63,7 @@ def test_target_update_alone_leaves_the_draft_stale(
     updated.reset_prefix_cache()
     fresh.reset_prefix_cache()
     (samples, counters), (expected, expected_counters) = run(updated), run(fresh)
-    # Outputs are right all the same: acceptance alone tells.
+    # The output is still right. Only acceptance shows the difference.
     assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in expected]
     assert counters.num_accepted_tokens < expected_counters.num_accepted_tokens
     update(updated, True, [pack_weights(draft.items())])
@@ -103,7 +103,7 @@ def test_bad_updates_name_the_tensor(
     weights = split_weights(models_dir / "w1")[draft]
     name = next(name for name in weights if name.endswith("self_attn.k_proj.weight"))
     foreign = next(iter(split_weights(models_dir / "w1")[not draft].items()))
-    # vLLM itself takes the first rows of a tensor that has too many.
+    # vLLM itself would load the first rows of a tensor with too many.
     too_long = (name, torch.cat([weights[name], weights[name]]))
 
     def refuse(match: str, *named_tensors: tuple[str, Tensor]) -> None:
@@ -121,7 +121,7 @@ def test_bad_updates_name_the_tensor(
     updated.update_weights(pack_weights((key, weights[key]) for key in weights if key != name))
     with pytest.raises(ValueError, match=f"lacks 1 tensors of the {model} .*: {name}"):
         updated.finish_weight_update()
-    # What is missing can still be sent.
+    # The missing tensor can still be sent.
     updated.update_weights(pack_weights([(name, weights[name])]))
     updated.finish_weight_update()
     update_both(updated, models_dir / "w1")
@@ -133,7 +133,7 @@ def test_a_broken_off_update_can_be_made_again(updated: EngineProcess, fresh: En
     target, _ = split_weights(models_dir / "w0")
     shard = next(name for name in target if name.endswith("self_attn.q_proj.weight"))
     updated.start_weight_update(False)
-    # The first shard of a fused layer is buffered when the update breaks off; it must not count towards the next.
+    # The interrupted update leaves a buffered shard of a fused layer, which must not count in the next update.
     updated.update_weights(pack_weights([(shard, target[shard])]))
     with pytest.raises(ValueError, match="nonsense"):
         updated.update_weights(pack_weights([("nonsense", torch.ones(2))]))

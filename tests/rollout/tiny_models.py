@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and exact computations to hold engines against.
+"""Tiny models with random weights, and exact computations to compare engines with.
 
 ``write_tiny_model``: MiMo with its MTP head. ``write_tiny_qwen3`` and ``write_tiny_dflash``: a target, and its draft.
 """
@@ -29,7 +29,7 @@ EOS_TOKEN = 1
 MAX_POSITIONS = 512
 MAX_MODEL_LEN = 320
 PROMPT = [5, 17, 42, 8, 3]
-# Longer than two blocks of vLLM's cache on CPU (128 tokens); with a draft the last cached block is computed again.
+# Longer than two cache blocks of vLLM on CPU (128 tokens each). With a draft the last cached block is computed again.
 LONG_PROMPT = [(7 * index + 2) % (VOCAB_SIZE - 2) + 2 for index in range(300)]
 MTP = {"method": "mtp", "num_speculative_tokens": 3}
 BLOCK_SIZE = 4
@@ -38,7 +38,7 @@ ROPE_THETA = 10000.0
 
 
 def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
-    """Random weights, drawn so that the next token depends mostly on the last one, and so that the head knows it."""
+    """A MiMo model whose random weights make the next token depend mostly on the last one, which its head predicts."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
@@ -75,7 +75,7 @@ def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
 
 
 def write_tiny_qwen3(path: Path, seed: int, tied: bool = False, num_layers: int = 6, hidden_size: int = 64) -> Path:
-    """A Qwen3 target with random weights, drawn so that the next token depends mostly on the last one."""
+    """A Qwen3 target whose random weights make the next token depend mostly on the last one."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -113,10 +113,10 @@ def write_tiny_dflash(
     target_layer_ids: Sequence[int] | None = None,
     **changes: Any,
 ) -> Path:
-    """A DFlash draft of ``target`` with random weights, drawn so that it knows of the block's first token.
+    """A DFlash draft for ``target`` whose random weights make it depend on the block's first token.
 
-    The values of its first layer are mostly that token's, and come through to the output; the longer the context is,
-    the less so. ``changes``: other entries of its config.json.
+    The values of its first layer are mostly that token's and reach the output, less so with a longer context.
+    ``changes``: entries of config.json to set.
     """
     torch.manual_seed(1000 + seed)
     of_target = json.loads((target / "config.json").read_text())
@@ -134,7 +134,7 @@ def write_tiny_dflash(
         "head_dim": 32,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        # Unlike the target's, so that neither is taken for the other.
+        # Not the target's value, so that a test notices if one is used for the other.
         "rope_theta": 5000.0,
         "max_position_embeddings": of_target["max_position_embeddings"],
         "tie_word_embeddings": False,
@@ -182,7 +182,7 @@ def write_tiny_dflash(
 
 
 def write_tiny_eagle3(path: Path, target: Path, seed: int) -> Path:
-    """An EAGLE-3 draft of ``target`` with random weights, whose output head is the target's."""
+    """An EAGLE-3 draft for ``target`` with random weights and the target's output head."""
     torch.manual_seed(2000 + seed)
     of_target, hidden_size, heads = json.loads((target / "config.json").read_text()), HIDDEN_SIZE, 2
     config = {
@@ -218,7 +218,7 @@ def write_tiny_eagle3(path: Path, target: Path, seed: int) -> Path:
 
 
 def default_target_layer_ids(depth: int, num_ids: int) -> list[int]:
-    """Evenly from layer 1 to the third from the end of ``depth`` layers."""
+    """Layer ids spread evenly from layer 1 to the third last of ``depth`` layers."""
     if num_ids == 1:
         return [depth // 2]
     return [round(1 + index * (depth - 4) / (num_ids - 1)) for index in range(num_ids)]
@@ -254,8 +254,8 @@ def split_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @torch.no_grad()
 def exact_logprobs(path: Path, token_ids: list[list[int]], sampling: SamplingConfig) -> Tensor:
-    """``[B, S, V]`` log-probs of the distribution to sample from after each token, in float64 from a HF forward."""
-    # The MiMo architecture is none of transformers', but its trunk is Qwen2's.
+    """``[B, S, V]``: exact log-probs of the next token after sampling settings, in float64 by transformers."""
+    # transformers has no MiMo architecture. Its trunk is that of Qwen2.
     is_qwen3 = json.loads((path / "config.json").read_text())["model_type"] == "qwen3"
     if is_qwen3:
         model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(path)).eval()
@@ -280,21 +280,21 @@ def generate(
 
 
 def second_token_p_value(engine: EngineProcess, path: Path, sampling: SamplingConfig, seed: int | None = None) -> float:
-    """As ``token_p_values``: the second token is the first one that drafting has a part in."""
+    """``token_p_values`` of the second token, the first one that can be drafted."""
     return token_p_values(engine, path, sampling, (1,), seed)[0]
 
 
 def token_p_values(
     engine: EngineProcess, path: Path, sampling: SamplingConfig, indices: Sequence[int], seed: int | None = None
 ) -> list[float]:
-    """Chi-square p of tokens of 8,192 samples of a prompt against their exact marginals. ``indices``: 0 is the first.
+    """Chi-square p-values of 8,192 samples against the exact marginals of the tokens at ``indices`` (from 0).
 
-    Bins expected fewer than 5 times are pooled; a token that cannot be sampled makes it 0.
+    Bins with an expected count below 5 are pooled. A sampled token of probability 0 makes the p-value 0.
     """
     samples = generate(engine, [PROMPT], replace(sampling, max_generate_length=3), n=8192, seed=seed)[0]
     p_values = []
     for index in indices:
-        # A response that ends at once has no second token.
+        # Shorter responses have no token at this index.
         tokens = torch.tensor([sample.token_ids[index] for sample in samples if len(sample.token_ids) > index])
         counts = torch.bincount(tokens, minlength=VOCAB_SIZE).double()
         p_values.append(_chi_square_p_value(counts, _marginal(path, sampling, index)))
@@ -304,9 +304,9 @@ def token_p_values(
 def sequence_p_value(
     engine: EngineProcess, path: Path, sampling: SamplingConfig, num_tokens: int, num_samples: int = 8192
 ) -> float:
-    """Chi-square p of whole responses of at most ``num_tokens`` to a prompt against their exact joint distribution.
+    """Chi-square p-value of responses of at most ``num_tokens`` tokens against their exact joint distribution.
 
-    Responses expected fewer than 5 times are one bin.
+    Responses with an expected count below 5 form one bin.
     """
     sampling = replace(sampling, max_generate_length=num_tokens)
     samples = generate(engine, [PROMPT], sampling, n=num_samples)[0]
@@ -321,7 +321,7 @@ def sequence_p_value(
 
 
 def _joint(path: Path, sampling: SamplingConfig, num_tokens: int, smallest: float) -> dict[tuple[int, ...], float]:
-    """Exact probabilities of the responses that have at least ``smallest``."""
+    """Exact probabilities of responses, without those below ``smallest``."""
     open_ones, done = {(): 1.0}, {}
     for length in range(1, num_tokens + 1):
         logprobs = exact_logprobs(path, [[*PROMPT, *prefix] for prefix in open_ones], sampling)[:, -1]
@@ -336,7 +336,7 @@ def _joint(path: Path, sampling: SamplingConfig, num_tokens: int, smallest: floa
 
 
 def _marginal(path: Path, sampling: SamplingConfig, index: int) -> Tensor:
-    """``[V]``: exact probabilities of the token at ``index`` of responses to ``PROMPT`` that are so long."""
+    """``[V]``: exact probabilities of the token at ``index``, among responses to ``PROMPT`` of sufficient length."""
     prefixes, weights = [PROMPT], torch.ones(1, dtype=torch.float64)
     for _ in range(index):
         joint = weights[:, None] * exact_logprobs(path, prefixes, sampling)[:, -1].exp()
@@ -361,7 +361,7 @@ def _chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def assert_exact_logprobs(samples: list[Generation], prompt: list[int], path: Path, sampling: SamplingConfig) -> None:
-    """Log-probs equal an exact forward's to 1e-4."""
+    """Asserts that log-probs equal those of an exact forward pass to 1e-4."""
     for sample in samples:
         exact = exact_logprobs(path, [prompt + sample.token_ids], sampling)[0, len(prompt) - 1 : -1]
         exact = exact.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Updating an engine's weights, and holding it against a fresh engine."""
+"""Updates of an engine's weights, and its comparison with a fresh engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(engine: EngineProcess) -> tuple[list[Generation], SpecCounters]:
 
 
 def assert_equals_fresh(engine: EngineProcess, fresh: EngineProcess) -> None:
-    """Tokens and acceptance equal, log-probs bit for bit."""
+    """Asserts equal tokens and acceptance, and log-probs that are equal bit for bit."""
     fresh.reset_prefix_cache()
     (samples, counters), (expected, expected_counters) = run(engine), run(fresh)
     assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in expected]

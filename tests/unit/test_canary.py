@@ -1,4 +1,4 @@
-"""What the canary makes of numbers, and when the watch says something; tests/fidelity has it on real runs."""
+"""Decisions of the canaries and the watch on given numbers. tests/fidelity has real runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Shifts = Callable[[int], float]
 
 
 class Pair:
-    """An engine that answers ``ENGINE`` and a trainer that scores it, apart by what the shifts say of each seed."""
+    """An engine that answers ``ENGINE``, and a trainer whose log-probs differ by a shift that depends on the seed."""
 
     def __init__(self, policy: Shifts = lambda _: 0.0, draft: Shifts = lambda _: 0.0):
         self.policy, self.draft = policy, draft
@@ -127,7 +127,7 @@ def test_an_outlier_is_measured_again_and_printed_once(capsys: pytest.CaptureFix
         assert pair.seeds == [0, 1, 2, 3]
         canary.require_agreement()
     assert capsys.readouterr().err.count("not confirmed under other seeds, so it counts as noise") == 1
-    # An agreement all the same.
+    # The outlier counts as an agreement.
     pair.policy = lambda _: 0.01
     pair.checked(canary, 3)
     with pytest.raises(SyncMismatchError, match="they agreed last at policy version 2 and draft version 2"):
@@ -144,7 +144,7 @@ def test_most_of_the_other_seeds_decide(num_beyond: int, is_mismatch: bool) -> N
         return canary.require_agreement()
     with pytest.raises(SyncMismatchError, match=f"the draft of engine 0 .* in {num_beyond} of 3 checks"):
         canary.require_agreement()
-    # It is raised once.
+    # A mismatch is raised once.
     canary.require_agreement()
 
 
@@ -211,7 +211,7 @@ def test_warn_prints_a_mismatch_once_and_continues(capsys: pytest.CaptureFixture
     ("shift", "agrees"),
     [
         (lambda seed: 9e-5, True),
-        # One outlier among the baselines widens the spread, no more.
+        # One outlier among the baselines only widens the spread.
         (lambda seed: 1e-3 if seed == 1 else 0.0, True),
         (lambda seed: 2e-4, False),
         (lambda seed: math.nan if seed == 1 else 0.0, False),
@@ -226,7 +226,7 @@ def test_a_loaded_engine_must_be_close(shift: Shifts, agrees: bool) -> None:
         return canary.require_agreement()
     with pytest.raises(RunError, match="they never agreed") as error:
         canary.require_agreement()
-    # The same weights would be loaded again.
+    # A restart would load the same weights.
     assert not isinstance(error.value, RestartableError)
 
 
@@ -273,11 +273,11 @@ def test_the_last_prompt_is_as_long_as_prompts_may_be() -> None:
 
 
 def test_anchors_follow_what_was_accepted() -> None:
-    # The response's tokens stand at 10 to 15: 5 6 7 8 9 4.
+    # The response tokens 5 6 7 8 9 4 are at positions 10 to 15.
     blocks = [[6, 7, 0], [9, 0, 0], [1, 1, 1]]
     assert _anchors(10, [5, 6, 7, 8, 9, 4], blocks) == [10, 13]
     assert _anchors(10, [5], blocks) == []
-    # A block accepted whole leads to the token sampled behind it.
+    # After a block that is accepted whole, the anchor is the token sampled after it.
     assert _anchors(10, [5, 6, 7, 8, 9, 4], [[6, 7, 8], [4, 1, 1]]) == [10, 14]
 
 

@@ -1,4 +1,4 @@
-"""Environments by name, and rewards from the real skyrl-gym environments."""
+"""Environments by name, and rewards of real skyrl-gym environments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CUSTOM = {"test_env_length": f"{__name__}:LengthEnv", "test_env_rewriting": f"{_
 
 
 class LengthEnv(BaseTextEnv):
-    """Rewards the length of the text, times what its configuration says."""
+    """The reward is the length of the text times a factor from the configuration."""
 
     def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class LengthEnv(BaseTextEnv):
 
 
 class RewritingEnv(LengthEnv):
-    """Puts a system message before the prompt, as environments may do in SkyRL."""
+    """An environment that adds a system message to the prompt, as environments may in SkyRL."""
 
     def init(self, prompt: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
         return [{"role": "system", "content": "Be brief."}, *prompt], {}
@@ -87,7 +87,7 @@ def test_a_users_gsm8k_parquet_is_loaded_and_scored(tmp_path: Path, monkeypatch:
 def test_custom_environments_get_their_configuration() -> None:
     results = [score(prompt("test_env_length"), text, {"scale": 0.5}) for text in ("abcd", "")]
     assert [result.reward for result in results] == [2.0, 0.0]
-    # Again is no error, and the name is now known.
+    # Registering it again is no error, and the name is now known.
     register_custom(CUSTOM)
     check_env_class("test_env_length", {})
 

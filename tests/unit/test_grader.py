@@ -1,4 +1,4 @@
-"""Reward functions that raise, hang or die, in the process that scores."""
+"""Reward functions that raise, hang or die in the scoring process."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ENVIRONMENT = EnvironmentConfig(
     timeout_s=TIMEOUT_S,
     max_failed_share=1.0,
 )
-# Seconds, by which it is known.
+# Argument of sleep, by which the test finds the process.
 CHILD_SLEEPS = "86417"
 
 
 class MoodyEnv(BaseTextEnv):
-    """Rewards the length of the text, unless the text tells it to do otherwise."""
+    """The reward is the length of the text, unless the text names a fault."""
 
     def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class MoodyEnv(BaseTextEnv):
         if action == "raise":
             raise KeyError("no grade")
         if action == "hang":
-            # In C, and no other thread runs meanwhile.
+            # Hangs in C, and no other thread can run.
             re.match(r"(a+)+$", "a" * 60 + "b")
         if action == "hang with a child":
             subprocess.run(["sleep", CHILD_SLEEPS], check=True)
         if action == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "alarm":
-            # As graders do that bound their time themselves; in another thread it would be an error.
+            # As graders that limit their own time do. In another thread this raises an error.
             signal.signal(signal.SIGALRM, lambda *_: None)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             signal.pause()
@@ -90,7 +90,7 @@ def test_a_response_that_cannot_be_scored_costs_no_other_one(grader: Grader) -> 
 def test_what_an_environment_started_ends_with_it(grader: Grader) -> None:
     assert grader.score_all(prompts(1), ["hang with a child"])[0].error is not None
     processes = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", CHILD_SLEEPS]]
-    # A signal takes a moment.
+    # Signals take a moment.
     assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
@@ -99,7 +99,7 @@ def test_failures_beyond_the_allowed_share_end_the_run() -> None:
     texts = ["raise", "ab"] * 2 + ["ab"] * 4
     assert sum(result.error is not None for result in grader.score_all(prompts(8), texts)) == 2
     start = time.monotonic()
-    # Not all eight are waited for.
+    # It does not wait for all eight.
     with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one in row row-2, "):
         grader.score_all(prompts(8), ["hang"] * 8)
     assert time.monotonic() - start < 60
@@ -135,7 +135,7 @@ def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> 
     with subprocess.Popen([sys.executable, script], env=environment) as parent:
         try:
             children: list[psutil.Process] = []
-            # It is busy once it hangs.
+            # The process is busy once it hangs.
             while not children or children[0].cpu_times().user < 5:
                 assert parent.poll() is None
                 assert time.monotonic() < deadline
