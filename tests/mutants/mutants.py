@@ -458,7 +458,11 @@ CHECKPOINTS = [
         "checkpoint/folders.py",
         [FOLDERS],
         ("latest names the checkpoint before", "    _sync(root)\n    name_latest(directory)", "    _sync(root)"),
-        ("rotation removes the newest first", "key=_saved_at)\n    outdated", "key=_saved_at, reverse=True)\n    outdated"),
+        (
+            "rotation removes the newest first",
+            "key=_saved_at)\n    outdated",
+            "key=_saved_at, reverse=True)\n    outdated",
+        ),
         ("cut files taken for whole", "!= size:", "< 0:"),
     ),
 ]
