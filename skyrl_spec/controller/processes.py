@@ -36,8 +36,10 @@ def kill_all(pidfds: list[int], timeout_s: float = 5.0) -> None:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     deadline = time.monotonic() + timeout_s
     for pidfd in pidfds:
+        ended = select.poll()
         # Readable once the process has ended.
-        select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
+        ended.register(pidfd, select.POLLIN)
+        ended.poll(1000 * max(0.0, deadline - time.monotonic()))
         os.close(pidfd)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import ray
@@ -13,6 +14,11 @@ from skyrl_spec.types import Versions
 
 class EngineActor(RolloutEngine):
     """A ``RolloutEngine`` whose methods are called remotely, in a separate process."""
+
+    def __init__(self, settings: EngineSettings):
+        # The driver decides when an engine ends. A scheduler may signal every process of a job.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        super().__init__(settings)
 
     def ping(self) -> Versions:
         """Versions of the weights that the engine holds. The call returns once the engine is built."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 
-from skyrl_spec.controller.signals import Interrupted, SignalWatch
+from skyrl_spec.controller.signals import Interrupted, SignalWatch, sigterm_kept_from_children
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +68,31 @@ def test_an_error_in_a_shield_stays_what_it_is() -> None:
         act(watch, signal.SIGTERM, shielded=True, error=ValueError("of its own"))
     # What was to be done in one piece was not, so there is nothing to save.
     assert watch.is_broken
+
+
+def test_a_child_never_gets_the_sigterm_that_its_parent_gets() -> None:
+    """The child has a handler that would end it. The parent's SIGTERM waits, and meets the parent's own handler."""
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); print(flush=True); input()"
+    children, watch = [], SignalWatch()
+
+    def start_child() -> None:
+        with sigterm_kept_from_children():
+            child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            children.append(child)
+            assert child.stdout is not None
+            child.stdout.readline()
+            # As Ray does when it starts.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert watch.received is None
+
+    with watch.installed():
+        with pytest.raises(Interrupted):
+            start_child()
+        (child,) = children
+        child.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(timeout=2)
+        child.communicate(b"\n")
+    assert child.returncode == 0
+    assert watch.received == signal.SIGTERM
