@@ -107,7 +107,7 @@ class Grader:
         with suppress(EOFError):
             self._has_started = self._connection.poll(_START_S) and self._connection.recv()
         if not self._has_started:
-            raise ConfigError("environment.custom: cannot be imported in a process of its own; correct PYTHONPATH")
+            raise ConfigError("environment.custom: cannot be imported in the scoring process; correct PYTHONPATH")
 
 
 def _end(process: BaseProcess, connection: Connection) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
 from skyrl_spec.controller.lossless import LosslessCanary
+from skyrl_spec.controller.run import _save_after_mismatch
 from skyrl_spec.errors import RestartableError, RunError, SyncMismatchError
 from skyrl_spec.metrics import names
 from skyrl_spec.rollout.engine import _anchors
@@ -332,3 +333,13 @@ def test_losslessness_is_due_by_the_version_that_moves() -> None:
     canary = LosslessCanary(CanaryConfig(lossless_interval=2), SamplingConfig(), [], None, exact=True)  # type: ignore[arg-type]
     assert [canary.is_due(Versions(0, draft)) for draft in (1, 2, 3, 4)] == [False, True, False, True]
     assert [canary.is_due(Versions(policy, 0)) for policy in (1, 2)] == [False, True]
+
+
+def test_a_save_that_fails_after_a_mismatch_hides_neither_error(capsys: pytest.CaptureFixture[str]) -> None:
+    class FullDisk:
+        def save_last(self) -> None:
+            raise RunError("no space left")
+
+    with pytest.raises(RunError, match="no space left"):
+        _save_after_mismatch(FullDisk(), SyncMismatchError("the draft differs"))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "skyrl-spec: warning: the draft differs\n"
