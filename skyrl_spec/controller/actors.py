@@ -33,7 +33,7 @@ _LOOK_INTERVAL_S = 5.0
 _DEATHS_HEARD_S = 5.0
 # Seconds for an idle worker to answer that it is alive.
 _PING_S = 60.0
-# Ports tried for a GPU weight transfer: each is free when it is chosen, and may be taken when vLLM binds it.
+# Ports tried for a GPU weight transfer.
 _CONNECT_TRIES = 3
 
 Call = Callable[[Any], ray.ObjectRef]
@@ -234,7 +234,11 @@ class PolicyGroup:
         return self._all("export", component)[0]
 
     def connect(self, backend: str, engines: list[Any], components: list[Component], timeout_s: float) -> None:
-        """Opens one of vLLM's own transfers to the engines."""
+        """Opens one of vLLM's own transfers to the engines.
+
+        vLLM binds the port itself, so another process may take it first; then it is tried again with another port.
+        Engines that wait at the first port answer again once their attempt to connect has timed out.
+        """
         for attempt in range(1, _CONNECT_TRIES + 1):
             address = ray.get(self.handles[0].free_address.remote())
             try:

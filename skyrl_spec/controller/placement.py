@@ -159,7 +159,7 @@ def start_actors(
     started = [worker.start.remote(store_address, total_optimizer_steps, freeze_policy) for worker in workers]
     _get(started, deadline, "policy workers", config)
     _get(pings, deadline, "rollout engines", config)
-    places = ray.get([worker.place.remote() for worker in workers])
+    places = _get([worker.place.remote() for worker in workers], deadline, "policy workers", config)
     policy = PolicyGroup(workers, places, config.trainer.placement.worker_timeout_s, gpus)
     return _engine_group(config, engines, partial(_restart_engine, config, settings, options), policy), policy
 
