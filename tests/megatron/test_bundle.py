@@ -141,7 +141,7 @@ def test_the_command(
     monkeypatch.chdir(out)
     assert says(*whole, "out=.")[0] == 0
     status, line = says(f"checkpoint={checkpoint}", f"out={out}")
-    assert (status, f"out={out}: is there and not empty" in line) == (2, True)
+    assert (status, f"out={out}: must be a new or empty directory" in line) == (2, True)
     # No directory can be made below a file.
     status, line = says(*whole, f"out={out / 'README.md' / 'x'}")
     assert (status, "could not be written (Not a directory)" in line) == (1, True)
