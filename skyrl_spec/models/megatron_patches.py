@@ -7,7 +7,7 @@ parameters or from an accelerator API. Others bridge differences between version
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,28 @@ def prepare(device: torch.device) -> None:
         megatron_random.model_parallel_cuda_manual_seed(0)
 
 
-def megatron_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Context for every call into Megatron that allocates: building, schedules, optimizer steps."""
-    return CudaMeansCpu() if device.type == "cpu" else nullcontext()
+@contextmanager
+def no_current_stream() -> Iterator[None]:
+    """Context in which ``torch.cuda.current_stream()`` is None.
+
+    Megatron 0.19 asks for the stream before it reduces gradients, and uses it only for gradients of CUDA graphs.
+    """
+    real = torch.cuda.current_stream
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_stream = real
+
+
+@contextmanager
+def megatron_device(device: torch.device) -> Iterator[None]:
+    """Context for every call into Megatron that allocates or reduces: building, schedules, optimizer steps."""
+    if device.type == "cpu":
+        with CudaMeansCpu(), no_current_stream():
+            yield
+    else:
+        yield
 
 
 def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:

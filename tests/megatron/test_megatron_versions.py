@@ -2,16 +2,19 @@
 
 This file lists the names, so this test fails under a Megatron version with other names. The transformer layer inside an
 MTP layer has one name in 0.16 and another since 0.17. A test renames it to get the other version.
+A worker process has no vLLM, whose stand-ins for parts of ``torch.cuda`` hide what Megatron needs on CPU.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from spawn import run_distributed
-from tiny_checkpoints import make_config, write_checkpoint
+from tiny_checkpoints import make_batch, make_config, write_checkpoint
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -79,3 +82,25 @@ def test_the_transformer_layer_of_an_mtp_layer_is_found(name: str) -> None:
 def test_a_third_name_is_an_error_that_names_the_fix() -> None:
     with pytest.raises(RuntimeError, match=r"megatron-core 0\.\d.*it has: eh_proj, layer\).*mtp_transformer_layer"):
         megatron_patches.mtp_transformer_layer(nn.ModuleDict({"eh_proj": nn.Linear(1, 1), "layer": nn.Linear(1, 1)}))
+
+
+def train_without_vllm(root: str) -> None:
+    """One step with each kind of optimizer, and a checkpoint."""
+    model, cpu = Path(root) / "model", torch.device("cpu")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=0, world_size=1)
+    ranks = parallel.lay_out(1, cpu)
+    for distributed in (False, True):
+        config = make_config(model, distributed=distributed)
+        trainer = PolicyTrainer(config, load_spec(str(model)), ranks, total_optimizer_steps=1)
+        trainer.forward_backward(make_batch(0))
+        trainer.optimizer_step()
+        dist.save(Path(root) / str(distributed) / "step_1", trainer.saved_components(), {})
+        dist.load(Path(root) / str(distributed) / "step_1", trainer.saved_components())
+    assert "vllm" not in sys.modules
+
+
+def test_a_worker_needs_no_stand_in_of_vllm(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    script = "import sys, test_megatron_versions as t; t.train_without_vllm(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
