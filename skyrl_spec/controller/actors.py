@@ -1,4 +1,4 @@
-"""Engines and workers as groups: who gets what, how answers come together again, what happens when one is lost."""
+"""Engines and workers as groups: how calls are split, how answers are joined, and how a lost actor is handled."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _call(method: str, *args: Any) -> Call:
 
 
 class EngineGroup:
-    """All rollout engines as one. One that dies, or does not answer in time, is replaced and asked again.
+    """All rollout engines as one. An engine that dies, or does not answer in time, is replaced and asked again.
 
-    Every response has a random stream of its own, so what is asked again is answered as it would have been.
+    Every response has its own random stream, so a repeated call gives the same answer.
 
     Args:
-        start: builds engine number i anew and waits for it.
-        max_restarts: restarts of all engines together.
-        while_waiting: called every few seconds while engines work; raises if something else went wrong.
+        start: builds engine number i and waits for it.
+        max_restarts: limit on restarts, counted over all engines.
+        while_waiting: called every few seconds while engines work; raises if something else failed.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class EngineGroup:
         self._start, self._while_waiting = start, while_waiting
         self._bring_up: Callable[[Any], None] | None = None
         self._max_restarts, self._num_restarts = max_restarts, 0
-        # What is known of each engine, and of those that are gone.
+        # Last counters read from each engine, and the sum over engines that were replaced.
         self._counters = [SpecCounters()] * len(handles)
         self._counters_of_lost = SpecCounters()
 
     def allow_replacement(self, bring_up: Callable[[Any], None]) -> None:
-        """From now on, lost engines are replaced. ``bring_up`` gives a new engine the weights of the others."""
+        """Lets lost engines be replaced from now on. ``bring_up`` gives a new engine the weights of the others."""
         self._bring_up = bring_up
 
     def generate(self, prompts: list[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[list[Generation]]:
-        """``n`` responses a prompt, prompts dealt out over the engines."""
+        """``n`` responses to each prompt. Engine i gets every prompt whose index is i modulo the number of engines."""
         stride = len(self.handles)
         shares = {index: [prompt.token_ids for prompt in prompts[index::stride]] for index in range(stride)}
         answers = self._ask(
@@ -91,26 +91,29 @@ class EngineGroup:
         return out
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
-        """What each engine answers to the same prompts, with what its draft proposed."""
+        """Responses of each engine to the same prompts, with the tokens that its draft proposed."""
         return self.all("propose", prompts, sampling, seed)
 
     def propose_on_one(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
-        """The same of the first engine alone."""
+        """Responses of the first engine, with the tokens that its draft proposed."""
         return self._ask({0: _call("propose", prompts, sampling, seed)})[0]
 
     def spec_counters(self) -> SpecCounters:
-        """Speculation since the engines started, over all of them; of a lost one, up to the last time it was asked."""
+        """Counters of speculation since the engines started, summed over engines.
+
+        Counters of a lost engine are those of the last call of this method.
+        """
         self._counters = self.all("spec_counters")
         return sum(self._counters, self._counters_of_lost)
 
     def all(self, method: str, *args: Any) -> list[Any]:
-        """The answer of every engine to the same call, which may be made again."""
+        """Answers of every engine to the same call. The call may be repeated."""
         call = _call(method, *args)
         answers = self._ask(dict.fromkeys(range(len(self.handles)), call))
         return [answers[index] for index in range(len(self.handles))]
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
-        """Let engines free what they share with processes of their own; one that is busy too long just ends."""
+        """Ends the engines. Each may first free what it shares with other processes, unless it stays busy too long."""
         ray.wait(
             [engine.shutdown.remote() for engine in self.handles], num_returns=len(self.handles), timeout=timeout_s
         )
@@ -121,7 +124,7 @@ class EngineGroup:
         """Answers by engine.
 
         Raises:
-            LostActorError: an engine is lost and may not, or cannot, be replaced.
+            LostActorError: an engine is lost and cannot be replaced.
         """
         answers: dict[int, Any] = {}
         waiting: dict[ray.ObjectRef, tuple[int, float]] = {}
@@ -150,30 +153,30 @@ class EngineGroup:
         return answers
 
     def _answer(self, ref: ray.ObjectRef) -> tuple[Any, str]:
-        """What an engine answered, or why it is lost."""
+        """Answer of an engine and an empty string, or None and why the engine is lost."""
         try:
             return ray.get(ref), ""
         except ray.exceptions.RayActorError as error:
             return None, f"died ({cause_of_death(error)})"
         except ray.exceptions.RayTaskError as error:
-            # vLLM's own engine process is gone, and the actor's is of no use without it.
+            # vLLM's engine process ended, and the actor cannot work without it.
             if type(error.cause).__name__ == "EngineDeadError":
                 return None, f"died ({cause_of_death(error.cause)})"
-            # Weights that an engine was to load are gone with the worker that had them.
+            # If a worker died, the weights that it put into the object store are gone: report the worker.
             self._while_waiting()
             raise
 
     def _replace(self, index: int, problem: str) -> None:
-        what = f"rollout engine {index} {problem}"
+        lost = f"rollout engine {index} {problem}"
         if self._start is None or self._bring_up is None:
-            raise LostActorError(what)
+            raise LostActorError(lost)
         if self._num_restarts == self._max_restarts:
             raise LostActorError(
-                f"{what}, and generator.inference_engine.max_restarts={self._max_restarts} were restarted before: "
+                f"{lost}, and generator.inference_engine.max_restarts={self._max_restarts} were restarted before: "
                 "look for the cause (memory?), or raise it"
             )
         self._num_restarts += 1
-        print(f"skyrl-spec: warning: {what}; it is restarted, and its prompts are generated again", file=sys.stderr)
+        print(f"skyrl-spec: warning: {lost}; it is restarted, and its prompts are generated again", file=sys.stderr)
         self._counters_of_lost += self._counters[index]
         self._counters[index] = SpecCounters()
         ray.kill(self.handles[index])
@@ -181,13 +184,14 @@ class EngineGroup:
             self.handles[index] = self._start(index)
             self._bring_up(self.handles[index])
         except (RunError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise LostActorError(f"{what}, and could not be restarted ({cause_of_death(error)})") from None
+            raise LostActorError(f"{lost}, and could not be restarted ({cause_of_death(error)})") from None
 
 
 class PolicyGroup:
-    """All policy workers as one. A batch is put into the object store once; every rank takes its shard from there.
+    """All policy workers as one. A batch is put into the object store once, and every rank reads its shard there.
 
-    Every call is one of all ranks. If one is lost the others may wait for it for ever, so the first failure counts.
+    Every call goes to all ranks. If one rank is lost, the others may wait for it for ever, so the first failure ends
+    the call.
     """
 
     def __init__(
@@ -197,28 +201,28 @@ class PolicyGroup:
         timeout_s: float,
         gpus: Sequence[PlacementGroup] = (),
     ):
-        """Workers that are up.
+        """Takes workers that are started.
 
         Args:
             places: data-parallel and tensor-parallel rank of each worker.
             timeout_s: seconds for the workers to answer one call (``trainer.placement.worker_timeout_s``).
-            gpus: the reserved GPUs, given back by ``shutdown``.
+            gpus: reserved GPUs, which ``shutdown`` releases.
         """
         self.handles, self._timeout_s, self._gpus = handles, timeout_s, gpus
-        # The tensor-parallel rank 0 of each data-parallel rank speaks for its replica.
-        self._speakers = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
+        # Tensor-parallel rank 0 of each replica answers for it.
+        self._leaders = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
 
     def check(self) -> None:
         """Checks that all workers are alive. Call it only while they are idle."""
         self._all("ping", deadline=Deadline(_PING_S, "a minute while idle"))
 
     def forward_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """``batch`` with the policy's (and the reference's) log-probs before this batch's updates."""
+        """``batch`` with log-probs of the policy, and of the reference, before the updates on this batch."""
         answers = self._all("forward_logprobs", ray.put(batch))
-        return replace(batch, **gather_shards(batch, [answers[speaker] for speaker in self._speakers]))
+        return replace(batch, **gather_shards(batch, [answers[leader] for leader in self._leaders]))
 
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step; the metrics are of all ranks."""
+        """One optimizer step. The metrics cover all ranks."""
         return self._all("train_mini_batch", ray.put(batch))[0]
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
@@ -226,11 +230,11 @@ class PolicyGroup:
         return self._all("train_draft", ray.put(batch))[0]
 
     def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
-        """What policy and draft make of an engine's responses and drafted tokens."""
+        """Log-probs of policy and draft for an engine's responses and drafted tokens."""
         return self._all("score_proposals", ray.put(proposals))[0]
 
     def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]:
-        """Weights in Ray's object store, in chunks with their bytes."""
+        """Weights in Ray's object store: chunks and their sizes in bytes."""
         return self._all("export", component)[0]
 
     def connect(self, backend: str, engines: list[Any], components: list[Component], timeout_s: float) -> None:
@@ -252,16 +256,16 @@ class PolicyGroup:
         """One update of the engines through ``connect``'s transfer; returns the bytes sent.
 
         Raises:
-            LostActorError: also if it takes longer. An engine that fails leaves the sender waiting, inside NCCL.
+            LostActorError: it took longer than ``timeout_s``, or a rank died. If an engine fails, the sender waits in NCCL.
         """
         return self._all("send", component, deadline=_transfer_deadline(timeout_s))[0]
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
-        """All ranks write ``directory`` together; it is there once it is complete."""
+        """Writes ``directory`` from all ranks. It appears once it is complete."""
         self._all("save_checkpoint", directory, extra)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
-        """The driver's part of the checkpoint."""
+        """Loads a checkpoint on all ranks; returns the driver's part of it."""
         return self._all("load_checkpoint", directory)[0]
 
     def export_checkpoint(self, directory: Path, target: Path) -> None:
@@ -274,22 +278,22 @@ class PolicyGroup:
             raise LostActorError(f"policy worker 0 did not export {directory} within {setting}") from None
 
     def save_hf(self, run_dir: Path) -> None:
-        """``run_dir/model``, and ``run_dir/draft`` where the draft has a directory of its own."""
+        """Writes ``run_dir/model``, and ``run_dir/draft`` if the draft has its own directory."""
         self._all("save_hf", run_dir)
 
     def save_draft_hf(self, run_dir: Path) -> None:
-        """The draft alone, where ``save_hf`` would write it."""
+        """Writes the draft alone, to where ``save_hf`` would write it."""
         self._all("save_draft_hf", run_dir)
 
     def shutdown(self) -> None:
-        """End the workers and give their GPUs back. What else runs on these GPUs ends too."""
+        """Ends the workers and releases their GPUs. Engines on these GPUs end too."""
         for handle in self.handles:
             ray.kill(handle)
         for group in self._gpus:
             remove_placement_group(group)
 
     def _all(self, method: str, *args: Any, deadline: Deadline | None = None) -> list[Any]:
-        """Every rank's answer.
+        """Answers of all ranks, in their order.
 
         Raises:
             LostActorError: a rank died, or one did not answer in time.
@@ -312,7 +316,7 @@ class PolicyGroup:
                 raise self._lost(refs.index(ref), error) from None
             except ray.exceptions.RayTaskError as error:
                 if not isinstance(error.cause, ConfigError | RunError):
-                    # A rank whose partner died fails in a collective, with less to say.
+                    # If another rank died, this one only failed in a collective: report the death.
                     self._raise_first_death(refs, waiting)
                     raise actor_error(f"policy worker {refs.index(ref)} of {len(refs)}", error) from None
                 raise
@@ -356,7 +360,7 @@ def actor_error(who: str, error: ray.exceptions.RayTaskError) -> ActorError:
 
 
 def cause_of_death(error: BaseException) -> str:
-    """The last line of what an actor died of: a traceback may come before; of Ray's guesses at causes only the fact."""
+    """Last line of an actor's error, without a traceback and without Ray's list of common causes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = re.sub(r".*Worker exit detail: (.*?) Some common causes include.*", r"killed or crashed: \1", lines[-1])
     return line[:200]

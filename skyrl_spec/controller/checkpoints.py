@@ -1,4 +1,4 @@
-"""When a run saves, and from where it goes on. What a checkpoint holds is in ``checkpoint.dist``."""
+"""When a run saves, and from which checkpoint it resumes. ``checkpoint.dist`` says what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ if TYPE_CHECKING:
 
 
 def checkpoint_root(config: Config) -> Path:
+    """Folder of the run's checkpoints."""
     return Path(config.trainer.run_dir) / "checkpoints"
 
 
 def find(config: Config, trained: Component) -> Path | None:
-    """The checkpoint that the run goes on from, which must hold ``trained``; None: it begins.
+    """Checkpoint that the run resumes from, or None if the run starts from the beginning.
+
+    Args:
+        trained: component that the checkpoint must hold.
 
     Raises:
-        ConfigError: ``trainer.resume_path`` is no complete checkpoint; or the one found is of other training than this.
+        ConfigError: the checkpoint does not fit this run.
     """
-    found = _find(config)
-    if found is not None:
-        _check_fits(config, found, trained)
-    return found
+    checkpoint = _find(config)
+    if checkpoint is not None:
+        _check_fits(config, checkpoint, trained)
+    return checkpoint
 
 
 def _find(config: Config) -> Path | None:
@@ -49,31 +53,32 @@ def _find(config: Config) -> Path | None:
 
 
 def _check_fits(config: Config, directory: Path, trained: Component) -> None:
-    """What the record tells already, before anything is started; ``dist.load`` looks at the rest."""
-    parts, setting = read_record(directory)["parts"], f"trainer.resume_path={directory}"
-    if trained not in parts:
-        mend = "the checkpoint is of a warm-up: export it, or go on with skyrl-spec warmup-draft"
-        raise ConfigError(
-            f"{setting}: holds no {trained}; {mend if trained == 'policy' else 'take one of a run with a draft'}"
-        )
-    dtype, wanted = config.trainer.policy.megatron_config.dtype, parts[trained]["dtypes"]
+    """Checks what the checkpoint's record shows, before any process starts. ``dist.load`` checks the rest."""
+    components, setting = read_record(directory)["parts"], f"trainer.resume_path={directory}"
+    if trained not in components:
+        fix = "it is a checkpoint of a warm-up: export it, or resume it with skyrl-spec warmup-draft"
+        raise ConfigError(f"{setting}: holds no {trained}; {fix if trained == 'policy' else 'take one with a draft'}")
+    dtype, wanted = config.trainer.policy.megatron_config.dtype, components[trained]["dtypes"]
     if wanted != [dtype]:
         raise ConfigError(
             f"trainer.policy.megatron_config.dtype={dtype}: {setting} was trained in {'+'.join(wanted)}; "
             f"set it to {wanted[0]}"
         )
-    # What a draft from scratch looks like is not decided yet.
+    # The shapes of a draft from scratch are not decided yet.
     if trained == "policy":
         model = config.trainer.policy.model.path
         require_shapes(
-            parts["policy"]["shapes"], tensor_shapes(load_spec(model)), f"trainer.policy.model.path={model}", setting
+            components["policy"]["shapes"],
+            tensor_shapes(load_spec(model)),
+            f"trainer.policy.model.path={model}",
+            setting,
         )
 
 
 def begin(config: Config, resume_from: Path | None) -> None:
-    """What is in the run's folder, and what is newest there, is this run's from now on.
+    """Makes the run's folder this run's.
 
-    Checkpoints of an earlier run are set aside, unless the run goes on from one of them.
+    Checkpoints of an earlier run are moved aside, unless the run resumes from one of them.
     """
     if resume_from is not None and _is_in_run(config, resume_from):
         name_latest(resume_from)
@@ -88,7 +93,7 @@ def begin(config: Config, resume_from: Path | None) -> None:
 
 
 def newest(config: Config) -> Path | None:
-    """The run's last checkpoint, which ``trainer.resume_mode=latest`` finds."""
+    """Newest checkpoint of the run, from which ``trainer.resume_mode=latest`` resumes."""
     return latest(checkpoint_root(config))
 
 
@@ -97,7 +102,7 @@ def _is_in_run(config: Config, directory: Path) -> bool:
 
 
 def resume(trainer: TrainingLoop, policy: PolicyGroup, directory: Path) -> None:
-    """Workers, engines and the driver's state as they were; a draft that one side alone has is said."""
+    """Restores workers, engines and the driver's state. Prints a line if only one side has a draft."""
     has_draft, had_draft = trained_kind(trainer.config.trainer) is not None, "draft" in contents(directory)
     if has_draft and not had_draft:
         print(f"skyrl-spec: {directory} has no draft: the draft starts as it is configured", file=sys.stderr)
@@ -107,18 +112,18 @@ def resume(trainer: TrainingLoop, policy: PolicyGroup, directory: Path) -> None:
 
 
 class Checkpointer:
-    """Knows what to save after the last step that was done, and saves it when it is due, or when the run is stopped."""
+    """Saves the last completed step when that is due, or when the run is stopped."""
 
     def __init__(self, trainer: TrainingLoop, policy: PolicyGroup):
         self._trainer, self._policy = trainer, policy
         self._settings, self._root = trainer.config.trainer, checkpoint_root(trainer.config)
         self._last: tuple[int, dict[str, Any]] | None = None
         self._tried_step: int | None = None
-        # The checkpoint of this run that was saved last.
+        # Last checkpoint that this run saved.
         self.saved: Path | None = None
 
     def after_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Remember the state of the step, and its metrics, and save it if it is due."""
+        """Keeps the driver's state after ``step`` and its metrics, and saves if that is due."""
         self._last = (
             step,
             {
@@ -132,15 +137,15 @@ class Checkpointer:
             self._save_or_say()
 
     def after_run(self) -> None:
-        """Save the last step, unless that was just tried."""
+        """Saves the last step, unless that was just tried."""
         if self._settings.ckpt_interval > 0 and self._last is not None and self._last[0] != self._tried_step:
             self._save_or_say()
 
     def save_last(self) -> Path | None:
-        """The last step that was done; None if there was none.
+        """Saves the last completed step; returns its checkpoint, or None if no step is complete.
 
         Raises:
-            RunError: it could not be written.
+            RunError: the checkpoint could not be written.
         """
         if self._last is None:
             return None
@@ -161,7 +166,7 @@ class Checkpointer:
         try:
             self.save_last()
         except Exception as error:
-            # Of a worker, it comes wrapped.
+            # Ray wraps an exception of a worker.
             cause = getattr(error, "cause", error)
             may_go_on = isinstance(cause, RunError) and not isinstance(cause, RestartableError)
             if not may_go_on or self._settings.on_ckpt_failure == "error":

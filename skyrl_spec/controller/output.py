@@ -1,4 +1,4 @@
-"""What a run writes and shows."""
+"""Files, dashboards and terminal output of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from skyrl_spec.types import DraftedResponse, Rollout
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run's numbers and samples go."""
+    """Destinations of a run's metrics and samples."""
 
     run_dir: Path
     console: ConsoleWriter
@@ -42,7 +42,7 @@ class Output:
             writer.write_samples(step, samples)
 
     def summarize(self, *, speedup: float | None = None, next_commands: Sequence[str] = ()) -> None:
-        """The end of the run: the closing lines, and the headline numbers to whoever keeps them."""
+        """Writes the headline numbers to all writers, and the closing lines to the terminal."""
         records = read_jsonl(self.run_dir / "metrics.jsonl")
         for writer in self.writers:
             writer.summarize(headline(records, speedup))
@@ -51,7 +51,7 @@ class Output:
 
 @contextmanager
 def open_output(task: Task) -> Iterator[Output]:
-    """Everything a run writes, opened, and the start-up panel shown."""
+    """Opens all writers of a run, and shows the start-up panel."""
     trainer, console = task.config.trainer, ConsoleWriter(task.steps)
     begin(task.config, task.resume_from)
     run_dir = Path(trainer.run_dir)
@@ -80,7 +80,7 @@ def open_output(task: Task) -> Iterator[Output]:
 
 
 def facts_of(task: Task) -> dict[str, str]:
-    """What the start-up panel says."""
+    """Rows of the start-up panel."""
     spec, trainer, generator = task.spec, task.config.trainer, task.config.generator
     _, tp, dp = parallel_sizes(task.config)
     return {
@@ -97,7 +97,7 @@ def facts_of(task: Task) -> dict[str, str]:
 
 
 def show_plan(task: Task, *, num_runs: int = 1) -> None:
-    """What ``trainer.dry_run`` prints."""
+    """Prints the plan of ``trainer.dry_run``."""
     facts = facts_of(task)
     facts.pop("memory")
     plan = plan_memory(task.config, trains_policy=task.trains_policy)
@@ -115,7 +115,7 @@ def _resume_fact(task: Task) -> dict[str, str]:
 
 
 def _warn_of_truncation(config: Config) -> None:
-    """Top-p and top-k are not applied to the trainer's distributions; what that means is said once."""
+    """Warns that the trainer's distributions are not truncated as the engines' are."""
     sampling = config.generator.sampling_params
     if sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0:
         print(

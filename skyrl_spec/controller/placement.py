@@ -1,4 +1,4 @@
-"""Where the actors run: Ray, one machine or many (``RAY_ADDRESS`` joins a cluster)."""
+"""Placement of engines and workers by Ray, on one machine or, if ``RAY_ADDRESS`` is set, on a cluster."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backe
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.training.worker import PolicyWorker
 
-# Of a GPU that a worker and an engine share. It is how Ray counts; gpu_memory_utilization is what divides the memory.
+# Share of a GPU that a worker and an engine each reserve with colocate_all. Ray only counts these shares;
+# gpu_memory_utilization divides the memory.
 _GPU_SHARE = 0.5
 
 
 @contextmanager
 def ray_session(verbose: bool) -> Iterator[None]:
-    """Ray for the time of a run. A local one keeps its files in a folder that is removed at the end.
+    """Starts Ray, or joins the cluster of ``RAY_ADDRESS``, for the time of the context.
 
-    The processes of a local Ray ignore SIGTERM. A cluster that ``RAY_ADDRESS`` joins is as whoever started it made it.
+    A local Ray keeps its files in a folder that is removed at the end, and its processes ignore SIGTERM.
     """
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING if verbose else logging.ERROR}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without log_to_driver Ray still prints a paragraph for every process that dies; the run says it in a line.
+    # Even without log_to_driver, Ray prints a paragraph for every process that dies. The run prints a line instead.
     ray._private.worker._worker_logs_enabled = verbose
     if os.environ.get("RAY_ADDRESS"):
         with sigterm_kept_from_children():
@@ -69,7 +70,7 @@ def ray_session(verbose: bool) -> Iterator[None]:
 
 
 def _end_local_ray() -> None:
-    """Ends Ray's processes and all that they started, none of which SIGTERM would end."""
+    """Ends Ray's processes and their descendants. SIGTERM would end none of them."""
     node: Any = ray._private.worker._global_node
     servers = [] if node is None else [info.process for infos in node.all_processes.values() for info in infos]
     for process in servers:
@@ -81,7 +82,7 @@ def _end_local_ray() -> None:
 
 
 def _remove(directory: str, patience_s: float = 5.0) -> None:
-    """Ray's processes write their last log lines while they end, so a first attempt may leave some behind."""
+    """Removes ``directory``. Processes may still write log files there, so it tries for a while."""
     deadline = time.monotonic() + patience_s
     while os.path.exists(directory) and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
@@ -89,7 +90,7 @@ def _remove(directory: str, patience_s: float = 5.0) -> None:
 
 
 def engine_settings(config: Config) -> EngineSettings:
-    """``generator.inference_engine`` with everything decided."""
+    """Settings of an engine, with defaults filled in from the whole configuration."""
     engine, device = config.generator.inference_engine, config.trainer.placement.device
     longest = max(
         sampling.max_generate_length
@@ -115,7 +116,7 @@ def engine_settings(config: Config) -> EngineSettings:
 
 
 def _on_any_node(path: str) -> str:
-    """An actor's working directory is that of its node's Ray, not the driver's. Hub names stay what they are."""
+    """``path`` made absolute, because actors have another working directory. Hub names are unchanged."""
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
@@ -127,7 +128,7 @@ def _speculative_on_any_node(config: Config) -> dict[str, Any] | None:
 
 
 def _workers_config(config: Config) -> Config:
-    """``config`` with directories that a worker finds on any node."""
+    """``config`` with absolute directories, for workers on any machine."""
     trainer, policy = config.trainer, config.trainer.policy
     kind = trained_kind(trainer)
     path = None if kind is None else kind.path(trainer)
@@ -140,7 +141,7 @@ def _workers_config(config: Config) -> Config:
 def start_actors(
     config: Config, settings: EngineSettings, total_optimizer_steps: int, *, freeze_policy: bool = False
 ) -> tuple[EngineGroup, PolicyGroup]:
-    """Start engines and workers side by side; those that share GPUs one after the other.
+    """Starts engines and workers: at the same time, or one after the other if they share GPUs.
 
     Raises:
         RunError: they were not up within ``trainer.placement.timeout_s``.
@@ -152,7 +153,7 @@ def start_actors(
     engines = [_create_engine(settings, *numbered) for numbered in enumerate(options)]
     pings = [engine.ping.remote() for engine in engines]
     if config.trainer.placement.colocate_all:
-        # vLLM measures the GPU's free memory while it starts, and fails or takes less where someone else changes it.
+        # vLLM measures the GPU's free memory while it starts. If a worker changes it, vLLM fails or takes less.
         _get(pings, deadline, "rollout engines", config)
     workers = _create_workers(config, worker_options(config, bundles))
     (store_address,) = _get([workers[0].serve_store.remote()], deadline, "policy workers", config)
@@ -165,7 +166,7 @@ def start_actors(
 
 
 def start_plain_engine(config: Config, settings: EngineSettings, policy: PolicyGroup) -> PlainEngine:
-    """A further engine of the same build without a draft, to compare with."""
+    """Starts an engine without a draft, but otherwise like the others, for comparison."""
     plain = replace(settings, speculative_config=None)
     start = partial(_restart_engine, config, plain, [actor_options(plain)])
     return PlainEngine(_engine_group(config, [start(0)], start, policy), policy)
@@ -173,12 +174,12 @@ def start_plain_engine(config: Config, settings: EngineSettings, policy: PolicyG
 
 def _engine_group(config: Config, engines: list[Any], start: Callable[[int], Any], policy: PolicyGroup) -> EngineGroup:
     engine = config.generator.inference_engine
-    # A worker that dies while engines generate is noticed at once, not after.
+    # policy.check notices a worker that dies while engines generate.
     return EngineGroup(engines, engine.generate_timeout_s, start, engine.max_restarts, policy.check)
 
 
 def _restart_engine(config: Config, settings: EngineSettings, options: list[dict[str, Any]], index: int) -> Any:
-    """Build an engine, in place of a former one or not, and wait for it."""
+    """Builds engine number ``index`` and waits for it."""
     engine = _create_engine(settings, index, options[index])
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     _get([engine.ping.remote()], deadline, "rollout engines", config)
@@ -186,12 +187,13 @@ def _restart_engine(config: Config, settings: EngineSettings, options: list[dict
 
 
 def reserve_gpus(config: Config, deadline: float) -> list[PlacementGroup]:
-    """A GPU for each policy worker: for each of ``policy_num_nodes`` a group on one machine. Empty on CPU.
+    """Reserves a GPU for each policy worker: ``policy_num_nodes`` groups, each on one machine. Empty on CPU.
 
-    Removing the groups gives the GPUs back; Ray does it too when the driver's connection ends.
+    Two groups may be on the same machine if it has enough GPUs. Removing the groups releases the GPUs, and Ray removes
+    them when the driver's connection ends.
 
     Raises:
-        RunError: the GPUs were not there by ``deadline`` (of ``time.monotonic``).
+        RunError: the GPUs were not free by ``deadline`` (of ``time.monotonic``).
     """
     placement = config.trainer.placement
     if placement.device == "cpu":
@@ -209,7 +211,7 @@ def reserve_gpus(config: Config, deadline: float) -> list[PlacementGroup]:
 
 
 def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupSchedulingStrategy]:
-    """Where each rank goes: machine after machine, because neighbours form tensor-parallel groups. Empty on CPU."""
+    """Bundle of each rank, machine after machine: neighbours form tensor-parallel groups. Empty on CPU."""
     return [
         PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         for group in groups
@@ -220,7 +222,7 @@ def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupScheduli
 def engine_options(
     config: Config, settings: EngineSettings, bundles: list[PlacementGroupSchedulingStrategy]
 ) -> list[dict[str, Any]]:
-    """Ray's options for each engine: GPUs of its own, or with ``colocate_all`` a part of the same rank's worker's."""
+    """Ray's options for each engine: its own GPUs or, with ``colocate_all``, a share of the same rank's GPU."""
     options = actor_options(settings)
     if config.trainer.placement.colocate_all:
         return [options | {"num_gpus": _GPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
@@ -228,12 +230,12 @@ def engine_options(
 
 
 def worker_options(config: Config, bundles: list[PlacementGroupSchedulingStrategy]) -> list[dict[str, Any]]:
-    """Ray's options for each rank's worker."""
+    """Ray's options for each policy worker."""
     placement = config.trainer.placement
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if placement.device == "cpu":
         environment["OMP_NUM_THREADS"] = str(_threads_per_worker(config))
-        # On CPU engines and workers take turns on the same cores, so none of them asks Ray for one.
+        # On CPU, engines and workers take turns on the same cores, so they reserve none in Ray.
         options = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
         return [options] * parallel_sizes(config).world_size
     share = _GPU_SHARE if placement.colocate_all else 1
@@ -273,5 +275,5 @@ def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[An
 
 
 def num_cores() -> int:
-    """Of this process."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Prompts to scored groups of rollouts, and what the sampling said of itself."""
+"""Sampling: from prompts to scored groups of rollouts, with metrics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, Rollout
 
-# Prompts whose drafts are shown, and tokens of each response: they are sampled one after the other.
+# Limits of sample_with_drafts: prompts, and tokens of each response. Responses are sampled one after the other.
 _NUM_SHOWN, _LONGEST_SHOWN = 2, 128
-# Failures of a batch that are told one by one.
-_NUM_FAILURES_TOLD = 3
+# Failures of a batch that are printed one by one.
+_NUM_FAILURES_SHOWN = 3
 
 
 class RolloutSampler:
@@ -37,7 +37,7 @@ class RolloutSampler:
         self.num_tokens, self.generate_s = 0, 0.0
 
     def sample_for_training(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """A batch of groups; its seed depends on how many came before, and on no evaluation."""
+        """Groups of one batch. The seed depends on the number of earlier batches, not on evaluations."""
         self.num_train_calls += 1
         generator, seed = self._config.generator, self._config.trainer.seed
         return self._sample(
@@ -45,14 +45,14 @@ class RolloutSampler:
         )
 
     def sample_for_evaluation(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Groups sampled as ``generator.eval_sampling_params`` says, every time with the same seed."""
+        """Groups sampled with ``generator.eval_sampling_params``, always with the same seed."""
         generator = self._config.generator
         return self._sample(prompts, generator.eval_sampling_params, generator.eval_n_samples_per_prompt, seed=0)
 
     def sample_with_drafts(self, prompts: Sequence[Prompt]) -> list[DraftedResponse]:
-        """The beginnings of a few responses, whose tokens are told apart: drafted and accepted, or the policy's own.
+        """Beginnings of a few responses, with the source of each token: an accepted draft token, or the policy.
 
-        Empty where the engines have no draft with a distribution. Nothing is scored: what is cut cannot be.
+        Empty if the engines have no draft that gives a distribution. The responses are cut, so they are not scored.
         """
         if not self._has_draft:
             return []
@@ -67,11 +67,11 @@ class RolloutSampler:
         ]
 
     def close(self) -> None:
-        """End the process that scores."""
+        """Ends the process that scores."""
         self._grader.close()
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
-        """``n`` scored rollouts a prompt; adds to ``num_tokens`` and ``generate_s``."""
+        """``n`` scored rollouts of each prompt. Adds to ``num_tokens`` and ``generate_s``."""
         start = time.perf_counter()
         generations = self._engines.generate(list(prompts), sampling, n, seed)
         self.generate_s += time.perf_counter() - start
@@ -84,7 +84,7 @@ class RolloutSampler:
         ]
         texts = self._tokenizer.batch_decode([g.token_ids for _, g in flat], skip_special_tokens=True)
         results = self._grader.score_all([prompt for prompt, _ in flat], texts)
-        _tell_failures([result.error for result in results if result.error is not None])
+        _print_failures([result.error for result in results if result.error is not None])
         rollouts = [
             Rollout(prompt, generation, text, result.reward, [1] * len(generation.token_ids), result.error)
             for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
@@ -94,7 +94,7 @@ class RolloutSampler:
 
 
 def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
-    """Texts of the tokens; a character of several tokens is with the last of them."""
+    """Text of each token, and whether it was drafted. A character of several tokens belongs to the last of them."""
     ids, pieces, before = answer.generation.token_ids, [], ""
     for end, accepted in enumerate(answer.accepted(), start=1):
         text = tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
@@ -103,16 +103,16 @@ def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
     return pieces
 
 
-def _tell_failures(errors: Sequence[str]) -> None:
-    """Of a batch."""
-    for error in errors[:_NUM_FAILURES_TOLD]:
+def _print_failures(errors: Sequence[str]) -> None:
+    """Prints the first errors of a batch, and the number of the others."""
+    for error in errors[:_NUM_FAILURES_SHOWN]:
         print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
-    if len(errors) > _NUM_FAILURES_TOLD:
-        print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_TOLD} more of this batch", file=sys.stderr)
+    if len(errors) > _NUM_FAILURES_SHOWN:
+        print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_SHOWN} more of this batch", file=sys.stderr)
 
 
 def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float]:
-    """Mean reward, the share of prompts with at least one rewarded response, and how many could not be scored."""
+    """Mean reward, share of prompts with at least one rewarded response, and number of responses without a score."""
     rewards = [rollout.reward for group in groups for rollout in group]
     num_failed = sum(rollout.error is not None for group in groups for rollout in group)
     solved = [any(rollout.reward > 0 for rollout in group) for group in groups]
@@ -124,7 +124,7 @@ def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float
 
 
 class SpeculationMeter:
-    """Acceptance between two readings of the engines' counters; silent where the engines have no draft."""
+    """Acceptance metrics between two readings of the engines' counters. Empty if the engines have no draft."""
 
     def __init__(self, engines: EngineGroup, mode: str):
         self._engines, self._mode = engines, mode

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a run."""
+"""Handling of SIGINT and SIGTERM during a run."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What the shell reports for a process that a signal ended.
+# A shell reports this plus the signal's number for a process that a signal ended.
 SIGNAL_EXIT = 128
 # Seconds that a run may take to end before a further signal ends it at once.
 _PATIENCE_S = 10.0
 
 
 class Interrupted(Exception):  # noqa: N818
-    """SIGINT or SIGTERM."""
+    """SIGINT or SIGTERM was received."""
 
 
 class SignalWatch:
-    """SIGINT and SIGTERM raise ``Interrupted`` in the main thread, once, and are remembered.
+    """Raises ``Interrupted`` in the main thread on the first SIGINT or SIGTERM, and keeps its number in ``received``.
 
-    Remembered, because what an exception becomes inside a C extension's call (Ray's, here) is not ours to decide.
-    Further signals (``make`` and ``timeout`` send two) do not disturb the way out, until it has taken too long.
+    Read ``received`` rather than the exception: Ray's C extension may turn the exception into another one. Further
+    signals (``make`` and ``timeout`` send two) are ignored, until the run has taken too long to end.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        # The checkpoint that SIGTERM left behind.
+        # The checkpoint that was saved on SIGTERM.
         self.saved: Path | None = None
-        # An error left a shield: what was to be done in one piece was not.
+        # An error ended a shield: the work inside is incomplete.
         self.is_broken = False
         self._received_s = 0.0
         self._is_shielded = False
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """SIGTERM, which is to save, waits for the end of the context; SIGINT does not."""
+        """Delays SIGTERM to the end of the context, so that the work inside can be saved. SIGINT is not delayed."""
         self._is_shielded, self.is_broken = True, False
         try:
             yield
@@ -52,12 +52,12 @@ class SignalWatch:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The handlers, for the time of the context. It may be entered again inside, to put them back."""
+        """Installs the handlers for the time of the context. Enter it again inside if another library replaced them."""
         previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            # On the way out ours stay: Ray's own would raise in the middle of its shutdown.
+            # After a signal our handlers stay. Ray's would raise in the middle of its shutdown.
             if self.received is None:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
@@ -73,10 +73,10 @@ class SignalWatch:
 
 @contextmanager
 def sigterm_kept_from_children() -> Iterator[None]:
-    """Processes started in this context never receive SIGTERM, nor do theirs: they inherit the blocked signal mask.
+    """Blocks SIGTERM for processes that are started in this context, and for their descendants.
 
-    A scheduler sends SIGTERM to every process of a job. What the driver needs to save must outlive it. The driver
-    itself gets a SIGTERM of that time when the context ends, with the handlers that it had before.
+    They inherit the signal mask. A scheduler sends SIGTERM to every process of a job, and the driver needs them to save.
+    If the driver gets a SIGTERM inside the context, it handles it at the end, with the handlers it had before.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -89,7 +89,7 @@ def sigterm_kept_from_children() -> Iterator[None]:
 
 
 def ended_by_signal(job: Callable[[SignalWatch], None]) -> int:
-    """``job(watch)`` to its end, or until a signal makes it clean up and end; returns the process's exit code."""
+    """Runs ``job(watch)`` until it ends or a signal stops it; returns the process's exit code."""
     watch = SignalWatch()
     try:
         with watch.installed():

@@ -1,4 +1,4 @@
-"""What a run trains, on what, for how long: configuration, model, tokenizer and prompts, before anything starts."""
+"""The task of a run: configuration, model, tokenizer, prompts and number of steps, read before processes start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skyrl_spec.types import Prompt
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, for how long."""
+    """Everything that defines a run."""
 
     config: Config
     spec: ModelSpec
@@ -29,31 +29,31 @@ class Task:
     stream: PromptStream
     eval_prompts: list[Prompt]
     steps: int
-    # The checkpoint that it goes on from.
+    # The checkpoint that the run resumes from.
     resume_from: Path | None = None
-    # False: a warm-up, whose policy is frozen.
+    # False in a warm-up, whose policy is frozen.
     trains_policy: bool = True
 
     @property
     def steps_done(self) -> int | None:
-        """None: it begins."""
+        """Completed steps, or None if the run starts from the beginning."""
         return None if self.resume_from is None else read_record(self.resume_from)["extra"]["trainer"]["step"]
 
 
 def num_steps(config: Config, stream: PromptStream) -> int:
-    """Steps of the run: ``epochs``, or fewer if ``max_training_steps`` says so."""
+    """Steps of ``trainer.epochs``, at most ``trainer.max_training_steps``."""
     steps = stream.steps_per_epoch * config.trainer.epochs
     limit = config.trainer.max_training_steps
     return steps if limit is None else min(steps, limit)
 
 
 def load_task(config: Config, resume_from: Path | None = None, *, may_write: bool = True) -> Task:
-    """Everything read and decided; a draft from scratch is written to run_dir if that is allowed.
+    """Reads model, tokenizer and data. Writes a draft from scratch to run_dir if ``may_write``.
 
     Raises:
         ConfigError: model, tokenizer, draft, data or environments do not fit the configuration.
     """
-    # Of a hub name a plan needs no weights.
+    # A plan needs no weights of a model on the hub.
     spec = load_spec(config.trainer.policy.model.path, weights=may_write)
     tokenizer = load_tokenizer(spec.path, "trainer.policy.model.path", spec.vocab_size)
     kind = trained_kind(config.trainer)
