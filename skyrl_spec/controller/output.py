@@ -90,7 +90,7 @@ def facts_of(task: Task) -> dict[str, str]:
         "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
-        "steps": f"{task.steps} ({task.stream.steps_per_epoch} an epoch)",
+        "steps": f"{task.steps} ({task.stream.steps_per_epoch} per epoch)",
         "memory": memory_line(plan_memory(task.config, trains_policy=task.trains_policy)),
         "run": trainer.run_dir,
     } | _resume_fact(task)

@@ -49,7 +49,7 @@ def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *,
     That is 0 where SIGTERM (a pre-empted job) left a checkpoint to go on from.
 
     Raises:
-        ConfigError: what the user can mend, before or after processes were started (all are gone by then).
+        ConfigError: a mistake the user can fix, before or after processes were started (all are gone by then).
     """
     watch = SignalWatch()
     try:
