@@ -1,4 +1,4 @@
-"""A process of its own with a Ray of its own: two nodes that declare two GPUs each. Prints what got which, as JSON."""
+"""Starts a Ray of several machines with declared GPUs, and prints what was placed where, as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from skyrl_spec.controller.actors import PolicyGroup
 from skyrl_spec.controller.placement import (
@@ -29,7 +29,7 @@ TIMEOUT_S = 3.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor is: the node, what Ray gave it there, and what CUDA would see."""
+    """Place of an actor: its machine, the GPUs that Ray gave it, and those that CUDA would see."""
 
     node_id: str
     gpu_ids: list[int]
@@ -38,20 +38,20 @@ class Place:
 
 @ray.remote
 class Probe:
-    """Stands where an engine or a worker would."""
+    """Stand-in for an engine or a worker."""
 
     def place(self) -> Place:
         context = ray.get_runtime_context()
         return Place(context.get_node_id(), ray.get_gpu_ids(), os.environ["CUDA_VISIBLE_DEVICES"])
 
-    def send(self, which: str) -> int:
-        """As a transfer whose other side is gone."""
+    def send(self, component: str) -> int:
+        """Hangs, as a transfer does whose other side is gone."""
         time.sleep(600)
         return 0
 
 
 def make_config(num_workers: int, *, colocate_all: bool, num_nodes: int = 1) -> Config:
-    """``num_workers`` workers, as many on each of ``num_nodes`` machines."""
+    """Configuration of ``num_workers`` workers, evenly on ``num_nodes`` machines."""
     config = Config()
     config.trainer.placement.policy_num_nodes = num_nodes
     config.trainer.placement.policy_num_gpus_per_node = num_workers // num_nodes
@@ -62,7 +62,7 @@ def make_config(num_workers: int, *, colocate_all: bool, num_nodes: int = 1) -> 
 
 
 def places(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Of engines and workers, each in the order of its rank, started with the very options of a run."""
+    """Places of engines and workers in the order of their ranks, started with the options of a run."""
     gpus = reserve_gpus(config, time.monotonic() + 60.0)
     bundles = bundles_by_rank(gpus)
     probe_class: Any = Probe
@@ -70,18 +70,18 @@ def places(config: Config) -> dict[str, list[dict[str, Any]]]:
         probe_class.options(**options).remote() for options in engine_options(config, engine_settings(config), bundles)
     ]
     workers = [probe_class.options(**options).remote() for options in worker_options(config, bundles)]
-    found = {
+    by_role = {
         name: [asdict(place) for place in ray.get([probe.place.remote() for probe in probes], timeout=60)]
         for name, probes in (("engines", engines), ("workers", workers))
     }
     for engine in engines:
         ray.kill(engine)
     PolicyGroup(workers, [(0, 0)], TIMEOUT_S, gpus).shutdown()
-    return found | {"free_gpus": free_gpus()}
+    return by_role | {"free_gpus": free_gpus()}
 
 
 def free_gpus(patience_s: float = 20.0) -> float:
-    """All of them, or what is free when the patience is over: Ray gives back in its own time."""
+    """GPUs that are free: all, or those that Ray has released after ``patience_s``."""
     deadline = time.monotonic() + patience_s
     while (free := ray.available_resources().get("GPU", 0.0)) < NUM_NODES * GPUS_PER_NODE:
         if time.monotonic() > deadline:
@@ -90,9 +90,9 @@ def free_gpus(patience_s: float = 20.0) -> float:
     return free
 
 
-def too_many(num_workers: int) -> dict[str, Any]:
-    """Workers for one machine, more than one machine has GPUs."""
-    config = make_config(num_workers, colocate_all=True)
+def refused(num_workers: int, num_nodes: int = 1) -> dict[str, Any]:
+    """The error about workers that do not fit, and the states of all placement groups after it."""
+    config = make_config(num_workers, colocate_all=True, num_nodes=num_nodes)
     start = time.monotonic()
     try:
         reserve_gpus(config, start + TIMEOUT_S)
@@ -103,8 +103,18 @@ def too_many(num_workers: int) -> dict[str, Any]:
     return {}
 
 
+def nodes_of_ranks(num_workers: int, num_nodes: int) -> list[str]:
+    """Machine of each rank's GPU."""
+    groups = reserve_gpus(make_config(num_workers, colocate_all=True, num_nodes=num_nodes), time.monotonic() + 60.0)
+    tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group in groups}
+    nodes = [tables[place.placement_group.id][place.placement_group_bundle_index] for place in bundles_by_rank(groups)]
+    for group in groups:
+        remove_placement_group(group)
+    return nodes
+
+
 def hanging_transfer() -> str:
-    """What is said of a worker that cannot get rid of its weights."""
+    """The error about a worker whose transfer of weights hangs."""
     probe_class: Any = Probe
     worker = probe_class.options(num_cpus=0).remote()
     try:
@@ -139,11 +149,16 @@ def main() -> None:
             "shared": places(make_config(4, colocate_all=True, num_nodes=NUM_NODES)),
             "own": places(make_config(2, colocate_all=False)),
             # There are GPUs enough, but on two machines.
-            "scattered": too_many(GPUS_PER_NODE + 1),
-            "too_many": too_many(NUM_NODES * GPUS_PER_NODE + 1),
+            "scattered": refused(GPUS_PER_NODE + 1),
+            "too_many": refused(NUM_NODES * GPUS_PER_NODE + 1),
             "hanging_transfer": hanging_transfer(),
             "hanging_worker": hanging_worker(),
         }
+        for num_gpus in (5, 3):
+            cluster.add_node(num_cpus=num_gpus, num_gpus=num_gpus, include_dashboard=False)
+        report |= {"8_on_one": refused(8), "5_and_3": refused(8, num_nodes=2)}
+        cluster.add_node(num_cpus=4, num_gpus=4, include_dashboard=False)
+        report["nodes"] = nodes_of_ranks(8, num_nodes=2)
         print(json.dumps(report))
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""Which GPU every worker and engine gets from a real Ray of two nodes, which let a machine declare GPUs it lacks."""
+"""GPUs of workers and engines, placed by a real Ray whose machines declare GPUs that they lack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """What the probe saw. A process of its own: this one may be in the session's Ray."""
+    """Report of the probe, which runs in a separate process: this one may have joined the session's Ray."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     # Ray's files, the address of this cluster among them. The prefix is short: its sockets' paths are limited.
     with tempfile.TemporaryDirectory(prefix="skyrl-", ignore_cleanup_errors=True) as directory:
@@ -72,8 +72,30 @@ def test_workers_that_do_not_fit_on_a_machine_are_one_line_by_the_deadline(
     assert "ask for fewer GPUs" in line
     assert "\n" not in line
     assert placement_probe.TIMEOUT_S <= report[case]["elapsed_s"] < placement_probe.TIMEOUT_S + 5
-    # Nothing waits on in the cluster.
+    # No placement group waits on.
     assert set(report[case]["states"]) == {"REMOVED"}
+
+
+@pytest.mark.parametrize(
+    ("case", "where"), [("8_on_one", "8 policy workers on each of 1"), ("5_and_3", "4 policy workers on each of 2")]
+)
+def test_eight_workers_are_refused_where_machines_have_five_and_three_gpus(
+    report: dict[str, Any], case: str, where: str
+) -> None:
+    """Each of two tensor-parallel groups of four must be on one machine, and eight GPUs are free."""
+    line = report[case]["line"]
+    assert line.startswith(
+        f"trainer.placement.timeout_s=3: {where} machines were not up in time (GPUs in the cluster: 12"
+    )
+    assert "trainer.placement.policy_num_gpus_per_node, policy_num_nodes" in line
+    assert report[case]["elapsed_s"] < placement_probe.TIMEOUT_S + 5
+    assert set(report[case]["states"]) == {"REMOVED"}
+
+
+def test_no_tensor_parallel_group_of_four_crosses_machines(report: dict[str, Any]) -> None:
+    nodes = report["nodes"]
+    assert nodes == [nodes[0]] * 4 + [nodes[4]] * 4
+    assert nodes[0] != nodes[4]
 
 
 def test_a_weight_transfer_that_hangs_is_an_engine_lost(report: dict[str, Any]) -> None:
