@@ -1,3 +1,4 @@
-"""The driver. ``task`` is what is trained and ``output`` what is written; ``run`` sets a run up and takes it down,
-``compare`` does so three times; ``placement`` starts the actors, ``actors`` calls them as groups, ``loop`` is the
-training step, ``rollouts`` samples and scores, ``advantages`` and ``filters`` are GRPO and DAPO."""
+"""The driver. ``task`` reads what a run trains, ``output`` writes its results, ``run`` sets a run up and takes it down.
+``placement`` starts Ray and the actors, ``actors`` calls them as groups, ``loop`` is the training step, ``rollouts``
+samples and scores, ``checkpoints`` saves and resumes, ``fidelity`` and ``lossless`` check rollouts, ``signals`` and
+``processes`` handle signals and the end of processes, ``warmup`` trains a draft alone."""

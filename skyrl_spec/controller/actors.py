@@ -256,7 +256,8 @@ class PolicyGroup:
         """One update of the engines through ``connect``'s transfer; returns the bytes sent.
 
         Raises:
-            LostActorError: it took longer than ``timeout_s``, or a rank died. If an engine fails, the sender waits in NCCL.
+            LostActorError: a rank died, or the update took longer than ``timeout_s``: if an engine fails, the sender
+                waits inside NCCL.
         """
         return self._all("send", component, deadline=_transfer_deadline(timeout_s))[0]
 

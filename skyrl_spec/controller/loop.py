@@ -4,8 +4,8 @@
             -> log-probs before the update -> mini-batches: one optimizer step of policy and draft each
             -> sync: policy, then draft, one version -> canaries -> metrics
 
-Whatever draft is trained, or none, this file does not know it: acceptance comes from the engines' counters, draft
-losses from the workers' reports.
+This file is the same for every draft, and without one: acceptance comes from the engines' counters, draft losses from
+the workers' reports.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Shield = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """The first half of a step: groups to train on, and its metrics and times so far."""
+    """Result of the first half of a step: groups to train on, metrics and timings."""
 
     groups: list[Group]
     values: dict[str, float]
@@ -55,7 +55,7 @@ class Sampled:
 
 
 class TrainingLoop:
-    """Holds what a step needs; ``close`` ends the process that scores, the others are not the loop's."""
+    """The training loop. It owns the process that scores, and ``close`` ends that. The caller ends the other actors."""
 
     def __init__(
         self,
@@ -84,9 +84,9 @@ class TrainingLoop:
         self.sampler.close()
 
     def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0, shield: Shield = nullcontext) -> None:
-        """Up to step ``num_steps``, with an evaluation before the first, every ``eval_interval`` and after the last.
+        """Runs up to step ``num_steps``. Evaluates at the beginning, every ``eval_interval`` steps and at the end.
 
-        Within ``shield`` a step must not be broken off: weights have moved, and are not yet a step's.
+        Within ``shield`` a step must not be interrupted: weights have moved, and the step is not complete.
         """
         trainer = self.config.trainer
         if trainer.canary.enabled:
@@ -113,7 +113,7 @@ class TrainingLoop:
                 break
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What the driver has to know to go on after ``step``; plain data."""
+        """Driver's state after ``step``, as plain data for a checkpoint."""
         return {
             "step": step,
             "stream": self.stream.state_dict(),
@@ -123,14 +123,14 @@ class TrainingLoop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: the workers have their weights back, the engines get them under the old versions."""
+        """Restores ``state_dict``, and syncs the engines with the weights that the workers have loaded."""
         self.stream.load_state_dict(state["stream"])
         self.sampler.num_train_calls = state["num_train_calls"]
         self.sync.restore(Versions(**state["versions"]))
         self.canary.load_state_dict(state["canary"])
 
     def sample(self) -> Sampled:
-        """The first half of a step: what it trains on. Nothing that is trained has moved yet."""
+        """The first half of a step: sampling. No trained weight changes."""
         start = time.perf_counter()
         timings: dict[str, float] = {}
         speculation = SpeculationMeter(self.engines, "train")
@@ -142,7 +142,7 @@ class TrainingLoop:
         return Sampled(collected.groups, values, timings, time.perf_counter() - start)
 
     def train(self, sampled: Sampled) -> dict[str, float]:
-        """The second half: mini-batches, sync, canaries; returns the contract's metrics of the whole step."""
+        """The second half of a step: training, sync and canaries. Returns the metrics of the whole step."""
         start = time.perf_counter()
         values, timings = dict(sampled.values), dict(sampled.timings)
         if sampled.rollouts:
@@ -158,7 +158,7 @@ class TrainingLoop:
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward on the held-out prompts, sampled as ``generator.eval_sampling_params`` says (greedily)."""
+        """Mean reward on the held-out prompts, sampled with ``generator.eval_sampling_params``."""
         size = self.config.trainer.eval_batch_size
         speculation = SpeculationMeter(self.engines, "eval")
         rewards = [
@@ -181,7 +181,7 @@ class TrainingLoop:
         return values
 
     def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
-        """All optimizer steps that ``batch`` is for; adds the phases' seconds to ``timings``."""
+        """Runs all optimizer steps on ``batch``. Adds the seconds of each phase to ``timings``."""
         with timed(timings, "fwd_logprobs"):
             batch = self.policy.forward_logprobs(batch)
         num_epochs = self.config.trainer.update_epochs_per_batch
@@ -190,7 +190,7 @@ class TrainingLoop:
         return _report_values(reports) | logprob_agreement(batch)
 
     def _sample_groups(self) -> tuple[Collected, float]:
-        """The groups of one train batch, and the tokens per second they were generated with."""
+        """Groups of one train batch, and the tokens per second of their generation."""
         trainer = self.config.trainer
         tokens_before, seconds_before = self.sampler.num_tokens, self.sampler.generate_s
         collected = collect_groups(
@@ -232,7 +232,7 @@ class TrainingLoop:
         return metrics | ({names.DRAFT_VERSION: versions.draft} if "draft" in self.sync.components else {})
 
     def _sampling_metrics(self, collected: Collected) -> dict[str, float]:
-        """What dynamic sampling took; said aloud, once, where it did not fill the batch."""
+        """Metrics of dynamic sampling. Prints a line, once, if it did not fill the batch."""
         trainer = self.config.trainer
         if trainer.algorithm.dynamic_sampling.type is None:
             return {}
@@ -248,7 +248,7 @@ class TrainingLoop:
 
 
 class DraftWarmup(TrainingLoop):
-    """The same step with a frozen policy: what is trained and synced is the draft."""
+    """Training loop with a frozen policy. Only the draft is trained and synced."""
 
     def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
         num_epochs = self.config.trainer.update_epochs_per_batch
@@ -258,10 +258,10 @@ class DraftWarmup(TrainingLoop):
 
 
 def measure_speedup(trainer: TrainingLoop, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 3) -> float:
-    """Median over ``rounds`` of rollout tokens/s with the draft over tokens/s without, on the same prompts by turns."""
+    """Ratio of rollout tokens/s with the draft to tokens/s without, on the same prompts: the median of ``rounds``."""
     sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain.updated())
     ratios = []
-    # The first round warms both up.
+    # The first round is a warm-up.
     for seed in range(rounds + 1):
         speeds = []
         for engines in groups:

@@ -1,4 +1,4 @@
-"""A run from configuration to exit code: what is checked, started, written and taken down, in this order."""
+"""A run from configuration to exit code: start, steps, checkpoints, restarts and shutdown."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from skyrl_spec.controller.loop import TrainingLoop
     from skyrl_spec.controller.lossless import PlainEngine
 
-# Of a disk or folder that cannot be written any more.
+# Errors of a disk or folder that can no longer be written.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 
 
 def run_training(config: Config, *, verbose: bool = False) -> int:
-    """Train as ``config`` says; see ``run_job``."""
+    """Trains as ``config`` says; see ``run_job``."""
     return run_job(train, config, verbose=verbose)
 
 
 def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *, verbose: bool) -> int:
-    """``job(config, verbose, watch)`` to its end, or to a signal; returns the process's exit code.
+    """Runs ``job(config, verbose, watch)`` until it ends or a signal stops it; returns the process's exit code.
 
-    That is 0 where SIGTERM (a pre-empted job) left a checkpoint to go on from.
+    The exit code is 0 if SIGTERM (a pre-empted job) left a checkpoint to resume from.
 
     Raises:
         ConfigError: a mistake the user can fix, before or after processes were started (all are gone by then).
@@ -78,7 +78,7 @@ def _how_to_go_on(config: Config) -> str:
 
 
 def _error_line(error: Exception, config: Config) -> str | None:
-    """One line for what can happen to a run that was rightly configured; None for what should not."""
+    """The line to print for an error that can happen to a correctly configured run; None for a bug."""
     if isinstance(error, RestartableError):
         if error.checkpoint is None:
             return f"{error}; there is no checkpoint to go on from: start it again (-v shows what processes print)"
@@ -92,17 +92,19 @@ def _error_line(error: Exception, config: Config) -> str | None:
 
 @dataclass(frozen=True)
 class Running:
-    """A loop over actors that are up."""
+    """A training loop and its actors, all started."""
 
     trainer: TrainingLoop
     engines: EngineGroup
     policy: PolicyGroup
     checkpointer: Checkpointer
-    # The engine without a draft, where losslessness is checked.
+    # The engine without a draft, if losslessness is checked.
     plain: PlainEngine | None
 
 
 def train(config: Config, verbose: bool, watch: SignalWatch) -> None:
+    """The job of ``run_training``."""
+
     def attempt(resume_from: Path | None) -> None:
         task = load_task(config, resume_from)
         with open_output(task) as output:
@@ -114,13 +116,16 @@ def train(config: Config, verbose: bool, watch: SignalWatch) -> None:
 def with_restarts(
     config: Config, trained: Component, watch: SignalWatch, attempt: Callable[[Path | None], None]
 ) -> None:
-    """``attempt``, and where it loses an actor again, ``trainer.max_restarts`` times, from the last checkpoint."""
+    """Calls ``attempt``; after an error that a restart can cure, calls it again from the last checkpoint.
+
+    ``trainer.max_restarts`` limits the restarts.
+    """
     from skyrl_spec.controller.checkpoints import find
 
     resume_from, restarts_left = find(config, trained), config.trainer.max_restarts
     while True:
         try:
-            # Ray leaves handlers of its own behind.
+            # Ray may leave its own handlers behind.
             with watch.installed():
                 attempt(resume_from)
             return
@@ -134,7 +139,7 @@ def with_restarts(
 
 
 def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
-    # Ray and torch are imported once everything that can be refused has been.
+    # Ray and torch are imported here, after all checks that do not need them.
     from skyrl_spec.controller.loop import TrainingLoop, measure_speedup
     from skyrl_spec.controller.placement import engine_settings, start_plain_engine
 
@@ -145,7 +150,7 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
         if trainer.save_final_model:
             running.policy.save_hf(output.run_dir.resolve())
         settings = engine_settings(task.config)
-        # Also of a draft that is not trained.
+        # The draft need not be trained.
         if trainer.measure_speedup and settings.speculative_config is not None:
             plain = running.plain or start_plain_engine(task.config, settings, running.policy)
             speedup = measure_speedup(running.trainer, plain, (task.eval_prompts or task.stream.prompts)[:16])
@@ -157,9 +162,10 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
 def on_cluster(
     task: Task, trainer_class: type[TrainingLoop], components: list[Component], watch: SignalWatch, verbose: bool
 ) -> Iterator[Running]:
-    """Ray, engines, workers and the loop over them, back where its checkpoint was; all gone when the context ends.
+    """Starts Ray, engines, workers and the loop, resumes from the task's checkpoint, and ends everything at the end.
 
-    ``components`` is what is trained; a policy that is not is frozen.
+    Args:
+        components: components that are trained. The policy is frozen if it is not among them.
     """
     from skyrl_spec.controller.checkpoints import Checkpointer, newest, resume
     from skyrl_spec.controller.placement import engine_settings, ray_session, start_actors, start_plain_engine
@@ -167,8 +173,7 @@ def on_cluster(
     config, settings = task.config, engine_settings(task.config)
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
     total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
-    # Ray puts handlers of its own in place of ours when it starts.
-    with ray_session(verbose), watch.installed(), plain_errors(Path(config.trainer.run_dir)):
+    with ray_session(verbose), plain_errors(Path(config.trainer.run_dir)):
         engines, policy = start_actors(config, settings, total_steps, freeze_policy="policy" not in components)
         try:
             checks_losslessness = settings.speculative_config is not None and config.trainer.canary.lossless_interval
@@ -191,7 +196,7 @@ def on_cluster(
 
 
 def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) -> None:
-    """All steps, with checkpoints; SIGTERM leaves one of the last step that was done."""
+    """Runs all steps and saves checkpoints. On SIGTERM, saves the last completed step."""
     checkpointer = running.checkpointer
 
     def on_step(
@@ -210,11 +215,11 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
             watch.saved = _save_after_mismatch(checkpointer, mismatch)
         raise
     except Exception:
-        # Otherwise weights have moved that are not a step's.
+        # If a shield was broken, weights have moved without completing a step.
         if watch.received == signal.SIGTERM and not watch.is_broken:
             watch.saved = checkpointer.save_last()
         raise
-    # For a SIGTERM that comes later.
+    # A later SIGTERM reports this checkpoint.
     watch.saved = checkpointer.saved
 
 
@@ -235,9 +240,10 @@ def make_trainer(
     components: list[Component],
     plain: PlainEngine | None = None,
 ) -> TrainingLoop:
-    """The loop over actors that are up, with the transfer of what is trained (``components``) opened.
+    """Makes the training loop over started actors, and opens the weight transfer of ``components``.
 
-    ``plain``: the engine to check losslessness against, if that is to be.
+    Args:
+        plain: engine without a draft, if losslessness is checked.
     """
     from skyrl_spec.controller.lossless import LosslessCanary
     from skyrl_spec.settings.derived import coarser_dtype
@@ -273,13 +279,13 @@ def make_trainer(
 
 
 def _prefill_tokens(config: Config) -> int:
-    """Half of what the user lets an engine prefill in a step, if that is set: drafts take some of the rest."""
+    """Half of ``max_num_batched_tokens``, if it is set, because drafts take some of these tokens."""
     tokens = config.generator.inference_engine.engine_init_kwargs.get("max_num_batched_tokens")
     return sys.maxsize if tokens is None else max(1, tokens // 2)
 
 
 def _next_commands(config: Config, run_dir: Path) -> list[str]:
-    """What one would type after this run."""
+    """Commands that the closing lines suggest."""
     commands, kind = [f"skyrl-spec report {run_dir}"], trained_kind(config.trainer)
     if config.trainer.ckpt_interval > 0:
         commands.append(f"skyrl-spec export checkpoint={run_dir} out={run_dir}/bundle")
@@ -296,10 +302,10 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
 
 @contextmanager
 def plain_errors(run_dir: Path) -> Iterator[None]:
-    """Turns errors of actors into one line: ours as they are, others with their traceback in a log file.
+    """Turns errors of actors into one line. Tracebacks of exceptions that are not ours go to a log file.
 
     Raises:
-        ActorError: an actor raised an exception that is not ours; the line names the log file in ``run_dir``.
+        ActorError: an actor raised an exception that is not ours. The line names the log file in ``run_dir``.
         LostActorError: an actor died.
     """
     import ray
@@ -319,7 +325,7 @@ def plain_errors(run_dir: Path) -> Iterator[None]:
 
 
 def _logged(error: ActorError, run_dir: Path) -> ActorError:
-    """``error`` with the place of its traceback, which is written to a log file once."""
+    """``error`` with the path of the log file, to which its traceback is written once."""
     if not error.traceback:
         return error
     folder = run_dir / "errors"

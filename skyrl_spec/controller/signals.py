@@ -75,7 +75,8 @@ class SignalWatch:
 def sigterm_kept_from_children() -> Iterator[None]:
     """Blocks SIGTERM for processes that are started in this context, and for their descendants.
 
-    They inherit the signal mask. A scheduler sends SIGTERM to every process of a job, and the driver needs them to save.
+    They inherit the signal mask. A scheduler sends SIGTERM to every process of a job, and the driver needs them to
+    save.
     If the driver gets a SIGTERM inside the context, it handles it at the end, with the handlers it had before.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,7 +1,7 @@
 """``skyrl-spec warmup-draft``: the training step with the policy frozen.
 
-The engines answer the training prompts with the policy as it is, using the draft as far as it has come; the draft is
-trained on the responses and synced. So acceptance is measured in vLLM in every step, as it is in training.
+The engines generate responses to the training prompts with the policy and the current draft. The draft is trained on
+them and synced. vLLM measures acceptance in every step, as in training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from skyrl_spec.settings.schema import Config
 
 
 def warmup_config(config: Config) -> Config:
-    """The run that a warm-up is: its folder, steps and optimizer, and nothing of the policy's objective.
+    """Configuration of a warm-up: its own folder, steps and optimizer, without the policy's objective.
 
     Raises:
         ConfigError: no draft is enabled.
@@ -42,7 +42,7 @@ def warmup_config(config: Config) -> Config:
         trainer=replace(
             trainer,
             algorithm=replace(trainer.algorithm, use_kl_loss=False, dynamic_sampling=dynamic_sampling),
-            # The prompts are repeated until all steps are done.
+            # Prompts repeat until all steps are done.
             epochs=2**31,
             run_dir=warmup.run_dir or f"{trainer.run_dir}_warmup",
             run_name=f"{trainer.run_name}_warmup",
@@ -53,12 +53,12 @@ def warmup_config(config: Config) -> Config:
 
 
 def as_warmup(task: Task) -> Task:
-    """``task`` of a ``warmup_config``, for as many steps as that says, with the policy frozen."""
+    """``task`` with the number of steps of the warm-up and a frozen policy. Its config is a ``warmup_config``."""
     return replace(task, steps=task.config.trainer.warmup.num_steps, trains_policy=False)
 
 
 def run_warmup(config: Config, *, verbose: bool = False) -> int:
-    """Warm a draft up as ``warmup_config`` made ``config``; returns the process's exit code."""
+    """Runs a warm-up; returns the process's exit code. ``config`` is a ``warmup_config``."""
     return run_job(_warm_up, config, verbose=verbose)
 
 
@@ -72,7 +72,7 @@ def _warm_up(config: Config, verbose: bool, watch: SignalWatch) -> None:
 
 
 def _with_fresh_draft(config: Config) -> Config:
-    """``config`` with the draft it starts from, which is written first if that is one from scratch."""
+    """``config`` with the path of its starting draft. Writes that draft first if it is from scratch."""
     kind = trained_kind(config.trainer)
     assert kind is not None
     return kind.write_fresh(config) if config.trainer.warmup.from_scratch else config

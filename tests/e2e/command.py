@@ -1,4 +1,4 @@
-"""The command in a fresh process that need not import anything first (tests/conftest.py)."""
+"""Runs the command in a fresh process, forked from one with the imports already done (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Completed:
 
 
 def run_command(argv: list[str], folder: Path, environment: dict[str, str], timeout_s: float = 120.0) -> Completed:
-    """``skyrl-spec *argv`` in ``folder``, with ``environment`` on top of this process's own.
+    """Runs ``skyrl-spec *argv`` in ``folder``, with ``environment`` added to this process's environment.
 
     Raises:
         TimeoutError: not done after ``timeout_s``; the process is killed.

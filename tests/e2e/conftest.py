@@ -1,4 +1,4 @@
-"""The run that several tests look at."""
+"""The run that several tests share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from runs import ASKED, WHOLE, finish
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[dict[str, Any]]]:
-    """A run from its beginning to its end, with everything that can be asked of it: folder, terminal, metrics."""
+    """A complete run with every optional feature: its folder, terminal output and metrics."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     return run_dir, *finish(run_dir, *WHOLE, *ASKED, WANDB_MODE="offline")

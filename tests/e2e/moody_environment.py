@@ -11,7 +11,7 @@ from skyrl_gym.envs.base_text_env import BaseTextEnvStepOutput
 from skyrl_gym.envs.gsm8k.env import GSM8kEnv
 
 RAISES_ON, HANGS_ON = 1, 2
-# A file that says that it has hung.
+# Environment variable with the path of a file, which exists once the environment has hung.
 HUNG = "MOODY_ENVIRONMENT_HUNG"
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of the command: started, watched, ended."""
+"""Helpers for tests that start, watch and end whole runs of the command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from skyrl_spec.metrics import names
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "SKYRL_SPEC_TEST_RUN"
 SKYRL_SPEC = [sys.executable, "-m", "skyrl_spec"]
-# Few and short: what is tested is that the parts work together.
+# Few and short steps: these tests check that the components work together.
 SMALL = [
     "trainer.max_training_steps=2",
     "trainer.train_batch_size=8",
@@ -42,11 +42,11 @@ WARMUP = [
     *SMALL,
     "trainer.warmup.num_steps=3",
     "trainer.ckpt_interval=1",
-    # A schedule that does not know how long the run is.
+    # A schedule that does not depend on the length of the run.
     "trainer.warmup.optimizer_config.scheduler=constant",
     "trainer.eval_before_train=false",
 ]
-# In a mount namespace of its own, whose file systems end with it: room for one checkpoint and a half.
+# Runs a command in a mount namespace, which ends with it: a file system with room for one and a half checkpoints.
 ON_A_SMALL_DISK = 'mkdir -p "$0" && mount -t tmpfs -o size=100m tmpfs "$0" && "$@"; status=$?; ls "$0"; exit $status'
 
 
@@ -60,18 +60,18 @@ class Run:
         return self.process.communicate(timeout=timeout_s)[0]
 
     def processes(self) -> list[psutil.Process]:
-        """What the command started and is still there."""
-        found = []
+        """Processes of the command that still run."""
+        own = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    own.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        return found
+        return own
 
     def wait_for_steps(self, num_records: int, timeout_s: float = 240) -> None:
-        """Until so many steps (and an evaluation before the first) are in ``metrics.jsonl``."""
+        """Waits until ``metrics.jsonl`` has ``num_records`` lines: steps, and the evaluation before the first."""
         deadline = time.monotonic() + timeout_s
         while len(records_of(self.run_dir)) < num_records:
             assert self.process.poll() is None, self.output(timeout_s=1)
@@ -79,7 +79,7 @@ class Run:
             time.sleep(0.05)
 
     def actor(self, doing: str, timeout_s: float = 60) -> psutil.Process:
-        """An actor of that class, or ("Class.method") once it is at that."""
+        """Process of an actor: any of the class ``doing``, or ("Class.method") one that executes this method."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             for process in self.processes():
@@ -90,14 +90,14 @@ class Run:
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Steps in ``metrics.jsonl`` that are written to their end."""
+    """Complete lines of ``metrics.jsonl``."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def launch(run_dir: Path, command: Sequence[str], **environment: str) -> Run:
-    """Any command, in the repository, without this machine's accounts and Ray."""
+    """Starts any command in the repository, without this machine's accounts and Ray."""
     mark = uuid.uuid4().hex
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
     process = subprocess.Popen(
@@ -123,7 +123,7 @@ def start(
 def finish(
     run_dir: Path, *overrides: str, command: str = "train", timeout_s: float = 400, **environment: str
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Run to the end; the terminal's text and ``metrics.jsonl``."""
+    """Runs to the end; returns the terminal's text and ``metrics.jsonl``."""
     run = start(run_dir, *overrides, command=command, **environment)
     output = run.output(timeout_s)
     assert run.process.returncode == 0, output
@@ -134,9 +134,9 @@ def finish(
 def stopped(
     run_dir: Path, overrides: list[str], signum: signal.Signals, *, times: int, within_s: float
 ) -> tuple[Run, str]:
-    """A run that gets a signal after its first step, ends soon, and leaves nothing behind."""
+    """Starts a run and sends it a signal after its first step. Checks that it ends soon and leaves nothing behind."""
     shared_before = set(os.listdir("/dev/shm"))
-    # Its own, to see all of what is left; short, for Ray's sockets.
+    # A separate folder shows everything that is left. Its path is short for Ray's sockets.
     temporary = Path(tempfile.mkdtemp(prefix="t"))
     run = start(run_dir, *overrides, TMPDIR=str(temporary))
     metrics = run.run_dir / "metrics.jsonl"
@@ -160,7 +160,7 @@ def stopped(
 
 
 def small_disk(folder: Path) -> list[str]:
-    """Words before a command whose ``folder`` is to be a small disk; none where user namespaces may not mount one."""
+    """Prefix of a command that makes ``folder`` a small disk; empty if user namespaces may not mount one."""
     words = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False).returncode:
         print("no small disk: unshare may not mount a tmpfs here")
@@ -169,7 +169,7 @@ def small_disk(folder: Path) -> list[str]:
 
 
 def assert_same_run(run_dir: Path, expected: tuple[Path, list[dict[str, Any]]]) -> None:
-    """Bitwise the same weights, and in each step the same metrics, as far as the run has them, timings aside."""
+    """Checks that final weights are bitwise equal, and that the run's metrics, except timings, equal the expected."""
     records = records_of(run_dir)
     assert [record[names.STEP] for record in records] == [record[names.STEP] for record in expected[1]]
     for mine, theirs in zip(records, expected[1], strict=True):

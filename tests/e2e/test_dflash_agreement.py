@@ -38,7 +38,7 @@ RESPONSE_LENGTH = 60
 MIN_BLOCKS = 200
 NUM_PROMPTS = 80
 
-# What a user of an exported draft would write.
+# Script as a user of an exported draft would write it.
 PLAIN_VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams, TokensPrompt
@@ -79,7 +79,7 @@ def prompts(config: Config) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "model")
     path = ROOT / config.data.val_data[0]
     loaded = load_prompts([str(path)], tokenizer, max_prompt_length=32, default_env_class="gsm8k", setting="data")
-    # Of several lengths: three to six terms.
+    # Several lengths: three to six terms.
     return [prompt.token_ids for prompt in loaded.prompts[:NUM_PROMPTS]]
 
 
@@ -122,7 +122,7 @@ def _assert_agreement(engine: ActorHandle, trainer: ActorHandle, prompts: list[l
 
 
 def _acceptance(engine: ActorHandle, prompts: list[list[int]]) -> tuple[SpecCounters, list[list[int]]]:
-    """Greedily, all prompts in one batch."""
+    """Greedy responses to all prompts, in one batch."""
     sampling = SamplingConfig(max_generate_length=RESPONSE_LENGTH, temperature=0.0)
     before = ray.get(engine.spec_counters.remote())
     generations = ray.get(engine.generate.remote(prompts, sampling, 1, 0), timeout=300)
@@ -152,7 +152,7 @@ def test_trainer_engine_and_a_plain_vllm_agree_before_and_after_a_sync(
     _assert_agreement(engine, trainer, prompts)
     before, _ = _acceptance(engine, prompts)
     assert before.mean_acceptance_length >= 3.5, "the shipped draft is worse than it was"
-    # Random tokens and advantages: the policy becomes another one, and the draft.
+    # Random tokens and advantages change the policy and the draft.
     ray.get([trainer.train.remote(seed) for seed in range(2)])
     with pytest.raises(AssertionError):
         _assert_agreement(engine, trainer, prompts)

@@ -57,7 +57,7 @@ def test_a_script_runs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.examples
 def test_a_bundle_is_served(whole: tuple[Path, str, list[dict]]) -> None:
-    """Exported, and asked over HTTP with the command that its README has."""
+    """Serves the exported bundle with the command of its README, and sends it a request over HTTP."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

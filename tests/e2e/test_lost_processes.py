@@ -1,4 +1,4 @@
-"""Engines, workers and the driver are killed in whole runs, which end as if nothing had happened."""
+"""Engines, workers and the driver are killed in whole runs, whose results stay bitwise the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runs import WHOLE, Run, assert_same_run, finish, records_of, small_disk, st
 from skyrl_spec.checkpoint.folders import latest
 
 Whole = tuple[Path, str, list[dict[str, Any]]]
-# Ray's own helpers, which wait a minute for its server before they believe that it is gone.
+# Ray's helpers, which wait a minute for Ray's server before they end.
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 GO_ON = "the same command with trainer.resume_mode=latest goes on from"
 
@@ -41,7 +41,7 @@ def test_engines_that_die_or_hang_cost_no_rollout_and_a_full_disk_no_step(tmp_pa
         for step in (4, 5):
             line = f"warning: {run_dir}/checkpoints/step_{step}: the checkpoint could not be written (No space left on"
             assert output.count(line) == 1
-        # What is on the disk at the end.
+        # The shell lists the disk at the end.
         assert output.splitlines()[-2:] == ["latest", "step_2"]
     assert_same_run(run_dir, (whole[0], whole[2]))
 
@@ -49,14 +49,14 @@ def test_engines_that_die_or_hang_cost_no_rollout_and_a_full_disk_no_step(tmp_pa
 def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bit(tmp_path: Path, whole: Whole) -> None:
     run_dir = tmp_path / "run"
     checkpoints = run_dir / "checkpoints"
-    # make, timeout and CI send a signal twice: to the process group, and from the parent that got it. The step that is
-    # under way is finished and saved.
+    # make, timeout and CI send a signal twice: to the process group, and from the parent that got it. The step in
+    # progress is finished and saved.
     endless = [*WHOLE, "trainer.max_training_steps=50"]
     run, output = stopped(run_dir, endless, signal.SIGTERM, times=2, within_s=20)
     assert run.process.returncode == 0, output
     step = len(records_of(run_dir)) - 1
     assert f"skyrl-spec: SIGTERM: saved {checkpoints}/step_{step}; the same command with" in output
-    # The signal may have come when the second step was past breaking off.
+    # The second step may have begun to train when the signal came.
     assert step in (1, 2)
 
     go_on = [*WHOLE, "trainer.resume_mode=latest", "trainer.ckpt_interval=1"]
@@ -71,7 +71,7 @@ def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bi
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if "error" in line]
     assert line.startswith("skyrl-spec: error: policy worker 0 of 1 died (killed or crashed: ")
-    # The one that it went on from, if it died while it saved its first one.
+    # The checkpoint that it resumed from, if the worker died during the first save.
     assert line.endswith(f"; {GO_ON} {latest(checkpoints)}")
 
     run = start(run_dir, *go_on)
@@ -92,7 +92,7 @@ def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bi
 def test_a_run_that_may_restart_loses_both_workers(tmp_path: Path, whole: Whole) -> None:
     restarts = ["trainer.max_restarts=2", "trainer.ckpt_interval=2"]
     run = start(tmp_path / "run", *WHOLE, *restarts)
-    # Before there is a checkpoint, and after.
+    # Before and after the first checkpoint.
     for num_records in (2, 4):
         run.wait_for_steps(num_records)
         run.actor("PolicyWorker").kill()
@@ -100,7 +100,7 @@ def test_a_run_that_may_restart_loses_both_workers(tmp_path: Path, whole: Whole)
     output = run.output(timeout_s=300)
     assert run.process.returncode == 0, output
     assert output.count("died (killed or crashed: ") == 2
-    # Before there was a checkpoint, and after; the first step may be over when the signal comes.
+    # Before and after the first checkpoint. The step in progress may be complete when the signal comes.
     went_on = re.findall(r"going on from (?:the beginning|.*/(step_\d)) \(trainer.max_restarts\)", output)
     assert len(went_on) == 2
     assert went_on[-1] in ("step_2", "step_4")

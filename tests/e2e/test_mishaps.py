@@ -1,4 +1,4 @@
-"""Whole runs on a disk that is full, with an environment that fails."""
+"""Whole runs with a full disk and a failing environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skyrl_spec.metrics import names
 
 
 def moody_rows(path: Path) -> Path:
-    """Eight rows of the example, which make up every batch."""
+    """Eight rows of the example, which form every batch."""
     rows = (ROOT / "examples/arithmetic_mtp/data/train.jsonl").read_text().splitlines()[:8]
     path.write_text("".join(json.dumps(json.loads(row) | {"env_class": "moody"}) + "\n" for row in rows))
     return path
@@ -46,7 +46,7 @@ def test_a_run_with_a_full_disk_and_a_failing_environment_goes_on(tmp_path: Path
     assert run.process.returncode == 0, output
     assert run.processes() == []
     first, second = records_of(run_dir)
-    # Four responses to the row it raises on, and one that it hung on.
+    # Four responses to the row that raises, and one that hangs.
     assert (first[names.NUM_FAILED], second[names.NUM_FAILED]) == (5, 4)
     where = "skyrl-spec: warning: a response could not be scored and gets reward 0: row"
     assert f"{where} {RAISES_ON}, env_class moody: ZeroDivisionError: by nothing" in output
@@ -55,7 +55,7 @@ def test_a_run_with_a_full_disk_and_a_failing_environment_goes_on(tmp_path: Path
     assert output.count(warning) == 1
     assert "earlier ones are as they were" in output
     assert "Traceback" not in output
-    # What is on the disk at the end.
+    # The shell lists the disk at the end.
     assert output.splitlines()[-2:] == ["latest", "step_1"]
     assert (run_dir / "model" / "model.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""The commands besides ``train``, on what a whole run left behind, and a comparison of whole runs."""
+"""Commands other than ``train`` on the results of a whole run, and a comparison of whole runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Whole = tuple[Path, str, list[dict[str, Any]]]
 
 
 def tool(*words: str, timeout_s: float = 420) -> str:
-    """What it prints; nothing of Megatron, vLLM or Ray may be among it."""
+    """Output of the command, which must hold nothing of Megatron, vLLM or Ray."""
     run = launch(Path(), [*SKYRL_SPEC, *words])
     output = run.output(timeout_s)
     assert run.process.returncode == 0, output
@@ -29,7 +29,7 @@ def tool(*words: str, timeout_s: float = 420) -> str:
 
 
 def test_eval_draft_of_a_run(whole: Whole, tmp_path: Path) -> None:
-    """Its newest checkpoint, with the sampling and prompts that it was trained with."""
+    """Evaluates the newest checkpoint with its training's sampling settings and prompts."""
     out = tmp_path / "out.json"
     small = ["num_speculative_tokens=[1,3]", "batch_sizes=[8]", "rounds=2", "max_generate_length=40"]
     lines = tool("eval-draft", f"target={whole[0]}", f"out={out}", *small).splitlines()
@@ -82,12 +82,12 @@ def test_a_comparison_of_a_trained_a_frozen_and_no_draft(tmp_path: Path) -> None
     records = {name: records_of(root / name) for name in ("trained", "frozen", "none")}
     assert all([record[names.STEP] for record in own] == [1, 2] for own in records.values())
     acceptance = names.acceptance_length("train")
-    # The first step's rollouts are those of the same weights under the same seed.
+    # The first step's rollouts have the same weights and the same seed.
     assert records["trained"][0][acceptance] == records["frozen"][0][acceptance] > 2
     assert names.DRAFT_LOSS in records["trained"][0]
     assert names.DRAFT_LOSS not in records["frozen"][0]
     assert acceptance not in records["none"][0]
-    # Isolation: what the draft is trained to does not reach the policy.
+    # Isolation: training of the draft does not change the policy.
     assert records["trained"][0]["policy/grad_norm"] == records["frozen"][0]["policy/grad_norm"]
     found = json.loads((root / "compare.json").read_text())
     assert found["trained"]["headline/train_acceptance_length_first"] == records["trained"][0][acceptance]
@@ -128,13 +128,13 @@ def test_the_report_in_a_browser(whole: Whole, tmp_path: Path, width: int, colum
     dom = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
     found = json.loads(dom.split('<pre id="out">')[1].split("</pre>")[0])
     assert found["images"] == found["drawn"] >= 10
-    # Nothing is wider than the screen (the table scrolls by itself); charts stand side by side where there is room.
+    # Nothing is wider than the screen (the table scrolls); charts are side by side if there is room.
     assert found["width"] <= width
     assert found["columns"] == columns
 
 
 def test_an_evaluation_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
-    """By SIGTERM, for which Ray has a handler of its own."""
+    """SIGTERM, for which Ray installs its own handler."""
     example = ROOT / "examples" / "arithmetic_mtp"
     words = ["eval-draft", f"target={example / 'model'}", f"prompts={example / 'data' / 'validation.jsonl'}"]
     run = launch(tmp_path, [*SKYRL_SPEC, *words, f"out={tmp_path / 'out.json'}"])

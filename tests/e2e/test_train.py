@@ -33,7 +33,7 @@ def trained_positions(config: Config) -> int:
 
 
 def expected_keys(config: Config, k: int, *, step: int = 1) -> set[str]:
-    """Of the first step, whose sync is checked, or of one that is not."""
+    """Metric keys of step ``step``. The canaries check the sync of the first step."""
     canary = metric_keys.canary_keys(has_draft=trained_positions(config) > 0) if step == 1 else []
     return {*canary} | set(
         metric_keys.step_keys(
@@ -60,14 +60,14 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
         assert all(math.isfinite(value) for value in record.values()), record
     assert [record["sync/policy_version"] for record in records[1:]] == [1, 2, 3, 4, 5]
     assert [record["sync/draft_version"] for record in records[1:]] == [1, 2, 3, 4, 5]
-    # The trainer's log-probs of the rollouts are the engine's: the same weights, both fp32.
+    # Trainer and engine compute the same log-probs: the same weights, both in fp32.
     assert all(record["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4 for record in records[1:])
     assert all(2.0 < record["vllm/train/draft_mean_acceptance_length"] <= 4.0 for record in records[1:])
 
     assert "rollout speed-up by the draft" in output
     assert "sync canary: checked 1x" in output
     assert "lossless canary: checked 2x, 100% of greedy responses equal" in output
-    # What follows are paths and commands, which are as long as they are.
+    # The lines after these hold paths and commands of any length.
     table = output.split("\n  run ")[0]
     assert max(map(len, table.splitlines())) <= 100, "a line is wider than a terminal"
     assert "Warning" not in output
@@ -120,13 +120,13 @@ def test_dapo_on_two_ranks_with_reference_and_importance_correction(tmp_path: Pa
     for record in records:
         assert record.keys() >= expected_keys(load_config(overrides), 2, step=record["trainer/step"])
         assert all(math.isfinite(value) for value in record.values()), record
-    # The policy has not moved before its first update, so the first step's KL is that of later mini-batches alone.
+    # The policy does not change before its first update, so only later mini-batches add to the first step's KL.
     assert records[1]["policy/kl"] > 0
 
 
 def test_an_interrupted_run_without_a_draft_leaves_nothing_behind(tmp_path: Path) -> None:
     overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.mtp.enabled=false", "trainer.eval_before_train=false"]
-    # Sums of six terms do not fit; each file's are counted and said once.
+    # Sums of six terms do not fit. Each file's are counted and printed once.
     overrides += ["trainer.max_prompt_length=13", "trainer.max_training_steps=50"]
     run, output = stopped(tmp_path / "run", overrides, signal.SIGINT, times=1, within_s=10)
     assert run.process.returncode == 128 + signal.SIGINT, output
@@ -134,7 +134,7 @@ def test_an_interrupted_run_without_a_draft_leaves_nothing_behind(tmp_path: Path
     for setting in ("data.train_data", "data.val_data"):
         assert output.count(f"skyrl-spec: {setting}: ") == 1
     assert output.count("prompts are longer than trainer.max_prompt_length=13 tokens and are skipped") == 2
-    # The same run, less the draft.
+    # The run is the same without the draft.
     record = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert record.keys() == expected_keys(load_config(overrides), 0)
     assert not [key for key in record if "draft" in key]

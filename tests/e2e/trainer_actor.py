@@ -1,4 +1,4 @@
-"""A trainer alone in its process, which tells what its draft computes; called like a worker."""
+"""A trainer as an actor, called like a worker, which also returns the outputs of its draft."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainerActor:
         from skyrl_spec.drafts.base import BatchTokens
         from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN, MtpDraft
 
-        # Depth d reads token base+d alone: what follows is padding.
+        # Depth d reads token base+d only: the tokens after it are padding.
         ids = torch.tensor([[*token_ids, 0]])
         ones = torch.ones_like(ids)
         trunk, _ = self._forward(ids)
@@ -87,7 +87,7 @@ class TrainerActor:
         save_hf(self._trainer, run_dir)
 
     def _forward(self, ids: torch.Tensor) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
-        """What the draft captures, and the trunk's output."""
+        """Hidden states that the draft captures, and the trunk's output."""
         from skyrl_spec.models.capture import capture
 
         draft = self._trainer.draft.draft

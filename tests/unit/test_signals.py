@@ -1,4 +1,4 @@
-"""When a signal breaks a run off."""
+"""Signals during a run: when they stop it, and which processes receive them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skyrl_spec.controller.signals import Interrupted, SignalWatch, sigterm_kept
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Those of pytest: a watch that has heard a signal keeps its own."""
+    """Restores pytest's handlers: a watch that has received a signal keeps its own."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
     for signum, handler in before.items():
@@ -24,7 +24,7 @@ def handlers() -> Iterator[None]:
 
 
 def act(watch: SignalWatch, signum: int, *, shielded: bool, error: Exception | None = None) -> list[str]:
-    """Get a signal in the middle of something; what of it was done."""
+    """Sends itself a signal in the middle of some work; returns the part of the work that was done."""
     done = []
     with watch.shield() if shielded else nullcontext():
         try:
@@ -42,7 +42,7 @@ def test_sigterm_waits_for_the_end_of_a_shield() -> None:
     with watch.installed():
         with pytest.raises(Interrupted):
             act(watch, signal.SIGTERM, shielded=True)
-        # It was heard: another one does not disturb the way out.
+        # A further signal does not interrupt the shutdown.
         assert act(watch, signal.SIGTERM, shielded=False) == ["all of it"]
     assert watch.received == signal.SIGTERM
     assert not watch.is_broken
@@ -66,7 +66,7 @@ def test_an_error_in_a_shield_stays_what_it_is() -> None:
     watch = SignalWatch()
     with watch.installed(), pytest.raises(ValueError, match="of its own"):
         act(watch, signal.SIGTERM, shielded=True, error=ValueError("of its own"))
-    # What was to be done in one piece was not, so there is nothing to save.
+    # The work is incomplete, so there is nothing to save.
     assert watch.is_broken
 
 
@@ -81,7 +81,7 @@ def test_a_child_never_gets_the_sigterm_that_its_parent_gets() -> None:
             children.append(child)
             assert child.stdout is not None
             child.stdout.readline()
-            # As Ray does when it starts.
+            # Ray installs a handler when it starts.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
             os.kill(os.getpid(), signal.SIGTERM)
             assert watch.received is None
