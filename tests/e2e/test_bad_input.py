@@ -459,6 +459,10 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda space: [*space.dflash(), f"{ENGINE}.speculative_config={{method: ngram, num_speculative_tokens: 3}}"],
         (f"{ENGINE}.speculative_config=", "must be of method dflash", "turn dflash off"),
     ),
+    "collectives that outlast a call": (
+        lambda _: ["trainer.placement.worker_timeout_s=60", "trainer.placement.collective_timeout_s=61"],
+        ("trainer.placement.collective_timeout_s=61", "at most trainer.placement.worker_timeout_s=60", "lower it"),
+    ),
     "shared GPUs on CPU": (
         lambda _: ["trainer.placement.colocate_all=true"],
         ("trainer.placement.colocate_all=true: needs trainer.placement.device=cuda", "set it to false"),
