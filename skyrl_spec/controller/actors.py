@@ -35,6 +35,8 @@ _DEATHS_HEARD_S = 5.0
 _PING_S = 60.0
 # Ports tried for a GPU weight transfer.
 _CONNECT_TRIES = 3
+# Ray colours its part of a traceback.
+_TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Call = Callable[[Any], ray.ObjectRef]
 
@@ -356,7 +358,7 @@ def actor_error(who: str, error: ray.exceptions.RayTaskError) -> ActorError:
     cause = error.cause if isinstance(error.cause, BaseException) else error
     first_line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
     raised = ActorError(f"{who} raised {type(cause).__name__}: {first_line[:200]}".rstrip(": "))
-    raised.traceback = str(error)
+    raised.traceback = _TERMINAL_COLOUR.sub("", str(error))
     return raised
 
 

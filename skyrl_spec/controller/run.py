@@ -331,5 +331,5 @@ def _logged(error: ActorError, run_dir: Path) -> ActorError:
     folder = run_dir / "errors"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"actor_error_{1 + len(list(folder.glob('actor_error_*.log')))}.log"
-    path.write_text(error.traceback)
+    path.write_text(f"{error.traceback}\n")
     return ActorError(f"{error} (traceback: {path})")

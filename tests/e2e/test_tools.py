@@ -50,7 +50,7 @@ def test_eval_draft_of_a_run(whole: Whole, tmp_path: Path) -> None:
 
 def test_a_report_of_a_run(whole: Whole, tmp_path: Path) -> None:
     output = tool("report", str(whole[0]), f"out={tmp_path / 'report'}")
-    assert output == f"wrote {tmp_path / 'report' / 'index.html'} and its charts beside it\n"
+    assert output == f"wrote {tmp_path / 'report' / 'index.html'}, with its charts as PNG files beside it\n"
     page = (tmp_path / "report" / "index.html").read_text()
     assert 'class="accepted"' in page
     samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]

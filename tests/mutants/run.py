@@ -3,36 +3,51 @@
     python tests/mutants/run.py             every mutant of ``mutants.py``
     python tests/mutants/run.py clip mtp    those whose name or file has one of these words
 
-The sources are never changed: each of two workers has a copy of its own. The tests run once without a break first. A
-mutant is caught if a test fails; one that all tests pass, or that runs into the time limit, is not.
+The sources are never changed: two mutants run at a time, each in a copy of its own. The tests run once without a break
+first. A mutant is caught if a test fails; one that all tests pass, or that runs into the time limit, is not.
+
+Imports take longer than most tests. So this process imports what the tests need, but nothing of the project, and forks
+for every mutant.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 from mutant import Mutant
 from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("skyrl_spec", "tests", "examples", "configs", "pyproject.toml")
+IMPORTED = (
+    "hypothesis",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.pipeline_parallel",
+    "omegaconf",
+    "pytest",
+    "scipy.stats",
+    "torch.distributed.checkpoint",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+)
 # Every process of a run imports the package of its copy; needs real processes to be sure.
 CHECK_OF_COPY = "tests/mutants/check_copy.py"
-NUM_WORKERS = 2
-UNBROKEN_LIMIT_S = 900.0
+AT_A_TIME = 2
+UNBROKEN_LIMIT_S = 1200.0
 
 
 @dataclass(frozen=True)
@@ -55,47 +70,64 @@ def make_copy(target: Path) -> Path:
     return target
 
 
-@contextmanager
-def broken(mutant: Mutant, copy: Path) -> Iterator[None]:
-    """Inside, ``mutant`` is in the copy."""
-    path = copy / mutant.file
-    source = path.read_text()
-    path.write_text(mutant.broken(source))
-    try:
-        yield
-    finally:
-        path.write_text(source)
+def import_for_tests() -> None:
+    """In this process, once for all that are forked from it."""
+    # Read on import. Threads do not live through a fork.
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with warnings.catch_warnings():
+        # Megatron says on import what is not installed.
+        warnings.simplefilter("ignore")
+        for name in IMPORTED:
+            importlib.import_module(name)
+    assert "skyrl_spec" not in sys.modules
 
 
-def run_tests(copy: Path, tests: Sequence[str], limit_s: float) -> Outcome:
-    """Run ``tests`` in the copy until the first failure."""
-    paths = [str(copy), str(copy / "tests" / "mutants")]
-    # Without compiled files: one that is broken and restored within a second could be taken for the other.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "plugin", "-p", "no:cacheprovider"]
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [*command, *tests],
-        cwd=copy,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+class Run:
+    """pytest in a process of its own, forked from this one, until the first test fails."""
+
+    def __init__(self, copy: Path, tests: Sequence[str], limit_s: float):
+        self._output = copy / "output"
+        self._limit_s, self._start = limit_s, time.monotonic()
+        # What is not written yet would be written by both.
+        sys.stdout.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _be_pytest(copy, tests, self._output)
+
+    def outcome(self) -> Outcome | None:
+        """None while it runs."""
+        seconds = time.monotonic() - self._start
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid == 0 and seconds < self._limit_s:
+            return None
+        # Also processes that a failed test has left.
+        with suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        if pid == 0:
+            os.waitpid(self._pid, 0)
+            return Outcome("", f"not done after {self._limit_s:.0f} s", seconds)
+        return Outcome(*_read(os.waitstatus_to_exitcode(status), self._output.read_text()), seconds)
+
+
+def _be_pytest(copy: Path, tests: Sequence[str], output: Path) -> None:
+    """The rest of a forked process."""
+    status = 99
     try:
-        output, _ = process.communicate(timeout=limit_s)
-        test, problem = _read(process.returncode, output)
-    except subprocess.TimeoutExpired:
-        test, problem = "", f"not done after {limit_s:.0f} s"
+        os.setsid()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.chdir(copy)
+        sys.path[:0] = [str(copy), str(copy / "tests" / "mutants")]
+        # A compiled file of a break could be taken for the code as it is: both are written within a second.
+        sys.dont_write_bytecode = True
+        import pytest
+
+        options = ["-x", "-q", "--no-header", "-p", "plugin", "-p", "no:cacheprovider"]
+        status = int(pytest.main([*options, *tests]))
+        sys.stdout.flush()
     finally:
-        # Also processes that a test that failed has left.
-        _end_session(process)
-    return Outcome(test, problem, time.monotonic() - start)
+        os._exit(status)
 
 
 def _read(status: int, output: str) -> tuple[str, str]:
@@ -109,45 +141,36 @@ def _read(status: int, output: str) -> tuple[str, str]:
     return "", f"pytest ended with {status}: {' '.join(output.split())[-300:]}"
 
 
-def _end_session(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def run_unbroken(copy: Path, mutants: Sequence[Mutant]) -> None:
     """Every test that is named passes as the code is."""
     tests = [CHECK_OF_COPY, *dict.fromkeys(test for mutant in mutants for test in mutant.tests)]
     print(f"{len(tests)} tests and test files without a break ...", flush=True)
-    outcome = run_tests(copy, tests, UNBROKEN_LIMIT_S)
+    run = Run(copy, tests, UNBROKEN_LIMIT_S)
+    while (outcome := run.outcome()) is None:
+        time.sleep(0.1)
     if outcome.problem != "all tests pass":
         sys.exit(f"without a break: {outcome.test or outcome.problem} ({outcome.seconds:.0f} s)")
     print(f"pass, {outcome.seconds:.0f} s", flush=True)
 
 
-def run_mutants(copies: Sequence[Path], mutants: Sequence[Mutant], limit_s: float) -> dict[Mutant, Outcome]:
-    """The outcome of each, one worker a copy; prints them as they come."""
-    free: SimpleQueue[Path] = SimpleQueue()
-    for copy in copies:
-        free.put(copy)
-
-    def run(mutant: Mutant) -> Outcome:
-        copy = free.get()
-        try:
-            with broken(mutant, copy):
-                return run_tests(copy, mutant.tests, limit_s)
-        finally:
-            free.put(copy)
-
-    outcomes = {}
-    with ThreadPoolExecutor(len(copies)) as workers:
-        pending = {workers.submit(run, mutant): mutant for mutant in mutants}
-        for future in as_completed(pending):
-            mutant, outcome = pending[future], future.result()
-            outcomes[mutant] = outcome
-            said = f"caught by {outcome.test}" if outcome.test else f"NOT CAUGHT ({outcome.problem})"
-            print(f"{len(outcomes):3}/{len(mutants)}  {outcome.seconds:4.0f} s  {mutant.name}: {said}", flush=True)
-    return outcomes
+def run_mutants(copies: Sequence[Path], mutants: Sequence[Mutant], limit_s: float) -> Iterator[tuple[Mutant, Outcome]]:
+    """Mutants with their outcomes, as they come: one at a time in each copy."""
+    free, waiting = list(copies), list(mutants)
+    running: list[tuple[Mutant, Path, str, Run]] = []
+    while waiting or running:
+        while free and waiting:
+            mutant, copy = waiting.pop(0), free.pop()
+            source = (copy / mutant.file).read_text()
+            (copy / mutant.file).write_text(mutant.broken(source))
+            running.append((mutant, copy, source, Run(copy, mutant.tests, limit_s)))
+        time.sleep(0.1)
+        for job in list(running):
+            mutant, copy, source, run = job
+            if (outcome := run.outcome()) is not None:
+                running.remove(job)
+                (copy / mutant.file).write_text(source)
+                free.append(copy)
+                yield mutant, outcome
 
 
 def table(outcomes: dict[Mutant, Outcome], mutants: Sequence[Mutant]) -> str:
@@ -170,11 +193,17 @@ def main(words: Sequence[str], limit_s: float) -> int:
     mutants = [mutant for mutant in MUTANTS if mutant.matches(words)]
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copies = [make_copy(Path(folder) / str(index)) for index in range(min(NUM_WORKERS, len(mutants)))]
+        copies = [make_copy(Path(folder) / str(index)) for index in range(AT_A_TIME)]
+        # A break that cannot be made any more ends the run before it takes minutes.
         for mutant in mutants:
             mutant.broken((copies[0] / mutant.file).read_text())
+        import_for_tests()
         run_unbroken(copies[0], mutants)
-        outcomes = run_mutants(copies, mutants, limit_s)
+        outcomes: dict[Mutant, Outcome] = {}
+        for mutant, outcome in run_mutants(copies, mutants, limit_s):
+            outcomes[mutant] = outcome
+            found = f"caught by {outcome.test}" if outcome.test else f"NOT CAUGHT ({outcome.problem})"
+            print(f"{len(outcomes):3}/{len(mutants)}  {outcome.seconds:4.0f} s  {mutant.name}: {found}", flush=True)
     survivors = [mutant.name for mutant in mutants if not outcomes[mutant].test]
     minutes = (time.monotonic() - start) / 60
     print(f"\n{table(outcomes, mutants)}\n")
