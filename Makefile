@@ -36,7 +36,7 @@ train: setup
 	@$(BIN)/skyrl-spec train experiment=cpu_mtp_grpo $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-py312:
 	@$(MAKE) --no-print-directory test VERSION=3.12 PYTHON=$(PYTHON312) VENV=.venv312 LOCK=requirements-cpu-py312.lock \

@@ -34,6 +34,8 @@ multiprocessing.set_forkserver_preload(
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
 
 
+# Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives tests that share fixtures to one worker (``make test`` runs two): those of a file, and those of ``whole``.
 

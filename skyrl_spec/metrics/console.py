@@ -183,7 +183,8 @@ def _worst(records: Iterable[Mapping[str, Any]], key: str) -> str:
 
 def _share(records: Iterable[Mapping[str, Any]], phase: str) -> str:
     steps = [record for record in records if names.STEP_TIME in record]
-    return f"{sum(r.get(names.timing(phase), 0.0) for r in steps) / sum(r[names.STEP_TIME] for r in steps):.1%}"
+    share = sum(r.get(names.timing(phase), 0.0) for r in steps) / sum(r[names.STEP_TIME] for r in steps)
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
 def _last_step(records: Iterable[Mapping[str, Any]]) -> int:

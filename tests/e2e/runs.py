@@ -151,7 +151,7 @@ def stopped(
         time.sleep(0.1)
     output = run.output(timeout_s=60)
     assert time.monotonic() - sent < within_s
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     assert run.processes() == []
     assert set(os.listdir("/dev/shm")) <= shared_before
     assert list(temporary.glob("skyrl-*")) == []

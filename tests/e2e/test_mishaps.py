@@ -54,7 +54,7 @@ def test_a_run_with_a_full_disk_and_a_failing_environment_goes_on(tmp_path: Path
     warning = f"skyrl-spec: warning: {run_dir}/checkpoints/step_2: the checkpoint could not be written (No space left"
     assert output.count(warning) == 1
     assert "earlier ones are as they were" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     # The shell lists the disk at the end.
     assert output.splitlines()[-2:] == ["latest", "step_1"]
     assert (run_dir / "model" / "model.safetensors").exists()
@@ -83,6 +83,6 @@ def test_a_run_that_may_not_go_on_ends_with_a_line(
     output = run.output(timeout_s=300)
     assert run.process.returncode == 1, output
     assert run.processes() == []
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith("skyrl-spec: error: ")]
     assert expected in line

@@ -24,6 +24,7 @@ from skyrl_spec.training.worker import PolicyWorker
 Whole = tuple[Path, str, list[dict[str, Any]]]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sigterm_to_every_process_while_sampling_and_while_training_saves(tmp_path: Path, whole: Whole) -> None:
     run_dir = tmp_path / "run"

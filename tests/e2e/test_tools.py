@@ -143,6 +143,6 @@ def test_an_evaluation_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> 
     output = run.output(timeout_s=60)
     assert run.process.returncode == 128 + signal.SIGTERM, output
     assert "skyrl-spec: SIGTERM: stopped" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     assert run.processes() == []
     assert not (tmp_path / "out.json").exists()

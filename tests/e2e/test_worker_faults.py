@@ -38,7 +38,7 @@ def test_a_worker_that_runs_out_of_memory_ends_the_run_with_a_line_and_a_log_fil
     output = run.output(timeout_s=300)
     assert run.process.returncode == 1, output
     assert run.processes() == []
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if "error" in line]
     log = run.run_dir / "errors" / "actor_error_1.log"
     go_on = f"the same command with trainer.resume_mode=latest goes on from {run.run_dir}/checkpoints/step_1"
@@ -61,7 +61,7 @@ def test_a_run_that_may_restart_goes_on_from_its_checkpoint_after_a_fault_and_a_
     output = run.output(timeout_s=600)
     assert run.process.returncode == 0, output
     assert run.processes() == []
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     first, second = [line for line in output.splitlines() if "warning" in line]
     log = run.run_dir / "errors" / "actor_error_1.log"
     checkpoints = f"{run.run_dir}/checkpoints"

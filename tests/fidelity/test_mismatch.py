@@ -29,6 +29,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_mismatch_saves_its_step_and_restarts_from_it(tmp_path: Path) -> None:
     run_dir, lost = tmp_path / "run", tmp_path / "lost.json"
