@@ -1,12 +1,17 @@
-"""Benchmark of the chunked draft loss against plain PyTorch with full logits: time and peak extra memory.
+"""Benchmark of the draft loss against two other ways to compute it: time and peak extra memory.
 
-    python benchmarks/soft_ce.py                    # CPU, about three minutes on two cores
+    python benchmarks/soft_ce.py                    # CPU, about five minutes on two cores
     python benchmarks/soft_ce.py --device cuda
 
-Both versions compute the loss and its gradient with respect to the draft's hidden states (forward and backward) on the
-same inputs. The gradients are compared every time. Each measurement runs in a new process. The two versions take turns,
-and the table has medians. Extra memory is the peak minus the memory held once libraries and inputs are loaded: resident
-memory on CPU, the allocator's on CUDA.
+- ``ours``: the loss of this project, one chunk of positions at a time.
+- ``plain``: logits of all positions at once, softmax in float32.
+- ``checkpointed``: logits of all positions at once; the float32 softmax exists for a chunk of positions, and again in
+  the backward pass (``torch.utils.checkpoint``). SkyRL computes its draft loss like this.
+
+All compute the loss and its gradient with respect to the draft's hidden states (forward and backward) on the same
+inputs. The gradients are compared every time. Each measurement runs in a new process. The versions take turns, and the
+table has medians. Extra memory is the peak minus the memory held once libraries and inputs are loaded: resident memory
+on CPU, the allocator's on CUDA.
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 
@@ -37,37 +44,71 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 MIB = 2**20
 
 
-def plain_soft_ce(draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weights_KT: Tensor) -> Tensor:
-    """Plain soft cross-entropy: logits of all tokens at once, softmax in float32."""
-    with torch.no_grad():
-        teacher_TV = ((teacher_TD @ weight_VD.t()).float() / TEMPERATURE).softmax(-1)
-    logq_KTV = ((draft_KTD @ weight_VD.t()).float() / TEMPERATURE).log_softmax(-1)
-    return -(weights_KT * (teacher_TV * logq_KTV).sum(-1)).sum()
-
-
-def loss_and_grad(args: argparse.Namespace, inputs: tuple[Tensor, ...]) -> Tensor:
+def loss_and_grad(version: str, inputs: tuple[Tensor, ...], chunk_size: int) -> Tensor:
     """Gradient of the loss with respect to the draft's hidden states."""
-    if args.version == "plain":
-        loss = plain_soft_ce(*inputs)
-    else:
-        loss = vocab_parallel_soft_ce(
-            *inputs, vocab_size=len(inputs[2]), temperature=TEMPERATURE, chunk_size=args.chunk_size, group=None
-        ).loss
-    return torch.autograd.grad(loss, inputs[0])[0]
+    return torch.autograd.grad(VERSIONS[version](*inputs, chunk_size), inputs[0])[0]
 
 
-def make_inputs(args: argparse.Namespace, vocab_size: int, num_tokens: int) -> tuple[Tensor, ...]:
-    """Random draft states, teacher states, output weight and token weights, in the order of ``plain_soft_ce``."""
-    generator = torch.Generator(args.device).manual_seed(0)
+def ours(draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weights_KT: Tensor, chunk_size: int) -> Tensor:
+    """This project's loss."""
+    return vocab_parallel_soft_ce(
+        draft_KTD,
+        teacher_TD,
+        weight_VD,
+        weights_KT,
+        vocab_size=len(weight_VD),
+        temperature=TEMPERATURE,
+        chunk_size=chunk_size,
+        group=None,
+    ).loss
+
+
+def plain(draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weights_KT: Tensor, _chunk_size: int) -> Tensor:
+    """Plain soft cross-entropy."""
+    return _of_logits(draft_KTD @ weight_VD.t(), _teacher_logits(teacher_TD, weight_VD), weights_KT)
+
+
+def checkpointed(
+    draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weights_KT: Tensor, chunk_size: int
+) -> Tensor:
+    """Plain soft cross-entropy, a checkpointed chunk of positions at a time, of full logits."""
+    logits = (draft_KTD @ weight_VD.t()).split(chunk_size, dim=1)
+    teacher = _teacher_logits(teacher_TD, weight_VD).split(chunk_size)
+    chunks = zip(logits, teacher, weights_KT.split(chunk_size, dim=1), strict=True)
+    return torch.stack(
+        [checkpoint(_of_logits, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    ).sum()
+
+
+@torch.no_grad()
+def _teacher_logits(teacher_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    return teacher_TD @ weight_VD.t()
+
+
+def _of_logits(logits_KTV: Tensor, teacher_TV: Tensor, weights_KT: Tensor) -> Tensor:
+    probabilities_TV = (teacher_TV.float() / TEMPERATURE).softmax(-1)
+    logq_KTV = (logits_KTV.float() / TEMPERATURE).log_softmax(-1)
+    return -(weights_KT * (probabilities_TV * logq_KTV).sum(-1)).sum()
+
+
+VERSIONS: dict[str, Callable[..., Tensor]] = {"ours": ours, "plain": plain, "checkpointed": checkpointed}
+OTHERS = ("plain", "checkpointed")
+
+
+def make_inputs(
+    device: str, dtype: torch.dtype, num_drafts: int, num_tokens: int, hidden_size: int, vocab_size: int
+) -> tuple[Tensor, ...]:
+    """Random draft states, teacher states, output weight and token weights, in the order of the versions."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=args.device, dtype=getattr(torch, args.dtype))
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    draft_KTD = randn(args.num_drafts, num_tokens, args.hidden_size).requires_grad_()
+    draft_KTD = randn(num_drafts, num_tokens, hidden_size).requires_grad_()
     # Logits get standard deviation 2, so they are as peaked as a language model's.
-    weight_VD = randn(vocab_size, args.hidden_size).mul_(2 * args.hidden_size**-0.5)
-    weights_KT = torch.full((args.num_drafts, num_tokens), 1.0 / num_tokens, device=args.device)
-    return draft_KTD, randn(num_tokens, args.hidden_size), weight_VD, weights_KT
+    weight_VD = randn(vocab_size, hidden_size).mul_(2 * hidden_size**-0.5)
+    weights_KT = torch.full((num_drafts, num_tokens), 1.0 / num_tokens, device=device)
+    return draft_KTD, randn(num_tokens, hidden_size), weight_VD, weights_KT
 
 
 def peak_memory(device: str) -> int:
@@ -80,11 +121,16 @@ def peak_memory(device: str) -> int:
 
 def measure(args: argparse.Namespace) -> None:
     """Measure one version once, in a child process, and print a line of JSON. A tiny run before loads the libraries."""
-    loss_and_grad(args, make_inputs(args, vocab_size=64, num_tokens=8))
-    inputs = make_inputs(args, args.vocab_size, args.num_tokens)
+
+    def build(num_tokens: int, vocab_size: int) -> tuple[Tensor, ...]:
+        dtype = getattr(torch, args.dtype)
+        return make_inputs(args.device, dtype, args.num_drafts, num_tokens, args.hidden_size, vocab_size)
+
+    loss_and_grad(args.version, build(8, 64), args.chunk_size)
+    inputs = build(args.num_tokens, args.vocab_size)
     before = peak_memory(args.device)
     start = time.perf_counter()
-    grad_KTD = loss_and_grad(args, inputs)
+    grad_KTD = loss_and_grad(args.version, inputs, args.chunk_size)
     after = peak_memory(args.device)
     seconds = time.perf_counter() - start
     np.save(args.grad_file, grad_KTD.float().cpu().numpy())
@@ -101,9 +147,9 @@ def measure_in_child(args: argparse.Namespace, **settings: Any) -> dict[str, flo
 
 def compare(args: argparse.Namespace, vocab_size: int, num_drafts: int) -> str:
     """A row of the table: alternating rounds of one size."""
-    runs: dict[str, list[dict[str, float]]] = {"plain": [], "chunked": []}
+    runs: dict[str, list[dict[str, float]]] = {version: [] for version in VERSIONS}
     with tempfile.TemporaryDirectory() as folder:
-        files = {version: f"{folder}/{version}.npy" for version in runs}
+        files = {version: f"{folder}/{version}.npy" for version in VERSIONS}
         for _ in range(args.rounds):
             for version, file in files.items():
                 runs[version].append(
@@ -111,16 +157,18 @@ def compare(args: argparse.Namespace, vocab_size: int, num_drafts: int) -> str:
                         args, version=version, vocab_size=vocab_size, num_drafts=num_drafts, grad_file=file
                     )
                 )
-            plain, chunked = (np.load(file) for file in files.values())
-            error = np.abs(chunked - plain).max() / np.abs(plain).max()
+            mine, *others = (np.load(file) for file in files.values())
+            error = max(np.abs(mine - other).max() / np.abs(other).max() for other in others)
             assert error < TOLERANCE[args.dtype], f"the gradients differ by {error:.1e} of the largest entry"
-    (plain_s, chunked_s), (plain_mib, chunked_mib) = (
-        [statistics.median(run[key] for run in runs[version]) for version in runs] for key in ("seconds", "extra_mib")
+    seconds, mib = (
+        {version: statistics.median(run[key] for run in runs[version]) for version in VERSIONS}
+        for key in ("seconds", "extra_mib")
     )
-    return (
-        f"| {vocab_size} | {num_drafts} | {plain_s:.2f} | {chunked_s:.2f} | {chunked_s / plain_s:.2f} "
-        f"| {plain_mib:.0f} | {chunked_mib:.0f} | {chunked_mib / plain_mib:.1%} | {error:.0e} |"
-    )
+    cells = [f"{vocab_size}", f"{num_drafts}", *(f"{value:.2f}" for value in seconds.values())]
+    cells += [f"{seconds['ours'] / seconds[other]:.2f}" for other in OTHERS]
+    cells += [f"{value:.0f}" for value in mib.values()]
+    cells += [f"{mib['ours'] / mib[other]:.1%}" for other in OTHERS]
+    return f"| {' | '.join([*cells, f'{error:.0e}'])} |"
 
 
 def main() -> None:
@@ -147,8 +195,10 @@ def main() -> None:
         f"{args.device}, {args.dtype}: {args.num_tokens} tokens, hidden size {args.hidden_size}, "
         f"{args.chunk_size} tokens a chunk, medians of {args.rounds} rounds\n"
     )
-    print("| vocabulary | drafts | plain s | chunked s | ratio | plain MiB | chunked MiB | ratio | gradient error |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    heads = ["vocabulary", "drafts"]
+    for unit in ("s", "MiB"):
+        heads += [f"{version} {unit}" for version in VERSIONS] + [f"ours / {other}" for other in OTHERS]
+    print(f"| {' | '.join([*heads, 'gradient error'])} |\n|{'---:|' * (len(heads) + 1)}")
     for vocab_size in (32_000, 152_064):
         for num_drafts in (1, 3):
             print(compare(args, vocab_size, num_drafts), flush=True)

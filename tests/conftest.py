@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-_SHARED = ("tests/dist", "tests/megatron", "tests/rollout", "tests/e2e", "tests/fidelity", "examples/arithmetic_mtp")
+_SHARED = (
+    "tests/dist",
+    "tests/megatron",
+    "tests/rollout",
+    "tests/e2e",
+    "tests/fidelity",
+    "tests/gpu",
+    "benchmarks",
+    "examples/arithmetic_mtp",
+)
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in _SHARED)
 # Two cores: threads of engine, trainer and tests must not fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -112,17 +112,22 @@ def _with_draft(
     model: Path, own: Path | None, options: EvalDraftOptions, *, name: str, home: Path, run: Config | None = None
 ) -> Target:
     """The target with the draft of ``options``, or else with ``own``, the draft that belongs to the model."""
-    if options.draft is not None and options.method in ("mtp", "ngram"):
+    if options.draft is not None and options.method is not None and not _has_own_directory(options.method):
         raise ConfigError(
             f"draft={options.draft}: method={options.method} takes no draft directory; remove one of them"
         )
     draft = own if options.draft is None else model_directory(options.draft, "draft")
     method = options.method or _method_of(model, draft, name)
-    if method in ("dflash", "eagle3") and draft is None:
+    if _has_own_directory(method) and draft is None:
         raise ConfigError(f"method={method}: needs a draft, but {name} has none; give draft=DIR")
     if method == "mtp" and not KINDS["mtp"].is_in(read_config(model, "target")):
         raise ConfigError(f"method=mtp: {name} has no MTP head (num_nextn_predict_layers); choose another method")
-    return Target(model, method, draft if method in ("dflash", "eagle3") else None, run, name, home)
+    return Target(model, method, draft if _has_own_directory(method) else None, run, name, home)
+
+
+def _has_own_directory(method: str) -> bool:
+    """Whether a draft of ``method``, trained here or not, has a checkpoint directory of its own."""
+    return KINDS[method].has_own_directory if method in KINDS else method == "eagle3"
 
 
 def _method_of(model: Path, draft: Path | None, name: str) -> str:

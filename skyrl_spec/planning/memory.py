@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from skyrl_spec.drafts.kinds import KINDS, trained_kind
 from skyrl_spec.drafts.kinds.kind import DraftShapes
 from skyrl_spec.drafts.kinds.served import build_speculative_config
-from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend
+from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend, uses_fp32_head
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import Shapes
@@ -179,6 +179,9 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     draft_tokens = 0 if kind is None else kind.training_layer_tokens(config, spec, tokens)
     # The logits of a chunk, their softmax and their gradient.
     logits = 3 * trainer.logprobs_chunk_size * (spec.vocab_size // tp) * _FP32
+    if size != _FP32 and trainer.placement.device == "cpu" and uses_fp32_head(config):
+        # The float32 copy of the output head (``ChunkLogits``).
+        logits += spec.vocab_size // tp * spec.hidden_size * _FP32
     return (tokens * layers + draft_tokens * per_layer) * size + logits
 
 

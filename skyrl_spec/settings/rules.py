@@ -17,7 +17,6 @@ from skyrl_spec.settings.describe import sections
 from skyrl_spec.settings.schema import Config, TrainerConfig
 
 _ENGINE = "generator.inference_engine"
-_OPTIMIZERS = tuple(f"trainer.{part}.optimizer_config" for part in ("policy", "mtp", "dflash", "warmup"))
 SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
 # An engine never frees its share of a GPU. The trainer needs the rest: its gradients and optimizer state alone take
 # several times the memory of the weights.
@@ -30,11 +29,13 @@ def check_rules(config: Config) -> None:
     Raises:
         ConfigError: the first rule that ``config`` breaks.
     """
-    for section in sections(Config):
+    all_sections = list(sections(Config))
+    for section in all_sections:
         for setting in section.settings:
             check_allowed(setting.name, get_setting(config, setting.name), setting.allowed)
-    for optimizer in _OPTIMIZERS:
-        _check_optimizer(optimizer, get_setting(config, optimizer))
+    for section in all_sections:
+        if section.name.endswith(".optimizer_config"):
+            _check_optimizer(section.name, get_setting(config, section.name))
     _check_sampling(config)
     _check_paths(config)
     _check_logger(config.trainer)

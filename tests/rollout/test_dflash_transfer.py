@@ -9,9 +9,10 @@ import pytest
 import torch
 from dflash_reference import DflashReference, TargetReference
 from engine_process import EngineProcess
+from exact import assert_exact_logprobs, generate
 from recording import DflashRecorder, DraftedResponse, largest_difference
 from safetensors.torch import load_file
-from tiny_models import LONG_PROMPT, PROMPT, assert_exact_logprobs, dflash, generate
+from tiny_models import LONG_PROMPT, PROMPT, dflash
 from torch import Tensor
 from updates import GREEDY, assert_equals_fresh, run, update
 

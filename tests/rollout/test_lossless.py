@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess
+from exact import generate, sequence_p_value
 from faulty_engines import LossyEngine, UnpatchedEngine
-from tiny_models import LONG_PROMPT, PROMPT, generate, sequence_p_value
+from tiny_models import LONG_PROMPT, PROMPT
 
 from skyrl_spec.controller.lossless import two_sample_p_value
 from skyrl_spec.settings.schema import SamplingConfig

@@ -8,16 +8,8 @@ from typing import Any
 
 import pytest
 from engine_process import EngineProcess
-from tiny_models import (
-    EOS_TOKEN,
-    LONG_PROMPT,
-    MAX_MODEL_LEN,
-    PROMPT,
-    assert_exact_logprobs,
-    generate,
-    second_token_p_value,
-    token_p_values,
-)
+from exact import assert_exact_logprobs, generate, second_token_p_value, token_p_values
+from tiny_models import EOS_TOKEN, LONG_PROMPT, MAX_MODEL_LEN, PROMPT
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, context_len

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess
+from exact import exact_logprobs, generate, second_token_p_value
 from faulty_engines import UnpatchedEngine
-from tiny_models import (
-    LONG_PROMPT,
-    MAX_POSITIONS,
-    PROMPT,
-    exact_logprobs,
-    generate,
-    second_token_p_value,
-    split_weights,
-)
+from tiny_models import LONG_PROMPT, MAX_POSITIONS, PROMPT, split_weights
 
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_weights

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_process import EngineProcess
-from tiny_models import LONG_PROMPT, PROMPT, assert_exact_logprobs, generate, split_weights
+from exact import assert_exact_logprobs, generate
+from tiny_models import LONG_PROMPT, PROMPT, split_weights
 from torch import Tensor
 from updates import GREEDY, assert_equals_fresh, run, update
 

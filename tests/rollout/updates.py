@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine_process import EngineProcess
-from tiny_models import LONG_PROMPT, PROMPT, generate
+from exact import generate
+from tiny_models import LONG_PROMPT, PROMPT
 
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation, SpecCounters

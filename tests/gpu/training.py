@@ -1,0 +1,244 @@
+"""Checks of training steps: against a CPU, with and without draft, recompute, distributed optimizer, long rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from gpu_check import Check, Figure, apart, relative_error
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import VOCAB_SIZE, make_batch, make_config, write_model
+from torch import Tensor
+
+from skyrl_spec.losses.reduce import token_weights
+from skyrl_spec.metrics.values import values
+from skyrl_spec.models import parallel
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
+from skyrl_spec.types import TrainBatch
+
+NUM_STEPS = 3
+DRAFTS = ("mtp", "dflash")
+# Rounding to bf16 is 2^-9. Losses and norms average over it: with bf16 on a CPU 3e-5 of a loss, 4e-3 of a norm, 2e-2
+# of a gradient.
+LOSS_LIMIT, LATER_LOSS_LIMIT, NORM_LIMIT, GRADIENT_LIMIT = 2e-3, 5e-3, 2e-2, 5e-2
+LOSSES = ("policy/policy_loss", "policy/entropy", "draft/loss")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A trainer to build, and what it trains on. ``long_rows``: length of the rows; 0: rows of a few tokens.
+
+    ``tp`` ranks, each on a device of its own if ``device`` is "cuda".
+    """
+
+    device: str
+    tp: int = 1
+    dtype: str = "bf16"
+    draft: str | None = "mtp"
+    recompute: bool = False
+    distributed: bool = False
+    fp32_head: bool | None = None
+    long_rows: int = 0
+    num_steps: int = NUM_STEPS
+
+
+@dataclass(frozen=True)
+class Record:
+    """Metrics and gradients (after clipping) of every step, and the final weights, by component and name."""
+
+    metrics: list[dict[str, float]]
+    gradients: list[dict[str, dict[str, Tensor]]]
+    weights: dict[str, dict[str, Tensor]]
+
+
+def train(setup: Setup, path: Path, rank: int = 0, store: dist.Store | None = None) -> Record:
+    """The record of a rank's trainer in this process, with deterministic kernels."""
+    # cuBLAS reads it when the process first uses the device. Operations without a deterministic form only warn.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    trainer = build(setup, path, rank, dist.HashStore() if store is None else store)
+    modules = {"policy": trainer.model} | ({"draft": trainer.draft.draft.module} if trainer.draft is not None else {})
+    metrics, gradients = [], []
+    for step in range(setup.num_steps):
+        batch = make_long_batch(step, setup.long_rows) if setup.long_rows else make_batch(seed=step)
+        metrics.append(values(trainer.train_mini_batch(batch).metrics))
+        # The buffer still holds what the optimizer used.
+        gradients.append({component: _copies(module, "main_grad") for component, module in modules.items()})
+    return Record(metrics, gradients, {component: _copies(module, "data") for component, module in modules.items()})
+
+
+def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrainer:
+    """A rank's trainer. The ranks meet in ``store``."""
+    ranks = parallel.initialize(
+        rank=rank,
+        world_size=setup.tp,
+        tensor_parallel_size=setup.tp,
+        device=torch.device(setup.device, rank) if setup.device == "cuda" else torch.device(setup.device),
+        store=store,
+        timeout_s=120.0,
+    )
+    config = make_config(path, tp=setup.tp, dtype=setup.dtype, draft=setup.draft, distributed=setup.distributed)
+    megatron = config.trainer.policy.megatron_config
+    megatron.recompute_activations, megatron.fp32_output_head = setup.recompute, setup.fp32_head
+    if setup.long_rows:
+        config.trainer.logprobs_chunk_size = config.trainer.mtp.loss_chunk_size = 1024
+        config.trainer.dflash.loss_chunk_size, config.trainer.dflash.anchors_per_sequence = 1024, 64
+    return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+
+
+def make_long_batch(seed: int, length: int) -> TrainBatch:
+    """Two rows, one of ``length`` tokens."""
+    rng = np.random.default_rng(seed)
+    lengths, prompt = np.array([length, length // 3]), 10
+    positions = np.arange(length)
+    is_token = positions < lengths[:, None]
+    loss_mask = is_token & (positions >= prompt)
+    logprobs = np.where(loss_mask, -rng.random((2, length)), 0.0).astype(np.float32)
+    return TrainBatch(
+        token_ids=np.where(is_token, rng.integers(2, VOCAB_SIZE, (2, length)), 0),
+        segment_ids=is_token.astype(np.int64),
+        loss_mask=loss_mask,
+        loss_weights=token_weights(loss_mask, "token_mean", length),
+        advantages=np.where(loss_mask, rng.standard_normal((2, 1)), 0.0).astype(np.float32),
+        rollout_logprobs=logprobs,
+        policy_logprobs=logprobs,
+    )
+
+
+def _copies(module: torch.nn.Module, attribute: str) -> dict[str, Tensor]:
+    return {name: getattr(parameter, attribute).cpu().clone() for name, parameter in module.named_parameters()}
+
+
+def bf16_model(folder: Path, draft: str) -> Path:
+    """A tiny checkpoint of numbers that bf16 holds exactly, so that fp32 and bf16 begin with the same weights."""
+    path = write_model(folder / "model", draft)
+    for file in folder.glob("*/model.safetensors"):
+        save_file({name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}, file)
+    return path
+
+
+def steps_against_fp32(device: torch.device, folder: Path, draft: str, long_rows: tuple[int, int] = (0, 0)) -> Figure:
+    """bf16 on the device against fp32 on a CPU. The figure is the largest share of a limit that is used up.
+
+    Args:
+        long_rows: length of a row on CUDA and on a CPU.
+    """
+    path = bf16_model(folder, draft)
+    length = long_rows[0 if device.type == "cuda" else 1]
+    setup = Setup(str(device), draft=draft, long_rows=length, num_steps=1 if length else NUM_STEPS)
+    wanted = apart(train, replace(setup, device="cpu", dtype="fp32"), path)
+    got = apart(train, setup, path)
+    shares = loss_shares(got, wanted) | _gradient_shares(got, wanted)
+    worst = max(shares, key=lambda name: shares[name])
+    return Figure(shares[worst], 1.0, "of the limit", details={"worst": worst, "row length": length or "up to 21"})
+
+
+def loss_shares(got: Record, wanted: Record) -> dict[str, float]:
+    """Relative differences of losses and norms, as shares of their limits.
+
+    Both sides have the same weights in the first step, and weights of their own afterwards.
+    """
+    shares = {}
+    for step, (mine, theirs) in enumerate(zip(got.metrics, wanted.metrics, strict=True)):
+        assert all(map(math.isfinite, mine.values())), mine
+        limits = {"draft/loss": LATER_LOSS_LIMIT}
+        if step == 0:
+            limits = dict.fromkeys(LOSSES, LOSS_LIMIT) | {f"{c}/grad_norm": NORM_LIMIT for c in ("policy", "draft")}
+        for name, limit in limits.items():
+            shares[f"{name}, step {step}"] = abs(mine[name] / theirs[name] - 1) / limit
+    return shares
+
+
+def _gradient_shares(got: Record, wanted: Record) -> dict[str, float]:
+    return {
+        f"gradient of {component}.{name}": relative_error(got.gradients[0][component][name], gradient) / GRADIENT_LIMIT
+        for component, gradients in wanted.gradients[0].items()
+        for name, gradient in gradients.items()
+    }
+
+
+def num_different(got: Record, wanted: Record) -> int:
+    """Tensors and metrics of ``wanted`` that are not the same in ``got``, to the last bit."""
+    different = 0
+    for mine, theirs in zip(got.metrics, wanted.metrics, strict=True):
+        different += sum(mine[name] != value for name, value in theirs.items())
+    pairs = [*zip(got.gradients, wanted.gradients, strict=True), (got.weights, wanted.weights)]
+    for mine_by_component, theirs_by_component in pairs:
+        for component, theirs_by_name in theirs_by_component.items():
+            mine_by_name = mine_by_component[component]
+            assert mine_by_name.keys() == theirs_by_name.keys()
+            different += sum(not torch.equal(mine_by_name[name], tensor) for name, tensor in theirs_by_name.items())
+    return different
+
+
+def _equal(device: torch.device, folder: Path, trained: str, **changes: Any) -> Figure:
+    """Three steps are the same with ``changes`` of the setup, down to the last bit."""
+    path = write_model(folder / "model", trained)
+    setup = Setup(str(device), draft=trained)
+    got = apart(train, setup, path)
+    assert_trains(got)
+    wanted = apart(train, replace(setup, **changes), path)
+    return Figure(num_different(got, wanted), 0.0, "tensors", details={"gradient norms": _norms(got)})
+
+
+def assert_trains(record: Record) -> None:
+    """Nothing would differ where nothing is trained or clipped."""
+    for metrics in record.metrics:
+        assert metrics["policy/grad_norm"] > 0.01, "the policy's gradient is not clipped"
+    for name, gradient in record.gradients[-1]["draft"].items():
+        assert gradient.abs().max() > 0, f"the draft's gradient of {name} is 0"
+
+
+def _norms(record: Record) -> list[float]:
+    return [metrics["policy/grad_norm"] for metrics in record.metrics]
+
+
+STEPS = [
+    Check(
+        f"steps {draft}",
+        f"three bf16 steps of policy and {draft} draft against fp32 on a CPU",
+        partial(steps_against_fp32, draft=draft),
+    )
+    for draft in DRAFTS
+]
+LONG_ROWS = [
+    Check(
+        f"long rows {draft}",
+        f"the same for one step with a row of 8,192 tokens, {draft} draft",
+        partial(steps_against_fp32, draft=draft, long_rows=(8192, 1200)),
+        limit_s=120.0,
+    )
+    for draft in DRAFTS
+]
+ISOLATION = [
+    Check(
+        f"isolation {draft}",
+        f"the policy's gradients, weights and metrics that change without the {draft} draft",
+        partial(_equal, trained=draft, draft=None),
+    )
+    for draft in DRAFTS
+]
+RECOMPUTE = [
+    Check(
+        f"recompute {draft}",
+        f"what changes with recomputed activations, {draft} draft",
+        partial(_equal, trained=draft, recompute=True),
+    )
+    for draft in DRAFTS
+]
+DISTRIBUTED = [
+    Check(
+        f"distributed optimizer {draft}",
+        f"what changes with Megatron's distributed optimizer, {draft} draft",
+        partial(_equal, trained=draft, distributed=True),
+    )
+    for draft in DRAFTS
+]
