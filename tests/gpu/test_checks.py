@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import gpu_pack
+import psutil
 import pytest
 import torch
 from gpu_check import KEEP, Check, Figure, apart
@@ -97,8 +98,9 @@ def test_a_check_that_hangs_ends_at_its_limit_with_its_children(tmp_path: Path) 
 
     outcome = outcome_of(tmp_path / "out", check(hangs, limit_s=1.0))
     assert (outcome.state, outcome.why) == ("not ok", "not done after 1 s")
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(marker.read_text()), 0)
+    child = int(marker.read_text())
+    # A killed process whose parent is gone may wait to be collected.
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 def test_without_time_a_check_is_not_run(tmp_path: Path) -> None:
