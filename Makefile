@@ -51,7 +51,7 @@ docs: setup
 	@echo "docs: open build/site/index.html"
 
 long: setup
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
