@@ -179,7 +179,7 @@ def _length(device: torch.device) -> int:
 
 
 ATTENTIONS = [
-    Check("flex attention", "DFlash's block attention, forward and backward", flex, limit_s=90.0),
+    Check("flex attention", "DFlash's block attention, forward and backward", flex),
     Check("chain attention", "attention of the MTP head's third depth, forward and backward", chain),
     Check("causal attention", "attention of the trunk, several documents a row, forward and backward", causal),
     Check(

@@ -52,7 +52,7 @@ class Check:
     # What the figure is, in a few words.
     what: str
     run: Callable[[torch.device, Path], Figure]
-    limit_s: float = 60.0
+    limit_s: float = 120.0
     # What a CPU lacks for it. Empty: it runs there too.
     waits_for: str = ""
 

@@ -147,7 +147,7 @@ def run_checks(
 
 
 def main(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
+    device = torch.device("cpu") if arguments.device == "cpu" else torch.device("cuda", 0)
     chosen = [c for c in CHECKS if not arguments.only or c.name.startswith(tuple(arguments.only))]
     if not chosen:
         names = ", ".join(check.name for check in CHECKS)
