@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from skyrl_spec.drafts.block_attention import flex_block_attention
 from skyrl_spec.drafts.blocks import Blocks, draw_blocks, visible
 from skyrl_spec.drafts.chain_attention import chain_attention
+from skyrl_spec.drafts.document_chain import document_chain_attention
 from skyrl_spec.models.attention import SdpaAttention
+from skyrl_spec.models.flash import Documents, documents_attention
 from skyrl_spec.models.policy import document_mask
 
 # Scores, probabilities and output are rounded to 2^-9 of themselves, one after the other.
@@ -110,7 +113,7 @@ def _chain_in_one_softmax(
 ) -> Tensor:
     """Keys of all depths side by side: a query sees those of depth 1 before it, and its own of the other depths."""
     own = torch.eye(len(query_SBHd), dtype=torch.bool, device=query_SBHd.device).expand_as(seen_B1SS)
-    seen_B1SN = torch.cat([seen_B1SS, *[own] * (NUM_DEPTHS - 1)], dim=-1)
+    seen_B1SN = torch.cat([seen_B1SS, *[own] * (len(keys) - 1)], dim=-1)
     query = query_SBHd.permute(1, 2, 0, 3)
     key, value = (torch.cat(x).permute(1, 2, 0, 3) for x in (keys, values))
     return masked_attention(query, key, value, seen_B1SN).permute(2, 0, 1, 3).flatten(2)
@@ -145,28 +148,52 @@ def _blocks(segment_ids_BS: Tensor, num_anchors: int) -> Blocks:
 
 
 def varlen(device: torch.device, _folder: Path) -> Figure:
-    """PyTorch's variable-length flash attention on documents end to end, which packed micro-batches are to use."""
+    """PyTorch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     # Keys shared by query heads have a flag of their own since torch 2.13.
     shared_keys = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    length = _length(device)
-    segments_S = segment_ids(length, device)[0]
-    counts = segments_S.bincount()[1:]
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    longest = int(counts.max())
-    seen_B1SS = ~document_mask(segments_S[None])
+    options: dict[str, Any] = {"scale": SCALE, "window_size": (-1, 0), **shared_keys}
+    documents = _documents(device)
+    starts, longest = documents.starts_on_device, documents.longest
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        causal: dict[str, Any] = {"scale": SCALE, "window_size": (-1, 0), **shared_keys}
-        return varlen_attn(query, key, value, starts, starts, longest, longest, **causal)
+        return varlen_attn(query, key, value, starts, starts, longest, longest, **options)
 
-    def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = masked_attention(*(x.transpose(0, 1)[None] for x in (query, key, value)), seen_B1SS)
-        return out[0].transpose(0, 1)
+    return _compare_chain(device, documents, attend, depth=1)
 
-    shapes = [(length, heads, HEAD_DIM) for heads in (HEADS, GROUPS, GROUPS)]
-    return compare(attend, reference, _randn(device, *shapes), length=length, documents=len(counts))
+
+def end_to_end(device: torch.device, _folder: Path, depth: int) -> Figure:
+    """The attention of packed micro-batches: the trunk's (depth 1) and the MTP head's."""
+    documents = _documents(device)
+
+    def attend(query: Tensor, *rest: Tensor) -> Tensor:
+        keys, values = list(rest[:depth]), list(rest[depth:])
+        if depth == 1:
+            return documents_attention(query, keys[0], values[0], documents, SCALE)
+        return document_chain_attention(query, keys, values, documents, SCALE)
+
+    return _compare_chain(device, documents, attend, depth)
+
+
+def _documents(device: torch.device) -> Documents:
+    return Documents(tuple(segment_ids(_length(device), device)[0].bincount()[1:].tolist()), device)
+
+
+def _compare_chain(device: torch.device, documents: Documents, attend: Attend, depth: int) -> Figure:
+    """``attend`` on ``[T, heads, d]`` against one softmax over the keys of all depths side by side."""
+    num_tokens = sum(documents.lengths)
+    number_S = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
+    barred_B1SS = document_mask(1 + number_S[None].to(device))
+    assert barred_B1SS is not None
+
+    def reference(query: Tensor, *rest: Tensor) -> Tensor:
+        keys, values = (tuple(x[:, None] for x in half) for half in (rest[:depth], rest[depth:]))
+        return _chain_in_one_softmax(query[:, None], keys, values, ~barred_B1SS)[:, 0].unflatten(1, (HEADS, HEAD_DIM))
+
+    shapes = [(num_tokens, HEADS, HEAD_DIM), *[(num_tokens, GROUPS, HEAD_DIM)] * (2 * depth)]
+    inputs = _randn(device, *shapes)
+    return compare(attend, reference, inputs, length=num_tokens, documents=len(documents.lengths), depth=depth)
 
 
 def _query_key_value(device: torch.device, length: int) -> list[Tensor]:
@@ -182,6 +209,10 @@ ATTENTIONS = [
     Check("flex attention", "DFlash's block attention, forward and backward", flex),
     Check("chain attention", "attention of the MTP head's third depth, forward and backward", chain),
     Check("causal attention", "attention of the trunk, several documents a row, forward and backward", causal),
+    Check(
+        "packed attention", "attention over documents end to end, forward and backward", partial(end_to_end, depth=1)
+    ),
+    Check("packed chain", "the same with the keys of a chain's third depth", partial(end_to_end, depth=NUM_DEPTHS)),
     Check(
         "varlen attention",
         "variable-length attention of PyTorch, forward and backward",
