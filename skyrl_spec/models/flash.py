@@ -100,7 +100,7 @@ def backward(
             unused,
             scale=scale,
         )
-    grads = tuple(torch.empty_like(x) for x in (query_THd, key_TGd, value_TGd))
+    grads = torch.empty_like(query_THd), torch.empty_like(key_TGd), torch.empty_like(value_TGd)
     for rows in documents.slices():
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(_heads_first(x[rows]) for x in (grad_THd, query_THd, key_TGd, value_TGd, attended.out_THd)),

@@ -75,6 +75,11 @@ def _check_updates(_rank: int, path: Path, distributed: bool) -> None:
     for step in range(NUM_STEPS):
         trainer.forward_backward(make_batch(seed=step))
         gradients = {name: hf_gradients(trainer, name) for name in COMPONENTS}
+        # Nothing is carried over from one mini-batch to the next.
+        trainer.forward_backward(make_batch(seed=step))
+        for name in COMPONENTS:
+            for key, gradient in hf_gradients(trainer, name).items():
+                assert torch.equal(gradient, gradients[name][key]), (step, name, key)
         metrics = values(trainer.optimizer_step())
         for name in COMPONENTS:
             lr, before = LRS[name][step], {key: w.clone() for key, w in expected[name].weights.items()}

@@ -379,7 +379,11 @@ TRAINING = [
         ("zero_grad forgotten", "self.ddp.zero_grad_buffer()", "pass"),
         ("clip skipped", "self._clip(grad_norm)", "pass"),
         ("betas swapped", "beta1, beta2 = optimizer", "beta2, beta1 = optimizer"),
-        ("weight decay left out", "weight_decay=optimizer.weight_decay", "weight_decay=0.0"),
+        (
+            "weight decay left out",
+            "start_wd=config.weight_decay,\n        end_wd=config.weight_decay",
+            "start_wd=0.0,\n        end_wd=0.0",
+        ),
         ("schedule does not move", "self.scheduler.step(increment=1)", "self.scheduler.step(increment=0)"),
         ("first warm-up step at rate 0", "config.lr / (config.num_warmup_steps + 1)", "0.0"),
     ),

@@ -43,9 +43,9 @@ def test_read_only_arrays_are_read_without_a_warning() -> None:
 
 
 def test_chunks_are_bounded_and_complete() -> None:
-    weights = [(f"w{index}", torch.full((size,), float(index))) for index, size in enumerate([2, 2, 9, 1, 1])]
+    weights = [(f"w{index}", torch.full((size,), float(index))) for index, size in enumerate([2, 2, 2, 9, 1, 1])]
     chunks = list(pack_chunks(iter(weights), max_bytes=16))
-    assert [chunk["names"] for chunk in chunks] == [["w0", "w1"], ["w2"], ["w3", "w4"]]
+    assert [chunk["names"] for chunk in chunks] == [["w0", "w1"], ["w2"], ["w3"], ["w4", "w5"]]
 
 
 def test_bad_payloads_are_refused() -> None:
