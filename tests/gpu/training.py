@@ -29,6 +29,8 @@ DRAFTS = ("mtp", "dflash")
 # Rounding to bf16 is 2^-9. Losses and norms average over it: with bf16 on a CPU 3e-5 of a loss, 4e-3 of a norm, 2e-2
 # of a gradient.
 LOSS_LIMIT, LATER_LOSS_LIMIT, NORM_LIMIT, GRADIENT_LIMIT = 2e-3, 5e-3, 2e-2, 5e-2
+# A rounded sum of squares changes a clipped gradient by 1e-7, and a bf16 weight here and there by 2^-9.
+DISTRIBUTED_LIMIT = 1e-4
 LOSSES = ("policy/policy_loss", "policy/entropy", "draft/loss")
 
 
@@ -189,6 +191,25 @@ def _equal(device: torch.device, folder: Path, trained: str, **changes: Any) -> 
     return Figure(num_different(got, wanted), 0.0, "tensors", details={"gradient norms": _norms(got)})
 
 
+def _nearly_equal(device: torch.device, folder: Path, trained: str) -> Figure:
+    """Three steps with Megatron's distributed optimizer, which adds up the gradient norm in another order."""
+    path = write_model(folder / "model", trained)
+    setup = Setup(device.type, draft=trained)
+    got, wanted = apart(train, replace(setup, distributed=True), path), apart(train, setup, path)
+    assert_trains(got)
+    errors = {}
+    for mine, theirs in zip(got.metrics, wanted.metrics, strict=True):
+        errors |= {name: abs(mine[name] / value - 1) for name, value in theirs.items() if value}
+    pairs = [*zip(got.gradients, wanted.gradients, strict=True), (got.weights, wanted.weights)]
+    for mine_by_component, theirs_by_component in pairs:
+        for component, tensors in theirs_by_component.items():
+            for name, tensor in tensors.items():
+                key, error = f"{component}.{name}", relative_error(mine_by_component[component][name], tensor)
+                errors[key] = max(error, errors.get(key, 0.0))
+    worst = max(errors, key=lambda name: errors[name])
+    return Figure(errors[worst], DISTRIBUTED_LIMIT, "relative", details={"worst": worst})
+
+
 def assert_trains(record: Record) -> None:
     """Nothing would differ where nothing is trained or clipped."""
     for metrics in record.metrics:
@@ -236,8 +257,8 @@ RECOMPUTE = [
 DISTRIBUTED = [
     Check(
         f"distributed optimizer {draft}",
-        f"what changes with Megatron's distributed optimizer, {draft} draft",
-        partial(_equal, trained=draft, distributed=True),
+        f"three steps with Megatron's distributed optimizer against without, {draft} draft",
+        partial(_nearly_equal, trained=draft),
     )
     for draft in DRAFTS
 ]
