@@ -11,6 +11,7 @@ SURROGATE, LOGPROBS, SOFT_CE = (
     "tests/unit/test_soft_ce.py",
 )
 FP32_HEAD, ALIGN, BLOCKS = "tests/unit/test_fp32_head.py", "tests/unit/test_align.py", "tests/unit/test_blocks.py"
+FLASH = "tests/unit/test_flash.py"
 SYNC, PAYLOAD = "tests/unit/test_weight_sync.py", "tests/rollout/test_weight_payload.py"
 AGREEMENT, FOLDERS, PROMPTS = (
     "tests/unit/test_canary.py",
@@ -146,6 +147,38 @@ DATA = [
         ("log-probs put back one row off", "out_BS[part_rows,", "out_BS[part_rows - 1,"),
     ),
     *of("data/prompts.py", [PROMPTS], ("resume from the epoch's start", '"position": self._position', '"position": 0')),
+]
+
+PACKS = [
+    *of(
+        "models/flash.py",
+        [FLASH],
+        ("a document without its last token", "(slice(start, end)", "(slice(start, end - 1)"),
+        ("documents one token late", "(0, *accumulate(self.lengths))", "(1, *accumulate(self.lengths))"),
+        (
+            "log-sum-exp of the backward pass left out",
+            "attended.lse_HT[None, :, rows]",
+            "0 * attended.lse_HT[None, :, rows]",
+        ),
+    ),
+    *of(
+        "drafts/document_chain.py",
+        [FLASH],
+        (
+            "chain's scores without scale",
+            "_own_dot(query_THd, own_key_ETGd, wide) * scale",
+            "_own_dot(query_THd, own_key_ETGd, wide)",
+        ),
+        (
+            "softmax of the chain alone",
+            "torch.logaddexp(first.lse_HT.t(), scores_ETH.logsumexp(0))",
+            "scores_ETH.logsumexp(0)",
+        ),
+        ("first depth not scaled down", "of_first_TH[..., None] * first.out_THd", "first.out_THd"),
+        ("chain's gradient without the mean", "own_value_ETGd, wide) - mean_TH)", "own_value_ETGd, wide))"),
+        ("query's gradient of the chain left out", "query_grad + _own_output(", "query_grad + 0 * _own_output("),
+        ("values' gradient by the scores'", "_to_own(probs_ETH, grad_THd", "_to_own(grad_scores_ETH, grad_THd"),
+    ),
 ]
 
 DRAFTS = [
@@ -471,4 +504,4 @@ CHECKPOINTS = [
     ),
 ]
 
-MUTANTS: list[Mutant] = [*LOSSES, *ALGORITHMS, *DATA, *DRAFTS, *MODELS, *TRAINING, *SYNCED, *CHECKPOINTS]
+MUTANTS: list[Mutant] = [*LOSSES, *ALGORITHMS, *DATA, *PACKS, *DRAFTS, *MODELS, *TRAINING, *SYNCED, *CHECKPOINTS]
