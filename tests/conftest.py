@@ -23,6 +23,9 @@ _SHARED = (
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in _SHARED)
 # Two cores: threads of engine, trainer and tests must not fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Runs that a test starts take all cores. Beside the runs of the other pytest worker, threads that spin while they wait
+# for each other would cost half of the time.
+os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 # No test has an account, asks a hub or joins somebody's Ray.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 for name in [name for name in os.environ if name.startswith(("WANDB_", "RAY_"))]:
