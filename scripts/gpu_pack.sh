@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Everything that a GPU must prove, for a bare machine without a network (docs/gpus.md).
 #
-#   scripts/gpu_pack.sh build               here: wheels and code into .gpu_pack/, with a manifest
-#   scripts/gpu_pack.sh rehearse [--only NAME ...] here: the checks that need no CUDA, from .gpu_pack/, in a bare Python, without a network
-#   scripts/gpu_pack.sh run OUT [--only NAME ...]  there: all checks; OUT/result.json, OUT/report.md, pictures, traces
+# Here, on a machine with Python 3.12 and a package registry:
+#   scripts/gpu_pack.sh build       puts wheels and code into .gpu_pack/, with a manifest
+#   scripts/gpu_pack.sh rehearse    runs the checks that need no CUDA, from .gpu_pack/, in a bare Python without a network
 #
-# There is where Python 3.12 has torch, triton, transformers, safetensors and numpy. --only NAME: the checks
-# whose names begin with it. Exit status 0: every check that could run passed.
+# On the GPU's machine, whose Python 3.12 has torch, triton, transformers, safetensors and numpy:
+#   scripts/gpu_pack.sh run OUT     runs all checks; writes OUT/result.json, OUT/report.md, pictures and traces
+#
+# rehearse and run take --only NAME, several times: the checks whose names begin with NAME. The exit status is 0 if every
+# check that could run passed.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +30,6 @@ fail() {
 python312() {
     local python=${PYTHON312:-python3.12}
     "$python" -c '' 2>/dev/null || export PYENV_VERSION=3.12
-    "$python" -c '' 2>/dev/null || export PYENV_VERSION=3.12.1
     command -v "$python" >/dev/null || fail "$python not found: install Python 3.12, or set PYTHON312"
     "$python" "$@"
 }

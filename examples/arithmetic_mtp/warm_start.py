@@ -73,7 +73,7 @@ def batches(source: Iterator[tuple[list[int], list[int]]], tokens: int, pad: int
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
-    """Of the tokens ``shift`` positions on, response tokens alone."""
+    """Mean cross-entropy of the tokens ``shift`` positions ahead. Only response tokens count."""
     return F.cross_entropy(logits[:, :-shift].flatten(0, 1).float(), labels[:, shift:].flatten(), ignore_index=IGNORE)
 
 

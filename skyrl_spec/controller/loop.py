@@ -170,7 +170,7 @@ class TrainingLoop:
         return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
 
     def _run_canaries(self, timings: dict[str, float]) -> dict[str, float]:
-        """What is due at this version."""
+        """Runs the canaries that are due at this version. Returns their metrics."""
         values: dict[str, float] = {}
         if self.canary.is_due(self.sync.versions):
             with timed(timings, "canary"):

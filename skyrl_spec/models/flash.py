@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents begin and end. The host knows, so that no kernel is waited for."""
+    """Lengths of documents that lie end to end. They are known on the host, so no kernel has to finish first."""
 
     lengths: tuple[int, ...]
     device: torch.device

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_checkpoints import batch_of_lengths
 
 from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.losses.reduce import token_weights
 from skyrl_spec.models import parallel
 from skyrl_spec.planning.memory import plan_memory
 from skyrl_spec.settings.schema import Config
@@ -121,21 +121,9 @@ def join(device: torch.device) -> parallel.Parallel:
 
 def make_rows(config: Config, vocab_size: int, num_rows: int) -> TrainBatch:
     """Rows of full length, all response after the prompt."""
-    trainer = config.trainer
-    length = trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
-    rng = np.random.default_rng(0)
-    shape = (num_rows, length)
-    loss_mask = np.broadcast_to(np.arange(length) >= trainer.max_prompt_length, shape).copy()
-    logprobs = np.where(loss_mask, -rng.random(shape), 0.0).astype(np.float32)
-    return TrainBatch(
-        token_ids=rng.integers(0, vocab_size, shape),
-        segment_ids=np.ones(shape, np.int64),
-        loss_mask=loss_mask,
-        loss_weights=token_weights(loss_mask, "token_mean", length),
-        advantages=np.where(loss_mask, rng.standard_normal((num_rows, 1)), 0.0).astype(np.float32),
-        rollout_logprobs=logprobs,
-        policy_logprobs=logprobs,
-    )
+    prompt_lengths = np.full(num_rows, config.trainer.max_prompt_length)
+    response_lengths = np.full(num_rows, config.generator.sampling_params.max_generate_length)
+    return batch_of_lengths(np.random.default_rng(0), prompt_lengths, response_lengths, vocab_size=vocab_size)
 
 
 def num_parameters(module: torch.nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,9 @@ import torch
 import torch.distributed as dist
 from gpu_check import Check, Figure, apart, relative_error
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import VOCAB_SIZE, make_batch, make_config, write_model
+from tiny_checkpoints import batch_of_lengths, make_batch, make_config, write_model
 from torch import Tensor
 
-from skyrl_spec.losses.reduce import token_weights
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
 from skyrl_spec.specs.model import load_spec
@@ -47,7 +47,6 @@ class Setup:
     draft: str | None = "mtp"
     recompute: bool = False
     distributed: bool = False
-    fp32_head: bool | None = None
     long_rows: int = 0
     num_steps: int = NUM_STEPS
 
@@ -88,8 +87,7 @@ def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrain
         timeout_s=120.0,
     )
     config = make_config(path, tp=setup.tp, dtype=setup.dtype, draft=setup.draft, distributed=setup.distributed)
-    megatron = config.trainer.policy.megatron_config
-    megatron.recompute_activations, megatron.fp32_output_head = setup.recompute, setup.fp32_head
+    config.trainer.policy.megatron_config.recompute_activations = setup.recompute
     if setup.long_rows:
         config.trainer.logprobs_chunk_size = config.trainer.mtp.loss_chunk_size = 1024
         config.trainer.dflash.loss_chunk_size, config.trainer.dflash.anchors_per_sequence = 1024, 64
@@ -98,21 +96,8 @@ def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrain
 
 def make_long_batch(seed: int, length: int) -> TrainBatch:
     """Two rows, one of ``length`` tokens."""
-    rng = np.random.default_rng(seed)
-    lengths, prompt = np.array([length, length // 3]), 10
-    positions = np.arange(length)
-    is_token = positions < lengths[:, None]
-    loss_mask = is_token & (positions >= prompt)
-    logprobs = np.where(loss_mask, -rng.random((2, length)), 0.0).astype(np.float32)
-    return TrainBatch(
-        token_ids=np.where(is_token, rng.integers(2, VOCAB_SIZE, (2, length)), 0),
-        segment_ids=is_token.astype(np.int64),
-        loss_mask=loss_mask,
-        loss_weights=token_weights(loss_mask, "token_mean", length),
-        advantages=np.where(loss_mask, rng.standard_normal((2, 1)), 0.0).astype(np.float32),
-        rollout_logprobs=logprobs,
-        policy_logprobs=logprobs,
-    )
+    lengths, prompt_lengths = np.array([length, length // 3]), np.array([10, 10])
+    return batch_of_lengths(np.random.default_rng(seed), prompt_lengths, lengths - prompt_lengths)
 
 
 def _copies(module: torch.nn.Module, attribute: str) -> dict[str, Tensor]:
@@ -127,15 +112,15 @@ def bf16_model(folder: Path, draft: str) -> Path:
     return path
 
 
-def steps_against_fp32(device: torch.device, folder: Path, draft: str, long_rows: tuple[int, int] = (0, 0)) -> Figure:
+def steps_against_fp32(device: torch.device, folder: Path, trained: str, long_rows: tuple[int, int] = (0, 0)) -> Figure:
     """bf16 on the device against fp32 on a CPU. The figure is the largest share of a limit that is used up.
 
     Args:
         long_rows: length of a row on CUDA and on a CPU.
     """
-    path = bf16_model(folder, draft)
+    path = bf16_model(folder, trained)
     length = long_rows[0 if device.type == "cuda" else 1]
-    setup = Setup(device.type, draft=draft, long_rows=length, num_steps=1 if length else NUM_STEPS)
+    setup = Setup(device.type, draft=trained, long_rows=length, num_steps=1 if length else NUM_STEPS)
     wanted = apart(train, replace(setup, device="cpu", dtype="fp32"), path)
     got = apart(train, setup, path)
     shares = loss_shares(got, wanted) | _gradient_shares(got, wanted)
@@ -222,43 +207,24 @@ def _norms(record: Record) -> list[float]:
     return [metrics["policy/grad_norm"] for metrics in record.metrics]
 
 
-STEPS = [
-    Check(
-        f"steps {draft}",
-        f"three bf16 steps of policy and {draft} draft against fp32 on a CPU",
-        partial(steps_against_fp32, draft=draft),
-    )
-    for draft in DRAFTS
-]
-LONG_ROWS = [
-    Check(
-        f"long rows {draft}",
-        f"the same for one step with a row of 8,192 tokens, {draft} draft",
-        partial(steps_against_fp32, draft=draft, long_rows=(8192, 1200)),
-    )
-    for draft in DRAFTS
-]
-ISOLATION = [
-    Check(
-        f"isolation {draft}",
-        f"the policy's gradients, weights and metrics that change without the {draft} draft",
-        partial(_equal, trained=draft, draft=None),
-    )
-    for draft in DRAFTS
-]
-RECOMPUTE = [
-    Check(
-        f"recompute {draft}",
-        f"what changes with recomputed activations, {draft} draft",
-        partial(_equal, trained=draft, recompute=True),
-    )
-    for draft in DRAFTS
-]
-DISTRIBUTED = [
-    Check(
-        f"distributed optimizer {draft}",
-        f"three steps with Megatron's distributed optimizer against without, {draft} draft",
-        partial(_nearly_equal, trained=draft),
-    )
-    for draft in DRAFTS
-]
+def _of_each_draft(name: str, what: str, function: Callable[..., Figure], **arguments: Any) -> list[Check]:
+    return [
+        Check(f"{name} {draft}", f"{what}, {draft} draft", partial(function, trained=draft, **arguments))
+        for draft in DRAFTS
+    ]
+
+
+STEPS = _of_each_draft("steps", "three bf16 steps against fp32 on a CPU", steps_against_fp32)
+LONG_ROWS = _of_each_draft(
+    "long rows",
+    "one bf16 step with a row of 8,192 tokens against fp32 on a CPU",
+    steps_against_fp32,
+    long_rows=(8192, 1200),
+)
+ISOLATION = _of_each_draft(
+    "isolation", "what changes of the policy (gradients, weights, metrics) without the draft", _equal, draft=None
+)
+RECOMPUTE = _of_each_draft("recompute", "what changes with recomputed activations", _equal, recompute=True)
+DISTRIBUTED = _of_each_draft(
+    "distributed optimizer", "three steps with Megatron's distributed optimizer against without", _nearly_equal
+)

@@ -104,15 +104,27 @@ def make_config(
 def make_batch(seed: int, rows: int = 8) -> TrainBatch:
     """Rollouts of different lengths, determined by ``seed``. The fifth has no token to train on."""
     rng = np.random.default_rng(seed)
-    prompt_lengths, response_lengths = rng.integers(2, 9, rows), rng.integers(1, 14, rows)
-    width = int((prompt_lengths + response_lengths).max())
+    return batch_of_lengths(rng, rng.integers(2, 9, rows), rng.integers(1, 14, rows), untrained_row=4)
+
+
+def batch_of_lengths(
+    rng: np.random.Generator,
+    prompt_lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    untrained_row: int | None = None,
+) -> TrainBatch:
+    """Random rollouts with prompts and responses of these lengths, a row each."""
+    rows, width = len(prompt_lengths), int((prompt_lengths + response_lengths).max())
     positions = np.arange(width)
     is_token = positions < (prompt_lengths + response_lengths)[:, None]
     loss_mask = is_token & (positions >= prompt_lengths[:, None])
-    loss_mask[4] = False
+    if untrained_row is not None:
+        loss_mask[untrained_row] = False
     logprobs = np.where(loss_mask, -rng.random((rows, width)), 0.0).astype(np.float32)
     return TrainBatch(
-        token_ids=np.where(is_token, rng.integers(2, VOCAB_SIZE, (rows, width)), 0),
+        token_ids=np.where(is_token, rng.integers(2, vocab_size, (rows, width)), 0),
         segment_ids=is_token.astype(np.int64),
         loss_mask=loss_mask,
         loss_weights=token_weights(loss_mask, "token_mean", width),
