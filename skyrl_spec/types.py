@@ -144,16 +144,15 @@ class SpecCounters:
 
 @dataclass
 class TrainBatch:
-    """Sequences padded on the right, as the workers receive them. Shapes: B sequences, S positions.
+    """Documents padded on the right, as the workers receive them. Shapes: B documents, S positions.
 
     Entry ``[b, s]`` of every array belongs to the token ``token_ids[b, s]``: ``rollout_logprobs[b, s]`` is the log-prob
     of that token given the tokens before it. ``loss_weights`` contain the global denominator, so that a loss is
     ``sum(loss_weights * token_loss)`` over all ranks and micro-batches. They are 0 for tokens without a loss.
-    ``segment_ids`` number the documents in a row from 1; 0 is padding.
     """
 
     token_ids: np.ndarray  # [B, S] int64
-    segment_ids: np.ndarray  # [B, S] int64
+    lengths: np.ndarray  # [B] int64, tokens of each document
     loss_mask: np.ndarray  # [B, S] bool, response tokens that are trained on
     loss_weights: np.ndarray  # [B, S] float32
     advantages: np.ndarray  # [B, S] float32
@@ -166,9 +165,9 @@ class TrainBatch:
 
     def select(self, rows: np.ndarray | slice) -> TrainBatch:
         """The given rows, cut to the length of the longest."""
-        width = int((self.segment_ids[rows] > 0).sum(axis=1).max(initial=1))
-        cut = {name: value[rows, :width] for name, value in self.__dict__.items() if value is not None}
-        return replace(self, **cut)
+        width = int(self.lengths[rows].max(initial=1))
+        chosen = {name: value[rows] for name, value in self.__dict__.items() if value is not None}
+        return replace(self, **{name: value[:, :width] if value.ndim > 1 else value for name, value in chosen.items()})
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Batches for the workers: rollouts -> train batch -> mini-batches -> shards -> micro-batches.
+"""Batches for the workers: rollouts -> train batch -> mini-batches -> shards -> packs.
 
-A row is a whole rollout, padded on the right. ``shard_rows`` and ``micro_batch_rows`` assign rows to ranks and
-micro-batches. ``assemble`` is the inverse: it puts results for those rows, such as log-probs, back in batch order.
+A row of a batch is a document: a whole rollout, padded on the right only while it travels. ``shard_rows`` assigns rows
+to ranks, ``pack_rows`` to micro-batches. There they are laid end to end, without padding (``models.pack``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def build_train_batch(
     advantages_BS = np.where(is_response_BS, np.asarray(advantages, np.float32)[:, None], np.float32(0))
     return TrainBatch(
         token_ids=token_ids_BS,
-        segment_ids=is_token_BS.astype(np.int64),
+        lengths=lengths_B,
         loss_mask=loss_mask_BS,
         loss_weights=token_weights(loss_mask_BS, loss_reduction, max_response_length),
         advantages=advantages_BS,
@@ -65,52 +65,50 @@ def mini_batches(
         yield replace(mini_batch, loss_weights=weights)
 
 
-def shard_rows(batch: TrainBatch, dp_size: int) -> list[np.ndarray]:
-    """Row numbers of each data-parallel rank. Rows are dealt by length, so that ranks get similar numbers of tokens."""
-    longest_first = np.argsort(-_lengths(batch), kind="stable")
-    return [longest_first[rank::dp_size] for rank in range(dp_size)]
+# Tokens at which a document's attention costs as much as all else: twelve times the width of a model, here 4,096.
+_ATTENTION_EQUALS_REST = 12 * 4096
 
 
-def shard(batch: TrainBatch, dp_rank: int, dp_size: int) -> TrainBatch:
-    """The rows of a rank. A rank without rows gets a row of padding, so that it takes part in every collective."""
-    rows = shard_rows(batch, dp_size)[dp_rank]
-    return batch.select(rows) if len(rows) else _padding_row(batch)
+def shard_rows(lengths_B: np.ndarray, num_shards: int) -> list[np.ndarray]:
+    """Row numbers of each data-parallel rank, ascending. The longest rows go first, each to the rank with least work.
+
+    Work is estimated: a document's tokens, and their square for its attention.
+    """
+    costs_B = lengths_B * (1.0 + lengths_B / _ATTENTION_EQUALS_REST)
+    loads, shards = np.zeros(num_shards), [[] for _ in range(num_shards)]  # type: ignore[var-annotated]
+    for row in np.argsort(-costs_B, kind="stable"):
+        rank = int(loads.argmin())
+        loads[rank] += costs_B[row]
+        shards[rank].append(row)
+    return [np.sort(np.array(rows, np.int64)) for rows in shards]
 
 
-def micro_batch_rows(batch: TrainBatch, rows: int) -> list[np.ndarray]:
-    """Row numbers of the micro-batches: similar lengths together, longest first, so that memory peaks at the start."""
-    longest_first = np.argsort(-_lengths(batch), kind="stable")
-    return [longest_first[start : start + rows] for start in range(0, len(batch), rows)]
+def pack_rows(sizes_B: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Indices of the documents of each pack, ascending, so that their sizes add up to at most ``budget``.
 
-
-def micro_batches(batch: TrainBatch, rows: int) -> list[TrainBatch]:
-    """Micro-batches of at most ``rows`` rows, each cut to its longest row."""
-    return [batch.select(row_numbers) for row_numbers in micro_batch_rows(batch, rows)]
-
-
-def assemble(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The array of ``shape`` ``[B, S]`` whose rows ``rows[i]`` are ``parts[i]``, filled with 0 on the right."""
-    out_BS = np.zeros(shape, np.float32)
-    for part, part_rows in zip(parts, rows, strict=True):
-        # A rank without rows returns a result for its row of padding.
-        out_BS[part_rows, : part.shape[1]] = part[: len(part_rows)]
-    return out_BS
+    First-fit-decreasing: the largest document goes first, each into the first pack with room for it. A document that is
+    larger than the budget has a pack to itself. Memory peaks in the first pack.
+    """
+    packs: list[list[int]] = []
+    room = np.zeros(len(sizes_B), np.int64)
+    for index in np.argsort(-sizes_B, kind="stable"):
+        fits = room[: len(packs)] >= sizes_B[index]
+        place = int(fits.argmax()) if fits.any() else len(packs)
+        if place == len(packs):
+            packs.append([])
+            room[place] = budget
+        packs[place].append(int(index))
+        room[place] -= sizes_B[index]
+    return [np.sort(np.array(pack, np.int64)) for pack in packs]
 
 
 def gather_shards(batch: TrainBatch, shards: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Results ``[B, S]`` in the order of ``batch``, from the results of each data-parallel rank for its ``shard``."""
-    rows = shard_rows(batch, len(shards))
-    return {name: assemble([part[name] for part in shards], rows, batch.token_ids.shape) for name in shards[0]}
-
-
-def _lengths(batch: TrainBatch) -> np.ndarray:
-    return (batch.segment_ids > 0).sum(axis=1)
-
-
-def _padding_row(batch: TrainBatch) -> TrainBatch:
-    row = batch.select(slice(0, 1))
-    cleared = {name: np.zeros_like(value) for name, value in row.__dict__.items() if value is not None}
-    return replace(row, **cleared)
+    """Results ``[B, S]`` in the order of ``batch``, from those of each data-parallel rank for its ``shard_rows``."""
+    gathered = {name: np.zeros(batch.token_ids.shape, np.float32) for name in shards[0]}
+    for rows, shard in zip(shard_rows(batch.lengths, len(shards)), shards, strict=True):
+        for name, values in shard.items():
+            gathered[name][rows] = values
+    return gathered
 
 
 def _flat(rows: Iterable[Sequence[float]], dtype: type) -> np.ndarray:

@@ -10,37 +10,37 @@ import torch
 from torch import Tensor
 
 
-def shift_right(x_BS: Tensor, steps: int) -> Tensor:
-    """``out[:, p] = x[:, p - steps]``, and zero outside the row. A negative ``steps`` shifts left."""
-    out = torch.zeros_like(x_BS)
+def shift_right(x_T: Tensor, steps: int) -> Tensor:
+    """``out[p] = x[p - steps]``, and zero outside the pack. A negative ``steps`` shifts left."""
+    out, kept = torch.zeros_like(x_T), max(len(x_T) - abs(steps), 0)
     if steps >= 0:
-        out[:, steps:] = x_BS[:, : x_BS.shape[1] - steps]
+        out[len(x_T) - kept :] = x_T[:kept]
     else:
-        out[:, :steps] = x_BS[:, -steps:]
+        out[:kept] = x_T[len(x_T) - kept :]
     return out
 
 
-def chain_mask(loss_mask_BS: Tensor, segment_ids_BS: Tensor, num_depths: int) -> Tensor:
-    """Bool ``[K, B, S]``: whether depth d is supervised at target position p, at index ``[d-1, b, p]``.
+def chain_mask(loss_mask_T: Tensor, segment_ids_T: Tensor, num_depths: int) -> Tensor:
+    """Bool ``[K, T]``: whether depth d is supervised at target position p, at index ``[d-1, p]``.
 
     It is if every token from the chain's first, t+1, to the drafted one, p+1, is a trained response token of the
     base's document. An engine drafts exactly these chains: it starts from a sampled token (t+1), and a drafted token
-    counts only if all drafted tokens before it were accepted. Prompt, padding and observation tokens take no part.
+    counts only if all drafted tokens before it were accepted. Prompt and observation tokens take no part.
     """
-    label_BS = shift_right(loss_mask_BS, -1)
-    label_segment_BS = shift_right(segment_ids_BS, -1)
-    valid_BS, masks = label_BS.clone(), []
+    label_T = shift_right(loss_mask_T, -1)
+    label_segment_T = shift_right(segment_ids_T, -1)
+    valid_T, masks = label_T.clone(), []
     for depth in range(1, num_depths + 1):
-        valid_BS = valid_BS & shift_right(label_BS, depth)
-        base_segment_BS = shift_right(segment_ids_BS, depth)
-        valid_BS = valid_BS & (base_segment_BS == label_segment_BS) & (base_segment_BS > 0)
-        masks.append(valid_BS)
+        valid_T = valid_T & shift_right(label_T, depth)
+        base_segment_T = shift_right(segment_ids_T, depth)
+        valid_T = valid_T & (base_segment_T == label_segment_T) & (base_segment_T > 0)
+        masks.append(valid_T)
     return torch.stack(masks)
 
 
-def document_starts(segment_ids_BS: Tensor) -> Tensor:
-    """Bool ``[B, S]``, True at the first token of each document."""
-    return segment_ids_BS != shift_right(segment_ids_BS, 1)
+def follows_in_response(loss_mask_T: Tensor, segment_ids_T: Tensor, steps: int) -> Tensor:
+    """Bool ``[T]``: whether the token ``steps`` later is trained on and belongs to the same document."""
+    return shift_right(loss_mask_T, -steps) & (shift_right(segment_ids_T, -steps) == segment_ids_T)
 
 
 def expected_acceptance(accept_prob_K: Tensor, hit_K: Tensor) -> Tensor:
@@ -59,45 +59,45 @@ def expected_acceptance(accept_prob_K: Tensor, hit_K: Tensor) -> Tensor:
     return reached_K * accept_prob_K
 
 
-def chains_by_base(values_KBS: Tensor) -> Tensor:
+def chains_by_base(values_KT: Tensor) -> Tensor:
     """Values by target position (as in ``chain_mask``), indexed by the base: depth d moves d to the left."""
-    return torch.stack([shift_right(values_BS, -depth) for depth, values_BS in enumerate(values_KBS, start=1)])
+    return torch.stack([shift_right(values_T, -depth) for depth, values_T in enumerate(values_KT, start=1)])
 
 
-def drafted_bases(hit_KBS: Tensor, is_base_BS: Tensor) -> Tensor:
-    """Bool ``[B, S]``: bases at which an engine with this draft begins a chain while it samples these tokens.
+def drafted_bases(hit_KT: Tensor, is_base_T: Tensor) -> Tensor:
+    """Bool ``[T]``: bases at which an engine with this draft begins a chain while it samples these tokens.
 
     An engine begins at the first base of a response. After m hits in a row from base t, the next base is t + m + 1,
     behind the accepted tokens and the one that is sampled. Engines therefore begin at places where the draft was wrong
     more often than elsewhere, and acceptance is an average over these bases only.
 
-    All rows are followed at once, in log2(S) jumps that double in length.
+    All responses are followed at once, in log2(T) jumps that double in length.
 
     Args:
-        hit_KBS: by base, whether depth d drafted the sampled token; False without a drafted token.
-        is_base_BS: possible bases. A run of them is a response.
+        hit_KT: by base, whether depth d drafted the sampled token; False without a drafted token.
+        is_base_T: possible bases. A run of them is a response.
     """
-    seq_len = is_base_BS.shape[1]
-    positions_S = torch.arange(seq_len, device=is_base_BS.device)
-    num_hits_BS = hit_KBS.long().cumprod(dim=0).sum(dim=0)
+    num_tokens = len(is_base_T)
+    positions_T = torch.arange(num_tokens, device=is_base_T.device)
+    num_hits_T = hit_KT.long().cumprod(dim=0).sum(dim=0)
     # An additional last position ends every path.
-    jump_BS = (positions_S + 1 + num_hits_BS).clamp(max=seq_len).masked_fill(~is_base_BS, seq_len)
-    jump_BS = torch.nn.functional.pad(jump_BS, (0, 1), value=seq_len)
-    begun_BS = torch.nn.functional.pad(is_base_BS & ~shift_right(is_base_BS, 1), (0, 1)).long()
-    for _ in range(seq_len.bit_length()):
-        begun_BS = begun_BS.scatter_reduce(1, jump_BS, begun_BS, "amax")
-        jump_BS = jump_BS.gather(1, jump_BS)
-    return begun_BS[:, :seq_len].bool() & is_base_BS
+    jump_T = (positions_T + 1 + num_hits_T).clamp(max=num_tokens).masked_fill(~is_base_T, num_tokens)
+    jump_T = torch.nn.functional.pad(jump_T, (0, 1), value=num_tokens)
+    begun_T = torch.nn.functional.pad(is_base_T & ~shift_right(is_base_T, 1), (0, 1)).long()
+    for _ in range(num_tokens.bit_length()):
+        begun_T = begun_T.scatter_reduce(0, jump_T, begun_T, "amax")
+        jump_T = jump_T.gather(0, jump_T)
+    return begun_T[:num_tokens].bool() & is_base_T
 
 
-def followed_acceptance(accept_prob_KBS: Tensor, hit_KBS: Tensor, mask_KBS: Tensor) -> tuple[Tensor, Tensor]:
+def followed_acceptance(accept_prob_KT: Tensor, hit_KT: Tensor, mask_KT: Tensor) -> tuple[Tensor, Tensor]:
     """Expected number of accepted tokens of each depth ``[K]``, and the number of chains, of ``drafted_bases``.
 
     All arguments are indexed by target position and zero outside ``mask`` (``chain_mask``). The last chain of a
     response often reaches beyond its end. vLLM counts these drafted tokens too and nearly always rejects them, so they
     count as rejected here.
     """
-    hit_KBS = chains_by_base(hit_KBS)
-    begun_BS = drafted_bases(hit_KBS, chains_by_base(mask_KBS)[0])
-    expected_KBS = expected_acceptance(chains_by_base(accept_prob_KBS), hit_KBS)
-    return expected_KBS[:, begun_BS].sum(dim=1), begun_BS.sum().double()
+    hit_KT = chains_by_base(hit_KT)
+    begun_T = drafted_bases(hit_KT, chains_by_base(mask_KT)[0])
+    expected_KT = expected_acceptance(chains_by_base(accept_prob_KT), hit_KT)
+    return (expected_KT * begun_T).sum(dim=1), begun_T.sum().double()

@@ -1,12 +1,12 @@
 """Interface of a draft in training. The trainer uses it and knows no particular draft.
 
-Shapes: T tokens, B batch, S sequence, D hidden, v this rank's vocabulary shard, K draft depths.
+Shapes: T tokens of a pack, D hidden, v this rank's vocabulary shard, K draft depths.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,18 @@ from torch import Tensor
 from skyrl_spec.metrics import names
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import Rule
+from skyrl_spec.models.pack import Pack
 from skyrl_spec.types import Metric, Metrics
-
-
-@dataclass(frozen=True)
-class BatchTokens:
-    """Tokens of a micro-batch on the device, ``[B, S]``.
-
-    ``attention_mask`` is that of ``models.policy.document_mask``.
-    """
-
-    token_ids: Tensor
-    segment_ids: Tensor
-    loss_mask: Tensor
-    attention_mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class Teacher:
     """The current policy, detached: its embedding, and its distribution ``softmax(hidden W^T / temperature)``.
 
-    ``hidden_SBD`` comes from the same forward pass as the captured states.
+    ``hidden_TD`` comes from the same forward pass as the captured states.
     """
 
-    hidden_SBD: Tensor
+    hidden_TD: Tensor
     output_weight_vD: Tensor
     # Token ids of any shape -> rows of the embedding. Collective over tensor-parallel ranks.
     embed: Callable[[Tensor], Tensor]
@@ -49,11 +37,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Supervision:
-    """Supervised draft tokens of a micro-batch. A draft extends this class with what its loss needs."""
+    """Supervised draft tokens of a pack, or of a part. A draft extends this class with what its loss needs."""
 
-    targets: BatchTokens
-    # Sum of their weights, float64 scalar: this micro-batch's part of the loss's denominator.
-    weight: Tensor
+    # Sum of their weights: their part of the loss's denominator.
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -113,15 +100,29 @@ class Draft(ABC):
     # The loss uses float32 logits of 16-bit weights (``losses.vocab_parallel.ChunkLogits``).
     fp32_logits: bool = False
 
+    def begin_step(self) -> None:
+        """Precedes the ``supervise`` calls of an optimizer step. A draft that draws random numbers draws new ones."""
+        return None
+
     @abstractmethod
-    def supervise(self, targets: BatchTokens) -> Supervision:
-        """Supervision of a micro-batch. Call it once for each: it may draw random numbers."""
+    def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[Supervision, ...]:
+        """Supervision of a pack on the CPU, as CPU tensors. A part for each forward pass of the draft, at least one.
+
+        Args:
+            rows: numbers of the pack's documents in the batch of the step, so that what is drawn for a document depends
+                neither on its pack nor on its rank.
+        """
 
     @abstractmethod
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: Supervision, denominator: Tensor
+        self,
+        captured: dict[CapturePoint, Tensor],
+        teacher: Teacher,
+        pack: Pack,
+        supervision: Supervision,
+        denominator: Tensor,
     ) -> tuple[Tensor, DraftSums]:
-        """This micro-batch's part of the loss, divided by the global ``denominator``, and its sums.
+        """A part of the loss, divided by the global ``denominator``, and its sums.
 
         Gradient reaches only the parameters of ``module``. Without a supervised token the loss is a zero that is still
         connected to them.
@@ -129,16 +130,17 @@ class Draft(ABC):
 
     @abstractmethod
     def propose(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        """Hidden states of the tokens drafted after ``anchor_B`` in each row, as in an engine: ``[B, K, D]``.
+        """Hidden states of the tokens drafted after each of ``anchors``, as in an engine: ``[A, K, D]``.
 
         Entry k, which the output head turns into logits, drafts token ``anchor + 1 + k``. A draft that reads its own
-        drafted tokens takes them from the row, so every row has at least K tokens after its anchor.
+        drafted tokens takes them from the pack, so every anchor, an index in the pack, has at least K tokens of its
+        document behind it.
         """
 
     def random_state(self) -> dict[str, Tensor]:
-        """State of the generator that ``supervise`` draws from; empty if it draws nothing."""
+        """What ``supervise`` draws next; empty if it draws nothing."""
         return {}
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:

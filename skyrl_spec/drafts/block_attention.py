@@ -1,65 +1,179 @@
-"""Attention of DFlash blocks over the sequence before their anchor and over their own slots. Two kernels.
+"""Attention of DFlash blocks over the document before their anchor and over their own slots. Two kernels.
 
-On a GPU, FlexAttention skips masked parts, which is nearly everything between blocks. On a CPU, SDPA gets a dense mask.
-Shapes: B batch, H heads, G key heads, Q slots, N keys (sequence, then slots), d head size.
+On a GPU, FlexAttention visits only the tiles of keys that a tile of slots can see. On a CPU, SDPA runs on a few blocks
+of one document at a time. The memory of both grows with tokens and slots, not with their product.
+
+Shapes: T tokens of the pack, Q slots, H heads, G key heads, d head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from skyrl_spec.drafts.blocks import Blocks, visible, visible_mod
-
-# (query [B, H, Q, d], key [B, G, N, d], value [B, G, N, d], scale) -> [B, H, Q, d]
-BlockAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+from skyrl_spec.drafts.blocks import Blocks
 
 
-def block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttention:
-    """Attention of ``blocks``. All layers share its mask."""
-    build = flex_block_attention if segment_ids_BS.is_cuda else sdpa_block_attention
-    return build(blocks, segment_ids_BS)
+class Keys(NamedTuple):
+    """Keys and values of the tokens, and those of the slots."""
+
+    token_key_TGd: Tensor
+    token_value_TGd: Tensor
+    slot_key_QGd: Tensor
+    slot_value_QGd: Tensor
 
 
-def sdpa_block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttention:
-    """``block_attention`` by SDPA with a dense mask."""
-    mask_B1QN = visible(blocks, segment_ids_BS)
+# (query [Q, H, d], keys, scale) -> [Q, H, d]
+BlockAttention = Callable[[Tensor, Keys, float], Tensor]
 
-    def attend(query_BHQd: Tensor, key_BGNd: Tensor, value_BGNd: Tensor, scale: float) -> Tensor:
-        heads_per_group = query_BHQd.shape[1] // key_BGNd.shape[1]
-        # No kernel that avoids the [Q, N] scores takes both a mask and shared keys.
-        key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key_BGNd, value_BGNd))
-        return F.scaled_dot_product_attention(query_BHQd, key, value, attn_mask=mask_B1QN, scale=scale)
+# Slots that SDPA computes at a time.
+SLOTS_AT_A_TIME = 512
+# Slots and keys of a tile of FlexAttention.
+TILE = 128
+
+
+def block_attention(blocks: Blocks, num_tokens: int) -> BlockAttention:
+    """Attention of ``blocks`` of a pack with this many tokens. All layers share it."""
+    return (flex_block_attention if blocks.anchor_A.is_cuda else sdpa_block_attention)(blocks, num_tokens)
+
+
+# ---- SDPA -----------------------------------------------------------------------------------------------------------
+
+
+class _Span(NamedTuple):
+    """Consecutive blocks of one document, and the range of tokens that any of them sees."""
+
+    first_block: int
+    num_blocks: int
+    start: int
+    end: int
+
+
+def sdpa_block_attention(blocks: Blocks, num_tokens: int) -> BlockAttention:
+    """``block_attention`` by SDPA, with a dense mask for at most ``SLOTS_AT_A_TIME`` slots."""
+    spans = _spans(blocks)
+    masks = [_mask(blocks, span) for span in spans]
+
+    def attend(query_QHd: Tensor, keys: Keys, scale: float) -> Tensor:
+        repeats = query_QHd.shape[1] // keys.slot_key_QGd.shape[1]
+        slots = [span.num_blocks * blocks.num_slots for span in spans]
+        queries, slot_keys, slot_values = (x.split(slots) for x in (query_QHd, keys.slot_key_QGd, keys.slot_value_QGd))
+        outputs = []
+        for index, (span, mask) in enumerate(zip(spans, masks, strict=True)):
+            tokens = slice(span.start, span.end)
+            key = torch.cat([keys.token_key_TGd[tokens], slot_keys[index]])
+            value = torch.cat([keys.token_value_TGd[tokens], slot_values[index]])
+            # No kernel that avoids the scores takes both a mask and shared keys.
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+            query, key, value = (x.transpose(0, 1)[None] for x in (queries[index], key, value))
+            outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[0])
+        return torch.cat(outputs, dim=1).transpose(0, 1)
 
     return attend
 
 
-def flex_block_attention(blocks: Blocks, segment_ids_BS: Tensor) -> BlockAttention:
+def _spans(blocks: Blocks) -> list[_Span]:
+    spans, at_a_time = [], max(SLOTS_AT_A_TIME // blocks.num_slots, 1)
+    for start, group in groupby(range(len(blocks.anchors)), lambda block: blocks.starts[block]):
+        numbers = list(group)
+        for first in range(0, len(numbers), at_a_time):
+            some = numbers[first : first + at_a_time]
+            spans.append(_Span(some[0], len(some), start, blocks.anchors[some[-1]]))
+    return spans
+
+
+def _mask(blocks: Blocks, span: _Span) -> Tensor:
+    """Rows of ``blocks.visible`` for the slots of a span, without the columns that none of them sees."""
+    anchor_Q1 = blocks.anchor_A[span.first_block :][: span.num_blocks].repeat_interleave(blocks.num_slots)[:, None]
+    before_QN = torch.arange(span.start, span.end) < anchor_Q1
+    block_Q = torch.arange(len(anchor_Q1)) // blocks.num_slots
+    return torch.cat([before_QN, block_Q[:, None] == block_Q], dim=1)
+
+
+# ---- FlexAttention --------------------------------------------------------------------------------------------------
+
+
+def flex_block_attention(blocks: Blocks, num_tokens: int) -> BlockAttention:
     """``block_attention`` by FlexAttention: compiled on a GPU, eager on a CPU."""
-    num_rows, num_slots = len(segment_ids_BS), blocks.anchor_BA.shape[1] * blocks.num_slots
-    mask = create_block_mask(
-        visible_mod(blocks, segment_ids_BS),
-        num_rows,
-        None,
-        num_slots,
-        segment_ids_BS.shape[1] + num_slots,
-        device=str(segment_ids_BS.device),
+    mask = _tiled_mask(blocks, num_tokens)
+
+    def attend(query_QHd: Tensor, keys: Keys, scale: float) -> Tensor:
+        key = torch.cat([keys.token_key_TGd, keys.slot_key_QGd])
+        value = torch.cat([keys.token_value_TGd, keys.slot_value_QGd])
+        query, key, value = (x.transpose(0, 1)[None] for x in (query_QHd, key, value))
+        kernel = _compiled_flex_attention() if query.is_cuda else flex_attention
+        return kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    return attend
+
+
+def _tiled_mask(blocks: Blocks, num_tokens: int) -> BlockMask:
+    """FlexAttention's mask, whose tiles are found on the host. A mask built on the device would be ``[Q, T + Q]``."""
+    device, num_slots = blocks.anchor_A.device, len(blocks.anchors) * blocks.num_slots
+    partial_tiles, full_tiles = _tiles(blocks, num_tokens)
+    tables = [torch.from_numpy(table)[None, None] for tiles in (partial_tiles, full_tiles) for table in tiles]
+    if device.type == "cuda":
+        tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
+    num_partial, partial_index, num_full, full_index = tables
+    return BlockMask.from_kv_blocks(
+        num_partial,
+        partial_index,
+        num_full,
+        full_index,
+        BLOCK_SIZE=TILE,
+        mask_mod=_visible_mod(blocks, num_tokens),
+        seq_lengths=(num_slots, num_tokens + num_slots),
     )
 
-    def attend(query_BHQd: Tensor, key_BGNd: Tensor, value_BGNd: Tensor, scale: float) -> Tensor:
-        kernel = _compiled_flex_attention() if query_BHQd.is_cuda else flex_attention
-        return kernel(query_BHQd, key_BGNd, value_BGNd, block_mask=mask, scale=scale, enable_gqa=True)
 
-    return attend
+def _tiles(blocks: Blocks, num_tokens: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Tiles of keys for each tile of slots: those it sees in part, and those that all its slots see whole.
+
+    Each as their number ``[tiles of slots]`` and their indices ``[tiles of slots, tiles of keys]``, int32.
+    """
+    num_slots = len(blocks.anchors) * blocks.num_slots
+    anchors_Q, starts_Q = (np.repeat(np.asarray(x), blocks.num_slots) for x in (blocks.anchors, blocks.starts))
+    block_Q = np.arange(num_slots) // blocks.num_slots
+    edges = np.arange(0, num_slots, TILE)
+    lowest, highest = (partial(ufunc.reduceat, indices=edges) for ufunc in (np.minimum, np.maximum))
+    num_key_tiles = -(-(num_tokens + num_slots) // TILE)
+    tile_K = np.arange(num_key_tiles)
+    first_key_K, last_key_K = tile_K * TILE, np.minimum((tile_K + 1) * TILE, num_tokens + num_slots) - 1
+    # Tokens from the first start to the last anchor are seen by some slot, from the last start to the first by all.
+    seen = (first_key_K < highest(anchors_Q)[:, None]) & (last_key_K >= lowest(starts_Q)[:, None])
+    whole = (first_key_K >= highest(starts_Q)[:, None]) & (last_key_K < lowest(anchors_Q)[:, None])
+    own_first = num_tokens + lowest(block_Q)[:, None] * blocks.num_slots
+    own_last = num_tokens + (highest(block_Q)[:, None] + 1) * blocks.num_slots - 1
+    own = (first_key_K <= own_last) & (last_key_K >= own_first)
+    return _table((seen & ~whole) | own), _table(whole & ~own)
+
+
+def _table(is_listed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of True entries of each row, and their columns first."""
+    return is_listed.sum(axis=1).astype(np.int32), np.argsort(~is_listed, axis=1, kind="stable").astype(np.int32)
+
+
+def _visible_mod(blocks: Blocks, num_tokens: int):  # type: ignore[no-untyped-def]
+    """``blocks.visible`` as FlexAttention's mask function of (batch, head, slot, key)."""
+    num_slots = blocks.num_slots
+    anchor_Q, start_Q = (x.repeat_interleave(num_slots) for x in (blocks.anchor_A, blocks.start_A))
+
+    def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        before = (start_Q[q] <= k) & (k < anchor_Q[q])
+        return torch.where(k < num_tokens, before, (k - num_tokens) // num_slots == q // num_slots)
+
+    return mod
 
 
 @cache
 def _compiled_flex_attention() -> Any:
-    # Micro-batches differ in length.
+    # Packs differ in length.
     return torch.compile(flex_attention, dynamic=True)

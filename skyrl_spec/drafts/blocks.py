@@ -3,107 +3,101 @@
 A block begins at an *anchor*. Slot 0 holds the anchor's token, slots 1 to K hold mask tokens, and slot i predicts the
 token at its own position, anchor + i.
 
-Shapes: B batch, S sequence, A anchors per sequence, K drafted slots, Q = A (K + 1) slots.
+Shapes: T tokens of a pack, A blocks, K drafted slots, Q = A (K + 1) slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl_spec.drafts.align import shift_right
+from skyrl_spec.drafts.align import follows_in_response
+from skyrl_spec.models.pack import Pack
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a micro-batch."""
+    """Blocks of a pack, in the order of their anchors. There is at least one."""
 
-    # Position in the row. Arbitrary for blocks without a supervised slot, if a row has fewer than A anchors.
-    anchor_BA: Tensor
+    # Index of the anchor in the pack.
+    anchor_A: Tensor
+    # Index of the first token of the anchor's document.
+    start_A: Tensor
     # Bool: whether slot i + 1 is supervised, at index i.
-    supervised_BAK: Tensor
+    supervised_AK: Tensor
+    # The anchors and starts, for the host.
+    anchors: tuple[int, ...]
+    starts: tuple[int, ...]
 
     @property
     def num_slots(self) -> int:
         """Slots of a block, K + 1."""
-        return self.supervised_BAK.shape[2] + 1
+        return self.supervised_AK.shape[1] + 1
 
-    def positions_BQ(self) -> Tensor:
-        """Position of every slot. The last ones may lie beyond the end of the row."""
-        slots = torch.arange(self.num_slots, device=self.anchor_BA.device)
-        return (self.anchor_BA[:, :, None] + slots).flatten(1)
+    def position_Q(self) -> Tensor:
+        """Position of every slot in its document. The last ones may lie beyond the document's end."""
+        slots = torch.arange(self.num_slots, device=self.anchor_A.device)
+        return ((self.anchor_A - self.start_A)[:, None] + slots).flatten()
 
 
-def draw_blocks(
-    loss_mask_BS: Tensor, segment_ids_BS: Tensor, num_anchors: int, num_drafted: int, generator: torch.Generator
-) -> Blocks:
-    """``num_anchors`` random blocks per row. If a row has fewer anchors, it gets all of them and unsupervised blocks.
+def blocks_at(anchors: Sequence[int], pack: Pack, supervised_AK: Tensor) -> Blocks:
+    """Blocks on the CPU with these ascending anchors in ``pack``."""
+    document_starts = np.asarray(pack.documents.starts)
+    starts = document_starts[np.searchsorted(document_starts, anchors, side="right") - 1].tolist()
+    return Blocks(torch.tensor(anchors), torch.tensor(starts), supervised_AK, tuple(anchors), tuple(starts))
+
+
+def draw_anchors(pack: Pack, seeds: Sequence[Sequence[int]], num_anchors: int) -> list[int]:
+    """At most ``num_anchors`` random anchors of each document of a pack on the CPU, ascending.
 
     An anchor is a trained response token whose next token is trained too: an engine drafts after a sampled token.
-    ``generator`` is on the CPU, so that the draw does not depend on the device.
+
+    Args:
+        seeds: of each document, so that its anchors depend neither on its place in the pack nor on its neighbours.
     """
-    valid_BS = loss_mask_BS & follows_in_response(loss_mask_BS, segment_ids_BS, 1)
-    priority_BS = torch.rand(valid_BS.shape, generator=generator).to(valid_BS.device)
-    num_anchors = min(num_anchors, valid_BS.shape[1])
-    anchor_BA = priority_BS.masked_fill(~valid_BS, -1.0).topk(num_anchors, dim=1).indices.sort(dim=1).values
-    supervised_BKS = torch.stack(
-        [follows_in_response(loss_mask_BS, segment_ids_BS, slot) for slot in range(1, num_drafted + 1)], dim=1
+    valid_T = (pack.loss_mask_T & follows_in_response(pack.loss_mask_T, pack.segment_ids_T, 1)).numpy()
+    anchors: list[int] = []
+    for seed, tokens in zip(seeds, pack.documents.slices(), strict=True):
+        candidates = tokens.start + np.flatnonzero(valid_T[tokens])
+        if len(candidates) > num_anchors:
+            candidates = np.sort(np.random.default_rng(seed).choice(candidates, num_anchors, replace=False))
+        anchors += candidates.tolist()
+    return anchors
+
+
+def supervised_blocks(anchors: Sequence[int], pack: Pack, num_drafted: int) -> Blocks:
+    """Blocks at ascending ``anchors``. A slot is supervised if its token and all before it in the block are trained.
+
+    An engine would not get to a slot behind the first unsupervised one.
+    """
+    anchor_A = torch.tensor(anchors)
+    loss_mask_T, segment_ids_T = pack.loss_mask_T, pack.segment_ids_T
+    trained_KA = torch.stack(
+        [follows_in_response(loss_mask_T, segment_ids_T, slot)[anchor_A] for slot in range(1, num_drafted + 1)]
     )
-    # Slots after the first unsupervised one are unsupervised: an engine would not get there.
-    supervised_BKS = supervised_BKS.cummin(dim=1).values & valid_BS[:, None]
-    index_BAK = anchor_BA[:, None].expand(-1, num_drafted, -1)
-    return Blocks(anchor_BA, supervised_BKS.gather(2, index_BAK).transpose(1, 2))
+    supervised_KA = trained_KA.cummin(dim=0).values & loss_mask_T[anchor_A]
+    return blocks_at(anchors, pack, supervised_KA.t().contiguous())
 
 
-def follows_in_response(loss_mask_BS: Tensor, segment_ids_BS: Tensor, steps: int) -> Tensor:
-    """Bool ``[B, S]``: whether the token ``steps`` later is trained on and belongs to the same document."""
-    if steps >= loss_mask_BS.shape[1]:
-        return torch.zeros_like(loss_mask_BS)
-    same_BS = (shift_right(segment_ids_BS, -steps) == segment_ids_BS) & (segment_ids_BS > 0)
-    return shift_right(loss_mask_BS, -steps) & same_BS
-
-
-def position_weights(num_drafted: int, gamma: float, device: torch.device) -> Tensor:
+def position_weights(num_drafted: int, gamma: float) -> Tensor:
     """Loss weights ``exp(-(i - 1) / gamma)`` of slots i = 1 to K, float32 ``[K]``.
 
     An early drafted token weighs more, because all later ones depend on its acceptance.
     """
-    return torch.exp(-torch.arange(num_drafted, device=device) / gamma)
+    return torch.exp(-torch.arange(num_drafted) / gamma)
 
 
-def visible(blocks: Blocks, segment_ids_BS: Tensor) -> Tensor:
-    """Bool ``[B, 1, Q, S + Q]``: whether a slot sees a key. Keys of the sequence come first, then keys of the slots.
+def visible(blocks: Blocks, num_tokens: int) -> Tensor:
+    """Bool ``[Q, T + Q]``: whether a slot sees a key. Keys of the tokens come first, then keys of the slots.
 
     A slot sees the anchor's document strictly before the anchor, and all slots of its block, so it always sees a key.
+    This is the definition. The kernels never build it.
     """
-    anchor_BQ, block_Q = _of_slots(blocks)
-    index_S = torch.arange(segment_ids_BS.shape[1], device=segment_ids_BS.device)
-    before_BQS = index_S < anchor_BQ[..., None]
-    same_BQS = segment_ids_BS[:, None] == segment_ids_BS.gather(1, anchor_BQ)[..., None]
-    own_QQ = block_Q[:, None] == block_Q
-    own_BQQ = own_QQ.expand(len(anchor_BQ), -1, -1)
-    return torch.cat([before_BQS & same_BQS, own_BQQ], dim=2)[:, None]
-
-
-def visible_mod(blocks: Blocks, segment_ids_BS: Tensor):  # type: ignore[no-untyped-def]
-    """``visible`` as FlexAttention's mask function of (batch, head, slot, key)."""
-    anchor_BQ, block_Q = _of_slots(blocks)
-    num_context, num_slots = segment_ids_BS.shape[1], len(block_Q)
-    anchor_segment_BQ = segment_ids_BS.gather(1, anchor_BQ)
-
-    def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        context = k.clamp(max=num_context - 1)
-        seen = (context < anchor_BQ[b, q]) & (segment_ids_BS[b, context] == anchor_segment_BQ[b, q])
-        own = block_Q[q] == block_Q[(k - num_context).clamp(0, num_slots - 1)]
-        return torch.where(k < num_context, seen, own)
-
-    return mod
-
-
-def _of_slots(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Anchor ``[B, Q]`` and block number ``[Q]`` of every slot."""
-    anchor_BQ = blocks.anchor_BA.repeat_interleave(blocks.num_slots, dim=1)
-    numbers_A = torch.arange(blocks.anchor_BA.shape[1], device=anchor_BQ.device)
-    return anchor_BQ, numbers_A.repeat_interleave(blocks.num_slots)
+    anchor_Q1, start_Q1 = (x.repeat_interleave(blocks.num_slots)[:, None] for x in (blocks.anchor_A, blocks.start_A))
+    index_T = torch.arange(num_tokens, device=anchor_Q1.device)
+    block_Q = torch.arange(len(anchor_Q1), device=anchor_Q1.device) // blocks.num_slots
+    return torch.cat([(start_Q1 <= index_T) & (index_T < anchor_Q1), block_Q[:, None] == block_Q], dim=1)

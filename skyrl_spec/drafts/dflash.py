@@ -11,12 +11,13 @@ vLLM serves it with ``model_executor/models/qwen3_dflash.py``.
 
 Source: "DFlash: Block Diffusion for Flash Speculative Decoding", arXiv 2602.06036.
 
-Shapes: S sequence, B batch, D hidden, E captured layers x D, Q slots, H and G query and key heads of this rank, d head
-size.
+Shapes: T tokens of a pack, D hidden, E captured layers x D, A blocks, K drafted slots of a block, Q = A (K + 1) slots,
+H and G query and key heads of this rank, d head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,26 +36,35 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from skyrl_spec.drafts.align import expected_acceptance
-from skyrl_spec.drafts.base import BatchTokens, Draft, DraftSums, Supervision, Teacher
-from skyrl_spec.drafts.block_attention import BlockAttention, block_attention
-from skyrl_spec.drafts.blocks import Blocks, draw_blocks, position_weights
+from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
+from skyrl_spec.drafts.block_attention import BlockAttention, Keys, block_attention
+from skyrl_spec.drafts.blocks import Blocks, blocks_at, draw_anchors, position_weights, supervised_blocks
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import dflash_rules
+from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, dflash_hf_config, read_dflash_spec
 from skyrl_spec.specs.model import ModelSpec
 
-_ANCHORS = "anchors"
+_STEPS = "steps"
 
 
 @dataclass(frozen=True)
 class DflashSupervision(Supervision):
-    """Blocks that are drawn for a micro-batch."""
+    """Blocks that are drawn for a pack. N supervised slots."""
 
     blocks: Blocks
+    # Block of each supervised slot, its index among the drafted ones, its target position and the token behind it.
+    block_N: Tensor
+    slot_N: Tensor
+    position_N: Tensor
+    label_N: Tensor
+    # Weight of each in the loss.
+    weight_N: Tensor
 
 
 class DflashDraft(Draft):
@@ -68,6 +78,7 @@ class DflashDraft(Draft):
         parallel: Parallel,
         temperature: float,
         seed: int,
+        max_slots: int,
     ):
         assert config.path is not None, "a draft from scratch is written to a directory first"
         self.config, self.parallel, self.temperature = config, parallel, temperature
@@ -81,104 +92,117 @@ class DflashDraft(Draft):
         self.capture_points = tuple(
             CapturePoint(f"decoder.layers.{layer}", "output") for layer in self.spec.target_layer_ids
         )
-        # A generator of its own leaves all other random numbers alone. Tensor-parallel ranks draw the same anchors.
-        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + parallel.dp_rank)
-        gamma = decay_gamma(config, self.num_positions + 1)
-        self._weights_K = position_weights(self.num_positions, gamma, parallel.device)
+        self._seed, self._num_steps = seed, 0
+        # Slots of a forward pass, unless a block has more.
+        self.max_slots = max_slots
+        self._weights_K = position_weights(self.num_positions, decay_gamma(config, self.num_positions + 1))
 
-    def supervise(self, targets: BatchTokens) -> DflashSupervision:
-        blocks = draw_blocks(
-            targets.loss_mask,
-            targets.segment_ids,
-            self.config.anchors_per_sequence,
-            self.num_positions,
-            self.generator,
+    def begin_step(self) -> None:
+        self._num_steps += 1
+
+    def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[DflashSupervision, ...]:
+        seeds = [(self._seed, self._num_steps, row) for row in rows]
+        anchors = draw_anchors(pack, seeds, self.config.anchors_per_sequence)
+        # Short documents may have more slots than tokens. A pass has no more than its share of memory allows.
+        at_a_time = max(self.max_slots // (self.num_positions + 1), 1)
+        # The layers need a slot, so a pack without an anchor gets a block without supervision.
+        parts = [anchors[first : first + at_a_time] for first in range(0, len(anchors), at_a_time)] or [[0]]
+        return tuple(self._supervise_blocks(pack, supervised_blocks(part, pack, self.num_positions)) for part in parts)
+
+    def _supervise_blocks(self, pack: Pack, blocks: Blocks) -> DflashSupervision:
+        block_N, slot_N = blocks.supervised_AK.nonzero(as_tuple=True)
+        position_N = blocks.anchor_A[block_N] + slot_N
+        weight_N = self._weights_K[slot_N]
+        return DflashSupervision(
+            weight=float(weight_N.sum(dtype=torch.float64)),
+            blocks=blocks,
+            block_N=block_N,
+            slot_N=slot_N,
+            position_N=position_N,
+            label_N=pack.token_ids_T[position_N + 1],
+            weight_N=weight_N,
         )
-        return DflashSupervision(targets, (blocks.supervised_BAK * self._weights_K).sum(dtype=torch.float64), blocks)
 
-    def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: DflashSupervision) -> Tensor:
-        """Output of the draft at every slot, ``[Q, B, D]``, for the output head."""
-        context_SBE = torch.cat([captured[point] for point in self.capture_points], dim=-1)
+    def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
+        """Output of the draft at every slot, ``[Q, D]``, for the output head."""
         return self.module(
-            context_SBE,
-            self._slot_embeddings(teacher, supervision),
-            supervision.blocks.positions_BQ().t(),
-            block_attention(supervision.blocks, supervision.targets.segment_ids),
-            # The last block may reach beyond the row.
-            num_positions=len(context_SBE) + self.num_positions,
+            torch.cat([captured[point] for point in self.capture_points], dim=-1),
+            self._slot_embeddings(teacher, pack, blocks),
+            pack.position_T,
+            blocks.position_Q(),
+            block_attention(blocks, len(pack.token_ids_T)),
+            # The last block may reach beyond its document.
+            num_positions=table_length(pack.documents.longest + self.num_positions),
         )
 
     def propose(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        supervised_BAK = torch.ones(len(anchor_B), 1, self.num_positions, dtype=torch.bool, device=anchor_B.device)
-        supervision = DflashSupervision(
-            targets, supervised_BAK.sum().double(), Blocks(anchor_B[:, None], supervised_BAK)
-        )
-        return self.forward(captured, teacher, supervision)[1:].transpose(0, 1)
+        blocks = blocks_at(anchors, pack, torch.ones(len(anchors), self.num_positions, dtype=torch.bool))
+        out_QD = self.forward(captured, teacher, pack, upload(blocks, pack.token_ids_T.device))
+        return out_QD.unflatten(0, (len(anchors), -1))[:, 1:]
 
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: Supervision, denominator: Tensor
+        self,
+        captured: dict[CapturePoint, Tensor],
+        teacher: Teacher,
+        pack: Pack,
+        supervision: Supervision,
+        denominator: Tensor,
     ) -> tuple[Tensor, DraftSums]:
         assert isinstance(supervision, DflashSupervision)
-        out_QBD = self.forward(captured, teacher, supervision)
-        mask_BAK = supervision.blocks.supervised_BAK
-        # T supervised tokens and their target positions.
-        batch_T, block_T, slot_T = mask_BAK.nonzero(as_tuple=True)
-        target_T = supervision.blocks.anchor_BA[batch_T, block_T] + slot_T
+        blocks, block_N, slot_N = supervision.blocks, supervision.block_N, supervision.slot_N
+        out_QD = self.forward(captured, teacher, pack, blocks)
         # Any supervision includes a slot 1, whose weight is 1, so the clamp changes only a denominator of 0.
-        weights_T = self._weights_K[slot_T] / denominator.clamp(min=1.0)
-        labels_T = supervision.targets.token_ids[batch_T, target_T + 1]
+        weights_N = supervision.weight_N / denominator.clamp(min=1.0)
         result = vocab_parallel_soft_ce(
-            out_QBD[block_T * supervision.blocks.num_slots + slot_T + 1, batch_T][None],
-            teacher.hidden_SBD[target_T, batch_T],
+            out_QD[block_N * blocks.num_slots + slot_N + 1][None],
+            teacher.hidden_TD[supervision.position_N],
             teacher.output_weight_vD,
-            weights_T.to(torch.float32)[None],
+            weights_N.to(torch.float32)[None],
             vocab_size=self.vocab_size,
             temperature=self.temperature,
             chunk_size=self.config.loss_chunk_size,
             group=self.parallel.tp_group,
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
-            labels_T=labels_T,
+            labels_T=supervision.label_N,
             fp32_logits=self.fp32_logits,
         )
-        index_T = (slot_T, batch_T, block_T)
-        top1_KBA, hit_KBA = mask_BAK.new_zeros((2, mask_BAK.shape[2], *mask_BAK.shape[:2]))
-        accept_prob_KBA = torch.zeros(top1_KBA.shape, dtype=torch.float64, device=mask_BAK.device)
-        accept_prob_KBA[index_T] = result.accept_prob_KT[0].double()
-        top1_KBA[index_T], hit_KBA[index_T] = result.top1_KT[0], result.argmax_KT[0] == labels_T
+        mask_KA = blocks.supervised_AK.t()
+        top1_KA, hit_KA = mask_KA.new_zeros((2, *mask_KA.shape))
+        accept_prob_KA = torch.zeros(mask_KA.shape, dtype=torch.float64, device=mask_KA.device)
+        accept_prob_KA[slot_N, block_N] = result.accept_prob_KT[0].double()
+        top1_KA[slot_N, block_N] = result.top1_KT[0]
+        hit_KA[slot_N, block_N] = result.argmax_KT[0] == supervision.label_N
         # A block whose last slot is supervised is supervised throughout.
-        is_complete_BA = mask_BAK[..., -1]
+        is_complete_A = mask_KA[-1]
         sums = DraftSums(
             loss=result.loss.detach().double(),
-            top1_agreements_K=top1_KBA.sum(dim=(1, 2)).double(),
-            num_targets_K=mask_BAK.sum(dim=(0, 1)).double(),
-            accepted_K=expected_acceptance(accept_prob_KBA, hit_KBA)[:, is_complete_BA].sum(dim=1),
-            num_chains=is_complete_BA.sum().double(),
+            top1_agreements_K=top1_KA.sum(dim=1).double(),
+            num_targets_K=mask_KA.sum(dim=1).double(),
+            accepted_K=(expected_acceptance(accept_prob_KA, hit_KA) * is_complete_A).sum(dim=1),
+            num_chains=is_complete_A.sum().double(),
         )
         return result.loss, sums
 
     def random_state(self) -> dict[str, Tensor]:
-        return {_ANCHORS: self.generator.get_state()}
+        return {_STEPS: torch.tensor(self._num_steps)}
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
-        if _ANCHORS in state:
-            self.generator.set_state(state[_ANCHORS])
+        if _STEPS in state:
+            self._num_steps = int(state[_STEPS])
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
         return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
 
-    def _slot_embeddings(self, teacher: Teacher, supervision: DflashSupervision) -> Tensor:
-        """Embeddings of the slots, ``[Q, B, D]``: in each block the anchor's token, then mask tokens."""
-        blocks = supervision.blocks
-        anchor_ids_BA = supervision.targets.token_ids.gather(1, blocks.anchor_BA)
-        mask_id = anchor_ids_BA.new_tensor([self.spec.mask_token_id])
-        rows = teacher.embed(torch.cat([anchor_ids_BA.flatten(), mask_id]))
-        num_rows, num_anchors = anchor_ids_BA.shape
-        slots_BAsD = rows[-1].expand(num_rows, num_anchors, blocks.num_slots, -1).clone()
-        slots_BAsD[:, :, 0] = rows[:-1].view(num_rows, num_anchors, -1)
-        return slots_BAsD.flatten(1, 2).transpose(0, 1)
+    def _slot_embeddings(self, teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
+        """Embeddings of the slots, ``[Q, D]``: in each block the anchor's token, then mask tokens."""
+        anchor_ids_A = pack.token_ids_T[blocks.anchor_A]
+        rows = teacher.embed(torch.cat([anchor_ids_A, anchor_ids_A.new_full((1,), self.spec.mask_token_id)]))
+        slots_AsD = rows[-1].expand(len(anchor_ids_A), blocks.num_slots, -1).clone()
+        slots_AsD[:, 0] = rows[:-1]
+        return slots_AsD.flatten(0, 1)
 
 
 class DflashAttention(MegatronModule):
@@ -201,28 +225,23 @@ class DflashAttention(MegatronModule):
 
     def forward(
         self,
-        hidden_QBD: Tensor,
-        context_SBD: Tensor,
+        hidden_QD: Tensor,
+        context_TD: Tensor,
         rotary_Q: Tensor,
-        rotary_S: Tensor,
+        rotary_T: Tensor,
         attend: BlockAttention,
     ) -> Tensor:
-        """Output ``[Q, B, D]``. The gradient of ``context_SBD`` is this rank's part of the sum."""
-        query_QBHd, key_QBGd, value_QBGd = self._split(self.linear_qkv(hidden_QBD)[0], self.queries_per_group)
-        _, key_SBGd, value_SBGd = self._split(nn.functional.linear(context_SBD, self._key_value_weight()), 0)
-        query_QBHd = self._rotate(self.q_layernorm(query_QBHd), rotary_Q)
-        key_QBGd = self._rotate(self.k_layernorm(key_QBGd), rotary_Q)
-        key_SBGd = self._rotate(self.k_layernorm(key_SBGd), rotary_S)
-        out_BHQd = attend(
-            query_QBHd.permute(1, 2, 0, 3),
-            torch.cat([key_SBGd, key_QBGd]).permute(1, 2, 0, 3),
-            torch.cat([value_SBGd, value_QBGd]).permute(1, 2, 0, 3),
-            self.head_dim**-0.5,
-        )
-        return self.linear_proj(out_BHQd.permute(2, 0, 1, 3).flatten(2))[0]
+        """Output ``[Q, D]``. The gradient of ``context_TD`` is this rank's part of the sum."""
+        query_QHd, key_QGd, value_QGd = self._split(self.linear_qkv(hidden_QD)[0], self.queries_per_group)
+        _, key_TGd, value_TGd = self._split(nn.functional.linear(context_TD, self._key_value_weight()), 0)
+        query_QHd = self._rotate(self.q_layernorm(query_QHd), rotary_Q)
+        key_QGd = self._rotate(self.k_layernorm(key_QGd), rotary_Q)
+        key_TGd = self._rotate(self.k_layernorm(key_TGd), rotary_T)
+        out_QHd = attend(query_QHd, Keys(key_TGd, value_TGd, key_QGd, value_QGd), self.head_dim**-0.5)
+        return self.linear_proj(out_QHd.flatten(1))[0]
 
     def _split(self, projected: Tensor, queries_per_group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value ``[.., B, heads, d]`` from Megatron's layout: a group's queries, its key, its value."""
+        """Query, key and value ``[.., heads, d]`` from Megatron's layout: a group's queries, its key, its value."""
         grouped = projected.unflatten(-1, (-1, queries_per_group + 2, self.head_dim))
         query, key, value = grouped.split([queries_per_group, 1, 1], dim=-2)
         return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
@@ -233,8 +252,8 @@ class DflashAttention(MegatronModule):
         grouped = weight.view(-1, self.queries_per_group + 2, self.head_dim, weight.shape[1])
         return grouped[:, self.queries_per_group :].reshape(-1, weight.shape[1])
 
-    def _rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(x, rotary, config=self.config)
+    def _rotate(self, x_NHd: Tensor, rotary_N: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x_NHd[:, None], rotary_N, config=self.config)[:, 0]
 
 
 class DflashLayer(MegatronModule):
@@ -251,10 +270,10 @@ class DflashLayer(MegatronModule):
             ffn_hidden_size=config.ffn_hidden_size,
         )
 
-    def forward(self, hidden_QBD: Tensor, *attention_inputs: Any) -> Tensor:
-        """Output ``[Q, B, D]``. ``attention_inputs`` are those of ``DflashAttention``."""
-        hidden_QBD = hidden_QBD + self.self_attention(self.input_layernorm(hidden_QBD), *attention_inputs)
-        return hidden_QBD + self.mlp(self.pre_mlp_layernorm(hidden_QBD))[0]
+    def forward(self, hidden_QD: Tensor, *attention_inputs: Any) -> Tensor:
+        """Output ``[Q, D]``. ``attention_inputs`` are those of ``DflashAttention``."""
+        hidden_QD = hidden_QD + self.self_attention(self.input_layernorm(hidden_QD), *attention_inputs)
+        return hidden_QD + self.mlp(self.pre_mlp_layernorm(hidden_QD))[0]
 
 
 class DflashModule(MegatronModule):
@@ -277,23 +296,24 @@ class DflashModule(MegatronModule):
 
     def forward(
         self,
-        context_SBE: Tensor,
-        slots_QBD: Tensor,
-        positions_QB: Tensor,
+        context_TE: Tensor,
+        slots_QD: Tensor,
+        position_T: Tensor,
+        position_Q: Tensor,
         attend: BlockAttention,
         *,
         num_positions: int,
     ) -> Tensor:
-        """Output of every slot after the final norm, ``[Q, B, D]``."""
-        context_SBD = self.hidden_norm(self.fc(context_SBE)[0])
+        """Output of every slot after the final norm, ``[Q, D]``."""
+        context_TD = self.hidden_norm(self.fc(context_TE)[0])
         # Layers apply this rank's weights to the context. Its gradient is summed over ranks once, for all layers.
-        context_SBD = copy_to_tensor_model_parallel_region(context_SBD)
+        context_TD = copy_to_tensor_model_parallel_region(context_TD)
         rotary = self._rotary(num_positions)
-        rotary_Q, rotary_S = rotary[positions_QB, 0], rotary[: len(context_SBE)]
-        hidden_QBD = slots_QBD
+        rotary_Q, rotary_T = rotary[position_Q], rotary[position_T]
+        hidden_QD = slots_QD
         for layer in self.layers:
-            hidden_QBD = layer(hidden_QBD, context_SBD, rotary_Q, rotary_S, attend)
-        return self.norm(hidden_QBD)
+            hidden_QD = layer(hidden_QD, context_TD, rotary_Q, rotary_T, attend)
+        return self.norm(hidden_QD)
 
 
 def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel) -> DflashModule:

@@ -11,6 +11,7 @@ Conventions are MiMo's, as vLLM serves it (``model_executor/models/mimo_mtp.py``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,14 +26,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from skyrl_spec.drafts.align import chain_mask, document_starts, followed_acceptance
-from skyrl_spec.drafts.base import BatchTokens, Draft, DraftSums, Supervision, Teacher
+from skyrl_spec.drafts.align import chain_mask, followed_acceptance
+from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import mtp_rules
+from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import layer_spec
 from skyrl_spec.settings.draft import MtpConfig
@@ -44,10 +46,17 @@ EMBEDDING = CapturePoint("embedding", "output")
 
 @dataclass(frozen=True)
 class MtpSupervision(Supervision):
-    """Supervised depths of all chains."""
+    """Supervised depths of all chains. N target positions."""
 
     # ``align.chain_mask``
-    mask_KBS: Tensor
+    mask_KT: Tensor
+    # Positions at which depth 1 is supervised. It is wherever a deeper depth is.
+    position_N: Tensor
+    # Position of the chain's base at depth d, at index d - 1.
+    base_KN: Tensor
+    mask_KN: Tensor
+    # The sampled token behind each target position.
+    label_N: Tensor
 
 
 class MtpDraft(Draft):
@@ -75,85 +84,94 @@ class MtpDraft(Draft):
             use_cpu_initialization=parallel.device.type == "cpu",
         )
 
-    def forward(self, trunk_SBD: Tensor, embeds_SBD: Tensor, targets: BatchTokens) -> list[Tensor]:
-        """Output of every depth, ``[S, B, D]`` each: ``out[d-1][t]`` drafts token t+d+1.
+    def forward(self, trunk_TD: Tensor, embeds_TD: Tensor, pack: Pack) -> list[Tensor]:
+        """Output of every depth, ``[T, D]`` each: ``out[d-1][t]`` drafts token t+d+1.
 
         Args:
-            trunk_SBD: hidden states of the trunk before its final norm.
-            embeds_SBD: embeddings of the same positions.
+            trunk_TD: hidden states of the trunk before its final norm.
+            embeds_TD: embeddings of the same positions.
         """
         layer = self.module.layers[0]
         attention: ChainAttention = megatron_patches.mtp_transformer_layer(layer).self_attention.core_attention
-        seq_len = trunk_SBD.shape[0]
-        rotary = self._rotary(seq_len + self.num_positions)
-        starts_SB1 = document_starts(targets.segment_ids).t()[..., None]
-        hidden_SBD, outputs = trunk_SBD, []
-        attention.reset()
+        rotary = self._rotary(table_length(pack.documents.longest + self.num_positions))
+        ids_1T = pack.token_ids_T[None]
+        hidden_T1D, outputs = trunk_TD[:, None], []
+        attention.reset(pack.documents)
         for depth in range(1, self.num_positions + 1):
-            next_embeds_SBD = torch.roll(embeds_SBD, -depth, dims=0)
+            next_embeds_TD = torch.roll(embeds_TD, -depth, dims=0)
             if depth == 1:
-                next_embeds_SBD = next_embeds_SBD.masked_fill(starts_SB1, 0.0)
+                next_embeds_TD = next_embeds_TD.masked_fill((pack.position_T == 0)[:, None], 0.0)
             # Megatron returns a padding mask too since 0.18.
-            hidden_SBD, *_ = layer(
-                input_ids=targets.token_ids,
-                position_ids=targets.token_ids,
-                hidden_states=hidden_SBD,
-                attention_mask=targets.attention_mask,
-                rotary_pos_emb=rotary[depth - 1 : depth - 1 + seq_len],
-                embedding=_Constant(next_embeds_SBD),
+            hidden_T1D, *_ = layer(
+                input_ids=ids_1T,
+                position_ids=ids_1T,
+                hidden_states=hidden_T1D,
+                attention_mask=None,
+                rotary_pos_emb=rotary[pack.position_T + depth - 1],
+                embedding=_Constant(next_embeds_TD[:, None]),
             )
-            outputs.append(hidden_SBD)
-        attention.reset()
+            outputs.append(hidden_T1D[:, 0])
+        attention.reset(None)
         return outputs
 
-    def supervise(self, targets: BatchTokens) -> MtpSupervision:
-        mask_KBS = chain_mask(targets.loss_mask, targets.segment_ids, self.num_positions)
-        return MtpSupervision(targets, mask_KBS.sum().double(), mask_KBS)
+    def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[MtpSupervision]:
+        mask_KT = chain_mask(pack.loss_mask_T, pack.segment_ids_T, self.num_positions)
+        position_N = mask_KT[0].nonzero().squeeze(1)
+        mask_KN = mask_KT[:, position_N]
+        depth_K1 = torch.arange(1, self.num_positions + 1)[:, None]
+        supervision = MtpSupervision(
+            weight=float(mask_KN.sum()),
+            mask_KT=mask_KT,
+            position_N=position_N,
+            base_KN=(position_N - depth_K1).clamp(min=0),
+            mask_KN=mask_KN,
+            label_N=pack.token_ids_T[position_N + 1],
+        )
+        return (supervision,)
 
     def propose(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, targets: BatchTokens, anchor_B: Tensor
+        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], targets)
+        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack)
         # The anchor is the sampled token that a chain starts from. The chain's base is the position before it.
-        rows_B = torch.arange(len(anchor_B), device=anchor_B.device)
-        return torch.stack([out[anchor_B - 1, rows_B] for out in outputs], dim=1)
+        base_A = torch.tensor(anchors, device=pack.token_ids_T.device) - 1
+        return torch.stack([out[base_A] for out in outputs], dim=1)
 
     def loss(
-        self, captured: dict[CapturePoint, Tensor], teacher: Teacher, supervision: Supervision, denominator: Tensor
+        self,
+        captured: dict[CapturePoint, Tensor],
+        teacher: Teacher,
+        pack: Pack,
+        supervision: Supervision,
+        denominator: Tensor,
     ) -> tuple[Tensor, DraftSums]:
         assert isinstance(supervision, MtpSupervision)
-        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], supervision.targets)
-        mask_KBS = supervision.mask_KBS
-        # Depth 1 is supervised wherever a deeper depth is, so its target positions include all.
-        batch_T, position_T = mask_KBS[0].nonzero(as_tuple=True)
-        mask_KT = mask_KBS[:, batch_T, position_T]
-        draft_hidden_KTD = torch.stack(
-            [out[(position_T - depth).clamp(min=0), batch_T] for depth, out in enumerate(outputs, start=1)]
-        )
-        labels_T = supervision.targets.token_ids[batch_T, position_T + 1]
+        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack)
+        position_N, mask_KN = supervision.position_N, supervision.mask_KN
         result = vocab_parallel_soft_ce(
-            draft_hidden_KTD,
-            teacher.hidden_SBD[position_T, batch_T],
+            torch.stack([out[base_N] for out, base_N in zip(outputs, supervision.base_KN, strict=True)]),
+            teacher.hidden_TD[position_N],
             teacher.output_weight_vD,
-            mask_KT / denominator.clamp(min=1.0).to(torch.float32),
+            mask_KN / denominator.clamp(min=1.0).to(torch.float32),
             vocab_size=self.spec.vocab_size,
             temperature=self.temperature,
             chunk_size=self.config.loss_chunk_size,
             group=self.parallel.tp_group,
             loss_type=self.config.loss_type,
             topk=self.config.loss_topk,
-            labels_T=labels_T,
+            labels_T=supervision.label_N,
             fp32_logits=self.fp32_logits,
         )
-        accept_prob_KBS = torch.zeros(mask_KBS.shape, dtype=torch.float64, device=mask_KBS.device)
-        accept_prob_KBS[:, batch_T, position_T] = result.accept_prob_KT.double()
-        hit_KBS = torch.zeros_like(mask_KBS)
-        hit_KBS[:, batch_T, position_T] = result.argmax_KT == labels_T
-        accepted_K, num_chains = followed_acceptance(accept_prob_KBS, hit_KBS, mask_KBS)
+        mask_KT = supervision.mask_KT
+        accept_prob_KT = torch.zeros(mask_KT.shape, dtype=torch.float64, device=mask_KT.device)
+        accept_prob_KT[:, position_N] = result.accept_prob_KT.double()
+        hit_KT = torch.zeros_like(mask_KT)
+        hit_KT[:, position_N] = result.argmax_KT == supervision.label_N
+        accepted_K, num_chains = followed_acceptance(accept_prob_KT, hit_KT, mask_KT)
         sums = DraftSums(
             loss=result.loss.detach().double(),
-            top1_agreements_K=(result.top1_KT & mask_KT).sum(dim=1).double(),
-            num_targets_K=mask_KT.sum(dim=1).double(),
+            top1_agreements_K=(result.top1_KT & mask_KN).sum(dim=1).double(),
+            num_targets_K=mask_KN.sum(dim=1).double(),
             accepted_K=accepted_K,
             num_chains=num_chains,
         )
@@ -163,11 +181,11 @@ class MtpDraft(Draft):
 class _Constant:
     """Replacement for the embedding module that Megatron's MTP layer calls. It returns given rows."""
 
-    def __init__(self, embeds_SBD: Tensor):
-        self.embeds_SBD = embeds_SBD
+    def __init__(self, embeds_T1D: Tensor):
+        self.embeds_T1D = embeds_T1D
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.embeds_SBD
+        return self.embeds_T1D
 
 
 def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPredictionBlock:

@@ -1,24 +1,34 @@
-"""Core attention for Megatron's local layer spec, on PyTorch's scaled_dot_product_attention.
+"""Core attention for Megatron's local layer spec: causal inside each document of a pack (``models.flash``).
 
-Megatron's own local core attention keeps a ``[B, H, S, S]`` tensor of probabilities per layer. This one runs the
-device's flash kernel. Shapes follow Megatron: S sequence, B batch, H query heads, G key heads, d head size.
+Megatron's own local core attention keeps a ``[B, H, S, S]`` tensor of probabilities per layer. Shapes: T tokens, H
+query heads, G key heads, d head size. Megatron's batch dimension is 1.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from skyrl_spec.models.flash import Documents, documents_attention
 
-class SdpaAttention(nn.Module):
-    """Causal attention.
 
-    ``attention_mask`` None means one document per row. Else it is bool ``[B, 1, S, S]``, True where attention is
-    barred, and keeps the documents of a row apart (``policy.document_mask``).
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Carries documents through Megatron's layers to their core attention.
+
+    The format ``sbhd`` keeps Megatron from rotating and reshaping packs by itself, which it does for ``thd``.
     """
+
+    qkv_format: str = "sbhd"
+    documents: Documents | None = None
+
+
+class DocumentAttention(nn.Module):
+    """Causal attention inside each document."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any):
         # Megatron also passes mask type, dropout and process groups, which have one value here.
@@ -27,21 +37,17 @@ class SdpaAttention(nn.Module):
         self.layer_number = layer_number
 
     def forward(
-        self, query_SBHd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor, attention_mask: Tensor | None, **_: Any
+        self,
+        query_T1Hd: Tensor,
+        key_T1Gd: Tensor,
+        value_T1Gd: Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: PackedDocuments,
+        **_: Any,
     ) -> Tensor:
-        """``[S, B, H*d]``."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHd, key_SBGd, value_SBGd))
-        shares_keys = query.shape[1] != key.shape[1]
-        if shares_keys and attention_mask is not None:
-            # No kernel that avoids the [S, S] scores takes both a mask and shared keys.
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        out_BHSd = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.scale,
-            enable_gqa=shares_keys and attention_mask is None,
-        )
-        return out_BHSd.permute(2, 0, 1, 3).flatten(2)
+        """``[T, 1, H*d]``."""
+        documents = packed_seq_params.documents
+        assert documents is not None
+        out_THd = documents_attention(query_T1Hd[:, 0], key_T1Gd[:, 0], value_T1Gd[:, 0], documents, self.scale)
+        return out_THd.flatten(1)[:, None]

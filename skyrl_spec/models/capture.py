@@ -45,9 +45,9 @@ class Captured:
             self._tensors[point] = tensor.detach()
 
     def take(self) -> dict[CapturePoint, Tensor]:
-        """Captured tensors ``[S, B, D]``, without gradient. This object no longer holds them."""
+        """Captured tensors ``[T, D]``, without gradient. This object no longer holds them."""
         tensors, self._tensors = self._tensors, {}
-        return tensors
+        return {point: tensor[:, 0] for point, tensor in tensors.items()}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ Shapes: T tokens of all documents, H query heads, G key heads (a divisor of H), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -22,20 +22,21 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Documents:
-    """Lengths of documents that lie end to end. They are known on the host, so no kernel has to finish first."""
+    """Documents that lie end to end. Their lengths are known on the host, so no kernel has to finish first."""
 
     lengths: tuple[int, ...]
-    device: torch.device
+    # ``starts`` as int32, which the CUDA kernels read.
+    start_N: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Documents:
+        """Documents of these lengths, on the CPU."""
+        return cls(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Index of the first token of each document, then the number of tokens."""
         return (0, *accumulate(self.lengths))
-
-    @cached_property
-    def starts_on_device(self) -> Tensor:
-        """``starts`` as int32, which the CUDA kernels read."""
-        return torch.tensor(self.starts, dtype=torch.int32).to(self.device, non_blocking=True)
 
     @property
     def longest(self) -> int:
@@ -140,8 +141,8 @@ class _DocumentsAttention(torch.autograd.Function):
 
 
 def _cuda_bounds(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
-    starts, longest = documents.starts_on_device, documents.longest
-    return starts, starts, longest, longest
+    longest = documents.longest
+    return documents.start_N, documents.start_N, longest, longest
 
 
 def _heads_first(x_THd: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from skyrl_spec.models import megatron_patches
-from skyrl_spec.models.attention import SdpaAttention
+from skyrl_spec.models.attention import DocumentAttention, PackedDocuments
+from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.settings.schema import MegatronConfig
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
@@ -74,7 +75,7 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
     )
 
 
-def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = SdpaAttention) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = DocumentAttention) -> ModuleSpec:
     """Megatron's local transformer layer with ``core_attention`` in place of its own."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     attention = spec.submodules.self_attention
@@ -85,18 +86,16 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Sdpa
 class PolicyModel(GPTModel):
     """GPTModel whose forward pass stops before the output layer."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm, ``[S, B, D]``, of ``input_ids`` ``[B, S]``.
-
-        Positions count from 0 along the row. This is exact for several documents in a row too: RoPE is relative, and
-        ``attention_mask`` keeps documents apart.
-        """
-        hidden_SBD = self.embedding(input_ids=input_ids, position_ids=None)
-        return self.decoder(
-            hidden_states=hidden_SBD,
-            attention_mask=attention_mask,
-            rotary_pos_emb=self.rotary_pos_emb(input_ids.shape[1]),
+    def forward(self, pack: Pack) -> Tensor:
+        """Hidden states after the final norm, ``[T, D]``."""
+        hidden_T1D = self.embedding(input_ids=pack.token_ids_T[None], position_ids=None)
+        hidden_T1D = self.decoder(
+            hidden_states=hidden_T1D,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary_pos_emb(table_length(pack.documents.longest))[pack.position_T],
+            packed_seq_params=PackedDocuments(documents=pack.documents),
         )
+        return hidden_T1D[:, 0]
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -127,18 +126,3 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
         )
         # Megatron's plain norms ignore params_dtype and would stay fp32.
         return model.to(parallel.device, config.params_dtype)
-
-
-def document_mask(segment_ids_BS: Tensor) -> Tensor | None:
-    """Attention mask ``[B, 1, S, S]`` (True: barred) of rows with several documents; None if each row has one.
-
-    Padding is on the right, so a causal mask hides it from real tokens. Padding attends to padding, so its states stay
-    finite.
-    """
-    if int(segment_ids_BS.max()) <= 1:
-        return None
-    seq_len = segment_ids_BS.shape[1]
-    index_S = torch.arange(seq_len, device=segment_ids_BS.device)
-    causal_SS = index_S[None, :] <= index_S[:, None]
-    same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    return ~(causal_SS & same_BSS)[:, None]

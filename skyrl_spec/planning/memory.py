@@ -163,11 +163,11 @@ def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
 
 
 def activations(config: Config, spec: ModelSpec, tp: int) -> int:
-    """Estimated bytes that a micro-batch of full length keeps for its backward pass, and a chunk of logits."""
+    """Estimated bytes that a full micro-batch keeps for its backward pass, and a chunk of logits."""
     trainer = config.trainer
     size = _weight_bytes(config)
     length = trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
-    tokens = trainer.micro_train_batch_size_per_gpu * length
+    tokens = max(trainer.max_tokens_per_microbatch, length)
     attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
     # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
     per_layer = 6 * spec.hidden_size + (3 * attention + 4 * ffn) // tp

@@ -37,6 +37,13 @@ _UNCAUGHT_BY_HYDRA = (RecursionError, IndexError)
 
 ConfigStore.instance().store(name="schema", node=Config)
 
+_ROWS = "sequences are packed by their tokens; set trainer.max_tokens_per_microbatch"
+# Settings of earlier versions, and what to set instead.
+REMOVED = {
+    "trainer.micro_train_batch_size_per_gpu": _ROWS,
+    "trainer.micro_forward_batch_size_per_gpu": _ROWS,
+}
+
 
 def load_config(overrides: list[str]) -> Config:
     """The configuration that ``overrides`` (``experiment=NAME``, ``trainer.epochs=2``, ...) describe.
@@ -165,6 +172,8 @@ def _type_of(key: str, schema: type = Config) -> Any:
 
 
 def _unknown_key(key: str) -> ConfigError:
+    if key in REMOVED:
+        return ConfigError(f"{key}: removed; {REMOVED[key]}")
     leaf = key.rsplit(".", 1)[-1]
     known = [*_settings(Config), *GROUPS]
     same_leaf = [setting for setting in known if setting.rsplit(".", 1)[-1] == leaf]

@@ -257,11 +257,11 @@ class TrainerConfig:
     )
     policy_mini_batch_size: int = setting(128, "Prompts in an optimizer step. Must divide train_batch_size.", FROM_ONE)
     eval_batch_size: int = setting(1024, "Held-out prompts sent to the engines at the same time.", FROM_ONE)
-    micro_train_batch_size_per_gpu: int = setting(
-        8, "Sequences in one forward and backward pass of a worker.", FROM_ONE
-    )
-    micro_forward_batch_size_per_gpu: int = setting(
-        16, "Sequences in one forward pass without gradients of a worker.", FROM_ONE
+    max_tokens_per_microbatch: int = setting(
+        8192,
+        "Tokens in one forward and backward pass of a worker. Sequences are packed end to end up to this number. A "
+        "longer sequence has a pass to itself.",
+        FROM_ONE,
     )
     logprobs_chunk_size: int = setting(
         1024, "Tokens whose logits the policy's log-probs hold in memory at the same time.", FROM_ONE

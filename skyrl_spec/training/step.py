@@ -1,6 +1,6 @@
 """Policy log-probs and policy loss of one micro-batch, without Ray, optimizers or schedules.
 
-Shapes: T response tokens, B batch, S sequence, D hidden, v this rank's vocabulary shard.
+Shapes: T tokens of the pack, N response tokens, D hidden, v this rank's vocabulary shard.
 """
 
 from __future__ import annotations
@@ -13,46 +13,63 @@ from torch import Tensor
 
 from skyrl_spec.algorithms.clipped_surrogate import policy_token_loss
 from skyrl_spec.algorithms.kl import kl_k3
-from skyrl_spec.drafts.base import BatchTokens
 from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_logprobs
-from skyrl_spec.models.policy import document_mask
+from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.settings.schema import AlgorithmConfig
 from skyrl_spec.types import TrainBatch
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch on the device, with the indices of its response tokens."""
+    """A micro-batch: a pack, and what the policy's loss needs for each of its response tokens."""
 
-    targets: BatchTokens
-    # Row and position of each response token.
-    row_T: Tensor
-    position_T: Tensor
-    batch: TrainBatch
+    # Numbers of the documents in the batch, for the host.
+    rows: tuple[int, ...]
+    pack: Pack
+    # Index of the position before each response token, and the token.
+    position_N: Tensor
+    target_N: Tensor
+    loss_weights_N: Tensor
+    advantages_N: Tensor
+    rollout_logprobs_N: Tensor
+    policy_logprobs_N: Tensor | None
+    ref_logprobs_N: Tensor | None
 
-    def pick(self, values_BS: np.ndarray) -> Tensor:
-        """Entries of a ``[B, S]`` array at the response tokens, ``[T]``, on the device."""
-        device = self.row_T.device
-        return torch.as_tensor(np.ascontiguousarray(values_BS)).to(device)[self.row_T, self.position_T]
 
+def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
+    """The micro-batch of these rows of ``batch``, on the CPU. Without rows, one token that has no loss."""
+    if not len(rows):
+        return _nothing()
+    lengths = batch.lengths[rows]
+    is_token_BS = np.arange(batch.token_ids.shape[1]) < lengths[:, None]
+    loss_mask_T = batch.loss_mask[rows][is_token_BS]
+    pack = pack_documents(batch.token_ids[rows][is_token_BS], loss_mask_T, lengths.tolist())
+    index_N = np.flatnonzero(loss_mask_T)
 
-def to_device(batch: TrainBatch, device: torch.device) -> Micro:
-    """Micro-batch with the tensors that a forward pass needs on ``device``."""
-    token_ids, segment_ids, loss_mask = (
-        torch.as_tensor(np.ascontiguousarray(array)).to(device)
-        for array in (batch.token_ids, batch.segment_ids, batch.loss_mask)
-    )
-    row_T, position_T = loss_mask.nonzero(as_tuple=True)
+    def of_responses(values_BS: np.ndarray) -> Tensor:
+        return torch.from_numpy(values_BS[rows][batch.loss_mask[rows] & is_token_BS])
+
     return Micro(
-        targets=BatchTokens(token_ids, segment_ids, loss_mask, document_mask(segment_ids)),
-        row_T=row_T,
-        position_T=position_T,
-        batch=batch,
+        rows=tuple(rows.tolist()),
+        pack=pack,
+        position_N=torch.from_numpy(index_N - 1),
+        target_N=pack.token_ids_T[index_N],
+        loss_weights_N=of_responses(batch.loss_weights),
+        advantages_N=of_responses(batch.advantages),
+        rollout_logprobs_N=of_responses(batch.rollout_logprobs),
+        policy_logprobs_N=None if batch.policy_logprobs is None else of_responses(batch.policy_logprobs),
+        ref_logprobs_N=None if batch.ref_logprobs is None else of_responses(batch.ref_logprobs),
     )
+
+
+def _nothing() -> Micro:
+    no_index, no_value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    pack = pack_documents(np.zeros(1, np.int64), np.zeros(1, bool), [1])
+    return Micro((0,), pack, no_index, no_index, no_value, no_value, no_value, no_value, no_value)
 
 
 def response_logprobs(
-    hidden_SBD: Tensor,
+    hidden_TD: Tensor,
     output_weight_vD: Tensor,
     micro: Micro,
     *,
@@ -64,9 +81,9 @@ def response_logprobs(
 ) -> TokenLogprobs:
     """Log-prob of every response token, and entropy of the distribution at the position before it."""
     return vocab_parallel_logprobs(
-        hidden_SBD[micro.position_T - 1, micro.row_T],
+        hidden_TD[micro.position_N],
         output_weight_vD,
-        micro.targets.token_ids[micro.row_T, micro.position_T],
+        micro.target_N,
         vocab_size=vocab_size,
         temperature=temperature,
         chunk_size=chunk_size,
@@ -88,31 +105,29 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
         The loss (a scalar, connected to the trunk even without tokens), and float64 ``[len(POLICY_SUMS) + 1]``: sums
         in the order of ``POLICY_SUMS``, then the number of tokens.
     """
-    batch = micro.batch
-    assert batch.policy_logprobs is not None
-    old_T, rollout_T = micro.pick(batch.policy_logprobs), micro.pick(batch.rollout_logprobs)
+    assert micro.policy_logprobs_N is not None
     surrogate = policy_token_loss(
         tokens.logprobs_T,
-        old_T,
-        micro.pick(batch.advantages),
+        micro.policy_logprobs_N,
+        micro.advantages_N,
         eps_clip_low=algorithm.eps_clip_low,
         eps_clip_high=algorithm.eps_clip_high,
         clip_ratio_c=algorithm.clip_ratio_c,
-        rollout_logprobs=rollout_T if algorithm.use_tis else None,
+        rollout_logprobs=micro.rollout_logprobs_N if algorithm.use_tis else None,
         tis_imp_ratio_cap=algorithm.tis_imp_ratio_cap if algorithm.use_tis else None,
     )
-    loss_T, kl_T = surrogate.loss, torch.zeros_like(surrogate.loss)
-    if batch.ref_logprobs is not None:
-        kl_T = kl_k3(tokens.logprobs_T, micro.pick(batch.ref_logprobs))
-        loss_T = loss_T + algorithm.kl_loss_coef * kl_T
-    loss = (micro.pick(batch.loss_weights) * loss_T).sum()
+    loss_N, kl_N = surrogate.loss, torch.zeros_like(surrogate.loss)
+    if micro.ref_logprobs_N is not None:
+        kl_N = kl_k3(tokens.logprobs_T, micro.ref_logprobs_N)
+        loss_N = loss_N + algorithm.kl_loss_coef * kl_N
+    loss = (micro.loss_weights_N * loss_N).sum()
     sums = torch.stack(
         [
             loss.detach().double(),
             tokens.entropy_T.double().sum(),
             surrogate.clipped.double().sum(),
-            kl_T.detach().double().sum(),
-            torch.tensor(float(len(loss_T)), dtype=torch.float64, device=loss.device),
+            kl_N.detach().double().sum(),
+            torch.full_like(loss.detach(), len(loss_N), dtype=torch.float64),
         ]
     )
     return loss, sums

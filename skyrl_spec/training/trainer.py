@@ -26,22 +26,24 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from skyrl_spec.checkpoint.pieces import SavedComponent
-from skyrl_spec.data.packing import assemble, micro_batch_rows, micro_batches, shard
-from skyrl_spec.drafts.base import BatchTokens, Draft, Supervision, Teacher, draft_metrics, num_sums
+from skyrl_spec.data.packing import pack_rows, shard_rows
+from skyrl_spec.drafts.base import Draft, Supervision, Teacher, draft_metrics, num_sums
 from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
+from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_argmax, vocab_parallel_logprobs
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.capture import Captured, capture
 from skyrl_spec.models.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
+from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
+from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.derived import uses_fp32_head
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import POLICY_PATH
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 from skyrl_spec.training.optimizer import Trainable
-from skyrl_spec.training.proposals import BlockRows, block_rows, response_batch
-from skyrl_spec.training.step import POLICY_SUMS, Micro, policy_loss, response_logprobs, to_device
+from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch
+from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, policy_loss, response_logprobs
 from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
 
 
@@ -51,6 +53,14 @@ class TrainableDraft:
 
     draft: Draft
     trainable: Trainable
+
+
+@dataclass(frozen=True)
+class Example:
+    """A micro-batch and the draft's supervision of it, a part for each pass of the draft. None without a draft."""
+
+    micro: Micro
+    supervisions: tuple[Supervision, ...]
 
 
 class PolicyTrainer:
@@ -93,12 +103,13 @@ class PolicyTrainer:
         """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if one is loaded.
 
         Returns:
-            ``policy_logprobs`` and ``ref_logprobs``, ``[rows of the shard, S]`` float32, 0 outside the response.
+            ``policy_logprobs`` and ``ref_logprobs``, ``[rows of the shard, S]`` float32, 0 outside the response. The
+            shard is that of ``data.packing.shard_rows``.
         """
-        local_batch = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
-        logprobs = {"policy_logprobs": self._logprobs(self.model, local_batch)}
+        rows = self._local_rows(batch)
+        logprobs = {"policy_logprobs": self._logprobs(self.model, batch, rows)}
         if self.reference is not None:
-            logprobs["ref_logprobs"] = self._logprobs(self.reference, local_batch)
+            logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, rows)
         return logprobs
 
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
@@ -114,15 +125,14 @@ class PolicyTrainer:
         """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
         assert self.draft is not None
         start = time.perf_counter()
-        micros = self._micros(batch)
-        supervisions, denominator = self._supervise_draft(micros)
+        examples, denominator = self._examples(batch)
         sums = self._zero_sums()
         self.draft.trainable.zero_grad()
         with self._capture() as captured:
-            for micro, supervision in zip(micros, supervisions, strict=True):
+            for example in examples:
                 with torch.no_grad():
-                    hidden_SBD = self._hidden(self.model, micro.targets, captured)
-                sums += self._train_draft(captured, hidden_SBD, supervision, denominator)
+                    hidden_TD = self._hidden(self.model, example.micro.pack, captured)
+                sums += self._train_draft(captured, hidden_TD, example, denominator)
         self.draft.trainable.reduce_grads()
         dist.all_reduce(sums, group=self.parallel.dp_group)
         metrics = draft_metrics(sums.tolist()) | self._draft_step()
@@ -135,8 +145,7 @@ class PolicyTrainer:
             This rank's sums for ``_reduce``, float64: the policy's, then the draft's.
         """
         assert self.policy is not None
-        micros = self._micros(batch)
-        supervisions, denominator = self._supervise_draft(micros)
+        examples, denominator = self._examples(batch)
         policy_sums = torch.zeros(len(POLICY_SUMS) + 1, dtype=torch.float64, device=self.parallel.device)
         draft_sums = self._zero_sums()
         self.policy.zero_grad()
@@ -144,24 +153,23 @@ class PolicyTrainer:
             self.draft.trainable.zero_grad()
         with self._capture() as captured:
 
-            def forward_step(
-                data: Iterator[tuple[Micro, Supervision | None]], model: torch.nn.Module
-            ) -> tuple[Tensor, Callable[..., Any]]:
-                micro, supervision = next(data)
-                hidden_SBD = self._hidden(model, micro.targets, captured)
-                if supervision is not None:
+            def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+                example = next(data)
+                hidden_TD = self._hidden(model, example.micro.pack, captured)
+                if self.draft is not None:
                     with self._draft_clock:
-                        draft_sums.add_(self._train_draft(captured, hidden_SBD, supervision, denominator))
-                return hidden_SBD, lambda hidden: self._policy_loss(hidden, micro, policy_sums)
+                        draft_sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
+                return hidden_TD, lambda hidden: self._policy_loss(hidden, example.micro, policy_sums)
 
             with megatron_patches.megatron_device(self.parallel.device):
                 get_forward_backward_func()(
                     forward_step_func=forward_step,
-                    data_iterator=iter(list(zip(micros, supervisions, strict=True))),
+                    data_iterator=iter(examples),
                     model=self.policy.ddp,
-                    num_microbatches=len(micros),
-                    seq_length=batch.token_ids.shape[1],
-                    micro_batch_size=self.config.trainer.micro_train_batch_size_per_gpu,
+                    num_microbatches=len(examples),
+                    # Without pipeline parallelism no shape is negotiated.
+                    seq_length=1,
+                    micro_batch_size=1,
                 )
         self.policy.reduce_grads()
         if self.draft is not None:
@@ -184,14 +192,14 @@ class PolicyTrainer:
 
         Collective over tensor-parallel ranks only: data-parallel replicas are equal.
         """
-        batch, rows_at_a_time = response_batch(proposals), self.config.trainer.micro_forward_batch_size_per_gpu
-        policy_logprobs = self._logprobs(self.model, batch)[batch.loss_mask]
+        batch = response_batch(proposals)
+        policy_logprobs = self._logprobs(self.model, batch, np.arange(len(batch)))[batch.loss_mask]
         num_positions = 0 if self.draft is None else self.draft.draft.num_positions
         scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
         if self.draft is not None:
             with self._capture() as captured:
-                blocks = block_rows(proposals, num_positions, rows_at_a_time, self.parallel.device)
-                scores = [self._score_blocks(rows, captured) for rows in blocks] or scores
+                packs = block_packs(proposals, num_positions, self.config.trainer.max_tokens_per_microbatch)
+                scores = [self._score_blocks(upload(pack, self.parallel.device), captured) for pack in packs] or scores
         logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*scores, strict=True))
         return ProposalScores(policy_logprobs, logprobs, favourites)
 
@@ -275,22 +283,26 @@ class PolicyTrainer:
         return TrainableDraft(draft, trainable)
 
     @torch.no_grad()
-    def _logprobs(self, model: PolicyModel, batch: TrainBatch) -> np.ndarray:
-        micro_rows = micro_batch_rows(batch, self.config.trainer.micro_forward_batch_size_per_gpu)
-        micro_logprobs = []
-        for rows in micro_rows:
-            micro = to_device(batch.select(rows), self.parallel.device)
-            hidden_SBD = self._hidden(model, micro.targets, None)
-            logprobs_BS = torch.zeros(micro.targets.token_ids.shape, device=self.parallel.device)
-            logprobs_BS[micro.row_T, micro.position_T] = self._token_logprobs(
-                model, hidden_SBD, micro
-            ).logprobs_T.float()
-            micro_logprobs.append(logprobs_BS.cpu().numpy())
-        return assemble(micro_logprobs, micro_rows, batch.token_ids.shape)
+    def _logprobs(self, model: PolicyModel, batch: TrainBatch, rows: np.ndarray) -> np.ndarray:
+        """Log-probs of the response tokens of these rows, ``[len(rows), S]``, 0 elsewhere."""
+        micros = self._micros(batch, rows)
+        logprobs_N = torch.cat([self._logprobs_of(model, micro).float() for micro in micros]).cpu().numpy()
+        logprobs_BS = np.zeros(batch.token_ids.shape, np.float32)
+        if len(rows):
+            packed_rows = np.concatenate([micro.rows for micro in micros])
+            is_response_BS = batch.loss_mask[packed_rows]
+            packed_BS = np.zeros(is_response_BS.shape, np.float32)
+            packed_BS[is_response_BS] = logprobs_N
+            logprobs_BS[packed_rows] = packed_BS
+        return logprobs_BS[rows]
 
-    def _token_logprobs(self, model: PolicyModel, hidden_SBD: Tensor, micro: Micro) -> Any:
+    def _logprobs_of(self, model: PolicyModel, micro: Micro) -> Tensor:
+        micro = upload(micro, self.parallel.device)
+        return self._token_logprobs(model, self._hidden(model, micro.pack, None), micro).logprobs_T
+
+    def _token_logprobs(self, model: PolicyModel, hidden_TD: Tensor, micro: Micro) -> TokenLogprobs:
         return response_logprobs(
-            hidden_SBD,
+            hidden_TD,
             model.output_weight_vD(),
             micro,
             vocab_size=self.spec.vocab_size,
@@ -300,75 +312,81 @@ class PolicyTrainer:
             fp32_logits=uses_fp32_head(self.config),
         )
 
-    def _policy_loss(self, hidden_SBD: Tensor, micro: Micro, sums: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _policy_loss(self, hidden_TD: Tensor, micro: Micro, sums: Tensor) -> tuple[Tensor, Tensor, None]:
         loss, micro_sums = policy_loss(
-            self._token_logprobs(self.model, hidden_SBD, micro), micro, self.config.trainer.algorithm
+            self._token_logprobs(self.model, hidden_TD, micro), micro, self.config.trainer.algorithm
         )
         sums[: len(micro_sums)] += micro_sums
         # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
 
-    def _micros(self, batch: TrainBatch) -> list[Micro]:
-        local_batch = shard(batch, self.parallel.dp_rank, self.parallel.dp_size)
-        rows = self.config.trainer.micro_train_batch_size_per_gpu
-        return [to_device(micro_batch, self.parallel.device) for micro_batch in micro_batches(local_batch, rows)]
+    def _local_rows(self, batch: TrainBatch) -> np.ndarray:
+        """Numbers of this rank's rows."""
+        return shard_rows(batch.lengths, self.parallel.dp_size)[self.parallel.dp_rank]
 
-    def _hidden(self, model: torch.nn.Module, targets: BatchTokens, captured: Captured | None) -> Tensor:
-        """Hidden states after the trunk's forward pass, ``[S, B, D]``. Hooks fill ``captured``."""
+    def _micros(self, batch: TrainBatch, rows: np.ndarray) -> list[Micro]:
+        """Packs of these rows, on the CPU. One without a loss if there are no rows, for the collectives."""
+        packs = pack_rows(batch.lengths[rows], self.config.trainer.max_tokens_per_microbatch)
+        return [build_micro(batch, rows[pack]) for pack in packs] or [build_micro(batch, rows)]
+
+    def _examples(self, batch: TrainBatch) -> tuple[list[Example], Tensor]:
+        """This rank's micro-batches, uploaded, and the weight of their supervision over all data-parallel ranks."""
+        device = self.parallel.device
+        micros = self._micros(batch, self._local_rows(batch))
+        if self.draft is None:
+            return [upload(Example(micro, ()), device) for micro in micros], torch.zeros((), device=device)
+        draft = self.draft.draft
+        draft.begin_step()
+        examples = [Example(micro, draft.supervise(micro.pack, micro.rows)) for micro in micros]
+        weight = sum(part.weight for example in examples for part in example.supervisions)
+        total = torch.tensor(weight, dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self.parallel.dp_group)
+        return [upload(example, device) for example in examples], total
+
+    def _hidden(self, model: torch.nn.Module, pack: Pack, captured: Captured | None) -> Tensor:
+        """Hidden states after the trunk's forward pass, ``[T, D]``. Hooks fill ``captured``."""
         with (
             megatron_patches.megatron_device(self.parallel.device),
             nullcontext() if captured is None else captured.listening(),
         ):
-            return model(targets.token_ids, targets.attention_mask)
-
-    def _supervise_draft(self, micros: list[Micro]) -> tuple[list[Supervision | None], Tensor]:
-        """The draft's supervision of every micro-batch, and its total weight over all data-parallel ranks."""
-        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
-        if self.draft is None:
-            return [None] * len(micros), total
-        supervisions: list[Supervision | None] = []
-        with self._draft_clock:
-            for micro in micros:
-                supervision = self.draft.draft.supervise(micro.targets)
-                total += supervision.weight
-                supervisions.append(supervision)
-            dist.all_reduce(total, group=self.parallel.dp_group)
-        return supervisions, total
+            return model(pack)
 
     def _train_draft(
-        self, captured: Captured | None, hidden_SBD: Tensor, supervision: Supervision | None, denominator: Tensor
+        self, captured: Captured | None, hidden_TD: Tensor, example: Example, denominator: Tensor
     ) -> Tensor:
         """Runs the draft forward and backward on detached tensors; returns its sums (``DraftSums.flat``)."""
         assert self.draft is not None
         assert captured is not None
-        assert supervision is not None
-        loss, sums = self.draft.draft.loss(captured.take(), self._teacher(hidden_SBD), supervision, denominator)
-        loss.backward()
-        return sums.flat()
+        states, teacher, total = captured.take(), self._teacher(hidden_TD), self._zero_sums()
+        for supervision in example.supervisions:
+            loss, sums = self.draft.draft.loss(states, teacher, example.micro.pack, supervision, denominator)
+            loss.backward()
+            total += sums.flat()
+        return total
 
-    def _teacher(self, hidden_SBD: Tensor) -> Teacher:
-        return Teacher(hidden_SBD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
+    def _teacher(self, hidden_TD: Tensor) -> Teacher:
+        return Teacher(hidden_TD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
 
-    def _score_blocks(self, rows: BlockRows, captured: Captured | None) -> tuple[np.ndarray, np.ndarray]:
-        """Log-prob of every drafted token under this draft, and this draft's most probable token, ``[R, K]``."""
+    def _score_blocks(self, blocks: BlockPack, captured: Captured | None) -> tuple[np.ndarray, np.ndarray]:
+        """Log-prob of every drafted token under this draft, and this draft's most probable token, ``[A, K]``."""
         assert self.draft is not None
         assert captured is not None
-        hidden_SBD = self._hidden(self.model, rows.targets, captured)
-        num_positions = rows.drafted_RK.shape[1]
-        proposed_RKD = self.draft.draft.propose(
-            captured.take(), self._teacher(hidden_SBD), rows.targets, rows.anchor_R
-        )[:, :num_positions]
+        hidden_TD = self._hidden(self.model, blocks.pack, captured)
+        num_positions = blocks.drafted_AK.shape[1]
+        proposed_AKD = self.draft.draft.propose(captured.take(), self._teacher(hidden_TD), blocks.pack, blocks.anchors)[
+            :, :num_positions
+        ]
         head: dict[str, Any] = {
             "vocab_size": self.spec.vocab_size,
             "chunk_size": self.config.trainer.logprobs_chunk_size,
             "group": self.parallel.tp_group,
             "fp32_logits": uses_fp32_head(self.config),
         }
-        hidden_TD, weight_vD = proposed_RKD.flatten(0, 1), self.model.output_weight_vD()
+        drafted_TD, weight_vD = proposed_AKD.flatten(0, 1), self.model.output_weight_vD()
         logprobs_T = vocab_parallel_logprobs(
-            hidden_TD, weight_vD, rows.drafted_RK.flatten(), temperature=1.0, **head
+            drafted_TD, weight_vD, blocks.drafted_AK.flatten(), temperature=1.0, **head
         ).logprobs_T
-        favourites_T = vocab_parallel_argmax(hidden_TD, weight_vD, **head)
+        favourites_T = vocab_parallel_argmax(drafted_TD, weight_vD, **head)
         shape = (-1, num_positions)
         return logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
 

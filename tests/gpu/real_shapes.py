@@ -78,7 +78,7 @@ def write_configs(model: RealModel, folder: Path, num_layers: int, *, small: boo
     trainer.policy.megatron_config.dtype = "bf16"
     trainer.policy.megatron_config.recompute_activations = True
     trainer.policy.megatron_config.use_distributed_optimizer = True
-    trainer.micro_train_batch_size_per_gpu = trainer.micro_forward_batch_size_per_gpu = 1
+    trainer.max_tokens_per_microbatch = length
     trainer.max_prompt_length = min(PROMPT_LENGTH, length // 2)
     config.generator.sampling_params.max_generate_length = length - trainer.max_prompt_length
     trainer.mtp.enabled, trainer.dflash.enabled = model.draft == "mtp", model.draft == "dflash"

@@ -1,4 +1,4 @@
-"""Megatron DFlash draft against its definition, block by block, and its two attention kernels against each other."""
+"""Megatron DFlash draft against its definition, block by block."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import pytest
 import torch
 from dflash_reference import DflashReference
 from spawn import run_distributed
-from tiny_checkpoints import VOCAB_SIZE, dflash_path, make_config, write_model
+from tiny_checkpoints import dflash_path, make_config, make_pack, random_documents, write_model
 
-from skyrl_spec.drafts.base import BatchTokens, Teacher
-from skyrl_spec.drafts.block_attention import flex_block_attention, sdpa_block_attention
-from skyrl_spec.drafts.blocks import draw_blocks
+from skyrl_spec.drafts.base import Teacher
 from skyrl_spec.drafts.dflash import DflashDraft
 from skyrl_spec.models import parallel
 from skyrl_spec.models.capture import capture
 from skyrl_spec.models.conversion import export_weights
-from skyrl_spec.models.policy import document_mask
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.trainer import PolicyTrainer
 
@@ -25,43 +22,36 @@ TOLERANCE = 1e-5
 
 
 def _check_reference(_rank: int, path: Path, tp: int) -> None:
-    """Outputs of all blocks of two packed rows and their gradients, against the definition."""
+    """Outputs of all blocks of a pack and their gradients, against the definition."""
     ranks = parallel.lay_out(tp, torch.device("cpu"))
     trainer = PolicyTrainer(make_config(path, draft="dflash", tp=tp), load_spec(str(path)), ranks, 1)
     assert trainer.draft is not None
     draft = trainer.draft.draft
     assert isinstance(draft, DflashDraft)
     reference = DflashReference(dflash_path(path))
-    token_ids = torch.randint(0, VOCAB_SIZE - 1, (2, 21), generator=torch.Generator().manual_seed(0))
-    # The first row is one document, the second two.
-    segments = torch.ones_like(token_ids)
-    segments[1, 9:] = 2
-    loss_mask = torch.arange(21)[None].expand(2, -1) >= 3
-    targets = BatchTokens(token_ids, segments, loss_mask.clone(), document_mask(segments))
+    pack = make_pack(*random_documents(21, 9, 2, 12), trained_from=3)
     with capture(trainer.model, draft.capture_points) as captured:
         with torch.no_grad(), captured.listening():
-            hidden_SBD = trainer.model(token_ids, targets.attention_mask)
+            hidden_TD = trainer.model(pack)
         trunk = captured.take()
-    teacher = Teacher(hidden_SBD, trainer.model.output_weight_vD(), trainer.model.embed)
-    supervision = draft.supervise(targets)
-    out_QBD = draft.forward(trunk, teacher, supervision)
-    slots = supervision.blocks.num_slots
-    out_BAsD = out_QBD.transpose(0, 1).unflatten(1, (-1, slots))
-    weights = torch.randn(out_BAsD.shape, generator=torch.Generator().manual_seed(1))
+    teacher = Teacher(hidden_TD, trainer.model.output_weight_vD(), trainer.model.embed)
 
     expected_loss, num_blocks, loss = torch.zeros(()), 0, torch.zeros(())
-    for row, block in supervision.blocks.supervised_BAK.any(-1).nonzero().tolist():
-        anchor = int(supervision.blocks.anchor_BA[row, block])
-        start = int((segments[row] == segments[row, anchor]).nonzero()[0])
-        aux = torch.stack([trunk[point][start:, row] for point in draft.capture_points], dim=1)
-        ids = torch.tensor([int(token_ids[row, anchor])] + [reference.mask_token] * (slots - 1))
-        expected = reference.draft_hidden(aux, trainer.model.embed(ids), anchor - start)
-        mine = out_BAsD[row, block]
-        # Slot 0 is not used.
-        assert (mine - expected)[1:].abs().max() < TOLERANCE, (row, anchor)
-        loss = loss + (mine * weights[row, block])[1:].sum()
-        expected_loss = expected_loss + (expected * weights[row, block])[1:].sum()
-        num_blocks += 1
+    supervisions = draft.supervise(pack, range(4))
+    assert len(supervisions) > 1, "all blocks fit into one pass"
+    for supervision in supervisions:
+        blocks = supervision.blocks
+        out_AsD = draft.forward(trunk, teacher, pack, blocks).unflatten(0, (-1, blocks.num_slots))
+        weights = torch.randn(out_AsD.shape, generator=torch.Generator().manual_seed(1))
+        for block, (anchor, start) in enumerate(zip(blocks.anchors, blocks.starts, strict=True)):
+            aux = torch.stack([trunk[point][start:] for point in draft.capture_points], dim=1)
+            ids = torch.tensor([int(pack.token_ids_T[anchor])] + [reference.mask_token] * (blocks.num_slots - 1))
+            expected = reference.draft_hidden(aux, trainer.model.embed(ids), anchor - start)
+            # Slot 0 is not used.
+            assert (out_AsD[block] - expected)[1:].abs().max() < TOLERANCE, anchor
+            loss = loss + (out_AsD[block] * weights[block])[1:].sum()
+            expected_loss = expected_loss + (expected * weights[block])[1:].sum()
+            num_blocks += 1
     assert num_blocks > 20
     expected_loss.backward()
     parameters = dict(draft.module.named_parameters())
@@ -97,19 +87,3 @@ def _check_round_trip(_rank: int, path: Path) -> None:
 
 def test_what_is_loaded_is_exported_bit_by_bit(tmp_path: Path) -> None:
     run_distributed(_check_round_trip, 2, write_model(tmp_path / "model", "dflash"))
-
-
-def test_sdpa_with_a_mask_equals_flex_attention() -> None:
-    """Outputs only: FlexAttention has no backward pass on a CPU. tests/gpu compares gradients."""
-    generator = torch.Generator().manual_seed(0)
-    segments = torch.tensor([[1] * 7 + [2] * 9 + [0] * 2, [1] * 16 + [0] * 2])
-    loss_mask = (segments > 0) & (torch.arange(18) % 7 > 1)
-    blocks = draw_blocks(loss_mask, segments, 5, 3, generator)
-    num_slots = blocks.anchor_BA.shape[1] * blocks.num_slots
-    query = torch.randn(2, 4, num_slots, 32, generator=generator)
-    key, value = (torch.randn(2, 2, 18 + num_slots, 32, generator=generator) for _ in range(2))
-    outputs = [
-        build(blocks, segments)(query, key, value, 0.2) for build in (sdpa_block_attention, flex_block_attention)
-    ]
-    assert torch.isfinite(outputs[0]).all()
-    assert (outputs[0] - outputs[1]).abs().max() < TOLERANCE

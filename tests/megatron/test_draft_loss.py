@@ -20,7 +20,7 @@ from gradients import hf_gradients
 from mtp_reference import MtpHead
 from safetensors.torch import load_file
 from spawn import run_distributed
-from tiny_checkpoints import dflash_path, make_batch, make_config, tiny_config, write_model
+from tiny_checkpoints import dflash_path, make_batch, make_config, make_pack, tiny_config, write_model
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
@@ -58,8 +58,7 @@ class Drafted:
 def rows_of_batch() -> Iterator[tuple[list[int], list[bool]]]:
     """Tokens and loss mask of each row."""
     batch = make_batch(seed=0)
-    for token_ids, segments, mask in zip(batch.token_ids, batch.segment_ids, batch.loss_mask, strict=True):
-        length = int((segments > 0).sum())
+    for token_ids, length, mask in zip(batch.token_ids, batch.lengths, batch.loss_mask, strict=True):
         yield token_ids[:length].tolist(), mask[:length].tolist()
 
 
@@ -155,9 +154,9 @@ def _train(_rank: int, path: Path, draft: str, loss_type: str, out: Path) -> Non
     with capture(trainer.model, trainer.draft.draft.capture_points) as captured:
         for token_ids, _ in rows_of_batch():
             with torch.no_grad(), captured.listening():
-                trainer.model(torch.tensor([token_ids]))
+                trainer.model(make_pack(token_ids))
             tensors = captured.take()
-            captured_rows.append([tensors[point][:, 0] for point in trainer.draft.draft.capture_points])
+            captured_rows.append([tensors[point] for point in trainer.draft.draft.capture_points])
     torch.save({"metrics": metrics, "gradients": gradients, "captured": captured_rows}, out)
 
 

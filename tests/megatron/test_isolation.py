@@ -27,14 +27,14 @@ from skyrl_spec.training.trainer import PolicyTrainer
 
 # Tensor-parallel and data-parallel size.
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
-# Rows of a micro-batch, for a batch of eight: several micro-batches, and one.
-MICRO_BATCHES = {"accumulated": 2, "at once": 8}
+# Tokens of a micro-batch: several micro-batches, and one.
+MICRO_BATCHES = {"accumulated": 40, "at once": 1000}
 
 
-def _build(path: Path, ranks: Parallel, draft: str | None, micro_rows: int, **options: Any) -> PolicyTrainer:
+def _build(path: Path, ranks: Parallel, draft: str | None, max_tokens: int, **options: Any) -> PolicyTrainer:
     torch.manual_seed(0)
     config = make_config(path, tp=ranks.tp_size, draft=draft, **options)
-    config.trainer.micro_train_batch_size_per_gpu = micro_rows
+    config.trainer.max_tokens_per_microbatch = max_tokens
     return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
 
 

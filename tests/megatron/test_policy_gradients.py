@@ -197,7 +197,7 @@ def make_mini_batch(rows: list[Row], reduction: str) -> TrainBatch:
 def run_config(path: Path, tp: int, distributed: bool) -> Config:
     config = make_config(path, tp=tp, draft=None, distributed=distributed)
     config.generator.sampling_params.temperature = TEMPERATURE
-    config.trainer.micro_train_batch_size_per_gpu = 2
+    config.trainer.max_tokens_per_microbatch = 40
     algorithm = config.trainer.algorithm
     algorithm.eps_clip_low, algorithm.eps_clip_high, algorithm.clip_ratio_c = EPS_LOW, EPS_HIGH, DUAL_CLIP
     algorithm.use_tis, algorithm.tis_imp_ratio_cap = True, TIS_CAP

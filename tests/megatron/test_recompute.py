@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from spawn import run_distributed
-from tiny_checkpoints import make_batch, make_config, write_model
+from tiny_checkpoints import make_batch, make_config, make_pack, random_documents, write_model
 from torch import Tensor
 
 from skyrl_spec.metrics.values import values
@@ -107,9 +107,9 @@ def _captured(trainer: PolicyTrainer) -> tuple[dict[Any, Tensor], int]:
         megatron_patches.megatron_device(trainer.parallel.device),
     ):
         with captured.listening():
-            hidden_SBD = trainer.model(torch.arange(12).view(2, 6), None)
+            hidden_TD = trainer.model(make_pack(*random_documents(5, 7)))
         states = captured.take()
-        hidden_SBD.square().sum().backward()
+        hidden_TD.square().sum().backward()
         # Recompute runs the hooks again. They must not keep what they see then.
         assert captured.take() == {}
     handle.remove()

@@ -13,6 +13,7 @@ from tiny_models import write_tiny_dflash
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from skyrl_spec.losses.reduce import token_weights
+from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import TrainBatch
 
@@ -96,9 +97,20 @@ def make_config(
     # More than there are, so that all anchors are used.
     trainer.dflash.anchors_per_sequence = 1000
     trainer.logprobs_chunk_size = 16
-    trainer.micro_train_batch_size_per_gpu = 3
-    trainer.micro_forward_batch_size_per_gpu = 4
+    # Two or three of the rows of ``make_batch``.
+    trainer.max_tokens_per_microbatch = 40
     return config
+
+
+def make_pack(*documents: list[int], trained_from: int = 0) -> Pack:
+    """Pack of these documents, trained on from the token of this index in each."""
+    masks = [[index >= trained_from for index in range(len(document))] for document in documents]
+    return pack_documents(np.concatenate(documents), np.concatenate(masks), [len(document) for document in documents])
+
+
+def random_documents(*lengths: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB_SIZE - 1, length).tolist() for length in lengths]
 
 
 def make_batch(seed: int, rows: int = 8) -> TrainBatch:
@@ -125,7 +137,7 @@ def batch_of_lengths(
     logprobs = np.where(loss_mask, -rng.random((rows, width)), 0.0).astype(np.float32)
     return TrainBatch(
         token_ids=np.where(is_token, rng.integers(2, vocab_size, (rows, width)), 0),
-        segment_ids=is_token.astype(np.int64),
+        lengths=prompt_lengths + response_lengths,
         loss_mask=loss_mask,
         loss_weights=token_weights(loss_mask, "token_mean", width),
         advantages=np.where(loss_mask, rng.standard_normal((rows, 1)), 0.0).astype(np.float32),

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from skyrl_spec.drafts.document_chain import document_chain_attention
-from skyrl_spec.models.flash import Documents, documents_attention
+from skyrl_spec.drafts.chain_attention import chain_attention
+from skyrl_spec.models.flash import Documents
 
 HEADS, GROUPS, HEAD_DIM, SCALE = 4, 2, 8, 0.3
-CPU = torch.device("cpu")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -29,9 +28,7 @@ def definition(query_THd: Tensor, keys: list[Tensor], values: list[Tensor], docu
 
 
 def ours(query_THd: Tensor, keys: list[Tensor], values: list[Tensor], documents: Documents) -> Tensor:
-    if len(keys) == 1:
-        return documents_attention(query_THd, keys[0], values[0], documents, SCALE)
-    return document_chain_attention(query_THd, keys, values, documents, SCALE)
+    return chain_attention(query_THd, keys, values, documents, SCALE)
 
 
 def make_inputs(num_tokens: int, depth: int, dtype: torch.dtype) -> list[Tensor]:
@@ -55,7 +52,7 @@ def with_gradients(attend: object, inputs: list[Tensor], documents: Documents) -
 def test_output_and_gradients_are_those_of_the_definition(
     lengths: tuple[int, ...], depth: int, dtype: torch.dtype
 ) -> None:
-    documents = Documents(lengths, CPU)
+    documents = Documents.of(lengths)
     inputs = make_inputs(sum(lengths), depth, dtype)
     got = with_gradients(ours, inputs, documents)
     wanted = with_gradients(definition, [x.double() for x in inputs], documents)
@@ -69,10 +66,10 @@ def test_output_and_gradients_are_those_of_the_definition(
 def test_a_document_is_the_same_alone_and_in_any_place(depth: int) -> None:
     lengths = (5, 1, 12)
     inputs = make_inputs(sum(lengths), depth, torch.float32)
-    together = with_gradients(ours, inputs, Documents(lengths, CPU))
+    together = with_gradients(ours, inputs, Documents.of(lengths))
     order = torch.cat([torch.arange(6, 18), torch.arange(5), torch.arange(5, 6)])
     moved = with_gradients(
-        lambda *args: ours(*args)[order.argsort()], [x[order] for x in inputs], Documents((12, 5, 1), CPU)
+        lambda *args: ours(*args)[order.argsort()], [x[order] for x in inputs], Documents.of((12, 5, 1))
     )
     for mine, theirs in zip(moved[1:], together[1:], strict=True):
         torch.testing.assert_close(mine[order.argsort()], theirs, rtol=1e-5, atol=1e-6)
@@ -84,7 +81,7 @@ def test_nothing_is_as_large_as_tokens_times_tokens() -> None:
     leaves = [x.requires_grad_() for x in make_inputs(num_tokens, depth, torch.float32)]
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        ours(leaves[0], leaves[1 : 1 + depth], leaves[1 + depth :], Documents((num_tokens,), CPU)).sum()
+        ours(leaves[0], leaves[1 : 1 + depth], leaves[1 + depth :], Documents.of((num_tokens,))).sum()
     assert sizes
     assert max(sizes) < num_tokens * num_tokens // 8
 
@@ -96,6 +93,6 @@ def test_no_documents_give_nothing() -> None:
             make_inputs(0, 1, torch.float32)[1:2],
             make_inputs(0, 1, torch.float32)[2:],
         ],
-        Documents((), CPU),
+        Documents.of(()),
     )
     assert out.shape == (0, HEADS, HEAD_DIM)

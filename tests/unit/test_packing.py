@@ -1,21 +1,15 @@
-"""From rollouts to micro-batches: every token arrives exactly once, with its mask, advantage and log-prob."""
+"""From rollouts to packs: every token arrives exactly once, with its mask, advantage and log-prob."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl_spec.data.packing import (
-    assemble,
-    build_train_batch,
-    micro_batch_rows,
-    micro_batches,
-    mini_batches,
-    shard,
-    shard_rows,
-)
+from skyrl_spec.data.packing import build_train_batch, gather_shards, mini_batches, pack_rows, shard_rows
+from skyrl_spec.training.step import Micro, build_micro
 from skyrl_spec.types import Generation, Prompt, Rollout, TrainBatch, Versions
 
 PAD = 99
@@ -33,7 +27,7 @@ def rollout(prompt_ids: list[int], response_ids: list[int], loss_mask: list[int]
     )
 
 
-def pack(rollouts: list[Rollout], advantages: list[float], reduction: str = "token_mean") -> TrainBatch:
+def make_batch(rollouts: list[Rollout], advantages: list[float], reduction: str = "token_mean") -> TrainBatch:
     return build_train_batch(rollouts, advantages, pad_token_id=PAD, loss_reduction=reduction, max_response_length=16)
 
 
@@ -52,9 +46,9 @@ def rollout_lists(draw: st.DrawFn) -> list[Rollout]:
 
 
 def test_a_batch_by_hand() -> None:
-    batch = pack([rollout([1, 2], [3, 4, 5], [1, 0, 1]), rollout([6], [7])], [0.5, -2.0])
+    batch = make_batch([rollout([1, 2], [3, 4, 5], [1, 0, 1]), rollout([6], [7])], [0.5, -2.0])
     np.testing.assert_array_equal(batch.token_ids, [[1, 2, 3, 4, 5], [6, 7, PAD, PAD, PAD]])
-    np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.lengths, [5, 2])
     np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.advantages, [[0, 0, 0.5, 0.5, 0.5], [0, -2, 0, 0, 0]])
     np.testing.assert_array_equal(batch.rollout_logprobs, [[0, 0, -0.25, -0.5, -0.75], [0, -0.25, 0, 0, 0]])
@@ -62,7 +56,7 @@ def test_a_batch_by_hand() -> None:
     dtypes = {name: value.dtype.name for name, value in batch.__dict__.items() if value is not None}
     assert dtypes == {
         "token_ids": "int64",
-        "segment_ids": "int64",
+        "lengths": "int64",
         "loss_mask": "bool",
         "loss_weights": "float32",
         "advantages": "float32",
@@ -71,16 +65,16 @@ def test_a_batch_by_hand() -> None:
 
 
 def test_an_empty_response_is_a_row_without_loss() -> None:
-    batch = pack([rollout([1, 2], []), rollout([3], [4, 5])], [1.0, 2.0])
+    batch = make_batch([rollout([1, 2], []), rollout([3], [4, 5])], [1.0, 2.0])
     np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 0], [0, 1, 1]])
 
 
 @given(rollouts=rollout_lists())
 def test_packing_loses_nothing(rollouts: list[Rollout]) -> None:
-    batch = pack(rollouts, [float(index) for index in range(len(rollouts))])
+    batch = make_batch(rollouts, [float(index) for index in range(len(rollouts))])
     assert len(batch) == len(rollouts)
     for index, source in enumerate(rollouts):
-        length = int((batch.segment_ids[index] > 0).sum())
+        length = int(batch.lengths[index])
         response = slice(len(source.prompt.token_ids), length)
         assert batch.token_ids[index, :length].tolist() == source.prompt.token_ids + source.generation.token_ids
         assert batch.loss_mask[index, response].tolist() == [bool(m) for m in source.loss_mask]
@@ -90,28 +84,59 @@ def test_packing_loses_nothing(rollouts: list[Rollout]) -> None:
         assert not batch.loss_mask[index, length:].any()
 
 
-@given(rollouts=rollout_lists(), rows=st.integers(1, 4), dp_size=st.integers(1, 4), micro_rows=st.integers(1, 3))
-def test_every_row_reaches_one_micro_batch(rollouts: list[Rollout], rows: int, dp_size: int, micro_rows: int) -> None:
+def micros_of(batch: TrainBatch, rank: int, dp_size: int, budget: int) -> list[Micro]:
+    rows = shard_rows(batch.lengths, dp_size)[rank]
+    return [build_micro(batch, rows[pack]) for pack in pack_rows(batch.lengths[rows], budget)]
+
+
+@given(rollouts=rollout_lists(), rows=st.integers(1, 4), dp_size=st.integers(1, 4), budget=st.integers(1, 60))
+def test_every_document_reaches_one_pack(rollouts: list[Rollout], rows: int, dp_size: int, budget: int) -> None:
     """The loss is a sum over micro-batches and ranks, so that the weights of a mini-batch must add up to 1."""
-    batch = pack(rollouts, [0.0] * len(rollouts))
+    batch = make_batch(rollouts, [0.0] * len(rollouts))
     seen = []
     for mini in mini_batches(batch, rows, loss_reduction="token_mean", max_response_length=16):
         total = 0.0
         for rank in range(dp_size):
-            for micro in micro_batches(shard(mini, rank, dp_size), micro_rows):
-                assert 1 <= len(micro) <= micro_rows
-                total += float(micro.loss_weights.sum())
-                seen += [tuple(ids[mask > 0]) for ids, mask in zip(micro.token_ids, micro.segment_ids, strict=True)]
+            for micro in micros_of(mini, rank, dp_size, budget):
+                lengths = micro.pack.documents.lengths
+                assert sum(lengths) <= budget or len(lengths) == 1
+                assert len(lengths) == len(micro.rows)
+                total += float(micro.loss_weights_N.sum())
+                ids = micro.pack.token_ids_T.tolist()
+                seen += [tuple(ids[tokens]) for tokens in micro.pack.documents.slices()]
         assert total == pytest.approx(1.0 if mini.loss_mask.any() else 0.0, abs=1e-5)
-    expected = [tuple(r.prompt.token_ids + r.generation.token_ids) for r in rollouts]
-    assert sorted(row for row in seen if row) == sorted(expected)
+    assert sorted(seen) == sorted(tuple(r.prompt.token_ids + r.generation.token_ids) for r in rollouts)
+
+
+@given(rollouts=rollout_lists(), budget=st.integers(1, 60))
+def test_a_pack_has_each_response_token_with_its_values(rollouts: list[Rollout], budget: int) -> None:
+    batch = make_batch(rollouts, [float(index) for index in range(len(rollouts))])
+    for micro in micros_of(batch, 0, 1, budget):
+        sources = [rollouts[row] for row in micro.rows]
+        ids = [token for r in sources for token in r.prompt.token_ids + r.generation.token_ids]
+        positions = [index for r in sources for index in range(len(r.prompt.token_ids + r.generation.token_ids))]
+        trained = [
+            (token, logprob, float(row))
+            for row, r in zip(micro.rows, sources, strict=True)
+            for token, logprob, mask in zip(r.generation.token_ids, r.generation.logprobs, r.loss_mask, strict=True)
+            if mask
+        ]
+        assert micro.pack.token_ids_T.tolist() == ids
+        assert micro.pack.position_T.tolist() == positions
+        assert micro.pack.segment_ids_T.tolist() == [
+            number for number, r in enumerate(sources, start=1) for _ in r.prompt.token_ids + r.generation.token_ids
+        ]
+        values = zip(micro.target_N, micro.rollout_logprobs_N, micro.advantages_N, strict=True)
+        assert [tuple(map(float, value)) for value in values] == trained
+        # The distribution over a token is that of the position before it.
+        assert torch.equal(micro.pack.token_ids_T[micro.position_N + 1], micro.target_N)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_mini_batches_have_their_own_denominator(reduction: str) -> None:
     rollouts = [rollout([1], [2] * size) for size in (1, 3, 5, 7, 2)]
     parts = list(
-        mini_batches(pack(rollouts, [0.0] * 5, reduction), 2, loss_reduction=reduction, max_response_length=16)
+        mini_batches(make_batch(rollouts, [0.0] * 5, reduction), 2, loss_reduction=reduction, max_response_length=16)
     )
     assert [len(part) for part in parts] == [2, 2, 1]
     expected = {
@@ -124,38 +149,44 @@ def test_mini_batches_have_their_own_denominator(reduction: str) -> None:
     assert parts[0].token_ids.shape == (2, 4)
 
 
-def test_shards_have_like_numbers_of_tokens() -> None:
+def test_shards_have_like_amounts_of_work() -> None:
     rng = np.random.default_rng(0)
-    rollouts = [rollout([1] * 5, [2] * int(size)) for size in rng.integers(1, 200, 64)]
-    batch = pack(rollouts, [0.0] * 64)
-    tokens = [int((shard(batch, rank, 4).segment_ids > 0).sum()) for rank in range(4)]
-    # Rows are dealt by length, so that two ranks differ by less than the longest row.
-    assert max(tokens) - min(tokens) < 205
-    assert max(tokens) / min(tokens) < 1.1
-    np.testing.assert_array_equal(np.sort(np.concatenate(shard_rows(batch, 4))), np.arange(64))
+    lengths = rng.lognormal(np.log(400), 1.2, 256).astype(int).clip(2, 30_000)
+    shards = shard_rows(lengths, 4)
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(256))
+    # Attention costs as much as all else at 49,152 tokens.
+    work = [float((lengths[rows] + lengths[rows] ** 2 / 49_152).sum()) for rows in shards]
+    assert max(work) / min(work) < 1.01
+    assert all(len(rows) for rows in shards)
 
 
-def test_a_rank_without_rows_gets_padding() -> None:
-    batch = pack([rollout([1], [2, 3])], [1.0])
-    empty = shard(batch, 1, 2)
-    assert len(empty) == 1
-    for name in ("segment_ids", "loss_mask", "loss_weights", "advantages"):
-        assert not getattr(empty, name).any()
-    assert len(micro_batches(empty, 4)) == 1
+def test_packs_are_full() -> None:
+    lengths = np.random.default_rng(0).lognormal(np.log(400), 1.0, 500).astype(int).clip(2, 8192)
+    packs = pack_rows(lengths, 8192)
+    np.testing.assert_array_equal(np.sort(np.concatenate(packs)), np.arange(500))
+    assert all(lengths[pack].sum() <= 8192 for pack in packs)
+    assert len(packs) == -(-lengths.sum() // 8192)
 
 
-def test_micro_batches_are_cut_to_their_longest_row() -> None:
-    batch = pack([rollout([1], [2] * size) for size in (1, 9, 2, 8, 3)], [0.0] * 5)
-    assert [micro.token_ids.shape for micro in micro_batches(batch, 2)] == [(2, 10), (2, 4), (1, 2)]
+def test_packs_by_hand() -> None:
+    # 9 is above the budget and alone. 5 and 3, 4 and 2 and 1 fill a pack each.
+    packs = pack_rows(np.array([1, 5, 9, 4, 3, 2]), 8)
+    assert [pack.tolist() for pack in packs] == [[2], [1, 4], [0, 3, 5]]
+    assert pack_rows(np.array([], np.int64), 8) == []
 
 
-@given(rollouts=rollout_lists(), dp_size=st.integers(1, 4), rows=st.integers(1, 3))
-def test_assemble_undoes_shards_and_micro_batches(rollouts: list[Rollout], dp_size: int, rows: int) -> None:
-    batch = pack(rollouts, [0.0] * len(rollouts))
-    parts = []
-    for rank in range(dp_size):
-        mine = shard(batch, rank, dp_size)
-        micros = [micro.rollout_logprobs for micro in micro_batches(mine, rows)]
-        parts.append(assemble(micros, micro_batch_rows(mine, rows), mine.token_ids.shape))
-    found = assemble(parts, shard_rows(batch, dp_size), batch.token_ids.shape)
-    np.testing.assert_array_equal(found, batch.rollout_logprobs)
+def test_a_rank_without_rows_computes_a_token_without_loss() -> None:
+    batch = make_batch([rollout([1], [2, 3])], [1.0])
+    rows = shard_rows(batch.lengths, 2)[1]
+    assert not len(rows)
+    micro = build_micro(batch, rows)
+    assert len(micro.pack.token_ids_T) == 1
+    assert not micro.pack.loss_mask_T.any()
+    assert len(micro.target_N) == 0
+
+
+@given(rollouts=rollout_lists(), dp_size=st.integers(1, 4))
+def test_results_of_shards_come_back_in_order(rollouts: list[Rollout], dp_size: int) -> None:
+    batch = make_batch(rollouts, [0.0] * len(rollouts))
+    shards = [{"logprobs": batch.rollout_logprobs[rows]} for rows in shard_rows(batch.lengths, dp_size)]
+    np.testing.assert_array_equal(gather_shards(batch, shards)["logprobs"], batch.rollout_logprobs)

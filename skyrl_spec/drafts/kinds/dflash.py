@@ -101,8 +101,8 @@ class DflashKind(DraftKind):
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
         trainer = config.trainer
         draft = _spec_at(config, spec, trainer.dflash.path)
-        slots = trainer.micro_train_batch_size_per_gpu * trainer.dflash.anchors_per_sequence * draft.block_size
-        return slots * draft.layers.num_layers
+        # Short documents fill a pass of the draft, which has no more slots than a pack has tokens (``DflashDraft.max_slots``).
+        return max(trainer.max_tokens_per_microbatch, draft.block_size) * draft.layers.num_layers
 
     def speculative_config(self, trainer: TrainerConfig) -> dict[str, Any]:
         dflash = trainer.dflash
@@ -132,7 +132,9 @@ class DflashKind(DraftKind):
         from skyrl_spec.drafts.dflash import DflashDraft
 
         trainer, temperature = config.trainer, config.generator.sampling_params.temperature
-        return DflashDraft(trainer.dflash, spec, trunk, parallel, temperature, trainer.seed)
+        return DflashDraft(
+            trainer.dflash, spec, trunk, parallel, temperature, trainer.seed, trainer.max_tokens_per_microbatch
+        )
 
     def rules(self, trainer: TrainerConfig, spec: ModelSpec) -> list[Rule]:
         from skyrl_spec.models.conversion import dflash_rules
