@@ -22,7 +22,7 @@ from skyrl_spec.losses.vocab_parallel import (
     VocabShard,
     all_gather_columns,
     compute_dtype,
-    nonzero_chunks,
+    counted_chunks,
     row_dot,
     vocab_shard,
 )
@@ -50,7 +50,7 @@ def vocab_parallel_logprobs(
 
     Gradient reaches ``hidden_TD`` (one all-reduce over ``group`` makes it complete on every rank) and
     ``output_weight_vD`` (this rank's shard; 0 in padded rows). A token whose log-prob has gradient 0 adds nothing to
-    either and costs nothing in the backward pass. Second derivatives are not defined.
+    either; on a CPU it costs nothing in the backward pass. Second derivatives are not defined.
 
     Args:
         hidden_TD: hidden states after the final norm, in the dtype of the weight, equal on all ranks.
@@ -138,8 +138,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         )
         logits = ChunkLogits(ctx.shard, min(ctx.chunk_size, len(hidden_TD)), ctx.temperature)
         buffer = logits.buffer()
-        for positions_c in nonzero_chunks(grad_logprobs_T, ctx.chunk_size):
-            hidden_cD = hidden_TD[positions_c]
+        counts_T = grad_logprobs_T != 0
+        # A token that does not count may be NaN, and 0 * NaN is NaN.
+        lse_T = lse_T.masked_fill(~counts_T, torch.inf)
+        for positions_c in counted_chunks(counts_T, ctx.chunk_size):
+            hidden_cD = hidden_TD[positions_c].masked_fill(~counts_T[positions_c, None], 0)
             softmax_cv = logits.write(hidden_cD, buffer).sub_(lse_T[positions_c, None]).exp_()
             column_c, is_local_c = ctx.shard.to_local(targets_T[positions_c])
             softmax_cv.scatter_add_(1, column_c[:, None], -is_local_c[:, None].to(softmax_cv.dtype))

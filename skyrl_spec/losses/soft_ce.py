@@ -31,8 +31,8 @@ from skyrl_spec.losses.vocab_parallel import (
     Normaliser,
     VocabShard,
     all_gather_columns,
+    counted_chunks,
     exp_minus_max_,
-    nonzero_chunks,
     row_dot,
     softmax_,
     vocab_shard,
@@ -83,7 +83,8 @@ def vocab_parallel_soft_ce(
     - ``hard_ce``: the token ``labels_T``
 
     Gradient reaches only ``draft_hidden_KTD``: output weight, teacher and token weights are constants. One all-reduce
-    over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN.
+    over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN;
+    on a CPU, a position without weight costs nothing.
 
     Args:
         draft_hidden_KTD: hidden states of K drafts for each target position, after the draft's final norm.
@@ -110,9 +111,11 @@ def vocab_parallel_soft_ce(
     with_grad = torch.is_grad_enabled() and draft_hidden_KTD.requires_grad
     with torch.no_grad():
         shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
-        # Positions without weight (prompts, padding) cost nothing.
-        chunks = nonzero_chunks(weights_KT.ne(0).any(0), chunk_size)
-        logits = ChunkLogits(shard, max(map(len, chunks), default=0), temperature)
+        counts_T = weights_KT.ne(0).any(0)
+        chunks = counted_chunks(counts_T, chunk_size)
+        logits = ChunkLogits(shard, min(len(counts_T), chunk_size), temperature)
+        # A position that does not count may be NaN, and 0 * NaN is NaN.
+        teacher_hidden_TD = teacher_hidden_TD.masked_fill(~counts_T[:, None], 0)
         teacher = _TeacherChunks(teacher_hidden_TD, logits, loss_type, topk, labels_T)
         result, grad_KTD = _loss_and_grad(draft_hidden_KTD, weights_KT, chunks, teacher, logits, with_grad)
     if with_grad:
@@ -138,7 +141,7 @@ class _KnownGradient(torch.autograd.Function):
 def _loss_and_grad(
     draft_hidden_KTD: Tensor,
     weights_KT: Tensor,
-    chunks: list[Tensor],
+    chunks: list[Tensor | slice],
     teacher: _TeacherChunks,
     logits: ChunkLogits,
     with_grad: bool,
@@ -154,8 +157,8 @@ def _loss_and_grad(
         targets = teacher.targets(positions_c)
         for k in range(len(weights_KT)):
             here = (k, positions_c)
-            # Entries of weight 0 become 0: one may be NaN, and 0 * NaN is NaN.
-            hidden_cD = draft_hidden_KTD[here].masked_fill_(~counts_KT[here][:, None], 0)
+            # An entry of weight 0 may be NaN, too.
+            hidden_cD = draft_hidden_KTD[here].masked_fill(~counts_KT[here][:, None], 0)
             draft_cv = logits.write(hidden_cD, buffer)
             loss_KT[here], accept_prob_KT[here], argmax_c = _compare_(draft_cv, targets, logits.shard)
             top1_KT[here], argmax_KT[here] = argmax_c == targets.teacher_argmax_c, argmax_c.long()
@@ -209,11 +212,11 @@ class _TeacherChunks:
         self.buffer = logits.buffer()
         self.target_buffer = self.buffer if loss_type == "soft_ce" else logits.buffer()
 
-    def targets(self, positions_c: Tensor) -> _ChunkTargets:
+    def targets(self, positions_c: Tensor | slice) -> _ChunkTargets:
         """Targets of the positions, valid until the next call. One collective; three for ``topk_soft_ce``."""
         shard = self.logits.shard
         teacher_cv = self.logits.write(self.hidden_TD[positions_c], self.buffer)
-        target_cv = self.target_buffer[: len(positions_c)]
+        target_cv = self.target_buffer[: len(teacher_cv)]
         if self.loss_type == "topk_soft_ce":
             _mask_below_topk_(target_cv.copy_(teacher_cv), self.topk, shard)
             softmax_(target_cv, shard)

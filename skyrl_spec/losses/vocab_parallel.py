@@ -197,10 +197,20 @@ def softmax_(logits_cv: Tensor, shard: VocabShard) -> Tensor:
     return normaliser.of_winner(argmax_Rc)
 
 
-def nonzero_chunks(values_T: Tensor, chunk_size: int) -> list[Tensor]:
-    """Positions whose value is not 0, in chunks of ``chunk_size``."""
-    positions_N = values_T.nonzero().squeeze(1)
+def counted_chunks(counts_T: Tensor, chunk_size: int) -> list[Tensor | slice]:
+    """Positions where ``counts_T`` is True, in chunks of ``chunk_size``.
+
+    On a GPU all positions, so that the host need not wait for their number. Callers make the others count as nothing.
+    """
+    if not host_knows(counts_T):
+        return [slice(start, start + chunk_size) for start in range(0, len(counts_T), chunk_size)]
+    positions_N = counts_T.nonzero().squeeze(1)
     return [positions_N[start : start + chunk_size] for start in range(0, len(positions_N), chunk_size)]
+
+
+def host_knows(tensor: Tensor) -> bool:
+    """The host can read the tensor without waiting for a device."""
+    return not tensor.is_cuda
 
 
 def row_dot(a_cv: Tensor, b_cv: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attentions import ATTENTIONS
 from gpu_check import Check
-from measures import MEMORY, PLANS, SPEED, SYNC
+from measures import MEMORY, PACKING, PLANS, SPEED, SYNC
 from training import DISTRIBUTED, ISOLATION, LONG_ROWS, RECOMPUTE, STEPS
 from vocabularies import LOGPROBS, LOSSES
 
@@ -17,6 +17,7 @@ CHECKS: list[Check] = [
     *RECOMPUTE,
     *MEMORY,
     *SPEED,
+    *PACKING,
     *SYNC,
     *PLANS,
     *LONG_ROWS,

@@ -7,7 +7,7 @@ import multiprocessing
 import shutil
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -19,11 +19,13 @@ import soft_ce
 import torch
 from gpu_check import KEEP, Check, Figure, apart, seconds, synchronize
 from real_shapes import MODELS, build_trainer, make_rows, num_parameters, planned_bytes, write_configs
+from tiny_checkpoints import batch_of_lengths
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.planning.memory import plan_memory
+from skyrl_spec.specs.dflash import read_dflash_config
 from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import TrainBatch
 
@@ -36,6 +38,9 @@ PLAN_LIMIT = 0.25
 MFU_LIMIT = 0.2
 # An export reads and writes every weight, and packing does so again.
 EXPORT_LIMIT = 0.2
+PACKING_LIMIT = 2.0
+# Relative, of sums over thousands of tokens in bf16; tokens at which rounding turns the favourite are among them.
+PACKING_ERROR = 2e-2
 
 
 def draft_loss(device: torch.device, _folder: Path) -> Figure:
@@ -105,7 +110,7 @@ def _measure_step(device: torch.device, folder: Path, model: str, num_layers: in
         figures["planned GiB"] = plan_memory(trainer.config).worker.total / GIB
         figures["used GiB"] = torch.cuda.max_memory_allocated() / GIB
         if is_deep:
-            figures["synchronizations per micro-batch"] = _synchronizations(trainer, batch)
+            figures["waits per micro-batch"], figures["places"] = _waits(trainer, batch)
         else:
             _save_trace(trainer, batch, folder / KEEP / f"trace_{model}.json.gz")
     return figures
@@ -149,16 +154,18 @@ def _model_flops(trainer: PolicyTrainer, batch: TrainBatch) -> float:
     if kind is None or trainer.draft is None:
         return flops
     layers = kind.shapes(config, spec, kind.path(config.trainer)).num_layers
-    positions = rows * kind.training_layer_tokens(config, spec, length) / layers
+    dflash = config.trainer.dflash
+    of_row = dflash.anchors_per_sequence * read_dflash_config(dflash.path).block_size if dflash.enabled else 3 * length
+    positions = rows * of_row
     of_draft = num_parameters(trainer.draft.draft.module)
     # The output head: two products of the draft's logits, and one of the teacher's for all depths of a token.
     return flops + positions * (6 * of_draft + layers * attention + 4 * embedding) + 2 * tokens * embedding
 
 
-def _synchronizations(trainer: PolicyTrainer, batch: TrainBatch) -> float:
-    """Waits of the host for the GPU: the difference of four rows and two, a row a micro-batch."""
+def _waits(trainer: PolicyTrainer, batch: TrainBatch) -> tuple[float, dict[str, int]]:
+    """Waits of the host for the GPU: the difference of four rows and two, a row a micro-batch. All places for four."""
 
-    def count(num_rows: int) -> int:
+    def count(num_rows: int) -> Counter[str]:
         rows = batch.select(np.arange(num_rows) % len(batch.token_ids))
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -167,9 +174,11 @@ def _synchronizations(trainer: PolicyTrainer, batch: TrainBatch) -> float:
                 trainer.train_mini_batch(rows)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(warning.message) for warning in caught)
+        found = [warning for warning in caught if "synchronizing" in str(warning.message)]
+        return Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in found)
 
-    return (count(4) - count(2)) / 2
+    four, two = count(4), count(2)
+    return (four.total() - two.total()) / 2, dict(four.most_common(20))
 
 
 def _save_trace(trainer: PolicyTrainer, batch: TrainBatch, path: Path) -> None:
@@ -182,6 +191,30 @@ def _save_trace(trainer: PolicyTrainer, batch: TrainBatch, path: Path) -> None:
     with plain.open("rb") as source, gzip.open(path, "wb") as target:
         shutil.copyfileobj(source, target)
     plain.unlink()
+
+
+def packing(device: torch.device, folder: Path, model: str) -> Figure:
+    """Tokens per second in packs, against a document a micro-batch, which is what rows up to the longest allow."""
+    config = write_configs(MODELS[model], folder, 4, small=device.type == "cpu", length=_row_length(device))
+    trainer = build_trainer(config, device)
+    rng, scale = np.random.default_rng(0), _row_length(device) / 8192
+    num_documents = 64 if device.type == "cuda" else 8
+    lengths = rng.lognormal(np.log(400 * scale), 1.0, num_documents).astype(int).clip(8, _row_length(device))
+    prompts = np.minimum(lengths // 4 + 1, config.trainer.max_prompt_length)
+    batch = batch_of_lengths(rng, prompts, lengths - prompts, vocab_size=trainer.spec.vocab_size)
+    rates, losses = {}, {}
+    for name, budget in (("packed", _row_length(device)), ("one by one", 1)):
+        config.trainer.max_tokens_per_microbatch = budget
+        rates[name] = lengths.sum() / seconds(device, lambda: trainer.forward_backward(batch), repeats=2)
+        # The same blocks.
+        trainer.set_random_state({"steps": torch.tensor(0)})
+        losses[name] = trainer.forward_backward(batch).tolist()
+    details = {"tokens/s": rates, "documents": len(lengths), "tokens": int(lengths.sum())}
+    errors = [abs(a / b - 1) for a, b in zip(losses["packed"], losses["one by one"], strict=True) if b]
+    limit = PACKING_LIMIT if device.type == "cuda" else None
+    figure = Figure(rates["packed"] / rates["one by one"], limit, "x tokens/s", at_least=True, details=details)
+    assert max(errors) < PACKING_ERROR, f"sums differ by {max(errors):.1e}"
+    return figure
 
 
 def memory_plan(device: torch.device, folder: Path, model: str) -> Figure:
@@ -259,6 +292,14 @@ def _sum(tensor: Tensor) -> int:
 MEMORY = [Check("loss memory", "peak memory of the draft's loss at [8192, 4096] x 152,064", draft_loss)]
 SPEED = [
     Check(f"training step {model}", f"a training step on layers of {model}", partial(training_step, model=model), 200.0)
+    for model in MODELS
+]
+PACKING = [
+    Check(
+        f"packing {model}",
+        f"speed of packs against documents one by one on four layers of {model}, lengths around 400",
+        partial(packing, model=model),
+    )
     for model in MODELS
 ]
 PLANS = [

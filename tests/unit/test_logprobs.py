@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from skyrl_spec.losses import vocab_parallel
 from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_logprobs
 
 D = 16
@@ -23,6 +24,13 @@ TOLERANCE = {
     torch.float32: 1e-5,
     torch.bfloat16: 3e-2,
 }
+
+
+@pytest.fixture(autouse=True, params=["host", "device"])
+def where_counts_are_known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and in place of a GPU: nobody knows which tokens count, and all chunks are computed."""
+    if request.param == "device":
+        monkeypatch.setattr(vocab_parallel, "host_knows", lambda _: False)
 
 
 def make_inputs(num_tokens: int, padded_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from skyrl_spec.losses import vocab_parallel
 from skyrl_spec.losses.logprobs import vocab_parallel_logprobs
 from skyrl_spec.losses.soft_ce import DraftLoss, vocab_parallel_soft_ce
 
@@ -29,6 +30,13 @@ TOLERANCE = {
     torch.float32: 1e-5,
     torch.bfloat16: 3e-2,
 }
+
+
+@pytest.fixture(autouse=True, params=["host", "device"])
+def where_counts_are_known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and in place of a GPU: nobody knows which tokens count, and all chunks are computed."""
+    if request.param == "device":
+        monkeypatch.setattr(vocab_parallel, "host_knows", lambda _: False)
 
 
 def make_inputs(

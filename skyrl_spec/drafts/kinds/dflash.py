@@ -101,7 +101,7 @@ class DflashKind(DraftKind):
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
         trainer = config.trainer
         draft = _spec_at(config, spec, trainer.dflash.path)
-        # Short documents fill a pass of the draft, which has no more slots than a pack has tokens (``DflashDraft.max_slots``).
+        # Of short documents, which fill a pass of the draft (``DflashDraft.max_slots``).
         return max(trainer.max_tokens_per_microbatch, draft.block_size) * draft.layers.num_layers
 
     def speculative_config(self, trainer: TrainerConfig) -> dict[str, Any]:
