@@ -83,8 +83,7 @@ def vocab_parallel_soft_ce(
     - ``hard_ce``: the token ``labels_T``
 
     Gradient reaches only ``draft_hidden_KTD``: output weight, teacher and token weights are constants. One all-reduce
-    over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN;
-    on a CPU, a position without weight costs nothing.
+    over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN.
 
     Args:
         draft_hidden_KTD: hidden states of K drafts for each target position, after the draft's final norm.
@@ -114,9 +113,7 @@ def vocab_parallel_soft_ce(
         counts_T = weights_KT.ne(0).any(0)
         chunks = counted_chunks(counts_T, chunk_size)
         logits = ChunkLogits(shard, min(len(counts_T), chunk_size), temperature)
-        # A position that does not count may be NaN, and 0 * NaN is NaN.
-        teacher_hidden_TD = teacher_hidden_TD.masked_fill(~counts_T[:, None], 0)
-        teacher = _TeacherChunks(teacher_hidden_TD, logits, loss_type, topk, labels_T)
+        teacher = _TeacherChunks(teacher_hidden_TD, counts_T, logits, loss_type, topk, labels_T)
         result, grad_KTD = _loss_and_grad(draft_hidden_KTD, weights_KT, chunks, teacher, logits, with_grad)
     if with_grad:
         result = result._replace(loss=_KnownGradient.apply(draft_hidden_KTD, result.loss, grad_KTD))
@@ -205,9 +202,15 @@ class _TeacherChunks:
     """The policy's distribution over one chunk, and the target that the loss type derives from it."""
 
     def __init__(
-        self, hidden_TD: Tensor, logits: ChunkLogits, loss_type: str, topk: int, labels_T: Tensor | None
+        self,
+        hidden_TD: Tensor,
+        counts_T: Tensor,
+        logits: ChunkLogits,
+        loss_type: str,
+        topk: int,
+        labels_T: Tensor | None,
     ) -> None:
-        self.hidden_TD, self.logits, self.loss_type = hidden_TD, logits, loss_type
+        self.hidden_TD, self.counts_T, self.logits, self.loss_type = hidden_TD, counts_T, logits, loss_type
         self.topk, self.labels_T = topk, labels_T
         self.buffer = logits.buffer()
         self.target_buffer = self.buffer if loss_type == "soft_ce" else logits.buffer()
@@ -215,7 +218,9 @@ class _TeacherChunks:
     def targets(self, positions_c: Tensor | slice) -> _ChunkTargets:
         """Targets of the positions, valid until the next call. One collective; three for ``topk_soft_ce``."""
         shard = self.logits.shard
-        teacher_cv = self.logits.write(self.hidden_TD[positions_c], self.buffer)
+        # A position that does not count may be NaN, and 0 * NaN is NaN.
+        hidden_cD = self.hidden_TD[positions_c].masked_fill(~self.counts_T[positions_c, None], 0)
+        teacher_cv = self.logits.write(hidden_cD, self.buffer)
         target_cv = self.target_buffer[: len(teacher_cv)]
         if self.loss_type == "topk_soft_ce":
             _mask_below_topk_(target_cv.copy_(teacher_cv), self.topk, shard)

@@ -7,8 +7,9 @@ from typing import Any
 
 import ray
 import torch
-from tiny_checkpoints import make_batch
+from tiny_checkpoints import make_batch, make_pack
 
+from skyrl_spec.models.pack import Pack
 from skyrl_spec.settings.schema import Config
 
 
@@ -35,43 +36,31 @@ class TrainerActor:
 
     def chain_logits(self, token_ids: list[int], base: int) -> torch.Tensor:
         """``[K, V]``: every depth of an MTP head at ``base``, as the training step computes it."""
-        from skyrl_spec.drafts.base import BatchTokens
         from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN, MtpDraft
 
-        # Depth d reads token base+d only: the tokens after it are padding.
-        ids = torch.tensor([[*token_ids, 0]])
-        ones = torch.ones_like(ids)
-        trunk, _ = self._forward(ids)
+        # Depth d reads token base+d only: the token after them is padding.
+        pack = make_pack([*token_ids, 0])
+        trunk, _ = self._forward(pack)
         draft = self._trainer.draft.draft
         assert isinstance(draft, MtpDraft)
         with torch.no_grad():
-            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], BatchTokens(ids, ones, ones.bool(), None))
-        return self._logits(torch.stack([out[base, 0] for out in outputs]))
+            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], pack)
+        return self._logits(torch.stack([out[base] for out in outputs]))
 
     def block_logits(self, token_ids: list[int], anchors: list[int]) -> torch.Tensor:
         """``[A, K, V]``: a DFlash draft's blocks at ``anchors``, as the training step computes them."""
-        from skyrl_spec.drafts.base import BatchTokens, Teacher
-        from skyrl_spec.drafts.blocks import Blocks
-        from skyrl_spec.drafts.dflash import DflashDraft, DflashSupervision
+        from skyrl_spec.drafts.base import Teacher
 
-        trainer, ids = self._trainer, torch.tensor([token_ids])
-        ones = torch.ones_like(ids)
-        trunk, hidden_SBD = self._forward(ids)
-        draft = trainer.draft.draft
-        assert isinstance(draft, DflashDraft)
-        supervised = torch.ones(1, len(anchors), draft.num_positions, dtype=torch.bool)
-        plan = DflashSupervision(
-            BatchTokens(ids, ones, ones.bool(), None), torch.zeros(()), Blocks(torch.tensor([anchors]), supervised)
-        )
+        trainer, pack = self._trainer, make_pack(token_ids)
+        trunk, hidden_TD = self._forward(pack)
         with torch.no_grad():
-            teacher = Teacher(hidden_SBD, trainer.model.output_weight_vD(), trainer.model.embed)
-            out_QBD = draft.forward(trunk, teacher, plan)
-        return self._logits(out_QBD[:, 0].unflatten(0, (len(anchors), -1))[:, 1:])
+            teacher = Teacher(hidden_TD, trainer.model.output_weight_vD(), trainer.model.embed)
+            return self._logits(trainer.draft.draft.propose(trunk, teacher, pack, anchors))
 
     def logprob(self, token_ids: list[int]) -> float:
         """Log-prob of the last token."""
-        _, hidden_SBD = self._forward(torch.tensor([token_ids]))
-        return float(self._logits(hidden_SBD[-2, 0]).log_softmax(-1)[token_ids[-1]])
+        _, hidden_TD = self._forward(make_pack(token_ids))
+        return float(self._logits(hidden_TD[-2]).log_softmax(-1)[token_ids[-1]])
 
     def train(self, seed: int) -> None:
         self._trainer.train_mini_batch(make_batch(seed))
@@ -86,15 +75,15 @@ class TrainerActor:
 
         save_hf(self._trainer, run_dir)
 
-    def _forward(self, ids: torch.Tensor) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+    def _forward(self, pack: Pack) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
         """Hidden states that the draft captures, and the trunk's output."""
         from skyrl_spec.models.capture import capture
 
         draft = self._trainer.draft.draft
         with torch.no_grad(), capture(self._trainer.model, draft.capture_points) as captured:
             with captured.listening():
-                hidden_SBD = self._trainer.model(ids)
-            return captured.take(), hidden_SBD
+                hidden_TD = self._trainer.model(pack)
+            return captured.take(), hidden_TD
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

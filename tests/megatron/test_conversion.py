@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from spawn import run_distributed
-from tiny_checkpoints import ARCHITECTURES, VOCAB_SIZE, write_checkpoint
+from tiny_checkpoints import ARCHITECTURES, VOCAB_SIZE, make_pack, write_checkpoint
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from skyrl_spec.errors import ConfigError
@@ -46,8 +46,8 @@ def _check_checkpoint(path: Path, ranks: parallel.Parallel) -> None:
     token_ids = torch.randint(0, VOCAB_SIZE, (3, 17), generator=torch.Generator().manual_seed(1))
     hf = (Qwen3ForCausalLM if spec.qk_norm else Qwen2ForCausalLM).from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
-        hidden_SBD = model(token_ids)
-        assert (hidden_SBD.transpose(0, 1) - hf.model(token_ids).last_hidden_state).abs().max() < TOLERANCE
+        hidden_TD = model(make_pack(*token_ids.tolist()))
+        assert (hidden_TD - hf.model(token_ids).last_hidden_state.flatten(0, 1)).abs().max() < TOLERANCE
 
 
 def _check_all(_rank: int, paths: list[Path], tp: int) -> None:
