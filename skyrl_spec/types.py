@@ -157,7 +157,8 @@ class TrainBatch:
     loss_weights: np.ndarray  # [B, S] float32
     advantages: np.ndarray  # [B, S] float32
     rollout_logprobs: np.ndarray  # [B, S] float32
-    policy_logprobs: np.ndarray | None = None  # [B, S] float32, before this batch's updates
+    # [B, S] float32, before this batch's updates. None: those of the update's own forward pass, so that the ratio is 1.
+    policy_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None  # [B, S] float32, of the frozen reference
 
     def __len__(self) -> int:
@@ -196,3 +197,5 @@ class StepReport:
     metrics: Metrics = field(default_factory=dict)
     policy_train_s: float = 0.0
     draft_train_s: float = 0.0
+    # Log-probs before the step if the batch came without them: [rows of the shard, S] of a rank, [B, S] of all.
+    policy_logprobs: np.ndarray | None = None

@@ -218,14 +218,20 @@ class PolicyGroup:
         """Checks that all workers are alive. Call it only while they are idle."""
         self._all("ping", deadline=Deadline(_PING_S, "a minute while idle"))
 
-    def forward_logprobs(self, batch: TrainBatch) -> TrainBatch:
-        """``batch`` with log-probs of the policy, and of the reference, before the updates on this batch."""
-        answers = self._all("forward_logprobs", ray.put(batch))
+    def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> TrainBatch:
+        """``batch`` with log-probs of the policy, and of the reference, before the updates on this batch.
+
+        ``policy=False`` leaves out the policy.
+        """
+        answers = self._all("forward_logprobs", ray.put(batch), policy)
         return replace(batch, **gather_shards(batch, [answers[leader] for leader in self._leaders]))
 
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step. The metrics cover all ranks."""
-        return self._all("train_mini_batch", ray.put(batch))[0]
+        """One optimizer step. Metrics and log-probs cover all ranks."""
+        answers: list[StepReport] = self._all("train_mini_batch", ray.put(batch))
+        shards = [answers[leader].policy_logprobs for leader in self._leaders]
+        known = [{"logprobs": shard} for shard in shards if shard is not None]
+        return replace(answers[0], policy_logprobs=gather_shards(batch, known)["logprobs"]) if known else answers[0]
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft alone."""

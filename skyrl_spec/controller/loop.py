@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -182,11 +182,17 @@ class TrainingLoop:
 
     def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
         """Runs all optimizer steps on ``batch``. Adds the seconds of each phase to ``timings``."""
+        trainer = self.config.trainer
+        # In a single update, the policy is still the one whose log-probs are asked for.
+        is_one_update = trainer.update_epochs_per_batch == 1 and len(batch) <= self._rows_per_mini_batch
         with timed(timings, "fwd_logprobs"):
-            batch = self.policy.forward_logprobs(batch)
-        num_epochs = self.config.trainer.update_epochs_per_batch
-        reports = [self.policy.train_mini_batch(mini) for mini in self._mini_batches(batch, num_epochs)]
+            if trainer.algorithm.use_kl_loss or not is_one_update:
+                batch = self.policy.forward_logprobs(batch, policy=not is_one_update)
+        mini_batches = self._mini_batches(batch, trainer.update_epochs_per_batch)
+        reports = [self.policy.train_mini_batch(mini_batch) for mini_batch in mini_batches]
         timings |= _train_timings(reports)
+        if is_one_update:
+            batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
         return _report_values(reports) | logprob_agreement(batch)
 
     def _sample_groups(self) -> tuple[Collected, float]:
@@ -217,14 +223,17 @@ class TrainingLoop:
         )
 
     def _mini_batches(self, batch: TrainBatch, num_epochs: int) -> Iterator[TrainBatch]:
-        trainer, generator = self.config.trainer, self.config.generator
         for _ in range(num_epochs):
             yield from mini_batches(
                 batch,
-                trainer.policy_mini_batch_size * generator.n_samples_per_prompt,
-                loss_reduction=trainer.algorithm.loss_reduction,
-                max_response_length=generator.sampling_params.max_generate_length,
+                self._rows_per_mini_batch,
+                loss_reduction=self.config.trainer.algorithm.loss_reduction,
+                max_response_length=self.config.generator.sampling_params.max_generate_length,
             )
+
+    @property
+    def _rows_per_mini_batch(self) -> int:
+        return self.config.trainer.policy_mini_batch_size * self.config.generator.n_samples_per_prompt
 
     def _versions(self) -> dict[str, float]:
         versions = self.sync.versions

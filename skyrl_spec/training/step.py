@@ -5,6 +5,7 @@ Shapes: T tokens of the pack, N response tokens, D hidden, v this rank's vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,19 @@ def response_logprobs(
     )
 
 
+def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logprobs: Sequence[Tensor]) -> np.ndarray:
+    """Log-probs of the response tokens of ``micros``, which hold ``rows``: ``[len(rows), S]``, 0 elsewhere."""
+    logprobs_BS = np.zeros(batch.token_ids.shape, np.float32)
+    logprobs_N = torch.cat([part.float() for part in logprobs]).cpu().numpy()
+    if len(rows):
+        packed_rows = np.concatenate([micro.rows for micro in micros])
+        is_response_BS = batch.loss_mask[packed_rows]
+        packed_BS = np.zeros(is_response_BS.shape, np.float32)
+        packed_BS[is_response_BS] = logprobs_N
+        logprobs_BS[packed_rows] = packed_BS
+    return logprobs_BS[rows]
+
+
 # Order of the sums of ``policy_loss``.
 POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl")
 
@@ -105,10 +119,10 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
         The loss (a scalar, connected to the trunk even without tokens), and float64 ``[len(POLICY_SUMS) + 1]``: sums
         in the order of ``POLICY_SUMS``, then the number of tokens.
     """
-    assert micro.policy_logprobs_N is not None
+    old_N = tokens.logprobs_T.detach() if micro.policy_logprobs_N is None else micro.policy_logprobs_N
     surrogate = policy_token_loss(
         tokens.logprobs_T,
-        micro.policy_logprobs_N,
+        old_N,
         micro.advantages_N,
         eps_clip_low=algorithm.eps_clip_low,
         eps_clip_high=algorithm.eps_clip_high,

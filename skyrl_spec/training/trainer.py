@@ -41,9 +41,10 @@ from skyrl_spec.settings.derived import uses_fp32_head
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import POLICY_PATH
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
+from skyrl_spec.training.device_clock import DeviceClock
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch
-from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, policy_loss, response_logprobs
+from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, in_rows, policy_loss, response_logprobs
 from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
 
 
@@ -99,15 +100,18 @@ class PolicyTrainer:
         self.draft = self._load_draft(total_optimizer_steps)
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
 
-    def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
+    def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> dict[str, np.ndarray]:
         """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if one is loaded.
+
+        Args:
+            policy: False leaves out the policy.
 
         Returns:
             ``policy_logprobs`` and ``ref_logprobs``, ``[rows of the shard, S]`` float32, 0 outside the response. The
             shard is that of ``data.packing.shard_rows``.
         """
         rows = self._local_rows(batch)
-        logprobs = {"policy_logprobs": self._logprobs(self.model, batch, rows)}
+        logprobs = {"policy_logprobs": self._logprobs(self.model, batch, rows)} if policy else {}
         if self.reference is not None:
             logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, rows)
         return logprobs
@@ -116,10 +120,16 @@ class PolicyTrainer:
         """One optimizer step of policy and draft on this rank's shard of ``batch``."""
         start = time.perf_counter()
         self._draft_clock.reset()
-        metrics = self._reduce(self.forward_backward(batch))
+        examples, denominator = self._examples(batch)
+        logprobs: list[Tensor] = []
+        metrics = self._reduce(self._run(examples, denominator, logprobs))
         metrics |= self.optimizer_step()
         draft_s = self._draft_clock.seconds()
-        return StepReport(metrics=metrics, policy_train_s=time.perf_counter() - start - draft_s, draft_train_s=draft_s)
+        report = StepReport(metrics, time.perf_counter() - start - draft_s, draft_s)
+        if batch.policy_logprobs is None:
+            micros = [example.micro for example in examples]
+            report.policy_logprobs = in_rows(batch, self._local_rows(batch), micros, logprobs)
+        return report
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
@@ -144,8 +154,11 @@ class PolicyTrainer:
         Returns:
             This rank's sums for ``_reduce``, float64: the policy's, then the draft's.
         """
+        return self._run(*self._examples(batch), [])
+
+    def _run(self, examples: list[Example], denominator: Tensor, logprobs: list[Tensor]) -> Tensor:
+        """``forward_backward`` of these micro-batches. Appends the log-probs of each to ``logprobs``."""
         assert self.policy is not None
-        examples, denominator = self._examples(batch)
         policy_sums = torch.zeros(len(POLICY_SUMS) + 1, dtype=torch.float64, device=self.parallel.device)
         draft_sums = self._zero_sums()
         self.policy.zero_grad()
@@ -159,7 +172,7 @@ class PolicyTrainer:
                 if self.draft is not None:
                     with self._draft_clock:
                         draft_sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
-                return hidden_TD, lambda hidden: self._policy_loss(hidden, example.micro, policy_sums)
+                return hidden_TD, lambda hidden: self._policy_loss(hidden, example.micro, policy_sums, logprobs)
 
             with megatron_patches.megatron_device(self.parallel.device):
                 get_forward_backward_func()(
@@ -286,15 +299,7 @@ class PolicyTrainer:
     def _logprobs(self, model: PolicyModel, batch: TrainBatch, rows: np.ndarray) -> np.ndarray:
         """Log-probs of the response tokens of these rows, ``[len(rows), S]``, 0 elsewhere."""
         micros = self._micros(batch, rows)
-        logprobs_N = torch.cat([self._logprobs_of(model, micro).float() for micro in micros]).cpu().numpy()
-        logprobs_BS = np.zeros(batch.token_ids.shape, np.float32)
-        if len(rows):
-            packed_rows = np.concatenate([micro.rows for micro in micros])
-            is_response_BS = batch.loss_mask[packed_rows]
-            packed_BS = np.zeros(is_response_BS.shape, np.float32)
-            packed_BS[is_response_BS] = logprobs_N
-            logprobs_BS[packed_rows] = packed_BS
-        return logprobs_BS[rows]
+        return in_rows(batch, rows, micros, [self._logprobs_of(model, micro) for micro in micros])
 
     def _logprobs_of(self, model: PolicyModel, micro: Micro) -> Tensor:
         micro = upload(micro, self.parallel.device)
@@ -312,10 +317,12 @@ class PolicyTrainer:
             fp32_logits=uses_fp32_head(self.config),
         )
 
-    def _policy_loss(self, hidden_TD: Tensor, micro: Micro, sums: Tensor) -> tuple[Tensor, Tensor, None]:
-        loss, micro_sums = policy_loss(
-            self._token_logprobs(self.model, hidden_TD, micro), micro, self.config.trainer.algorithm
-        )
+    def _policy_loss(
+        self, hidden_TD: Tensor, micro: Micro, sums: Tensor, logprobs: list[Tensor]
+    ) -> tuple[Tensor, Tensor, None]:
+        tokens = self._token_logprobs(self.model, hidden_TD, micro)
+        logprobs.append(tokens.logprobs_T.detach())
+        loss, micro_sums = policy_loss(tokens, micro, self.config.trainer.algorithm)
         sums[: len(micro_sums)] += micro_sums
         # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
@@ -415,35 +422,3 @@ class PolicyTrainer:
         if self.reference is None:
             del metrics["policy/kl"]
         return metrics
-
-
-class DeviceClock:
-    """Total seconds inside its context. On a GPU, CUDA events measure them without a synchronization."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts again from 0."""
-        self._intervals: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        self._start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self._intervals.append((self._start, self._now()))
-
-    def seconds(self) -> float:
-        """Seconds since ``reset``. Synchronizes the GPU."""
-        if not self._cuda:
-            return sum(end - start for start, end in self._intervals)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._intervals) / 1000.0
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

@@ -83,8 +83,8 @@ class PolicyWorker:
         """Data-parallel and tensor-parallel rank."""
         return self._trainer.parallel.dp_rank, self._trainer.parallel.tp_rank
 
-    def forward_logprobs(self, batch: TrainBatch) -> dict[str, np.ndarray]:
-        return self._trainer.forward_logprobs(batch)
+    def forward_logprobs(self, batch: TrainBatch, policy: bool) -> dict[str, np.ndarray]:
+        return self._trainer.forward_logprobs(batch, policy=policy)
 
     def train_mini_batch(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_mini_batch(batch)

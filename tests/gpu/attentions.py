@@ -131,7 +131,7 @@ def _pack(device: torch.device) -> Pack:
 
 ATTENTIONS = [
     Check("flex attention", "DFlash's block attention, forward and backward", partial(flex, num_anchors=32)),
-    Check("flex attention dense", "the same with every response token an anchor", partial(flex, num_anchors=1000)),
+    Check("dense flex attention", "the same with every response token an anchor", partial(flex, num_anchors=1000)),
     Check("causal attention", "attention of the trunk, forward and backward", partial(causal, depth=1)),
     Check("chain attention", "attention of the MTP head's third depth, likewise", partial(causal, depth=NUM_DEPTHS)),
     Check(

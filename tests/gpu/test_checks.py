@@ -99,8 +99,17 @@ def test_a_check_that_hangs_ends_at_its_limit_with_its_children(tmp_path: Path) 
     outcome = outcome_of(tmp_path / "out", check(hangs, limit_s=10.0))
     assert (outcome.state, outcome.why) == ("not ok", "not done after 10 s")
     child = int(marker.read_text())
-    # A killed process whose parent is gone may wait to be collected.
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert is_gone(child)
+
+
+def is_gone(pid: int, timeout_s: float = 10.0) -> bool:
+    """A killed process takes a moment to die, and may wait to be collected if its parent is gone."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_without_time_a_check_is_not_run(tmp_path: Path) -> None:
