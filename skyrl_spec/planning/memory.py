@@ -87,9 +87,7 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
         kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
         checkpoint=num_trained * (size + _optimizer_bytes(size)),
         sync=num_trained * size,
-        tokens_per_step=_sampled_prompts(config)
-        * config.generator.n_samples_per_prompt
-        * (trainer.max_prompt_length + config.generator.sampling_params.max_generate_length),
+        tokens_per_step=_sampled_prompts(config) * config.generator.n_samples_per_prompt * longest_sequence(config),
     )
 
 
@@ -166,8 +164,7 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     """Estimated bytes that a full micro-batch keeps for its backward pass, and a chunk of logits."""
     trainer = config.trainer
     size = _weight_bytes(config)
-    length = trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
-    tokens = max(trainer.max_tokens_per_microbatch, length)
+    tokens = max(trainer.max_tokens_per_microbatch, longest_sequence(config))
     attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
     # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
     per_layer = 6 * spec.hidden_size + (3 * attention + 4 * ffn) // tp
@@ -208,6 +205,7 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
         "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
+        "packs": _packs(config),
         "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}",
         "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
         "checkpoint": f"{readable(plan.checkpoint)} each, "
@@ -215,6 +213,20 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         "tokens": f"at most {plan.tokens_per_step:,} per step, prompts included",
     }
     return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
+
+
+def _packs(config: Config) -> str:
+    trainer = config.trainer
+    budget, longest = trainer.max_tokens_per_microbatch, longest_sequence(config)
+    alone = f" (sequences of up to {longest:,} have a pack to themselves)" if longest > budget else ""
+    is_one_update = trainer.update_epochs_per_batch == 1 and trainer.policy_mini_batch_size == trainer.train_batch_size
+    source = "the update itself, the only one of a step" if is_one_update else "a forward pass before the updates"
+    return f"{budget:,} tokens{alone}; old log-probs from {source}"
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt and response that a run may train on."""
+    return config.trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
 
 
 def _cache(config: Config, plan: MemoryPlan) -> str:

@@ -105,6 +105,7 @@ COMPOSITION_ERRORS = {
     "trainer.num_speculative_tokens=2": "did you mean trainer.mtp.num_speculative_tokens?",
     "trainer.seed.x=1": "trainer.seed.x: unknown setting",
     "hydra.run.dir=x": "hydra.run.dir: unknown setting",
+    "trainer.micro_train_batch_size_per_gpu=4": "trainer.micro_train_batch_size_per_gpu: removed; sequences are packed",
     "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists all settings",
     "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
     "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_mtp_dapo",

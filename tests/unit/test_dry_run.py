@@ -48,6 +48,33 @@ def test_the_plan_is_printed_and_nothing_else_happens(
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "packs"),
+    [
+        ([], "4,096 tokens; old log-probs from a forward pass before the updates"),
+        (["trainer.max_tokens_per_microbatch=112"], "112 tokens; old log-probs from"),
+        (
+            ["trainer.max_tokens_per_microbatch=111"],
+            "111 tokens (sequences of up to 112 have a pack to themselves); old",
+        ),
+        (
+            ["trainer.policy_mini_batch_size=32"],
+            "4,096 tokens; old log-probs from the update itself, the only one of a",
+        ),
+        (
+            ["trainer.policy_mini_batch_size=32", "trainer.update_epochs_per_batch=2"],
+            "4,096 tokens; old log-probs from a",
+        ),
+    ],
+)
+def test_the_plan_says_how_sequences_are_packed(
+    words: list[str], packs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "experiment=cpu_mtp_grpo", "trainer.dry_run=true", f"trainer.run_dir={tmp_path / 'run'}", *words]
+    assert main(words) == 0
+    assert re.search(rf"^packs +{re.escape(packs)}", capsys.readouterr().out, flags=re.MULTILINE)
+
+
 def test_a_plan_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
