@@ -83,6 +83,9 @@ def training_step(device: torch.device, folder: Path, model: str) -> Figure:
     details = {"measured": deep, "with half the layers": shallow, f"all {num_layers} layers, by the slope": whole}
     if device.type != "cuda":
         return Figure(deep["tokens/s"], unit="tokens/s", details=details)
+    assert deep["waits per micro-batch"] == 0, (
+        f"the host waits for the GPU in a micro-batch; all waits: {deep['places']}"
+    )
     return Figure(deep["MFU"], MFU_LIMIT, "MFU", at_least=True, details=details)
 
 
