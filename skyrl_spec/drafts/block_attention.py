@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from skyrl_spec.drafts.blocks import Blocks
 
@@ -34,8 +35,9 @@ class Keys(NamedTuple):
 # (query [Q, H, d], keys, scale) -> [Q, H, d]
 BlockAttention = Callable[[Tensor, Keys, float], Tensor]
 
-# Slots that SDPA computes at a time.
+# Slots that SDPA computes at a time, and tokens up to which it keeps their masks for the backward pass.
 SLOTS_AT_A_TIME = 512
+MAX_KEPT_TOKENS = 2048
 # Slots and keys of a tile of FlexAttention.
 TILE = 128
 
@@ -57,27 +59,47 @@ class _Span(NamedTuple):
     end: int
 
 
-def sdpa_block_attention(blocks: Blocks, num_tokens: int) -> BlockAttention:
+def sdpa_block_attention(blocks: Blocks, _num_tokens: int) -> BlockAttention:
     """``block_attention`` by SDPA, with a dense mask for at most ``SLOTS_AT_A_TIME`` slots."""
     spans = _spans(blocks)
-    masks = [_mask(blocks, span) for span in spans]
+    slots = [span.num_blocks * blocks.num_slots for span in spans]
 
     def attend(query_QHd: Tensor, keys: Keys, scale: float) -> Tensor:
-        repeats = query_QHd.shape[1] // keys.slot_key_QGd.shape[1]
-        slots = [span.num_blocks * blocks.num_slots for span in spans]
-        queries, slot_keys, slot_values = (x.split(slots) for x in (query_QHd, keys.slot_key_QGd, keys.slot_value_QGd))
+        of_slots = (x.split(slots) for x in (query_QHd, keys.slot_key_QGd, keys.slot_value_QGd))
         outputs = []
-        for index, (span, mask) in enumerate(zip(spans, masks, strict=True)):
+        for span, query, slot_key, slot_value in zip(spans, *of_slots, strict=True):
             tokens = slice(span.start, span.end)
-            key = torch.cat([keys.token_key_TGd[tokens], slot_keys[index]])
-            value = torch.cat([keys.token_value_TGd[tokens], slot_values[index]])
-            # No kernel that avoids the scores takes both a mask and shared keys.
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-            query, key, value = (x.transpose(0, 1)[None] for x in (queries[index], key, value))
-            outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[0])
+            some = Keys(keys.token_key_TGd[tokens], keys.token_value_TGd[tokens], slot_key, slot_value)
+            outputs.append(_attend_from_span(blocks, span, query, some, scale))
         return torch.cat(outputs, dim=1).transpose(0, 1)
 
     return attend
+
+
+def _attend_from_span(blocks: Blocks, span: _Span, query_QHd: Tensor, keys: Keys, scale: float) -> Tensor:
+    """``[H, Q, d]``. Masks of many tokens are not kept for the backward pass, but made again."""
+    if span.end - span.start <= MAX_KEPT_TOKENS:
+        return _attend_masked(blocks, span, query_QHd, *keys, scale)
+    return checkpoint(
+        _attend_masked, blocks, span, query_QHd, *keys, scale, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _attend_masked(
+    blocks: Blocks,
+    span: _Span,
+    query_QHd: Tensor,
+    token_key: Tensor,
+    token_value: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
+    scale: float,
+) -> Tensor:
+    key, value = torch.cat([token_key, slot_key]), torch.cat([token_value, slot_value])
+    # No kernel that avoids the scores takes both a mask and shared keys.
+    key, value = (x.repeat_interleave(query_QHd.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_QHd, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=_mask(blocks, span), scale=scale)[0]
 
 
 def _spans(blocks: Blocks) -> list[_Span]:
