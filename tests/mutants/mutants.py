@@ -402,8 +402,8 @@ TRAINING = [
         ),
         (
             "rollout log-probs taken for old ones",
-            "        micro.policy_logprobs_N,\n",
-            "        micro.rollout_logprobs_N,\n",
+            "is None else micro.policy_logprobs_N",
+            "is None else micro.rollout_logprobs_N",
         ),
         ("sign of the KL term", "loss_N + algorithm.kl_loss_coef", "loss_N - algorithm.kl_loss_coef"),
         ("importance ratio omitted", "micro.rollout_logprobs_N if algorithm", "micro.policy_logprobs_N if algorithm"),
