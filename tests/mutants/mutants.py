@@ -373,8 +373,8 @@ MODELS = [
     ),
     *of(
         "models/policy.py",
-        [f"{PACKED}[mtp]"],
-        ("positions run on through a pack", "[pack.position_T]", "[pack.position_T * 0]"),
+        [f"{CONVERSION}[1]"],
+        ("every token at position 0", "[pack.position_T]", "[pack.position_T * 0]"),
     ),
     *of(
         "models/attention.py",
