@@ -39,7 +39,7 @@ def trunk(pack: Pack, device: torch.device) -> list[Tensor]:
 
 
 def chain(pack: Pack, device: torch.device) -> list[Tensor]:
-    """Those of the MTP head's third depth."""
+    """Inputs and output of the attention of the MTP head's third depth."""
     return _chain(pack, device, depth=NUM_DEPTHS)
 
 
@@ -50,7 +50,7 @@ def _chain(pack: Pack, device: torch.device, depth: int) -> list[Tensor]:
 
 
 def blocks(pack: Pack, device: torch.device) -> list[Tensor]:
-    """Those of DFlash's blocks, one for every eight tokens."""
+    """Inputs and output of the attention of DFlash's blocks, one for every eight tokens."""
     num_tokens = pack.documents.lengths[0]
     cpu_pack = make_pack(num_tokens)
     drawn = upload(supervised_blocks(draw_anchors(cpu_pack, [(0,)], num_tokens // 8), cpu_pack, NUM_DRAFTED), device)

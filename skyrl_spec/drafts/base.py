@@ -140,7 +140,7 @@ class Draft(ABC):
         """
 
     def random_state(self) -> dict[str, Tensor]:
-        """What ``supervise`` draws next; empty if it draws nothing."""
+        """State of the random draws of ``supervise``; empty if it draws nothing."""
         return {}
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Attention of DFlash blocks over the document before their anchor and over their own slots. Two kernels.
 
 On a GPU, FlexAttention visits only the tiles of keys that a tile of slots can see. On a CPU, SDPA runs on a few blocks
-of one document at a time. The memory of both grows with tokens and slots, not with their product.
+of one document at a time. Neither makes a mask or scores of all slots and all tokens.
 
 Shapes: T tokens of the pack, Q slots, H heads, G key heads, d head size.
 """
@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from skyrl_spec.drafts.blocks import Blocks
+from skyrl_spec.models.upload import upload
 
 
 class Keys(NamedTuple):
@@ -141,10 +142,8 @@ def _tiled_mask(blocks: Blocks, num_tokens: int) -> BlockMask:
     """FlexAttention's mask, whose tiles are found on the host. A mask built on the device would be ``[Q, T + Q]``."""
     device, num_slots = blocks.anchor_A.device, len(blocks.anchors) * blocks.num_slots
     partial_tiles, full_tiles = _tiles(blocks, num_tokens)
-    tables = [torch.from_numpy(table)[None, None] for tiles in (partial_tiles, full_tiles) for table in tiles]
-    if device.type == "cuda":
-        tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
-    num_partial, partial_index, num_full, full_index = tables
+    tables = tuple(torch.from_numpy(table)[None, None] for tiles in (partial_tiles, full_tiles) for table in tiles)
+    num_partial, partial_index, num_full, full_index = upload(tables, device)
     return BlockMask.from_kv_blocks(
         num_partial,
         partial_index,

@@ -93,7 +93,7 @@ class DflashDraft(Draft):
             CapturePoint(f"decoder.layers.{layer}", "output") for layer in self.spec.target_layer_ids
         )
         self._seed, self._num_steps = seed, 0
-        # Slots of a forward pass, unless a block has more.
+        # Largest number of slots in a forward pass. A single block may have more.
         self.max_slots = max_slots
         self._weights_K = position_weights(self.num_positions, decay_gamma(config, self.num_positions + 1))
 
@@ -103,7 +103,7 @@ class DflashDraft(Draft):
     def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[DflashSupervision, ...]:
         seeds = [(self._seed, self._num_steps, row) for row in rows]
         anchors = draw_anchors(pack, seeds, self.config.anchors_per_sequence)
-        # Short documents may have more slots than tokens. A pass has no more than its share of memory allows.
+        # Short documents may have more slots than tokens, so that a pack may need several passes.
         at_a_time = max(self.max_slots // (self.num_positions + 1), 1)
         # The layers need a slot, so a pack without an anchor gets a block without supervision.
         parts = [anchors[first : first + at_a_time] for first in range(0, len(anchors), at_a_time)] or [[0]]

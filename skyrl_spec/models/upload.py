@@ -20,11 +20,14 @@ def upload(item: Item, device: torch.device) -> Item:
 
     All tensors travel in one copy from pinned memory, which the host does not wait for.
     """
-    if device.type == "cpu":
-        return item
+    return item if device.type == "cpu" else copied(item, device)
+
+
+def copied(item: Item, device: torch.device) -> Item:
+    """``upload`` on any device, also where there is nothing to do."""
     tensors = list(_tensors(item))
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, tensor in zip(buffer.split(sizes), tensors, strict=True):
         part[: tensor.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8))
     parts = buffer.to(device, non_blocking=True).split(sizes)

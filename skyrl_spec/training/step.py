@@ -94,16 +94,14 @@ def response_logprobs(
 
 
 def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logprobs: Sequence[Tensor]) -> np.ndarray:
-    """Log-probs of the response tokens of ``micros``, which hold ``rows``: ``[len(rows), S]``, 0 elsewhere."""
-    logprobs_BS = np.zeros(batch.token_ids.shape, np.float32)
-    logprobs_N = torch.cat([part.float() for part in logprobs]).cpu().numpy()
-    if len(rows):
-        packed_rows = np.concatenate([micro.rows for micro in micros])
-        is_response_BS = batch.loss_mask[packed_rows]
-        packed_BS = np.zeros(is_response_BS.shape, np.float32)
-        packed_BS[is_response_BS] = logprobs_N
-        logprobs_BS[packed_rows] = packed_BS
-    return logprobs_BS[rows]
+    """Log-probs of the response tokens of ``micros``, which hold the ascending ``rows``: ``[len(rows), S]``, else 0."""
+    if not len(rows):
+        return np.zeros((0, batch.token_ids.shape[1]), np.float32)
+    packed_rows = np.concatenate([micro.rows for micro in micros])
+    is_response_BS = batch.loss_mask[packed_rows]
+    packed_BS = np.zeros(is_response_BS.shape, np.float32)
+    packed_BS[is_response_BS] = torch.cat([part.float() for part in logprobs]).cpu().numpy()
+    return packed_BS[np.argsort(packed_rows)]
 
 
 # Order of the sums of ``policy_loss``.

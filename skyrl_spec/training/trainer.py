@@ -343,11 +343,12 @@ class PolicyTrainer:
         if self.draft is None:
             return [upload(Example(micro, ()), device) for micro in micros], torch.zeros((), device=device)
         draft = self.draft.draft
-        draft.begin_step()
-        examples = [Example(micro, draft.supervise(micro.pack, micro.rows)) for micro in micros]
-        weight = sum(part.weight for example in examples for part in example.supervisions)
-        total = torch.tensor(weight, dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=self.parallel.dp_group)
+        with self._draft_clock:
+            draft.begin_step()
+            examples = [Example(micro, draft.supervise(micro.pack, micro.rows)) for micro in micros]
+            weight = sum(part.weight for example in examples for part in example.supervisions)
+            total = torch.tensor(weight, dtype=torch.float64, device=device)
+            dist.all_reduce(total, group=self.parallel.dp_group)
         return [upload(example, device) for example in examples], total
 
     def _hidden(self, model: torch.nn.Module, pack: Pack, captured: Captured | None) -> Tensor:

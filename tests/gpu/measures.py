@@ -160,8 +160,9 @@ def _model_flops(trainer: PolicyTrainer, batch: TrainBatch) -> float:
         return flops
     layers = kind.shapes(config, spec, kind.path(config.trainer)).num_layers
     dflash = config.trainer.dflash
-    of_row = dflash.anchors_per_sequence * read_dflash_config(dflash.path).block_size if dflash.enabled else 3 * length
-    positions = rows * of_row
+    positions = rows * config.trainer.mtp.num_speculative_tokens * length
+    if dflash.enabled:
+        positions = rows * dflash.anchors_per_sequence * read_dflash_config(dflash.path).block_size
     of_draft = num_parameters(trainer.draft.draft.module)
     # The output head: two products of the draft's logits, and one of the teacher's for all depths of a token.
     return flops + positions * (6 * of_draft + layers * attention + 4 * embedding) + 2 * tokens * embedding

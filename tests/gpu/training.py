@@ -197,7 +197,7 @@ def _nearly_equal(device: torch.device, folder: Path, trained: str) -> Figure:
 
 
 def _differences(got: Record, wanted: Record) -> dict[str, float]:
-    """Largest relative difference of each metric and gradient, and the share of the weights that differ in bf16."""
+    """Largest relative difference of metrics, gradients and fp32 weights; share of the weights that differ in bf16."""
     errors: dict[str, float] = {}
 
     def note(name: str, error: float) -> None:
@@ -210,6 +210,10 @@ def _differences(got: Record, wanted: Record) -> dict[str, float]:
         for component, tensors in theirs_by_component.items():
             for name, tensor in tensors.items():
                 note(f"gradient of {component}.{name}", relative_error(mine_by_component[component][name], tensor))
+    for component, tensors in wanted.weights.items():
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.float32:
+                note(f"{component}.{name}", relative_error(got.weights[component][name], tensor))
     note("share of the weights that are rounded otherwise", _rounded_otherwise(got, wanted))
     return errors
 
