@@ -53,7 +53,7 @@ def blocks(pack: Pack, device: torch.device) -> list[Tensor]:
     """Inputs and output of the attention of DFlash's blocks, one for every eight tokens."""
     num_tokens = pack.documents.lengths[0]
     cpu_pack = make_pack(num_tokens)
-    drawn = upload(supervised_blocks(draw_anchors(cpu_pack, [(0,)], num_tokens // 8), cpu_pack, NUM_DRAFTED), device)
+    drawn = upload(supervised_blocks(draw_anchors(cpu_pack, [(0,)], [num_tokens // 8]), cpu_pack, NUM_DRAFTED), device)
     num_slots = len(drawn.anchors) * drawn.num_slots
     sizes = [(size, GROUPS) for size in (num_tokens, num_tokens, num_slots, num_slots)]
     leaves = _leaves(device, (num_slots, HEADS), *sizes)

@@ -34,7 +34,9 @@ def warmup_config(config: Config) -> Config:
         )
     warmup = trainer.warmup
     dynamic_sampling = replace(trainer.algorithm.dynamic_sampling, type=None)
-    trainer = kind.with_settings(trainer, optimizer_config=warmup.optimizer_config)
+    trainer = kind.with_settings(
+        trainer, optimizer_config=warmup.optimizer_config, positions_per_step=warmup.positions_per_step
+    )
     if warmup.from_scratch:
         trainer = kind.with_path(trainer, None)
     return replace(

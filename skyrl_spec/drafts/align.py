@@ -90,14 +90,20 @@ def drafted_bases(hit_KT: Tensor, is_base_T: Tensor) -> Tensor:
     return begun_T[:num_tokens].bool() & is_base_T
 
 
-def followed_acceptance(accept_prob_KT: Tensor, hit_KT: Tensor, mask_KT: Tensor) -> tuple[Tensor, Tensor]:
+def followed_acceptance(
+    accept_prob_KT: Tensor, hit_KT: Tensor, mask_KT: Tensor, is_counted_T: Tensor
+) -> tuple[Tensor, Tensor]:
     """Expected number of accepted tokens of each depth ``[K]``, and the number of chains, of ``drafted_bases``.
 
-    All arguments are indexed by target position and zero outside ``mask`` (``chain_mask``). The last chain of a
-    response often reaches beyond its end. vLLM counts these drafted tokens too and nearly always rejects them, so they
-    count as rejected here.
+    The last chain of a response often reaches beyond its end. vLLM counts these drafted tokens too and nearly always
+    rejects them, so they count as rejected here.
+
+    Args:
+        accept_prob_KT: by target position and zero outside the mask, as ``hit_KT``.
+        mask_KT: ``chain_mask``, or a part of it that holds whole chains.
+        is_counted_T: bases whose chains count.
     """
     hit_KT = chains_by_base(hit_KT)
-    begun_T = drafted_bases(hit_KT, chains_by_base(mask_KT)[0])
+    begun_T = drafted_bases(hit_KT, chains_by_base(mask_KT)[0]) & is_counted_T
     expected_KT = expected_acceptance(chains_by_base(accept_prob_KT), hit_KT)
     return (expected_KT * begun_T).sum(dim=1), begun_T.sum().double()

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from skyrl_spec.drafts.shares import StepRandom
 from skyrl_spec.metrics import names
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import Rule
@@ -54,8 +56,8 @@ class DraftSums:
     num_targets_K: Tensor
     # Expected number of chains that an engine accepts up to this depth (``align.expected_acceptance``).
     accepted_K: Tensor
-    # Chains in ``accepted_K``: those that an engine would begin (``align.followed_acceptance``) if all chains are
-    # trained, else those that are supervised to their end.
+    # Chains in ``accepted_K``: those that an engine would begin (``align.followed_acceptance``), or, of a draft that is
+    # trained on single blocks, all that are supervised to their end.
     num_chains: Tensor
 
     def flat(self) -> Tensor:
@@ -97,20 +99,25 @@ class Draft(ABC):
     capture_points: tuple[CapturePoint, ...]
     # K, the number of drafted tokens of a chain.
     num_positions: int
+    # Of what is drawn for a step.
+    random: StepRandom
     # The loss uses float32 logits of 16-bit weights (``losses.vocab_parallel.ChunkLogits``).
     fp32_logits: bool = False
 
-    def begin_step(self) -> None:
-        """Precedes the ``supervise`` calls of an optimizer step. A draft that draws random numbers draws new ones."""
-        return None
+    @abstractmethod
+    def begin_step(self, loss_mask_BS: np.ndarray) -> None:
+        """Draws what is trained on in an optimizer step, equal on all ranks. ``supervise`` calls follow.
+
+        Args:
+            loss_mask_BS: bool, response tokens that are trained on, of the mini-batch of all ranks.
+        """
 
     @abstractmethod
     def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[Supervision, ...]:
-        """Supervision of a pack on the CPU, as CPU tensors. A part for each forward pass of the draft, at least one.
+        """Supervision of a pack on the CPU, as CPU tensors. A part for each forward pass of the draft.
 
         Args:
-            rows: numbers of the pack's documents in the batch of the step, so that what is drawn for a document depends
-                neither on its pack nor on its rank.
+            rows: numbers of the pack's documents in the mini-batch.
         """
 
     @abstractmethod
@@ -124,8 +131,7 @@ class Draft(ABC):
     ) -> tuple[Tensor, DraftSums]:
         """A part of the loss, divided by the global ``denominator``, and its sums.
 
-        Gradient reaches only the parameters of ``module``. Without a supervised token the loss is a zero that is still
-        connected to them.
+        Gradient reaches only the parameters of ``module``.
         """
 
     @abstractmethod
@@ -138,14 +144,6 @@ class Draft(ABC):
         drafted tokens takes them from the pack, so every anchor, an index in the pack, has at least K tokens of its
         document behind it.
         """
-
-    def random_state(self) -> dict[str, Tensor]:
-        """State of the random draws of ``supervise``; empty if it draws nothing."""
-        return {}
-
-    def set_random_state(self, state: dict[str, Tensor]) -> None:
-        """Restores a ``random_state``. A state of a draft that draws nothing has no effect."""
-        return None
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any] | None:
         """``config.json`` of the exported draft. None: the draft is a part of the policy's checkpoint."""

@@ -51,20 +51,28 @@ def blocks_at(anchors: Sequence[int], pack: Pack, supervised_AK: Tensor) -> Bloc
     return Blocks(torch.tensor(anchors), torch.tensor(starts), supervised_AK, tuple(anchors), tuple(starts))
 
 
-def draw_anchors(pack: Pack, seeds: Sequence[Sequence[int]], num_anchors: int) -> list[int]:
-    """At most ``num_anchors`` random anchors of each document of a pack on the CPU, ascending.
+def is_anchor(loss_mask: np.ndarray) -> np.ndarray:
+    """Bool, like ``loss_mask`` ``[..., tokens of a row]``: tokens that a block may begin at.
 
     An anchor is a trained response token whose next token is trained too: an engine drafts after a sampled token.
+    """
+    candidates = np.zeros_like(loss_mask)
+    candidates[..., :-1] = loss_mask[..., :-1] & loss_mask[..., 1:]
+    return candidates
+
+
+def draw_anchors(pack: Pack, seeds: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[int]:
+    """Random anchors of a pack on the CPU, ascending: ``numbers[i]`` of document i, or all if there are fewer.
 
     Args:
         seeds: of each document, so that its anchors depend neither on its place in the pack nor on its neighbours.
     """
-    valid_T = (pack.loss_mask_T & follows_in_response(pack.loss_mask_T, pack.segment_ids_T, 1)).numpy()
     anchors: list[int] = []
-    for seed, tokens in zip(seeds, pack.documents.slices(), strict=True):
-        candidates = tokens.start + np.flatnonzero(valid_T[tokens])
-        if len(candidates) > num_anchors:
-            candidates = np.sort(np.random.default_rng(seed).choice(candidates, num_anchors, replace=False))
+    loss_mask_T = pack.loss_mask_T.numpy()
+    for seed, number, tokens in zip(seeds, numbers, pack.documents.slices(), strict=True):
+        candidates = tokens.start + np.flatnonzero(is_anchor(loss_mask_T[tokens]))
+        if len(candidates) > number:
+            candidates = np.sort(np.random.default_rng(seed).choice(candidates, number, replace=False))
         anchors += candidates.tolist()
     return anchors
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -38,27 +39,38 @@ from torch import Tensor, nn
 from skyrl_spec.drafts.align import expected_acceptance
 from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
 from skyrl_spec.drafts.block_attention import BlockAttention, Keys, block_attention
-from skyrl_spec.drafts.blocks import Blocks, blocks_at, draw_anchors, position_weights, supervised_blocks
+from skyrl_spec.drafts.blocks import (
+    Blocks,
+    blocks_at,
+    draw_anchors,
+    is_anchor,
+    position_weights,
+    supervised_blocks,
+)
+from skyrl_spec.drafts.shares import StepRandom, draw_numbers
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import dflash_rules
-from skyrl_spec.models.pack import Pack, table_length
+from skyrl_spec.models.pack import Pack, first_tokens, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, dflash_hf_config, read_dflash_spec
 from skyrl_spec.specs.model import ModelSpec
 
-_STEPS = "steps"
-
 
 @dataclass(frozen=True)
 class DflashSupervision(Supervision):
     """Blocks that are drawn for a pack. N supervised slots."""
 
+    # What the blocks need of the pack, and the index of these tokens in it. Indices in ``blocks`` are those of this.
+    read: Pack
+    token_S: Tensor
     blocks: Blocks
-    # Block of each supervised slot, its index among the drafted ones, its target position and the token behind it.
+    # Block of each supervised slot, its index among the drafted ones, its target position in the whole pack and the
+    # token behind it.
     block_N: Tensor
     slot_N: Tensor
     position_N: Tensor
@@ -92,29 +104,33 @@ class DflashDraft(Draft):
         self.capture_points = tuple(
             CapturePoint(f"decoder.layers.{layer}", "output") for layer in self.spec.target_layer_ids
         )
-        self._seed, self._num_steps = seed, 0
+        self.random = StepRandom(seed)
         # Largest number of slots in a forward pass. A single block may have more.
         self.max_slots = max_slots
         self._weights_K = position_weights(self.num_positions, decay_gamma(config, self.num_positions + 1))
 
-    def begin_step(self) -> None:
-        self._num_steps += 1
+    def begin_step(self, loss_mask_BS: np.ndarray) -> None:
+        num_B = np.minimum(is_anchor(loss_mask_BS).sum(axis=1), self.config.anchors_per_sequence)
+        self._num_anchors_B = draw_numbers(num_B, self.config.positions_per_step, self.random.next_step())
 
     def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[DflashSupervision, ...]:
-        seeds = [(self._seed, self._num_steps, row) for row in rows]
-        anchors = draw_anchors(pack, seeds, self.config.anchors_per_sequence)
+        seeds = [self.random.seed_of(row) for row in rows]
+        anchors = draw_anchors(pack, seeds, self._num_anchors_B[list(rows)].tolist())
         # Short documents may have more slots than tokens, so that a pack may need several passes.
         at_a_time = max(self.max_slots // (self.num_positions + 1), 1)
-        # The layers need a slot, so a pack without an anchor gets a block without supervision.
-        parts = [anchors[first : first + at_a_time] for first in range(0, len(anchors), at_a_time)] or [[0]]
-        return tuple(self._supervise_blocks(pack, supervised_blocks(part, pack, self.num_positions)) for part in parts)
+        parts = [anchors[first : first + at_a_time] for first in range(0, len(anchors), at_a_time)]
+        return tuple(self._supervise_blocks(pack, part) for part in parts)
 
-    def _supervise_blocks(self, pack: Pack, blocks: Blocks) -> DflashSupervision:
+    def _supervise_blocks(self, pack: Pack, anchors: Sequence[int]) -> DflashSupervision:
+        token_S, read = first_tokens(pack, self._read(pack, anchors))
+        blocks = supervised_blocks(np.searchsorted(token_S.numpy(), anchors).tolist(), read, self.num_positions)
         block_N, slot_N = blocks.supervised_AK.nonzero(as_tuple=True)
-        position_N = blocks.anchor_A[block_N] + slot_N
+        position_N = token_S[blocks.anchor_A[block_N] + slot_N]
         weight_N = self._weights_K[slot_N]
         return DflashSupervision(
             weight=float(weight_N.sum(dtype=torch.float64)),
+            read=read,
+            token_S=token_S,
             blocks=blocks,
             block_N=block_N,
             slot_N=slot_N,
@@ -122,6 +138,15 @@ class DflashDraft(Draft):
             label_N=pack.token_ids_T[position_N + 1],
             weight_N=weight_N,
         )
+
+    def _read(self, pack: Pack, anchors: Sequence[int]) -> list[int]:
+        """Tokens of each document that blocks at these ascending anchors read, from its first."""
+        starts_N = np.asarray(pack.documents.starts)
+        document_A = np.searchsorted(starts_N, anchors, side="right") - 1
+        counts_N = np.zeros(len(starts_N) - 1, np.int64)
+        # The last anchor of a document comes last.
+        counts_N[document_A] = np.asarray(anchors) + self.num_positions + 1 - starts_N[document_A]
+        return np.minimum(counts_N, np.diff(starts_N)).tolist()
 
     def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
         """Output of the draft at every slot, ``[Q, D]``, for the output head."""
@@ -152,7 +177,8 @@ class DflashDraft(Draft):
     ) -> tuple[Tensor, DraftSums]:
         assert isinstance(supervision, DflashSupervision)
         blocks, block_N, slot_N = supervision.blocks, supervision.block_N, supervision.slot_N
-        out_QD = self.forward(captured, teacher, pack, blocks)
+        context = {point: captured[point][supervision.token_S] for point in self.capture_points}
+        out_QD = self.forward(context, teacher, supervision.read, blocks)
         # Any supervision includes a slot 1, whose weight is 1, so the clamp changes only a denominator of 0.
         weights_N = supervision.weight_N / denominator.clamp(min=1.0)
         result = vocab_parallel_soft_ce(
@@ -185,13 +211,6 @@ class DflashDraft(Draft):
             num_chains=is_complete_A.sum().double(),
         )
         return result.loss, sums
-
-    def random_state(self) -> dict[str, Tensor]:
-        return {_STEPS: torch.tensor(self._num_steps)}
-
-    def set_random_state(self, state: dict[str, Tensor]) -> None:
-        if _STEPS in state:
-            self._num_steps = int(state[_STEPS])
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
         return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
@@ -233,7 +252,8 @@ class DflashAttention(MegatronModule):
     ) -> Tensor:
         """Output ``[Q, D]``. The gradient of ``context_TD`` is this rank's part of the sum."""
         query_QHd, key_QGd, value_QGd = self._split(self.linear_qkv(hidden_QD)[0], self.queries_per_group)
-        _, key_TGd, value_TGd = self._split(nn.functional.linear(context_TD, self._key_value_weight()), 0)
+        key_value_weight = key_value_rows(self.linear_qkv.weight, self.queries_per_group, self.head_dim)
+        _, key_TGd, value_TGd = self._split(nn.functional.linear(context_TD, key_value_weight), 0)
         query_QHd = self._rotate(self.q_layernorm(query_QHd), rotary_Q)
         key_QGd = self._rotate(self.k_layernorm(key_QGd), rotary_Q)
         key_TGd = self._rotate(self.k_layernorm(key_TGd), rotary_T)
@@ -245,12 +265,6 @@ class DflashAttention(MegatronModule):
         grouped = projected.unflatten(-1, (-1, queries_per_group + 2, self.head_dim))
         query, key, value = grouped.split([queries_per_group, 1, 1], dim=-2)
         return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
-
-    def _key_value_weight(self) -> Tensor:
-        """Rows of ``linear_qkv`` that produce keys and values, ``[2 G d, D]``."""
-        weight = self.linear_qkv.weight
-        grouped = weight.view(-1, self.queries_per_group + 2, self.head_dim, weight.shape[1])
-        return grouped[:, self.queries_per_group :].reshape(-1, weight.shape[1])
 
     def _rotate(self, x_NHd: Tensor, rotary_N: Tensor) -> Tensor:
         return apply_rotary_pos_emb(x_NHd[:, None], rotary_N, config=self.config)[:, 0]

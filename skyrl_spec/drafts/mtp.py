@@ -13,10 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -24,19 +28,23 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from skyrl_spec.drafts.align import chain_mask, followed_acceptance
+from skyrl_spec.drafts.align import chain_mask, followed_acceptance, shift_right
 from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
-from skyrl_spec.drafts.chain_attention import ChainAttention
+from skyrl_spec.drafts.chain_attention import ChainAttention, ChainKeys
+from skyrl_spec.drafts.shares import StepRandom, draw_windows
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.models import megatron_patches
+from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import mtp_rules
-from skyrl_spec.models.pack import Pack, table_length
+from skyrl_spec.models.flash import Documents
+from skyrl_spec.models.pack import Pack, ranges, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import layer_spec
+from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import MtpConfig
 from skyrl_spec.specs.model import ModelSpec
 
@@ -45,27 +53,54 @@ EMBEDDING = CapturePoint("embedding", "output")
 
 
 @dataclass(frozen=True)
-class MtpSupervision(Supervision):
-    """Supervised depths of all chains. N target positions."""
+class Chains:
+    """Chains of a pack, and what they read of it. Their bases are consecutive tokens of some of its documents.
 
-    # ``align.chain_mask``
+    C chains, S tokens.
+    """
+
+    # Index in the pack of each chain's base, and of each token whose depth-1 key some chain sees.
+    base_C: Tensor
+    token_S: Tensor
+    # Both as documents. The bases are the last tokens of each.
+    bases: Documents
+    tokens: Documents
+
+
+@dataclass(frozen=True)
+class MtpSupervision(Supervision):
+    """Supervised depths of the chains that are trained. N target positions."""
+
+    chains: Chains
+    # ``align.chain_mask`` of these chains
     mask_KT: Tensor
-    # Positions at which depth 1 is supervised. It is wherever a deeper depth is.
+    # Bases of the chains in the predicted acceptance length.
+    is_counted_T: Tensor
+    # Positions at which any depth is supervised.
     position_N: Tensor
-    # Position of the chain's base at depth d, at index d - 1.
-    base_KN: Tensor
+    # Number of the chain whose depth d has this target position, at index d - 1.
+    chain_KN: Tensor
     mask_KN: Tensor
     # The sampled token behind each target position.
     label_N: Tensor
 
 
 class MtpDraft(Draft):
-    """MiMo's first MTP layer, unrolled ``unroll_steps`` deep on its own output."""
+    """MiMo's first MTP layer, unrolled ``unroll_steps`` deep on its own output.
+
+    Only the depth-1 keys are computed for all tokens. The layer runs on the chains that are trained.
+    """
 
     capture_points = (TRUNK_HIDDEN, EMBEDDING)
 
     def __init__(
-        self, config: MtpConfig, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel, temperature: float
+        self,
+        config: MtpConfig,
+        spec: ModelSpec,
+        trunk: TransformerConfig,
+        parallel: Parallel,
+        temperature: float,
+        seed: int,
     ):
         if spec.num_mtp_layers < 1:
             raise ConfigError(
@@ -83,47 +118,74 @@ class MtpDraft(Draft):
             rotary_base=spec.rope_theta,
             use_cpu_initialization=parallel.device.type == "cpu",
         )
+        self.random = StepRandom(seed)
 
-    def forward(self, trunk_TD: Tensor, embeds_TD: Tensor, pack: Pack) -> list[Tensor]:
-        """Output of every depth, ``[T, D]`` each: ``out[d-1][t]`` drafts token t+d+1.
+    def begin_step(self, loss_mask_BS: np.ndarray) -> None:
+        # A base drafts after the next token. Both that and the drafted one are trained.
+        is_base_BS = np.zeros_like(loss_mask_BS)
+        is_base_BS[:, :-2] = loss_mask_BS[:, 1:-1] & loss_mask_BS[:, 2:]
+        # Paths from all bases meet after a few chains.
+        num_ignored = 2 * (self.num_positions + 1)
+        share = self.config.positions_per_step
+        self._windows = draw_windows(is_base_BS, share, num_ignored, self.random.next_step())
+
+    def forward(self, trunk_TD: Tensor, embeds_TD: Tensor, pack: Pack, chains: Chains) -> Tensor:
+        """Output of every depth of the chains, ``[K, C, D]``: ``out[d-1]`` drafts token base + d + 1.
 
         Args:
             trunk_TD: hidden states of the trunk before its final norm.
             embeds_TD: embeddings of the same positions.
         """
         layer = self.module.layers[0]
-        attention: ChainAttention = megatron_patches.mtp_transformer_layer(layer).self_attention.core_attention
+        transformer_layer = megatron_patches.mtp_transformer_layer(layer)
         rotary = self._rotary(table_length(pack.documents.longest + self.num_positions))
-        ids_1T = pack.token_ids_T[None]
-        hidden_T1D, outputs = trunk_TD[:, None], []
-        attention.reset(pack.documents)
-        for depth in range(1, self.num_positions + 1):
-            next_embeds_TD = torch.roll(embeds_TD, -depth, dims=0)
-            if depth == 1:
-                next_embeds_TD = next_embeds_TD.masked_fill((pack.position_T == 0)[:, None], 0.0)
-            # Megatron returns a padding mask too since 0.18.
-            hidden_T1D, *_ = layer(
-                input_ids=ids_1T,
-                position_ids=ids_1T,
-                hidden_states=hidden_T1D,
-                attention_mask=None,
-                rotary_pos_emb=rotary[pack.position_T + depth - 1],
-                embedding=_Constant(next_embeds_TD[:, None]),
-            )
-            outputs.append(hidden_T1D[:, 0])
-        attention.reset(None)
-        return outputs
+        last_token = len(embeds_TD) - 1
 
-    def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[MtpSupervision]:
+        def joined(hidden_ND: Tensor, token_N: Tensor, depth: int) -> Tensor:
+            # What lies beyond the pack's end is not supervised.
+            next_embeds_ND = embeds_TD[(token_N + depth).clamp(max=last_token)]
+            if depth == 1:
+                next_embeds_ND = next_embeds_ND.masked_fill((pack.position_T[token_N] == 0)[:, None], 0.0)
+            return layer._concat_embeddings(hidden_ND[:, None], next_embeds_ND[:, None])
+
+        joined_S1D = joined(trunk_TD[chains.token_S], chains.token_S, 1)
+        key_SGd, value_SGd = _keys_and_values(transformer_layer, joined_S1D, rotary[pack.position_T[chains.token_S]])
+        keys = ChainKeys(key_SGd, value_SGd, chains.tokens, chains.bases)
+        hidden_CD, outputs = trunk_TD[chains.base_C], []
+        for depth in range(1, self.num_positions + 1):
+            hidden_C1D, *_ = transformer_layer(
+                hidden_states=joined(hidden_CD, chains.base_C, depth),
+                attention_mask=None,
+                rotary_pos_emb=rotary[pack.position_T[chains.base_C] + depth - 1],
+                packed_seq_params=keys,
+            )
+            hidden_CD = layer._postprocess(hidden_C1D)[:, 0]
+            outputs.append(hidden_CD)
+        return torch.stack(outputs)
+
+    def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[MtpSupervision, ...]:
+        windows, starts_N = self._windows, np.asarray(pack.documents.starts[:-1])
+        begin_N, end_N, counted_N = (
+            starts_N + of_rows[list(rows)] for of_rows in (windows.begin_B, windows.end_B, windows.counted_B)
+        )
+        if not (end_N > begin_N).any():
+            return ()
+        chains = _chains(starts_N, begin_N, end_N)
+        is_base_T, is_counted_T = (_is_in(pack, first_N, end_N) for first_N in (begin_N, counted_N))
         mask_KT = chain_mask(pack.loss_mask_T, pack.segment_ids_T, self.num_positions)
-        position_N = mask_KT[0].nonzero().squeeze(1)
+        mask_KT &= torch.stack([shift_right(is_base_T, depth) for depth in range(1, self.num_positions + 1)])
+        position_N = mask_KT.any(dim=0).nonzero().squeeze(1)
         mask_KN = mask_KT[:, position_N]
         depth_K1 = torch.arange(1, self.num_positions + 1)[:, None]
+        number_T = torch.zeros_like(pack.position_T)
+        number_T[chains.base_C] = torch.arange(len(chains.base_C))
         supervision = MtpSupervision(
             weight=float(mask_KN.sum()),
+            chains=chains,
             mask_KT=mask_KT,
+            is_counted_T=is_counted_T,
             position_N=position_N,
-            base_KN=(position_N - depth_K1).clamp(min=0),
+            chain_KN=number_T[(position_N - depth_K1).clamp(min=0)],
             mask_KN=mask_KN,
             label_N=pack.token_ids_T[position_N + 1],
         )
@@ -132,10 +194,12 @@ class MtpDraft(Draft):
     def propose(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack)
+        starts_N = np.asarray(pack.documents.starts)
+        chains = upload(_chains(starts_N[:-1], starts_N[:-1], starts_N[1:]), pack.token_ids_T.device)
+        out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, chains)
         # The anchor is the sampled token that a chain starts from. The chain's base is the position before it.
         base_A = torch.tensor(anchors, device=pack.token_ids_T.device) - 1
-        return torch.stack([out[base_A] for out in outputs], dim=1)
+        return out_KCD[:, base_A].transpose(0, 1)
 
     def loss(
         self,
@@ -146,10 +210,10 @@ class MtpDraft(Draft):
         denominator: Tensor,
     ) -> tuple[Tensor, DraftSums]:
         assert isinstance(supervision, MtpSupervision)
-        outputs = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack)
+        out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, supervision.chains)
         position_N, mask_KN = supervision.position_N, supervision.mask_KN
         result = vocab_parallel_soft_ce(
-            torch.stack([out[base_N] for out, base_N in zip(outputs, supervision.base_KN, strict=True)]),
+            out_KCD.gather(1, supervision.chain_KN[..., None].expand(-1, -1, out_KCD.shape[2])),
             teacher.hidden_TD[position_N],
             teacher.output_weight_vD,
             mask_KN / denominator.clamp(min=1.0).to(torch.float32),
@@ -167,7 +231,7 @@ class MtpDraft(Draft):
         accept_prob_KT[:, position_N] = result.accept_prob_KT.double()
         hit_KT = torch.zeros_like(mask_KT)
         hit_KT[:, position_N] = result.argmax_KT == supervision.label_N
-        accepted_K, num_chains = followed_acceptance(accept_prob_KT, hit_KT, mask_KT)
+        accepted_K, num_chains = followed_acceptance(accept_prob_KT, hit_KT, mask_KT, supervision.is_counted_T)
         sums = DraftSums(
             loss=result.loss.detach().double(),
             top1_agreements_K=(result.top1_KT & mask_KN).sum(dim=1).double(),
@@ -178,20 +242,44 @@ class MtpDraft(Draft):
         return result.loss, sums
 
 
-class _Constant:
-    """Replacement for the embedding module that Megatron's MTP layer calls. It returns given rows."""
+def _chains(starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray) -> Chains:
+    """Chains with the bases ``begin`` to ``end`` (exclusive) of each document that starts at ``start``, on the CPU.
 
-    def __init__(self, embeds_T1D: Tensor):
-        self.embeds_T1D = embeds_T1D
+    Documents without a base are left out, and so are the tokens behind the last base.
+    """
+    is_read_N = end_N > begin_N
+    starts_N, begin_N, end_N = starts_N[is_read_N], begin_N[is_read_N], end_N[is_read_N]
+    bases, tokens = (Documents.of((end_N - first_N).tolist()) for first_N in (begin_N, starts_N))
+    base_C, token_S = (torch.from_numpy(ranges(first_N, end_N)) for first_N in (begin_N, starts_N))
+    return Chains(base_C, token_S, bases, tokens)
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.embeds_T1D
+
+def _is_in(pack: Pack, first_N: np.ndarray, end_N: np.ndarray) -> Tensor:
+    """Bool ``[T]``: whether a token lies from ``first`` to ``end`` (exclusive) of its document."""
+    index_T, document_T = torch.arange(len(pack.token_ids_T)), pack.segment_ids_T - 1
+    return (index_T >= torch.from_numpy(first_N)[document_T]) & (index_T < torch.from_numpy(end_N)[document_T])
+
+
+def _keys_and_values(layer: Any, joined_S1D: Tensor, rotary_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a transformer layer, ``[S, G, d]``, as the layer computes them, without its queries."""
+    attention = layer.self_attention
+    hidden_SD = copy_to_tensor_model_parallel_region(layer.input_layernorm(joined_S1D)[:, 0])
+    queries_per_group = attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
+    head_dim = attention.hidden_size_per_attention_head
+    weight, bias = attention.linear_qkv.weight, attention.linear_qkv.bias
+    weight = key_value_rows(weight, queries_per_group, head_dim)
+    bias = None if bias is None else key_value_rows(bias, queries_per_group, head_dim)
+    grouped_SG2d = nn.functional.linear(hidden_SD, weight, bias).unflatten(1, (-1, 2, head_dim))
+    key_SGd, value_SGd = grouped_SG2d.unbind(2)
+    if attention.k_layernorm is not None:
+        key_SGd = attention.k_layernorm(key_SGd)
+    return apply_rotary_pos_emb(key_SGd[:, None], rotary_S, config=layer.config)[:, 0], value_SGd
 
 
 def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPredictionBlock:
     """One MTP layer of the trunk's shape.
 
-    Recompute is off, because ``ChainAttention`` would append the keys of a depth again when the layer runs again.
+    Recompute is off, because ``ChainKeys`` would take the keys of a depth again when the layer runs again.
     """
     config = replace(
         trunk, mtp_num_layers=1, recompute_granularity=None, recompute_method=None, recompute_num_layers=None

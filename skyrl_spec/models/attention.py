@@ -42,12 +42,23 @@ class DocumentAttention(nn.Module):
         key_T1Gd: Tensor,
         value_T1Gd: Tensor,
         attention_mask: None,
+        /,
         *,
-        packed_seq_params: PackedDocuments,
+        packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> Tensor:
         """``[T, 1, H*d]``."""
+        assert isinstance(packed_seq_params, PackedDocuments)
         documents = packed_seq_params.documents
         assert documents is not None
         out_THd = documents_attention(query_T1Hd[:, 0], key_T1Gd[:, 0], value_T1Gd[:, 0], documents, self.scale)
         return out_THd.flatten(1)[:, None]
+
+
+def key_value_rows(rows: Tensor, queries_per_group: int, head_dim: int) -> Tensor:
+    """Rows of a ``linear_qkv`` weight or bias that produce keys and values, ``[2 G d, ...]``.
+
+    Megatron's layout is, for each group, its queries, its key and its value.
+    """
+    grouped = rows.unflatten(0, (-1, queries_per_group + 2, head_dim))
+    return grouped[:, queries_per_group:].flatten(0, 2)

@@ -1,10 +1,10 @@
 """Flash attention over documents laid end to end, with the log-sum-exp of its scores. Memory is linear in tokens.
 
-``documents_attention`` is the whole operation. ``forward`` and ``backward`` are its halves, for an attention that
-merges further keys into the softmax: the gradient of a softmax over two sets of keys is, for each set, that of a
-softmax over this set alone if output and log-sum-exp are those over both.
+``documents_attention`` is the whole operation, and ``suffix_attention`` its last rows. ``forward`` and ``backward`` are
+the halves of both, for an attention that merges further keys into the softmax: the gradient of a softmax over two sets
+of keys is, for each set, that of a softmax over this set alone if output and log-sum-exp are those over both.
 
-Shapes: T tokens of all documents, H query heads, G key heads (a divisor of H), d head size.
+Shapes: T tokens of all documents, Q queries, H query heads, G key heads (a divisor of H), d head size.
 """
 
 from __future__ import annotations
@@ -54,95 +54,165 @@ class Attended(NamedTuple):
     lse_HT: Tensor
 
 
-def forward(query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, documents: Documents, scale: float) -> Attended:
-    """Causal attention inside each document. Not differentiable by itself."""
-    if query_THd.is_cuda:
-        out_THd, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
-            query_THd, key_TGd, value_TGd, *_cuda_bounds(documents), 0.0, True, False, scale=scale
+def forward(
+    query_QHd: Tensor, key_TGd: Tensor, value_TGd: Tensor, documents: Documents, scale: float, queries: Documents
+) -> Attended:
+    """Causal attention inside each document. Not differentiable by itself.
+
+    Args:
+        documents: documents of the keys.
+        queries: documents of the queries. Those of a document are its last tokens: all of them, or fewer.
+    """
+    if query_QHd.is_cuda:
+        out_QHd, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(
+            query_QHd, key_TGd, value_TGd, *_cuda_bounds(queries, documents), 0.0, True, False, scale=scale
         )
-        return Attended(out_THd, lse_HT)
-    out_THd = torch.empty_like(query_THd)
-    lse_dtype = torch.float64 if query_THd.dtype == torch.float64 else torch.float32
-    lse_HT = query_THd.new_empty(query_THd.shape[1], len(query_THd), dtype=lse_dtype)
-    for rows in documents.slices():
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_heads_first(x[rows]) for x in (query_THd, key_TGd, value_TGd)), 0.0, True, scale=scale
-        )
-        out_THd[rows], lse_HT[:, rows] = _tokens_first(out), lse[0]
-    return Attended(out_THd, lse_HT)
+        return Attended(out_QHd, lse_HQ)
+    out_QHd = torch.empty_like(query_QHd)
+    lse_dtype = torch.float64 if query_QHd.dtype == torch.float64 else torch.float32
+    lse_HQ = query_QHd.new_empty(query_QHd.shape[1], len(query_QHd), dtype=lse_dtype)
+    for rows, before, own in _parts(queries, documents):
+        attended = _cpu_forward(query_QHd[rows], key_TGd[own], value_TGd[own], scale, is_causal=True)
+        if before.start < before.stop:
+            earlier = _cpu_forward(query_QHd[rows], key_TGd[before], value_TGd[before], scale, is_causal=False)
+            attended = _merged(attended, earlier)
+        out_QHd[rows], lse_HQ[:, rows] = attended
+    return Attended(out_QHd, lse_HQ)
 
 
 def backward(
-    grad_THd: Tensor,
-    query_THd: Tensor,
+    grad_QHd: Tensor,
+    query_QHd: Tensor,
     key_TGd: Tensor,
     value_TGd: Tensor,
     attended: Attended,
     documents: Documents,
     scale: float,
+    queries: Documents,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value.
 
     ``attended`` may be over more keys than these. The gradients are then those of the part that these keys have in it.
     """
-    if query_THd.is_cuda:
+    if query_QHd.is_cuda:
         # Without dropout no random state is read.
-        unused = torch.empty(2, dtype=torch.uint64, device=query_THd.device)
+        unused = torch.empty(2, dtype=torch.uint64, device=query_QHd.device)
         return torch.ops.aten._flash_attention_backward(
-            grad_THd.contiguous(),
-            query_THd,
+            grad_QHd.contiguous(),
+            query_QHd,
             key_TGd,
             value_TGd,
             *attended,
-            *_cuda_bounds(documents),
+            *_cuda_bounds(queries, documents),
             0.0,
             True,
             unused,
             unused,
             scale=scale,
         )
-    grads = torch.empty_like(query_THd), torch.empty_like(key_TGd), torch.empty_like(value_TGd)
-    for rows in documents.slices():
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_heads_first(x[rows]) for x in (grad_THd, query_THd, key_TGd, value_TGd, attended.out_THd)),
-            attended.lse_HT[None, :, rows].contiguous(),
-            0.0,
-            True,
-            scale=scale,
+    query_grad, key_grad, value_grad = (
+        torch.empty_like(query_QHd),
+        torch.empty_like(key_TGd),
+        torch.empty_like(value_TGd),
+    )
+    for rows, before, own in _parts(queries, documents):
+        some = grad_QHd[rows], query_QHd[rows]
+        merged = Attended(attended.out_THd[rows], attended.lse_HT[:, rows].contiguous())
+        query_grad[rows], key_grad[own], value_grad[own] = _cpu_backward(
+            *some, key_TGd[own], value_TGd[own], merged, scale, is_causal=True
         )
-        for grad, part in zip(grads, parts, strict=True):
-            grad[rows] = _tokens_first(part)
-    return grads
+        if before.start < before.stop:
+            earlier, key_grad[before], value_grad[before] = _cpu_backward(
+                *some, key_TGd[before], value_TGd[before], merged, scale, is_causal=False
+            )
+            query_grad[rows] += earlier
+    return query_grad, key_grad, value_grad
 
 
 def documents_attention(
     query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, documents: Documents, scale: float
 ) -> Tensor:
     """Causal attention inside each document, ``[T, H, d]``."""
-    return _DocumentsAttention.apply(query_THd, key_TGd, value_TGd, documents, scale)
+    return suffix_attention(query_THd, key_TGd, value_TGd, documents, scale, documents)
+
+
+def suffix_attention(
+    query_QHd: Tensor, key_TGd: Tensor, value_TGd: Tensor, documents: Documents, scale: float, queries: Documents
+) -> Tensor:
+    """``documents_attention`` of the last tokens of each document (``forward``), ``[Q, H, d]``."""
+    return _DocumentsAttention.apply(query_QHd, key_TGd, value_TGd, documents, scale, queries)
 
 
 class _DocumentsAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, documents: Documents, scale: float
+        ctx: Any,
+        query_QHd: Tensor,
+        key_TGd: Tensor,
+        value_TGd: Tensor,
+        documents: Documents,
+        scale: float,
+        queries: Documents,
     ) -> Tensor:
-        attended = forward(query_THd, key_TGd, value_TGd, documents, scale)
-        ctx.save_for_backward(query_THd, key_TGd, value_TGd, *attended)
-        ctx.documents, ctx.scale = documents, scale
+        attended = forward(query_QHd, key_TGd, value_TGd, documents, scale, queries)
+        ctx.save_for_backward(query_QHd, key_TGd, value_TGd, *attended)
+        ctx.documents, ctx.scale, ctx.queries = documents, scale, queries
         return attended.out_THd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_THd: Tensor) -> tuple[Tensor | None, ...]:
-        query_THd, key_TGd, value_TGd, *attended = ctx.saved_tensors
-        grads = backward(grad_THd, query_THd, key_TGd, value_TGd, Attended(*attended), ctx.documents, ctx.scale)
-        return *grads, None, None
+    def backward(ctx: Any, grad_QHd: Tensor) -> tuple[Tensor | None, ...]:
+        query_QHd, key_TGd, value_TGd, *attended = ctx.saved_tensors
+        grads = backward(
+            grad_QHd, query_QHd, key_TGd, value_TGd, Attended(*attended), ctx.documents, ctx.scale, ctx.queries
+        )
+        return *grads, None, None, None
 
 
-def _cuda_bounds(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
-    longest = documents.longest
-    return documents.start_N, documents.start_N, longest, longest
+def _cuda_bounds(queries: Documents, documents: Documents) -> tuple[Tensor, Tensor, int, int]:
+    return queries.start_N, documents.start_N, queries.longest, documents.longest
+
+
+def _parts(queries: Documents, documents: Documents) -> Iterator[tuple[slice, slice, slice]]:
+    """For each document, its queries, the keys before all of them, and the keys of the same tokens as the queries."""
+    for (first, last), (start, end) in zip(pairwise(queries.starts), pairwise(documents.starts), strict=True):
+        if last > first:
+            middle = end - (last - first)
+            yield slice(first, last), slice(start, middle), slice(middle, end)
+
+
+def _cpu_forward(query_QHd: Tensor, key_NGd: Tensor, value_NGd: Tensor, scale: float, *, is_causal: bool) -> Attended:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_heads_first(x) for x in (query_QHd, key_NGd, value_NGd)), 0.0, is_causal, scale=scale
+    )
+    return Attended(_tokens_first(out), lse[0])
+
+
+def _cpu_backward(
+    grad_QHd: Tensor,
+    query_QHd: Tensor,
+    key_NGd: Tensor,
+    value_NGd: Tensor,
+    attended: Attended,
+    scale: float,
+    *,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(_heads_first(x) for x in (grad_QHd, query_QHd, key_NGd, value_NGd, attended.out_THd)),
+        attended.lse_HT[None],
+        0.0,
+        is_causal,
+        scale=scale,
+    )
+    return tuple(_tokens_first(grad) for grad in grads)
+
+
+def _merged(a: Attended, b: Attended) -> Attended:
+    """Attention over both sets of keys."""
+    lse_HT = torch.logaddexp(a.lse_HT, b.lse_HT)
+    shares = ((part.lse_HT - lse_HT).exp().t()[..., None] * part.out_THd for part in (a, b))
+    return Attended(sum(shares, torch.zeros((), dtype=lse_HT.dtype)).to(a.out_THd.dtype), lse_HT)
 
 
 def _heads_first(x_THd: Tensor) -> Tensor:

@@ -43,6 +43,26 @@ def pack_documents(token_ids_T: np.ndarray, loss_mask_T: np.ndarray, lengths: Se
     )
 
 
+def first_tokens(pack: Pack, counts: Sequence[int]) -> tuple[Tensor, Pack]:
+    """The first ``counts[i]`` tokens of each document i of a pack on the CPU: their indices in it, and their pack.
+
+    A document with count 0 is left out. At least one must have tokens.
+    """
+    starts_N, counts_N = np.asarray(pack.documents.starts[:-1]), np.asarray(counts)
+    index_T = ranges(starts_N, starts_N + counts_N)
+    part = pack_documents(
+        pack.token_ids_T.numpy()[index_T], pack.loss_mask_T.numpy()[index_T], counts_N[counts_N > 0].tolist()
+    )
+    return torch.from_numpy(index_T), part
+
+
+def ranges(first_N: np.ndarray, end_N: np.ndarray) -> np.ndarray:
+    """Integers from ``first`` to ``end`` (exclusive) of each range, one range after the other."""
+    lengths_N = end_N - first_N
+    offsets_N = first_N - (np.cumsum(lengths_N) - lengths_N)
+    return np.repeat(offsets_N, lengths_N) + np.arange(lengths_N.sum())
+
+
 def table_length(num_positions: int) -> int:
     """Length of a rotary table for this many positions. Megatron keeps the last few lengths, so there are few."""
     return 1 << (num_positions - 1).bit_length()

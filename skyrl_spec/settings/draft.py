@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyrl_spec.settings.allowed import FROM_ONE, LOSS_TYPES, NOT_NEGATIVE, POSITIVE, Range
+from skyrl_spec.settings.allowed import FROM_ONE, LOSS_TYPES, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from skyrl_spec.settings.field import setting
 
 _LOSS_TYPE_DOC = (
@@ -55,6 +55,11 @@ class MtpConfig:
     loss_topk: int = setting(32, "Number of tokens that topk_soft_ce keeps of the policy's distribution.", FROM_ONE)
     loss_chunk_size: int = setting(
         1024, "Tokens whose logits the draft's loss holds in memory at the same time.", FROM_ONE
+    )
+    positions_per_step: float = setting(
+        1.0,
+        "Share of the response positions whose drafts are trained in an optimizer step, drawn anew in each. 1.0: all.",
+        SHARE,
     )
     optimizer_config: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
 
@@ -117,6 +122,12 @@ class DflashConfig:
         "RoPE scaling to write into the config.json of an exported draft, such as {rope_type: yarn, factor: 4.0}. "
         "Training does not use it.",
     )
+    positions_per_step: float = setting(
+        1.0,
+        "Share of the blocks (anchors_per_sequence) that are trained in an optimizer step, drawn anew in each. "
+        "1.0: all.",
+        SHARE,
+    )
     optimizer_config: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
 
 
@@ -130,6 +141,9 @@ class WarmupConfig:
     )
     num_steps: int = setting(200, "Training steps, each on trainer.train_batch_size prompts.", FROM_ONE)
     update_epochs_per_batch: int = setting(1, "Passes over each batch of responses.", FROM_ONE)
+    positions_per_step: float = setting(
+        1.0, "positions_per_step of the draft (trainer.mtp, trainer.dflash) in the warm-up.", SHARE
+    )
     optimizer_config: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=6e-4, scheduler="cosine", num_warmup_steps=20)
     )

@@ -66,7 +66,7 @@ def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
 def _nothing() -> Micro:
     no_index, no_value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     pack = pack_documents(np.zeros(1, np.int64), np.zeros(1, bool), [1])
-    return Micro((0,), pack, no_index, no_index, no_value, no_value, no_value, no_value, no_value)
+    return Micro((), pack, no_index, no_index, no_value, no_value, no_value, no_value, no_value)
 
 
 def response_logprobs(

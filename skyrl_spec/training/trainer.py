@@ -58,7 +58,7 @@ class TrainableDraft:
 
 @dataclass(frozen=True)
 class Example:
-    """A micro-batch and the draft's supervision of it, a part for each pass of the draft. None without a draft."""
+    """A micro-batch, and the draft's supervision of it: a part for each pass of the draft, none if none is drawn."""
 
     micro: Micro
     supervisions: tuple[Supervision, ...]
@@ -218,12 +218,12 @@ class PolicyTrainer:
 
     def random_state(self) -> dict[str, Tensor]:
         """States of the generators that belong to this trainer."""
-        return {} if self.draft is None else self.draft.draft.random_state()
+        return {} if self.draft is None else self.draft.draft.random.state()
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
         """Restores a ``random_state``."""
         if self.draft is not None:
-            self.draft.draft.set_random_state(state)
+            self.draft.draft.random.set_state(state)
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
         """HF names and full tensors, in the layout that vLLM loads. All tensor-parallel ranks must iterate."""
@@ -344,8 +344,11 @@ class PolicyTrainer:
             return [upload(Example(micro, ()), device) for micro in micros], torch.zeros((), device=device)
         draft = self.draft.draft
         with self._draft_clock:
-            draft.begin_step()
-            examples = [Example(micro, draft.supervise(micro.pack, micro.rows)) for micro in micros]
+            draft.begin_step(batch.loss_mask)
+            # A micro-batch without rows is there for the policy's collectives.
+            examples = [
+                Example(micro, draft.supervise(micro.pack, micro.rows) if micro.rows else ()) for micro in micros
+            ]
             weight = sum(part.weight for example in examples for part in example.supervisions)
             total = torch.tensor(weight, dtype=torch.float64, device=device)
             dist.all_reduce(total, group=self.parallel.dp_group)

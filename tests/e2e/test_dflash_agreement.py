@@ -111,7 +111,7 @@ def _assert_agreement(engine: ActorHandle, trainer: ActorHandle, prompts: list[l
     for prompt in prompts:
         response = ray.get(engine.draft.remote(prompt, RESPONSE_LENGTH), timeout=300)
         logits = ray.get(
-            trainer.block_logits.remote(response.token_ids, [block.anchor for block in response.blocks]), timeout=300
+            trainer.drafted_logits.remote(response.token_ids, [block.anchor for block in response.blocks]), timeout=300
         )
         for block, mine in zip(response.blocks, logits, strict=True):
             assert (block.logits - mine).abs().max() < TOLERANCE, (len(prompt), block.anchor)

@@ -36,19 +36,11 @@ class TrainerActor:
 
     def chain_logits(self, token_ids: list[int], base: int) -> torch.Tensor:
         """``[K, V]``: every depth of an MTP head at ``base``, as the training step computes it."""
-        from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN, MtpDraft
-
         # Depth d reads token base+d only: the token after them is padding.
-        pack = make_pack([*token_ids, 0])
-        trunk, _ = self._forward(pack)
-        draft = self._trainer.draft.draft
-        assert isinstance(draft, MtpDraft)
-        with torch.no_grad():
-            outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], pack)
-        return self._logits(torch.stack([out[base] for out in outputs]))
+        return self.drafted_logits([*token_ids, 0], [base + 1])[0]
 
-    def block_logits(self, token_ids: list[int], anchors: list[int]) -> torch.Tensor:
-        """``[A, K, V]``: a DFlash draft's blocks at ``anchors``, as the training step computes them."""
+    def drafted_logits(self, token_ids: list[int], anchors: list[int]) -> torch.Tensor:
+        """``[A, K, V]``: what the draft drafts after ``anchors``, as the training step computes it."""
         from skyrl_spec.drafts.base import Teacher
 
         trainer, pack = self._trainer, make_pack(token_ids)

@@ -106,7 +106,8 @@ def _compare_chain(device: torch.device, pack: Pack, attend: Attend, depth: int)
 def flex(device: torch.device, _folder: Path, num_anchors: int) -> Figure:
     """DFlash's, with FlexAttention (compiled on CUDA)."""
     pack, cpu_pack = _pack(device), _pack(torch.device("cpu"))
-    anchors = draw_anchors(cpu_pack, [(0, row) for row in range(len(pack.documents.lengths))], num_anchors)
+    num_documents = len(pack.documents.lengths)
+    anchors = draw_anchors(cpu_pack, [(0, row) for row in range(num_documents)], [num_anchors] * num_documents)
     blocks = upload(supervised_blocks(anchors, cpu_pack, 7), device)
     num_tokens, num_slots = len(pack.token_ids_T), len(anchors) * blocks.num_slots
     shapes = [(size, GROUPS, HEAD_DIM) for size in (num_tokens, num_tokens, num_slots, num_slots)]

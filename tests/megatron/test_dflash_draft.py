@@ -8,7 +8,7 @@ import pytest
 import torch
 from dflash_reference import DflashReference
 from spawn import run_distributed
-from tiny_checkpoints import dflash_path, make_config, make_pack, random_documents, write_model
+from tiny_checkpoints import dflash_path, loss_mask_rows, make_config, make_pack, random_documents, write_model
 
 from skyrl_spec.drafts.base import Teacher
 from skyrl_spec.drafts.dflash import DflashDraft
@@ -37,15 +37,18 @@ def _check_reference(_rank: int, path: Path, tp: int) -> None:
     teacher = Teacher(hidden_TD, trainer.model.output_weight_vD(), trainer.model.embed)
 
     expected_loss, num_blocks, loss = torch.zeros(()), 0, torch.zeros(())
+    draft.begin_step(loss_mask_rows(pack))
     supervisions = draft.supervise(pack, range(4))
     assert len(supervisions) > 1, "all blocks fit into one pass"
     for supervision in supervisions:
-        blocks = supervision.blocks
-        out_AsD = draft.forward(trunk, teacher, pack, blocks).unflatten(0, (-1, blocks.num_slots))
+        blocks, read = supervision.blocks, {point: states[supervision.token_S] for point, states in trunk.items()}
+        out_AsD = draft.forward(read, teacher, supervision.read, blocks).unflatten(0, (-1, blocks.num_slots))
         weights = torch.randn(out_AsD.shape, generator=torch.Generator().manual_seed(1))
         for block, (anchor, start) in enumerate(zip(blocks.anchors, blocks.starts, strict=True)):
-            aux = torch.stack([trunk[point][start:] for point in draft.capture_points], dim=1)
-            ids = torch.tensor([int(pack.token_ids_T[anchor])] + [reference.mask_token] * (blocks.num_slots - 1))
+            aux = torch.stack([read[point][start:] for point in draft.capture_points], dim=1)
+            ids = torch.tensor(
+                [int(supervision.read.token_ids_T[anchor])] + [reference.mask_token] * (blocks.num_slots - 1)
+            )
             expected = reference.draft_hidden(aux, trainer.model.embed(ids), anchor - start)
             # Slot 0 is not used.
             assert (out_AsD[block] - expected)[1:].abs().max() < TOLERANCE, anchor

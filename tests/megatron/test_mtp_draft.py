@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from mtp_reference import MtpHead
 from safetensors.torch import load_file
 from spawn import run_distributed
 from tiny_checkpoints import make_config, make_pack, random_documents, tiny_config, write_checkpoint
 
-from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN
+from skyrl_spec.drafts.mtp import EMBEDDING, TRUNK_HIDDEN, _chains
 from skyrl_spec.models import parallel
 from skyrl_spec.models.capture import capture
 from skyrl_spec.specs.model import load_spec
@@ -39,7 +40,9 @@ def _check_reference(_rank: int, path: Path) -> None:
         with captured.listening():
             trainer.model(pack)
         trunk = captured.take()
-        outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], pack)
+        starts = np.asarray(pack.documents.starts)
+        chains = _chains(starts[:-1], starts[:-1], starts[1:])
+        outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], pack, chains)
         for tokens in pack.documents.slices():
             expected = head(trunk[TRUNK_HIDDEN][None, tokens], trunk[EMBEDDING][None, tokens], NUM_DEPTHS)
             for depth, (mine, theirs) in enumerate(zip(outputs, expected, strict=True), start=1):

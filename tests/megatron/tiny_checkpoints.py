@@ -108,6 +108,14 @@ def make_pack(*documents: list[int], trained_from: int = 0) -> Pack:
     return pack_documents(np.concatenate(documents), np.concatenate(masks), [len(document) for document in documents])
 
 
+def loss_mask_rows(pack: Pack) -> np.ndarray:
+    """Loss mask of the documents of a pack as rows of a mini-batch, ``[documents, longest]``."""
+    rows = np.zeros((len(pack.documents.lengths), pack.documents.longest), bool)
+    for row, tokens in zip(rows, pack.documents.slices(), strict=True):
+        row[: tokens.stop - tokens.start] = pack.loss_mask_T[tokens]
+    return rows
+
+
 def random_documents(*lengths: int, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB_SIZE - 1, length).tolist() for length in lengths]

@@ -11,7 +11,7 @@ SURROGATE, LOGPROBS, SOFT_CE = (
     "tests/unit/test_soft_ce.py",
 )
 FP32_HEAD, ALIGN, BLOCKS = "tests/unit/test_fp32_head.py", "tests/unit/test_align.py", "tests/unit/test_blocks.py"
-FLASH = "tests/unit/test_flash.py"
+FLASH, SHARES = "tests/unit/test_flash.py", "tests/unit/test_shares.py"
 SYNC, PAYLOAD = "tests/unit/test_weight_sync.py", "tests/rollout/test_weight_payload.py"
 AGREEMENT, FOLDERS, PROMPTS = (
     "tests/unit/test_canary.py",
@@ -24,6 +24,9 @@ CONVERSION = "tests/megatron/test_conversion.py::test_every_architecture_round_t
 MTP_HEAD = "tests/megatron/test_mtp_draft.py::test_every_depth_equals_the_plain_head"
 DFLASH_BLOCKS = "tests/megatron/test_dflash_draft.py::test_blocks_and_gradients_are_those_of_the_definition"
 PACKED = "tests/megatron/test_drafts.py::test_packed_documents_give_the_loss_and_gradients_of_documents_apart"
+DRAFT_SHARE = (
+    "tests/megatron/test_drafts.py::test_a_share_of_the_positions_gives_their_part_of_the_loss_and_of_the_gradients"
+)
 ISOLATED = (
     "tests/megatron/test_drafts.py::test_the_drafts_gradient_reaches_every_parameter_of_its_own_and_none_of_the_policy"
 )
@@ -158,8 +161,8 @@ PACKS = [
         ("documents one token late", "(0, *accumulate(self.lengths))", "(1, *accumulate(self.lengths))"),
         (
             "log-sum-exp of the backward pass left out",
-            "attended.lse_HT[None, :, rows]",
-            "0 * attended.lse_HT[None, :, rows]",
+            "attended.lse_HT[None],",
+            "0 * attended.lse_HT[None],",
         ),
     ),
     *of(
@@ -167,18 +170,18 @@ PACKS = [
         [FLASH],
         (
             "chain's scores without scale",
-            "_own_dot(query_THd, own_key_ETGd, wide) * scale",
-            "_own_dot(query_THd, own_key_ETGd, wide)",
+            "_own_dot(query_QHd, own_key_EQGd, wide) * scale",
+            "_own_dot(query_QHd, own_key_EQGd, wide)",
         ),
         (
             "softmax of the chain alone",
-            "torch.logaddexp(first.lse_HT.t(), scores_ETH.logsumexp(0))",
-            "scores_ETH.logsumexp(0)",
+            "torch.logaddexp(first.lse_HT.t(), scores_EQH.logsumexp(0))",
+            "scores_EQH.logsumexp(0)",
         ),
-        ("first depth not scaled down", "of_first_TH[..., None] * first.out_THd", "first.out_THd"),
-        ("chain's gradient without the mean", "own_value_ETGd, wide) - mean_TH)", "own_value_ETGd, wide))"),
+        ("first depth not scaled down", "of_first_QH[..., None] * first.out_THd", "first.out_THd"),
+        ("chain's gradient without the mean", "own_value_EQGd, wide) - mean_QH)", "own_value_EQGd, wide))"),
         ("query's gradient of the chain left out", "query_grad + _own_output(", "query_grad + 0 * _own_output("),
-        ("values' gradient by the scores'", "_to_own(probs_ETH, grad_THd", "_to_own(grad_scores_ETH, grad_THd"),
+        ("values' gradient by the scores'", "_to_own(probs_EQH, grad_QHd", "_to_own(grad_scores_EQH, grad_QHd"),
     ),
 ]
 
@@ -209,13 +212,17 @@ DRAFTS = [
         "drafts/mtp.py",
         [MTP_HEAD],
         ("embedding at position 0 not zeroed", "if depth == 1:", "if depth == 0:"),
-        ("rotary position stays at depth 1", "rotary[pack.position_T + depth - 1]", "rotary[pack.position_T]"),
+        ("rotary position stays at depth 1", "[chains.base_C] + depth - 1]", "[chains.base_C]]"),
         (
             "embedding of the same token",
-            "torch.roll(embeds_TD, -depth, dims=0)",
-            "torch.roll(embeds_TD, 1 - depth, dims=0)",
+            "(token_N + depth).clamp",
+            "(token_N + depth - 1).clamp",
         ),
-        ("embeddings rolled along the batch", "-depth, dims=0", "-depth, dims=1"),
+        (
+            "depth-1 keys of another place",
+            "rotary[pack.position_T[chains.token_S]]",
+            "rotary[pack.position_T[chains.token_S] + 1]",
+        ),
     ),
     *of(
         "drafts/mtp.py",
@@ -249,15 +256,19 @@ DRAFTS = [
     *of(
         "drafts/chain_attention.py",
         [f"{DRAFT_LOSS}[mtp-soft_ce]"],
-        ("keys of the last pack kept", "self._keys: list[Tensor] = []", 'self._keys = getattr(self, "_keys", [])'),
+        (
+            "keys of a depth left out",
+            "            self.keys.append(key_QGd)",
+            "            self.keys = [self.keys[0], key_QGd]",
+        ),
     ),
     *of(
         "drafts/blocks.py",
         [BLOCKS],
         (
             "anchors with nothing behind them",
-            "pack.loss_mask_T & follows_in_response(pack.loss_mask_T, pack.segment_ids_T, 1)",
-            "pack.loss_mask_T",
+            "loss_mask[..., :-1] & loss_mask[..., 1:]",
+            "loss_mask[..., :-1]",
         ),
         ("slots behind an unsupervised one", "trained_KA.cummin(dim=0).values", "trained_KA"),
         ("all documents draw alike", "np.random.default_rng(seed)", "np.random.default_rng(0)"),
@@ -330,6 +341,48 @@ DRAFTS = [
     ),
 ]
 
+SHARED = [
+    *of(
+        "drafts/shares.py",
+        [SHARES],
+        ("windows begin inside the row only", "rng.integers(1 - width_B, ", "rng.integers(0, "),
+        ("windows drawn too rarely", "share * (num_B + width_B - 1) / width_B", "share * num_B / width_B"),
+        ("the same draw in every step", "(self._seed, self.num_steps))", "(self._seed, 0))"),
+        ("documents drawn in order", "+ rng.random()", "+ 0.5"),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [f"{DRAFT_SHARE}[1-mtp]"],
+        ("windows of neighbours", "of_rows[list(rows)]", "of_rows[::-1][list(rows)]"),
+        ("chains outside the window", "mask_KT &= torch.stack", "torch.stack"),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [f"{DRAFT_SHARE}[2-mtp]"],
+        ("keys' gradient not summed over ranks", "copy_to_tensor_model_parallel_region(layer", "(layer"),
+    ),
+    *of(
+        "models/flash.py",
+        [f"{FLASH}::test_the_last_queries_of_each_document_give_their_rows_of_the_whole"],
+        ("keys before the queries left out", "attended = _merged(attended, earlier)", "pass"),
+        ("gradient of the keys before left out", "query_grad[rows] += earlier", "pass"),
+    ),
+    *of(
+        "models/pack.py",
+        [f"{DRAFT_SHARE}[1-dflash]"],
+        ("tokens of the wrong document", "np.repeat(offsets_N, lengths_N)", "np.repeat(offsets_N[::-1], lengths_N)"),
+    ),
+    *of(
+        "drafts/dflash.py",
+        [f"{DRAFT_SHARE}[1-dflash]"],
+        (
+            "teacher of the tokens that are read",
+            "position_N = token_S[blocks.anchor_A[block_N] + slot_N]",
+            "position_N = blocks.anchor_A[block_N] + slot_N",
+        ),
+    ),
+]
+
 MODELS = [
     *of(
         "models/conversion.py",
@@ -378,7 +431,7 @@ MODELS = [
     ),
     *of(
         "models/attention.py",
-        [f"{PACKED}[mtp]"],
+        [f"{PACKED}[1.0-mtp]"],
         (
             "documents of a pack see one another",
             "documents = packed_seq_params.documents",
@@ -526,4 +579,15 @@ CHECKPOINTS = [
     ),
 ]
 
-MUTANTS: list[Mutant] = [*LOSSES, *ALGORITHMS, *DATA, *PACKS, *DRAFTS, *MODELS, *TRAINING, *SYNCED, *CHECKPOINTS]
+MUTANTS: list[Mutant] = [
+    *LOSSES,
+    *ALGORITHMS,
+    *DATA,
+    *PACKS,
+    *DRAFTS,
+    *SHARED,
+    *MODELS,
+    *TRAINING,
+    *SYNCED,
+    *CHECKPOINTS,
+]

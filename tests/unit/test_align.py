@@ -109,7 +109,7 @@ def test_followed_acceptance_is_that_of_an_engine_which_drafts_beyond_the_end() 
     mask = chain_mask(loss_mask, segments, num_depths)
     prob = prob_S.repeat(num_rows) * mask
     hit = (torch.rand(prob.shape, generator=generator) < prob) & mask
-    accepted_K, num_chains = followed_acceptance(prob, hit, mask)
+    accepted_K, num_chains = followed_acceptance(prob, hit, mask, torch.ones_like(loss_mask))
 
     drafts, accepted = 0, [0] * num_depths
     for draws in torch.rand(num_rows, prompt + length, num_depths, generator=generator).tolist():

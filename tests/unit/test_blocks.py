@@ -26,7 +26,7 @@ PACK = pack_documents(np.zeros(29, np.int64), LOSS_MASK, LENGTHS)
 
 
 def _draw(num_anchors: int, seed: int = 0) -> list[int]:
-    return draw_anchors(PACK, [(seed, row) for row in range(len(LENGTHS))], num_anchors)
+    return draw_anchors(PACK, [(seed, row) for row in range(len(LENGTHS))], [num_anchors] * len(LENGTHS))
 
 
 def _document(position: int) -> int:
@@ -70,13 +70,13 @@ def test_a_documents_anchors_depend_on_its_seed_alone() -> None:
     shuffled = pack_documents(
         np.zeros(29, np.int64), np.concatenate([LOSS_MASK[tokens[row]] for row in order]), lengths
     )
-    anchors = draw_anchors(shuffled, [(0, row) for row in order], 2)
+    anchors = draw_anchors(shuffled, [(0, row) for row in order], [2] * len(order))
     mine = [(order[int(shuffled.segment_ids_T[a]) - 1], int(shuffled.position_T[a])) for a in anchors]
     assert sorted(mine) == [(_document(a) - 1, int(PACK.position_T[a])) for a in _draw(2)]
 
 
 def test_unsupervised_blocks_have_nothing_supervised() -> None:
-    assert draw_anchors(pack_documents(np.zeros(29, np.int64), np.zeros(29, bool), LENGTHS), [(0,)] * 4, 4) == []
+    assert draw_anchors(pack_documents(np.zeros(29, np.int64), np.zeros(29, bool), LENGTHS), [(0,)] * 4, [4] * 4) == []
     assert not supervised_blocks([0], PACK, NUM_DRAFTED).supervised_AK.any()
 
 
@@ -112,7 +112,8 @@ def _pack(*lengths: int) -> Pack:
 
 
 def _blocks(pack: Pack, num_anchors: int) -> Blocks:
-    anchors = draw_anchors(pack, [(0, row) for row in range(len(pack.documents.lengths))], num_anchors)
+    num_documents = len(pack.documents.lengths)
+    anchors = draw_anchors(pack, [(0, row) for row in range(num_documents)], [num_anchors] * num_documents)
     return supervised_blocks(anchors, pack, NUM_DRAFTED)
 
 

@@ -63,6 +63,26 @@ def test_output_and_gradients_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_the_last_queries_of_each_document_give_their_rows_of_the_whole(depth: int, dtype: torch.dtype) -> None:
+    documents, queries = Documents.of((9, 1, 30, 4)), Documents.of((3, 1, 7, 4))
+    inputs = make_inputs(44, depth, dtype)
+    rows = torch.tensor([6, 7, 8, 9, *range(33, 40), *range(40, 44)])
+
+    def whole(query: Tensor, keys: list[Tensor], values: list[Tensor], documents: Documents) -> Tensor:
+        return definition(query, keys, values, documents)[rows]
+
+    def suffix(query: Tensor, keys: list[Tensor], values: list[Tensor], documents: Documents) -> Tensor:
+        keys, values = ([x[0], *(own[rows] for own in x[1:])] for x in (keys, values))
+        return chain_attention(query[rows], keys, values, documents, SCALE, queries)
+
+    got = with_gradients(suffix, inputs, documents)
+    wanted = with_gradients(whole, [x.double() for x in inputs], documents)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert (mine.double() - theirs).norm() <= TOLERANCES[dtype] * (theirs.norm() + 1.0)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
 def test_a_document_is_the_same_alone_and_in_any_place(depth: int) -> None:
     lengths = (5, 1, 12)
     inputs = make_inputs(sum(lengths), depth, torch.float32)

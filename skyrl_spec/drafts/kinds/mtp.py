@@ -85,7 +85,8 @@ class MtpKind(DraftKind):
     def build(self, config: Config, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel) -> Draft:
         from skyrl_spec.drafts.mtp import MtpDraft
 
-        return MtpDraft(config.trainer.mtp, spec, trunk, parallel, config.generator.sampling_params.temperature)
+        trainer, temperature = config.trainer, config.generator.sampling_params.temperature
+        return MtpDraft(trainer.mtp, spec, trunk, parallel, temperature, trainer.seed)
 
     def rules(self, trainer: TrainerConfig, spec: ModelSpec) -> list[Rule]:
         from skyrl_spec.models.conversion import mtp_rules
