@@ -103,8 +103,24 @@ def recompute_keeps_cpu_rng_alone() -> None:
         setattr(megatron_random, name, replacement)
 
 
+def norm_recompute_without_fp8() -> None:
+    """Makes the recompute of norms work without Transformer Engine.
+
+    ``CheckpointWithoutOutput`` takes ``fp8 is not None`` for fp8, and has the default False. Can go when the default is
+    None.
+    """
+    init = megatron_random.CheckpointWithoutOutput.__init__
+    if init.__defaults__ not in ((False,), (None,)):
+        raise RuntimeError(
+            "megatron.core.tensor_parallel.random.CheckpointWithoutOutput has other arguments: "
+            "fix skyrl_spec.models.megatron_patches.norm_recompute_without_fp8"
+        )
+    init.__defaults__ = (None,)
+
+
 def prepare(device: torch.device) -> None:
     """Applies the fixes for ``device``. Call it once per process, before Megatron builds anything."""
+    norm_recompute_without_fp8()
     if device.type == "cpu":
         current_device_is_cpu()
         replace_rng_tracker()

@@ -6,6 +6,7 @@ parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,16 +31,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.device) -> TransformerConfig:
-    """Megatron's configuration of the trunk. Fusions that need Apex or Transformer Engine are off.
-
-    With ``megatron.recompute_activations`` every layer keeps only its input and runs again in the backward pass.
-    """
+    """Megatron's configuration of the trunk. Fusions that need Apex or Transformer Engine are off."""
     dtype = DTYPES[megatron.dtype]
-    recompute: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if megatron.recompute_activations
-        else {}
-    )
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -71,8 +64,24 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **recompute,
+        **_RECOMPUTE[megatron.recompute_granularity](megatron),
     )
+
+
+# Megatron's settings of each ``recompute_granularity``.
+_RECOMPUTE: dict[str | None, Callable[[MegatronConfig], dict[str, Any]]] = {
+    None: lambda megatron: {},
+    "selective": lambda megatron: {
+        "recompute_granularity": "selective",
+        "recompute_modules": list(megatron.recompute_modules),
+    },
+    # Every layer keeps only its input.
+    "full": lambda megatron: {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = DocumentAttention) -> ModuleSpec:

@@ -168,10 +168,15 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
     # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
     per_layer = 6 * spec.hidden_size + (3 * attention + 4 * ffn) // tp
-    if trainer.policy.megatron_config.recompute_activations:
+    layers = spec.num_layers * per_layer
+    megatron = trainer.policy.megatron_config
+    if megatron.recompute_granularity == "full":
         layers = spec.num_layers * spec.hidden_size + per_layer
-    else:
-        layers = spec.num_layers * per_layer
+    elif megatron.recompute_granularity == "selective":
+        norms = 2 * spec.hidden_size * ("layernorm" in megatron.recompute_modules)
+        mlp = 4 * ffn // tp * ("mlp" in megatron.recompute_modules)
+        # The layer in the backward pass has everything.
+        layers = layers - (spec.num_layers - 1) * (norms + mlp)
     kind = trained_kind(trainer)
     draft_tokens = 0 if kind is None else kind.training_layer_tokens(config, spec, tokens)
     # The logits of a chunk, their softmax and their gradient.

@@ -48,6 +48,8 @@ SEEDS = Range(0, 2**32 - 1)
 
 DEVICES = ("cpu", "cuda")
 ON_FAILURE = ("error", "warn")
+RECOMPUTE = ("selective", "full")
+RECOMPUTE_MODULES = ("layernorm", "mlp", "core_attn")
 DTYPES = ("fp32", "bf16")
 LOSS_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce")
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")

@@ -42,6 +42,9 @@ _ROWS = "sequences are packed by their tokens; set trainer.max_tokens_per_microb
 REMOVED = {
     "trainer.micro_train_batch_size_per_gpu": _ROWS,
     "trainer.micro_forward_batch_size_per_gpu": _ROWS,
+    "trainer.policy.megatron_config.recompute_activations": (
+        "set trainer.policy.megatron_config.recompute_granularity=full"
+    ),
 }
 
 

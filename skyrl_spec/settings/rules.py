@@ -11,12 +11,13 @@ import math
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, Allowed, Range
+from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, RECOMPUTE_MODULES, Allowed, Range
 from skyrl_spec.settings.derived import parallel_sizes, sync_backend
 from skyrl_spec.settings.describe import sections
-from skyrl_spec.settings.schema import Config, TrainerConfig
+from skyrl_spec.settings.schema import Config
 
 _ENGINE = "generator.inference_engine"
+_MEGATRON = "trainer.policy.megatron_config"
 SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
 # An engine never frees its share of a GPU. The trainer needs the rest: its gradients and optimizer state alone take
 # several times the memory of the weights.
@@ -38,7 +39,10 @@ def check_rules(config: Config) -> None:
             _check_optimizer(section.name, get_setting(config, section.name))
     _check_sampling(config)
     _check_paths(config)
-    _check_logger(config.trainer)
+    _check_each("trainer.logger", config.trainer.logger, LOGGERS)
+    _check_each(
+        f"{_MEGATRON}.recompute_modules", config.trainer.policy.megatron_config.recompute_modules, RECOMPUTE_MODULES
+    )
     _check_batches(config)
     _check_lengths(config)
     _check_colocation(config)
@@ -130,14 +134,9 @@ def _check_paths(config: Config) -> None:
         )
 
 
-def _check_logger(trainer: TrainerConfig) -> None:
-    for logger in trainer.logger:
-        require(
-            logger in LOGGERS,
-            "trainer.logger",
-            trainer.logger,
-            f"{logger} is not one of {', '.join(LOGGERS)}; remove it",
-        )
+def _check_each(setting: str, words: list[str], allowed: tuple[str, ...]) -> None:
+    for word in words:
+        require(word in allowed, setting, words, f"{word} is not one of {', '.join(allowed)}; remove it")
 
 
 def _check_batches(config: Config) -> None:

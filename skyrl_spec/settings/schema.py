@@ -20,6 +20,7 @@ from skyrl_spec.settings.allowed import (
     ON_FAILURE,
     POSITIVE,
     PROBABILITY,
+    RECOMPUTE,
     SEEDS,
     SHARE,
     Range,
@@ -55,8 +56,16 @@ class MegatronConfig:
     tensor_model_parallel_size: int = setting(1, "Workers that share one replica of the model.", FROM_ONE)
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel workers.")
     dtype: str = setting("bf16", "Type of parameters and activations. The optimizer's master weights are fp32.", DTYPES)
-    recompute_activations: bool = setting(
-        False, "Recompute all layers in the backward pass instead of storing their activations: less memory, more time."
+    recompute_granularity: str | None = setting(
+        None,
+        "What is recomputed in the backward pass instead of stored: less memory, more time. selective: "
+        "recompute_modules. full: whole layers. null: nothing.",
+        RECOMPUTE,
+    )
+    recompute_modules: list[str] = setting(
+        lambda: ["layernorm", "mlp"],
+        "Parts of a layer that recompute_granularity=selective recomputes: layernorm, mlp, core_attn. core_attn costs "
+        "an attention and saves next to nothing, because attention stores no scores.",
     )
     fp32_output_head: bool | None = setting(
         None,

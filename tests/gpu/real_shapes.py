@@ -76,7 +76,7 @@ def write_configs(model: RealModel, folder: Path, num_layers: int, *, small: boo
     trainer.policy.model.path = str(path)
     trainer.placement.device = "cpu" if small else "cuda"
     trainer.policy.megatron_config.dtype = "bf16"
-    trainer.policy.megatron_config.recompute_activations = True
+    trainer.policy.megatron_config.recompute_granularity = "full"
     trainer.policy.megatron_config.use_distributed_optimizer = True
     trainer.max_tokens_per_microbatch = length
     trainer.max_prompt_length = min(PROMPT_LENGTH, length // 2)

@@ -45,7 +45,7 @@ class Setup:
     tp: int = 1
     dtype: str = "bf16"
     draft: str | None = "mtp"
-    recompute: bool = False
+    recompute: str | None = None
     distributed: bool = False
     long_rows: int = 0
     num_steps: int = NUM_STEPS
@@ -87,7 +87,9 @@ def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrain
         timeout_s=120.0,
     )
     config = make_config(path, tp=setup.tp, dtype=setup.dtype, draft=setup.draft, distributed=setup.distributed)
-    config.trainer.policy.megatron_config.recompute_activations = setup.recompute
+    config.trainer.policy.megatron_config.recompute_granularity = setup.recompute
+    # The recompute of a norm changes the rounding of a sum.
+    config.trainer.policy.megatron_config.recompute_modules = ["mlp"]
     if setup.long_rows:
         config.trainer.logprobs_chunk_size = config.trainer.mtp.loss_chunk_size = 1024
         config.trainer.dflash.loss_chunk_size, config.trainer.dflash.anchors_per_sequence = 1024, 64
@@ -257,7 +259,10 @@ LONG_ROWS = _of_each_draft(
 ISOLATION = _of_each_draft(
     "isolation", "what changes of the policy (gradients, weights, metrics) without the draft", _equal, draft=None
 )
-RECOMPUTE = _of_each_draft("recompute", "what changes with recomputed activations", _equal, recompute=True)
+RECOMPUTE = [
+    *_of_each_draft("recompute", "what changes with recomputed layers", _equal, recompute="full"),
+    *_of_each_draft("recompute of mlp", "what changes with recomputed MLPs", _equal, recompute="selective"),
+]
 DISTRIBUTED = _of_each_draft(
     "distributed optimizer",
     "steps with Megatron's distributed optimizer against without, in fp32 and bf16",
