@@ -32,7 +32,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -53,6 +52,7 @@ from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import dflash_rules
+from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, first_tokens, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.upload import upload
@@ -238,8 +238,8 @@ class DflashAttention(MegatronModule):
             heads * self.head_dim, config.hidden_size, input_is_parallel=True, skip_bias_add=True, **options
         )
         # Megatron finds these norms by name and sums their gradients over tensor-parallel ranks, whose heads differ.
-        self.q_layernorm = WrappedTorchNorm(config, self.head_dim, config.layernorm_epsilon)
-        self.k_layernorm = WrappedTorchNorm(config, self.head_dim, config.layernorm_epsilon)
+        self.q_layernorm = RmsNorm(config, self.head_dim, config.layernorm_epsilon)
+        self.k_layernorm = RmsNorm(config, self.head_dim, config.layernorm_epsilon)
         self.queries_per_group = heads // groups
 
     def forward(
@@ -275,9 +275,9 @@ class DflashLayer(MegatronModule):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.input_layernorm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.input_layernorm = RmsNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.self_attention = DflashAttention(config)
-        self.pre_mlp_layernorm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.pre_mlp_layernorm = RmsNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(
             config,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
@@ -303,9 +303,9 @@ class DflashModule(MegatronModule):
             bias=False,
             gather_output=True,
         )
-        self.hidden_norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.hidden_norm = RmsNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.layers = nn.ModuleList([DflashLayer(config) for _ in range(config.num_layers)])
-        self.norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.norm = RmsNorm(config, config.hidden_size, config.layernorm_epsilon)
         self._rotary = rotary
 
     def forward(
@@ -333,7 +333,7 @@ class DflashModule(MegatronModule):
 def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel) -> DflashModule:
     """The draft's module on this rank's device, weights not yet loaded.
 
-    Recompute is off: the draft is a few layers deep.
+    Recompute is off: the draft is a few layers deep. So is sequence parallelism: a share of the slots is few.
     """
     layers = spec.layers
     config = replace(
@@ -349,6 +349,7 @@ def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel)
         recompute_granularity=None,
         recompute_method=None,
         recompute_num_layers=None,
+        sequence_parallel=False,
     )
     with megatron_patches.megatron_device(parallel.device):
         rotary = RotaryEmbedding(

@@ -41,6 +41,7 @@ from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import mtp_rules
 from skyrl_spec.models.flash import Documents
+from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, ranges, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import layer_spec
@@ -276,15 +277,28 @@ def _keys_and_values(layer: Any, joined_S1D: Tensor, rotary_S: Tensor) -> tuple[
     return apply_rotary_pos_emb(key_SGd[:, None], rotary_S, config=layer.config)[:, 0], value_SGd
 
 
+class _Backend(LocalSpecProvider):
+    """Modules of the MTP layer around its transformer layer."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_: Any) -> type:
+        return RmsNorm
+
+
 def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPredictionBlock:
     """One MTP layer of the trunk's shape.
 
-    Recompute is off, because ``ChainKeys`` would take the keys of a depth again when the layer runs again.
+    Recompute is off, because ``ChainKeys`` would take the keys of a depth again when the layer runs again. Sequence
+    parallelism is off: a share of the chains is few.
     """
     config = replace(
-        trunk, mtp_num_layers=1, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
+        trunk,
+        mtp_num_layers=1,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+        sequence_parallel=False,
     )
-    layer = get_mtp_layer_spec_for_backend(layer_spec(config, ChainAttention), backend=LocalSpecProvider())
+    layer = get_mtp_layer_spec_for_backend(layer_spec(config, ChainAttention), backend=_Backend())
     spec = ModuleSpec(
         module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )

@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from skyrl_spec.models.pack import Pack
+from skyrl_spec.models.policy import PolicyModel
+from skyrl_spec.models.sequence_parallel import whole
+
 
 @dataclass(frozen=True)
 class CapturePoint:
@@ -26,9 +30,11 @@ class Captured:
     those inside ``listening`` are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_sequence_parallel: bool) -> None:
         self._tensors: dict[CapturePoint, Tensor] = {}
-        self._is_listening = False
+        self._is_listening, self._is_sequence_parallel = False, is_sequence_parallel
+        # Length of the last pack.
+        self.num_tokens = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -45,16 +51,21 @@ class Captured:
             self._tensors[point] = tensor.detach()
 
     def take(self) -> dict[CapturePoint, Tensor]:
-        """Captured tensors ``[T, D]``, without gradient. This object no longer holds them."""
+        """Captured tensors ``[T, D]``, without gradient. This object no longer holds them.
+
+        Under sequence parallelism this is collective over tensor-parallel ranks.
+        """
         tensors, self._tensors = self._tensors, {}
+        if self._is_sequence_parallel:
+            return {point: whole(tensor, self.num_tokens) for point, tensor in tensors.items()}
         return {point: tensor[:, 0] for point, tensor in tensors.items()}
 
 
 @contextmanager
-def capture(model: nn.Module, points: tuple[CapturePoint, ...]) -> Iterator[Captured]:
+def capture(model: PolicyModel, points: tuple[CapturePoint, ...]) -> Iterator[Captured]:
     """Hooks on ``model`` at ``points``, removed at the end of the context."""
-    captured = Captured()
-    handles = []
+    captured = Captured(is_sequence_parallel=model.config.sequence_parallel)
+    handles = [model.register_forward_pre_hook(partial(_put_length, captured))]
     for point in points:
         module = model.get_submodule(point.module)
         if point.side == "input":
@@ -66,6 +77,10 @@ def capture(model: nn.Module, points: tuple[CapturePoint, ...]) -> Iterator[Capt
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _put_length(captured: Captured, _model: nn.Module, args: tuple[Pack]) -> None:
+    captured.num_tokens = len(args[0].token_ids_T)
 
 
 def _put_input(

@@ -11,19 +11,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import DocumentAttention, PackedDocuments
+from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.models.sequence_parallel import padded, whole
+from skyrl_spec.settings.derived import uses_sequence_parallel
 from skyrl_spec.settings.schema import MegatronConfig
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 
@@ -53,6 +56,7 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        sequence_parallel=uses_sequence_parallel(megatron, device.type),
         use_cpu_initialization=device.type == "cpu",
         # Every weight is read from a checkpoint.
         perform_initialization=False,
@@ -85,18 +89,31 @@ _RECOMPUTE: dict[str | None, Callable[[MegatronConfig], dict[str, Any]]] = {
 
 
 def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = DocumentAttention) -> ModuleSpec:
-    """Megatron's local transformer layer with ``core_attention`` in place of its own."""
+    """Megatron's local transformer layer with ``core_attention`` and ``RmsNorm`` in place of its own."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     attention = spec.submodules.self_attention
-    submodules = replace(attention.submodules, core_attention=core_attention)
-    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, submodules=submodules)))
+    qk_norms = {"q_layernorm": RmsNorm, "k_layernorm": RmsNorm} if config.qk_layernorm else {}
+    return replace(
+        spec,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=RmsNorm,
+            pre_mlp_layernorm=RmsNorm,
+            self_attention=replace(
+                attention, submodules=replace(attention.submodules, core_attention=core_attention, **qk_norms)
+            ),
+        ),
+    )
 
 
 class PolicyModel(GPTModel):
     """GPTModel whose forward pass stops before the output layer."""
 
     def forward(self, pack: Pack) -> Tensor:
-        """Hidden states after the final norm, ``[T, D]``."""
+        """Hidden states after the final norm, ``[T, D]``, whole on every rank."""
+        num_tokens = len(pack.token_ids_T)
+        if self.config.sequence_parallel:
+            pack = padded(pack, self.config.tensor_model_parallel_size)
         hidden_T1D = self.embedding(input_ids=pack.token_ids_T[None], position_ids=None)
         hidden_T1D = self.decoder(
             hidden_states=hidden_T1D,
@@ -104,12 +121,21 @@ class PolicyModel(GPTModel):
             rotary_pos_emb=self.rotary_pos_emb(table_length(pack.documents.longest))[pack.position_T],
             packed_seq_params=PackedDocuments(documents=pack.documents),
         )
-        return hidden_T1D[:, 0]
+        return whole(hidden_T1D, num_tokens) if self.config.sequence_parallel else hidden_T1D[:, 0]
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Rows of the embedding, ``[..., D]``, without gradient. Collective over tensor-parallel ranks."""
-        return self.embedding.word_embeddings(token_ids)
+        """Rows of the embedding, ``[..., D]``, without gradient. Collective over tensor-parallel ranks.
+
+        Megatron's own module would cut them into parts under sequence parallelism.
+        """
+        words = self.embedding.word_embeddings
+        local = token_ids - words.vocab_start_index
+        is_remote = (local < 0) | (local >= len(words.weight))
+        rows = F.embedding(local.masked_fill(is_remote, 0), words.weight).masked_fill(is_remote[..., None], 0)
+        if self.config.tensor_model_parallel_size > 1:
+            dist.all_reduce(rows, group=words.tp_group)
+        return rows
 
     def output_weight_vD(self) -> Tensor:
         """This rank's rows of the output head, which is the embedding if they are tied."""
@@ -123,9 +149,8 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
     with megatron_patches.megatron_device(parallel.device):
         model = PolicyModel(
             config=config,
-            # Megatron's default norm depends on which packages are installed.
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config)] * spec.num_layers, layer_norm=WrappedTorchNorm
+                layer_specs=[layer_spec(config)] * spec.num_layers, layer_norm=RmsNorm
             ),
             vocab_size=padded_vocab_size(spec.vocab_size, parallel.tp_size),
             max_sequence_length=spec.max_position_embeddings,
@@ -133,5 +158,5 @@ def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel)
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
         )
-        # Megatron's plain norms ignore params_dtype and would stay fp32.
+        # Norms are built in fp32.
         return model.to(parallel.device, config.params_dtype)

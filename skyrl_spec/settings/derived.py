@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.schema import Config
+from skyrl_spec.settings.schema import Config, MegatronConfig
 
 
 class ParallelSizes(NamedTuple):
@@ -65,3 +65,10 @@ def uses_fp32_head(config: Config) -> bool:
     """Whether logits are computed in fp32 from bf16 states and weights."""
     wanted = config.trainer.policy.megatron_config.fp32_output_head
     return config.trainer.placement.device == "cuda" if wanted is None else wanted
+
+
+def uses_sequence_parallel(megatron: MegatronConfig, device: str) -> bool:
+    """Whether tensor-parallel workers on a ``device`` ("cpu", "cuda") divide the tokens between matrix products."""
+    if megatron.sequence_parallel is None:
+        return device == "cuda" and megatron.tensor_model_parallel_size > 1
+    return megatron.sequence_parallel

@@ -43,6 +43,7 @@ def check_rules(config: Config) -> None:
     _check_each(
         f"{_MEGATRON}.recompute_modules", config.trainer.policy.megatron_config.recompute_modules, RECOMPUTE_MODULES
     )
+    _check_sequence_parallel(config)
     _check_batches(config)
     _check_lengths(config)
     _check_colocation(config)
@@ -137,6 +138,17 @@ def _check_paths(config: Config) -> None:
 def _check_each(setting: str, words: list[str], allowed: tuple[str, ...]) -> None:
     for word in words:
         require(word in allowed, setting, words, f"{word} is not one of {', '.join(allowed)}; remove it")
+
+
+def _check_sequence_parallel(config: Config) -> None:
+    megatron = config.trainer.policy.megatron_config
+    require(
+        not megatron.sequence_parallel or megatron.tensor_model_parallel_size > 1,
+        f"{_MEGATRON}.sequence_parallel",
+        "true",
+        f"must be null or false with {_MEGATRON}.tensor_model_parallel_size=1, which has nobody to divide the tokens "
+        "with; change one",
+    )
 
 
 def _check_batches(config: Config) -> None:

@@ -54,6 +54,11 @@ class MegatronConfig:
     """Parallel layout and precision of the policy workers. Several replicas of the model are data-parallel."""
 
     tensor_model_parallel_size: int = setting(1, "Workers that share one replica of the model.", FROM_ONE)
+    sequence_parallel: bool | None = setting(
+        None,
+        "Divide activations between matrix products over the workers of a replica: less memory. null: true on cuda if "
+        "tensor_model_parallel_size is above 1, else false.",
+    )
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel workers.")
     dtype: str = setting("bf16", "Type of parameters and activations. The optimizer's master weights are fp32.", DTYPES)
     recompute_granularity: str | None = setting(

@@ -87,7 +87,8 @@ def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
     ranks = parallel.lay_out(tp, torch.device("cpu"))
     for dtype, distributed, (name, micro_rows) in product(("fp32", "bf16"), (False, True), MICRO_BATCHES.items()):
         where = f"{dtype}, distributed optimizer {distributed}, {name}"
-        options = {"dtype": dtype, "distributed": distributed}
+        # One combination in two has both.
+        options = {"dtype": dtype, "distributed": distributed, "sequence_parallel": distributed and tp > 1}
         without = _train(_build(path, ranks, None, micro_rows, **options))
         trainer = _build(path, ranks, draft, micro_rows, **options)
         with_draft = _train(trainer)

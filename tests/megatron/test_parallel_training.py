@@ -30,12 +30,17 @@ TOLERANCE = 1e-5
 # Of a weight's largest difference, where updates move it by about the learning rate.
 WEIGHT_TOLERANCE = 1e-3 * LR
 
-# Tensor parallelism, data parallelism, distributed optimizer.
-LAYOUTS = {"tp2": (2, 1, False), "dp2": (1, 2, False), "dp2, distributed optimizer": (1, 2, True)}
+# Tensor parallelism, data parallelism, distributed optimizer, sequence parallelism.
+LAYOUTS = {
+    "tp2": (2, 1, False, False),
+    "tp2, sequence parallel": (2, 1, False, True),
+    "dp2": (1, 2, False, False),
+    "dp2, distributed optimizer": (1, 2, True, False),
+}
 
 
-def _config(path: Path, draft: str, tp: int, distributed: bool) -> Config:
-    config = make_config(path, draft=draft, tp=tp, distributed=distributed)
+def _config(path: Path, draft: str, tp: int, distributed: bool, sequence_parallel: bool) -> Config:
+    config = make_config(path, draft=draft, tp=tp, distributed=distributed, sequence_parallel=sequence_parallel)
     trainer = config.trainer
     for optimizer in (trainer.policy.optimizer_config, trainer.mtp.optimizer_config, trainer.dflash.optimizer_config):
         optimizer.lr = LR
@@ -49,9 +54,9 @@ def _weights(trainer: PolicyTrainer) -> dict[Component, dict[str, Tensor]]:
     return {component: {name: tensor.clone() for name, tensor in trainer.export(component)} for component in COMPONENTS}
 
 
-def _train(rank: int, path: Path, draft: str, tp: int, distributed: bool, out: Path) -> None:
+def _train(rank: int, path: Path, draft: str, tp: int, distributed: bool, sequence_parallel: bool, out: Path) -> None:
     torch.manual_seed(0)
-    config, ranks = _config(path, draft, tp, distributed), parallel.lay_out(tp, torch.device("cpu"))
+    config, ranks = _config(path, draft, tp, distributed, sequence_parallel), parallel.lay_out(tp, torch.device("cpu"))
     trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
     record: dict[str, Any] = {"start": _weights(trainer), "metrics": [], "gradients": []}
     for step in range(NUM_STEPS):
@@ -62,10 +67,18 @@ def _train(rank: int, path: Path, draft: str, tp: int, distributed: bool, out: P
     torch.save(record, out / f"{rank}.pt")
 
 
-def train(path: Path, draft: str, out: Path, tp: int = 1, dp: int = 1, distributed: bool = False) -> list[Any]:
+def train(
+    path: Path,
+    draft: str,
+    out: Path,
+    tp: int = 1,
+    dp: int = 1,
+    distributed: bool = False,
+    sequence_parallel: bool = False,
+) -> list[Any]:
     """What each rank has of a few steps."""
     out.mkdir()
-    run_distributed(_train, tp * dp, path, draft, tp, distributed, out)
+    run_distributed(_train, tp * dp, path, draft, tp, distributed, sequence_parallel, out)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(tp * dp)]
 
 

@@ -77,7 +77,13 @@ def dflash_path(model: Path) -> Path:
 
 
 def make_config(
-    path: Path, *, tp: int = 1, draft: str | None = "mtp", dtype: str = "fp32", distributed: bool = False
+    path: Path,
+    *,
+    tp: int = 1,
+    draft: str | None = "mtp",
+    dtype: str = "fp32",
+    distributed: bool = False,
+    sequence_parallel: bool = False,
 ) -> Config:
     config = Config()
     trainer = config.trainer
@@ -88,6 +94,7 @@ def make_config(
     trainer.policy.megatron_config.tensor_model_parallel_size = tp
     trainer.policy.megatron_config.dtype = dtype
     trainer.policy.megatron_config.use_distributed_optimizer = distributed
+    trainer.policy.megatron_config.sequence_parallel = sequence_parallel
     trainer.placement.device = "cpu"
     trainer.mtp.enabled = draft == "mtp"
     trainer.mtp.loss_chunk_size = 16

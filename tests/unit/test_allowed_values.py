@@ -18,7 +18,7 @@ from skyrl_spec.settings.schema import Config
 UNRESTRICTED_TYPES = {
     "bool": "it has two values, and hydra refuses others",
     "str": "it is a name or a path, which is looked up",
-    "list[str]": "its entries are files, which are looked up; rules.py checks trainer.logger",
+    "list[str]": "its entries are files, which are looked up; rules.py checks trainer.logger and recompute_modules",
     "list[int]": "its entries are checked where they are used, against the draft or in eval-draft",
     "list[float]": "rules.py checks both entries of adam_betas",
     "dict[str, str]": "environment.custom is imported",

@@ -100,12 +100,16 @@ def test_yaml_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_config(["experiment=mine"]) == config
 
 
+MEGATRON = "trainer.policy.megatron_config"
 COMPOSITION_ERRORS = {
     "trainer.mtp.num_spec_tokens=2": "did you mean trainer.mtp.num_speculative_tokens?",
     "trainer.num_speculative_tokens=2": "did you mean trainer.mtp.num_speculative_tokens?",
     "trainer.seed.x=1": "trainer.seed.x: unknown setting",
     "hydra.run.dir=x": "hydra.run.dir: unknown setting",
     "trainer.micro_train_batch_size_per_gpu=4": "trainer.micro_train_batch_size_per_gpu: removed; sequences are packed",
+    f"{MEGATRON}.recompute_activations=true": (
+        f"{MEGATRON}.recompute_activations: removed; set {MEGATRON}.recompute_granularity=full"
+    ),
     "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists all settings",
     "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
     "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_mtp_dapo",
@@ -233,6 +237,19 @@ RULES = {
     "trainer.train_batch_size=63": "trainer.train_batch_size=63: must be a multiple of",
     "trainer.max_training_steps=0": "trainer.max_training_steps=0",
     "trainer.logger=[console,mlflow]": "trainer.logger=['console', 'mlflow']: mlflow is not one of",
+    f"{MEGATRON}.recompute_modules=[mlp,norm]": (
+        f"{MEGATRON}.recompute_modules=['mlp', 'norm']: norm is not one of layernorm, mlp, core_attn; remove it"
+    ),
+    f"{MEGATRON}.recompute_granularity=some": (
+        f"{MEGATRON}.recompute_granularity=some: must be selective or full; set one of these"
+    ),
+    f"{MEGATRON}.sequence_parallel=true": (
+        f"{MEGATRON}.sequence_parallel=true: must be null or false with {MEGATRON}.tensor_model_parallel_size=1"
+    ),
+    "trainer.mtp.positions_per_step=0": "trainer.mtp.positions_per_step=0.0: must be above 0 and at most 1; change it",
+    "trainer.dflash.positions_per_step=1.5": "trainer.dflash.positions_per_step=1.5: must be above 0 and at most 1",
+    "trainer.max_tokens_per_microbatch=0": "trainer.max_tokens_per_microbatch=0: must be at least 1; change it",
+    "trainer.max_tokens_per_microbatch=-4": "trainer.max_tokens_per_microbatch=-4: must be at least 1; change it",
     "trainer.run_dir=''": "trainer.run_dir=''",
     "data.train_data=[]": "data.train_data=[]: must name at least one .parquet or .jsonl file",
     "data.val_data=[]": "data.val_data=[]: must name a file for evaluation",
