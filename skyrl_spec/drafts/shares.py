@@ -4,7 +4,7 @@ All positions are equally likely. Every rank draws the same from the whole mini-
 packs nor on the number of ranks. Short documents are drawn as a whole or not at all, because each document that is read
 has a cost of its own: the keys of its tokens.
 
-On the host. Shapes: B rows of the mini-batch, S tokens of its longest row.
+Numpy only, on the host. Shapes: B rows of the mini-batch, S tokens of its longest row.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-
-_STEPS = "steps"
 
 # Positions of a document that are drawn together, at least.
 SMALLEST_WINDOW = 32
@@ -32,14 +28,6 @@ class StepRandom:
         """The generator of the next step."""
         self.num_steps += 1
         return np.random.default_rng((self._seed, self.num_steps))
-
-    def state(self) -> dict[str, Tensor]:
-        """State for a checkpoint."""
-        return {_STEPS: torch.tensor(self.num_steps)}
-
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        """Restores a ``state``. A checkpoint made before drafts drew anything has none."""
-        self.num_steps = int(state.get(_STEPS, 0))
 
     def seed_of(self, row: int) -> tuple[int, int, int]:
         """Seed of what is drawn for one row in this step."""
@@ -72,8 +60,7 @@ def draw_windows(is_candidate_BS: np.ndarray, share: float, num_ignored: int, rn
     if share >= 1:
         first_B, last_B, counted_B = np.zeros_like(num_B), num_B, np.zeros_like(num_B)
     else:
-        width_B = np.maximum(np.ceil(share * (num_B - 1) / (1 - share)), SMALLEST_WINDOW).astype(int)
-        probability_B = np.where(num_B > 0, share * (num_B + width_B - 1) / width_B, 0.0)
+        width_B, probability_B = _widths(num_B, share)
         is_drawn_B = systematic_round(probability_B, rng) > 0
         begin_B = rng.integers(1 - width_B, np.maximum(num_B, 1))
         first_B = np.maximum(begin_B, 0)
@@ -92,13 +79,41 @@ def draw_windows(is_candidate_BS: np.ndarray, share: float, num_ignored: int, rn
     )
 
 
+def _widths(num_B: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the windows of rows with ``num_B`` candidates, and the probabilities that they are drawn."""
+    width_B = np.maximum(np.ceil(share * (num_B - 1) / (1 - share)), SMALLEST_WINDOW).astype(int)
+    return width_B, np.where(num_B > 0, share * (num_B + width_B - 1) / width_B, 0.0)
+
+
+def mean_window(num: int, share: float) -> tuple[float, float, float]:
+    """Probability of a window in a row with ``num`` candidates, its mean first candidate, and its mean end."""
+    if share >= 1:
+        return 1.0, 0.0, float(num)
+    (width,), (probability,) = _widths(np.array([num]), share)
+    begin_N = np.arange(1 - width, num)
+    return float(probability), np.maximum(begin_N, 0).mean(), np.minimum(begin_N + width, num).mean()
+
+
 def draw_numbers(num_B: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """How many of each row's ``num_B`` candidates are drawn: ``share`` of them in the mean, int64 ``[B]``."""
     if share >= 1:
         return num_B
-    # A row is drawn in units. A few candidates are a unit.
-    unit_B = np.where(share * num_B < SMALLEST_NUM_ANCHORS, np.minimum(num_B, SMALLEST_NUM_ANCHORS), 1)
+    unit_B = _units(num_B, share)
     return unit_B * systematic_round(share * num_B / np.maximum(unit_B, 1), rng)
+
+
+def _units(num_B: np.ndarray, share: float) -> np.ndarray:
+    """Numbers are multiples of these. A few candidates of a row are drawn together."""
+    return np.where(share * num_B < SMALLEST_NUM_ANCHORS, np.minimum(num_B, SMALLEST_NUM_ANCHORS), 1)
+
+
+def mean_number(num: int, share: float) -> tuple[float, float]:
+    """Probability that any of ``num`` candidates of a row are drawn, and their mean number if so."""
+    if share >= 1:
+        return 1.0, float(num)
+    (unit,) = _units(np.array([num]), share)
+    probability = min(1.0, share * num / max(unit, 1))
+    return probability, share * num / probability if probability else 0.0
 
 
 def systematic_round(expected_B: np.ndarray, rng: np.random.Generator) -> np.ndarray:

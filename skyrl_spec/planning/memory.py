@@ -16,6 +16,7 @@ from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backe
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import Shapes
+from skyrl_spec.specs.flops import policy_training
 from skyrl_spec.specs.model import ModelSpec, load_spec, padded_vocab_size, tensor_shapes
 
 _FP32 = DTYPES["fp32"].num_bytes
@@ -211,6 +212,7 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
         "packs": _packs(config),
+        **_training(config),
         "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}",
         "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
         "checkpoint": f"{readable(plan.checkpoint)} each, "
@@ -227,6 +229,22 @@ def _packs(config: Config) -> str:
     is_one_update = trainer.update_epochs_per_batch == 1 and trainer.policy_mini_batch_size == trainer.train_batch_size
     source = "the update itself, the only one of a step" if is_one_update else "a forward pass before the updates"
     return f"{budget:,} tokens{alone}; old log-probs from {source}"
+
+
+def _training(config: Config) -> dict[str, str]:
+    """The draft's part of the operations of a training step whose responses have half of their largest length."""
+    trainer, kind = config.trainer, trained_kind(config.trainer)
+    if kind is None:
+        return {}
+    spec = load_spec(trainer.policy.model.path, weights=False)
+    prompt, response = trainer.max_prompt_length, config.generator.sampling_params.max_generate_length // 2
+    policy = policy_training(spec, prompt, response).total
+    draft = kind.training_flops(config, spec, prompt, response).total
+    share = kind.settings(trainer).positions_per_step
+    return {
+        "draft training": f"{draft / (policy + draft):.1%} of the FLOPs of training, with positions_per_step={share:g} "
+        f"and responses of {response:,} tokens"
+    }
 
 
 def longest_sequence(config: Config) -> int:

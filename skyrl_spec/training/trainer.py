@@ -47,6 +47,9 @@ from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch
 from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, in_rows, policy_loss, response_logprobs
 from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
 
+# Name of the draft's number of steps in a checkpoint.
+_STEPS = "steps"
+
 
 @dataclass(frozen=True)
 class TrainableDraft:
@@ -218,12 +221,12 @@ class PolicyTrainer:
 
     def random_state(self) -> dict[str, Tensor]:
         """States of the generators that belong to this trainer."""
-        return {} if self.draft is None else self.draft.draft.random.state()
+        return {} if self.draft is None else {_STEPS: torch.tensor(self.draft.draft.random.num_steps)}
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
-        """Restores a ``random_state``."""
+        """Restores a ``random_state``. A checkpoint made before drafts drew anything has none."""
         if self.draft is not None:
-            self.draft.draft.random.set_state(state)
+            self.draft.draft.random.num_steps = int(state.get(_STEPS, 0))
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
         """HF names and full tensors, in the layout that vLLM loads. All tensor-parallel ranks must iterate."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skyrl_spec.drafts.align import chain_mask, followed_acceptance
-from skyrl_spec.drafts.shares import StepRandom, draw_numbers, draw_windows, systematic_round
+from skyrl_spec.drafts.shares import StepRandom, draw_numbers, draw_windows, mean_number, mean_window, systematic_round
 
 NUM_DRAWS = 4000
 
@@ -75,15 +75,33 @@ def test_rounded_means_keep_their_sum_and_are_never_all_zero() -> None:
     assert systematic_round(np.zeros(3), np.random.default_rng(0)).tolist() == [0, 0, 0]
 
 
-def test_a_step_is_drawn_again_after_its_state_is_restored() -> None:
+def test_a_step_is_drawn_again_after_its_number_is_restored() -> None:
     random = StepRandom(7)
     random.next_step()
-    state = random.state()
     drawn = random.next_step().random(4)
     again = StepRandom(7)
-    again.set_state(state)
+    again.num_steps = 1
     assert again.next_step().random(4).tolist() == drawn.tolist()
     assert again.next_step().random(4).tolist() != drawn.tolist()
+
+
+@pytest.mark.parametrize(("num", "share"), [(1000, 0.1), (20, 0.1), (300, 1.0)])
+def test_the_means_are_those_of_many_draws(num: int, share: float) -> None:
+    is_candidate, random = np.ones((40, num), bool), StepRandom(0)
+    ends, lengths, numbers = [], [], []
+    for _ in range(400):
+        windows = draw_windows(is_candidate, share, 4, random.next_step())
+        is_drawn = windows.end_B > windows.begin_B
+        ends += windows.end_B[is_drawn].tolist()
+        lengths += (windows.end_B - windows.begin_B)[is_drawn].tolist()
+        numbers += draw_numbers(np.full(40, num), share, random.next_step()).tolist()
+    probability, first, end = mean_window(num, share)
+    assert len(ends) / 16000 == pytest.approx(probability, rel=0.1)
+    assert np.mean(ends) == pytest.approx(end, rel=0.03)
+    assert np.mean(lengths) == pytest.approx(end - first, rel=0.03)
+    probability, mean = mean_number(num, share)
+    assert np.mean(np.array(numbers) > 0) == pytest.approx(probability, rel=0.05)
+    assert np.mean(numbers) == pytest.approx(probability * mean, rel=0.05)
 
 
 @pytest.mark.parametrize("hit_rate", [0.5, 0.95])

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from skyrl_spec.drafts.kinds.kind import DraftKind, DraftShapes, require_user_speculation
+from skyrl_spec.drafts.shares import mean_number
 from skyrl_spec.drafts.speculation import drafts_under_way
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.derived import parallel_sizes
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.settings.schema import Config, TrainerConfig
+from skyrl_spec.specs import flops
 from skyrl_spec.specs.dflash import (
     DFLASH_PATH,
     DFLASH_TARGETS,
@@ -24,6 +26,7 @@ from skyrl_spec.specs.dflash import (
     read_dflash_spec,
 )
 from skyrl_spec.specs.files import require_tensors
+from skyrl_spec.specs.flops import Flops
 from skyrl_spec.specs.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -103,6 +106,29 @@ class DflashKind(DraftKind):
         draft = _spec_at(config, spec, trainer.dflash.path)
         # Of short documents, which fill a pass of the draft (``DflashDraft.max_slots``).
         return max(trainer.max_tokens_per_microbatch, draft.block_size) * draft.layers.num_layers
+
+    def training_flops(self, config: Config, spec: ModelSpec, prompt: int, response: int) -> Flops:
+        dflash, draft = config.trainer.dflash, _spec_at(config, spec, config.trainer.dflash.path)
+        layers, num_drafted = draft.layers, dflash.num_speculative_tokens or draft.block_size - 1
+        num_anchors = min(max(response - 1, 0), dflash.anchors_per_sequence)
+        probability, mean_anchors = mean_number(num_anchors, dflash.positions_per_step)
+        blocks = probability * mean_anchors
+        slots = blocks * (num_drafted + 1)
+        # The last of m random anchors is at m / (m + 1) of the response.
+        num_read = probability * (prompt + response * mean_anchors / (mean_anchors + 1))
+        captured = flops.linear(num_read, len(draft.target_layer_ids) * spec.hidden_size, spec.hidden_size)
+        context_keys = flops.key_value(layers, num_read)
+        # Slots behind the end of the response have no loss. Each slot has a teacher's logits of its own.
+        supervised = blocks * num_drafted * (1 - num_drafted / (2 * max(response, num_drafted)))
+        return Flops(
+            # What the policy captured gets no gradient.
+            (flops.TRAINED - 1) * captured
+            + flops.TRAINED * layers.num_layers * (context_keys + flops.layer(layers, slots))
+            + 3 * flops.head(spec, supervised),
+            flops.ATTENTION_TRAINED
+            * layers.num_layers
+            * flops.attention(layers, slots * (prompt + response / 2 + num_drafted + 1)),
+        )
 
     def speculative_config(self, trainer: TrainerConfig) -> dict[str, Any]:
         dflash = trainer.dflash

@@ -15,6 +15,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.draft import DflashConfig, MtpConfig
 from skyrl_spec.settings.schema import Config, TrainerConfig
 from skyrl_spec.specs.files import Shapes
+from skyrl_spec.specs.flops import Flops
 from skyrl_spec.specs.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ class DraftKind(ABC):
     @abstractmethod
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
         """Tokens times draft layers in the draft's forward pass over a micro-batch of ``tokens`` tokens."""
+
+    @abstractmethod
+    def training_flops(self, config: Config, spec: ModelSpec, prompt: int, response: int) -> Flops:
+        """Operations of the draft's training on one document of the policy ``spec``, in the mean."""
 
     # ---- vLLM -------------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_spec.drafts.kinds.kind import DraftKind, DraftShapes, require_user_speculation
+from skyrl_spec.drafts.shares import mean_window
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.schema import Config, TrainerConfig
+from skyrl_spec.specs import flops
 from skyrl_spec.specs.files import POLICY_PATH, read_shapes, require_tensors
+from skyrl_spec.specs.flops import Flops
 from skyrl_spec.specs.model import ModelSpec, load_spec
 from skyrl_spec.specs.mtp import mtp_tensor_shapes
 
@@ -71,7 +75,26 @@ class MtpKind(DraftKind):
 
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
         mtp = config.trainer.mtp
-        return tokens * (mtp.unroll_steps or mtp.num_speculative_tokens)
+        # Keys of all tokens count as a layer.
+        return tokens + math.ceil(mtp.positions_per_step * tokens) * (mtp.unroll_steps or mtp.num_speculative_tokens)
+
+    def training_flops(self, config: Config, spec: ModelSpec, prompt: int, response: int) -> Flops:
+        mtp, hidden = config.trainer.mtp, spec.hidden_size
+        depths = mtp.unroll_steps or mtp.num_speculative_tokens
+        # The first base is the last token of the prompt, and a base drafts after the next token.
+        num_bases = max(response - 1, 0)
+        probability, first, end = mean_window(num_bases, mtp.positions_per_step)
+        num_chains, num_read = probability * (end - first), probability * (prompt - 1 + end)
+        runs = num_chains * depths
+        per_run = flops.linear(runs, 2 * hidden, hidden) + flops.layer(spec, runs)
+        keys = flops.linear(num_read, 2 * hidden, hidden) + flops.key_value(spec, num_read)
+        # The teacher's logits, and twice as many operations for each of the draft's.
+        heads = flops.head(spec, num_chains + probability * (depths - 1)) + 2 * flops.head(spec, runs)
+        context = prompt + (first + end) / 2
+        return Flops(
+            flops.TRAINED * (per_run + keys) + heads,
+            flops.ATTENTION_TRAINED * flops.attention(spec, runs * context),
+        )
 
     def speculative_config(self, trainer: TrainerConfig) -> dict[str, Any]:
         return {"method": "mtp", "num_speculative_tokens": trainer.mtp.num_speculative_tokens}
