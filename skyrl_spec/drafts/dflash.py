@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -319,7 +320,9 @@ class DflashModule(MegatronModule):
         num_positions: int,
     ) -> Tensor:
         """Output of every slot after the final norm, ``[Q, D]``."""
-        context_TD = self.hidden_norm(self.fc(context_TE)[0])
+        # Megatron's own forward pass of ``fc`` would compute a gradient of the captured states.
+        context_TD = gather_from_tensor_model_parallel_region(nn.functional.linear(context_TE, self.fc.weight))
+        context_TD = self.hidden_norm(context_TD)
         # Layers apply this rank's weights to the context. Its gradient is summed over ranks once, for all layers.
         context_TD = copy_to_tensor_model_parallel_region(context_TD)
         rotary = self._rotary(num_positions)
