@@ -16,6 +16,7 @@ from torch import Tensor
 from skyrl_spec.drafts.block_attention import Keys, flex_block_attention
 from skyrl_spec.drafts.blocks import draw_anchors, supervised_blocks, visible
 from skyrl_spec.drafts.chain_attention import chain_attention
+from skyrl_spec.models.flash import Documents
 from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.models.upload import upload
 
@@ -73,6 +74,21 @@ def causal(device: torch.device, _folder: Path, depth: int) -> Figure:
     return _compare_chain(device, pack, attend, depth)
 
 
+def windows(device: torch.device, _folder: Path, depth: int) -> Figure:
+    """The MTP head's from the last third of each document, which is how a share of the positions is trained."""
+    pack = _pack(device)
+    starts, lengths = pack.documents.starts, [-(-length // 3) for length in pack.documents.lengths]
+    queries = upload(Documents.of(lengths), device)
+    rows = torch.cat([torch.arange(end - length, end) for end, length in zip(starts[1:], lengths, strict=True)])
+    rows = rows.to(device)
+
+    def attend(query: Tensor, *rest: Tensor) -> Tensor:
+        keys, values = ([x[0], *(own[rows] for own in x[1:])] for x in (rest[:depth], rest[depth:]))
+        return chain_attention(query[rows], keys, values, pack.documents, SCALE, queries)
+
+    return _compare_chain(device, pack, attend, depth, rows)
+
+
 def varlen(device: torch.device, _folder: Path) -> Figure:
     """PyTorch's own interface to the kernel that the trunk calls."""
     from torch.nn.attention.varlen import varlen_attn
@@ -89,15 +105,21 @@ def varlen(device: torch.device, _folder: Path) -> Figure:
     return _compare_chain(device, pack, attend, depth=1)
 
 
-def _compare_chain(device: torch.device, pack: Pack, attend: Attend, depth: int) -> Figure:
-    """``attend`` against one softmax over the keys of all depths side by side: a query sees its own deeper keys."""
+def _compare_chain(
+    device: torch.device, pack: Pack, attend: Attend, depth: int, rows: Tensor | slice = slice(None)
+) -> Figure:
+    """``attend`` against one softmax over the keys of all depths side by side: a query sees its own deeper keys.
+
+    Args:
+        rows: queries that ``attend`` returns.
+    """
     num_tokens, segment_ids_T = len(pack.token_ids_T), pack.segment_ids_T
     index_T = torch.arange(num_tokens, device=device)
     causal_TT = (index_T <= index_T[:, None]) & (segment_ids_T == segment_ids_T[:, None])
     seen_TN = torch.cat([causal_TT, *[index_T == index_T[:, None]] * (depth - 1)], dim=1)
 
     def reference(query: Tensor, *rest: Tensor) -> Tensor:
-        return masked_attention(query, torch.cat(rest[:depth]), torch.cat(rest[depth:]), seen_TN)
+        return masked_attention(query, torch.cat(rest[:depth]), torch.cat(rest[depth:]), seen_TN)[rows]
 
     shapes = [(num_tokens, HEADS, HEAD_DIM), *[(num_tokens, GROUPS, HEAD_DIM)] * (2 * depth)]
     return compare(attend, reference, _randn(device, *shapes), documents=pack.documents.lengths, depth=depth)
@@ -135,6 +157,16 @@ ATTENTIONS = [
     Check("dense flex attention", "the same with every response token an anchor", partial(flex, num_anchors=1000)),
     Check("causal attention", "attention of the trunk, forward and backward", partial(causal, depth=1)),
     Check("chain attention", "attention of the MTP head's third depth, likewise", partial(causal, depth=NUM_DEPTHS)),
+    Check(
+        "window attention",
+        "attention of windows at the ends of documents, first depth",
+        partial(windows, depth=1),
+    ),
+    Check(
+        "window chain attention",
+        "the same of the MTP head's third depth",
+        partial(windows, depth=NUM_DEPTHS),
+    ),
     Check(
         "varlen attention",
         "variable-length attention of PyTorch, forward and backward",
