@@ -27,7 +27,7 @@ from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.sequence_parallel import padded, whole
 from skyrl_spec.settings.derived import uses_sequence_parallel
-from skyrl_spec.settings.schema import MegatronConfig
+from skyrl_spec.settings.policy import MegatronConfig
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from skyrl_spec.drafts.kinds import KINDS, trained_kind
 from skyrl_spec.drafts.kinds.kind import DraftShapes
 from skyrl_spec.drafts.kinds.served import build_speculative_config
-from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend, uses_fp32_head
+from skyrl_spec.settings.derived import (
+    engine_dtype,
+    parallel_sizes,
+    sync_backend,
+    uses_fp32_head,
+    uses_sequence_parallel,
+)
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import Shapes
@@ -166,18 +172,22 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     trainer = config.trainer
     size = _weight_bytes(config)
     tokens = max(trainer.max_tokens_per_microbatch, longest_sequence(config))
+    megatron = trainer.policy.megatron_config
     attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
     # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
-    per_layer = 6 * spec.hidden_size + (3 * attention + 4 * ffn) // tp
+    divided, norms = (3 * attention + 4 * ffn) // tp, 6 * spec.hidden_size
+    of_draft_layer = divided + norms
+    # Of the residual stream and the norms, a rank has all tokens or its part.
+    parts = tp if uses_sequence_parallel(megatron, trainer.placement.device) else 1
+    per_layer = divided + norms // parts
     layers = spec.num_layers * per_layer
-    megatron = trainer.policy.megatron_config
     if megatron.recompute_granularity == "full":
-        layers = spec.num_layers * spec.hidden_size + per_layer
+        layers = spec.num_layers * spec.hidden_size // parts + per_layer
     elif megatron.recompute_granularity == "selective":
-        norms = 2 * spec.hidden_size * ("layernorm" in megatron.recompute_modules)
-        mlp = 4 * ffn // tp * ("mlp" in megatron.recompute_modules)
+        recomputed_norms = 2 * spec.hidden_size // parts * ("layernorm" in megatron.recompute_modules)
+        recomputed_mlp = 4 * ffn // tp * ("mlp" in megatron.recompute_modules)
         # The layer in the backward pass has everything.
-        layers = layers - (spec.num_layers - 1) * (norms + mlp)
+        layers -= (spec.num_layers - 1) * (recomputed_norms + recomputed_mlp)
     kind = trained_kind(trainer)
     draft_tokens = 0 if kind is None else kind.training_layer_tokens(config, spec, tokens)
     # The logits of a chunk, their softmax and their gradient.
@@ -185,7 +195,7 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     if size != _FP32 and trainer.placement.device == "cpu" and uses_fp32_head(config):
         # The float32 copy of the output head (``ChunkLogits``).
         logits += spec.vocab_size // tp * spec.hidden_size * _FP32
-    return (tokens * layers + draft_tokens * per_layer) * size + logits
+    return (tokens * layers + draft_tokens * of_draft_layer) * size + logits
 
 
 def memory_line(plan: MemoryPlan) -> str:

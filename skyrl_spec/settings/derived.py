@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.schema import Config, MegatronConfig
+from skyrl_spec.settings.policy import MegatronConfig
+from skyrl_spec.settings.schema import Config
 
 
 class ParallelSizes(NamedTuple):

@@ -1,8 +1,9 @@
 """Settings of a run: dataclasses with SkyRL's names, their defaults, allowed values and documentation.
 
 The command line, the reference pages and the error messages read the documentation from here. ``null`` means that the
-value follows from other settings, as the field's documentation says. ``draft`` declares the settings of the draft.
-``rules`` holds the rules that tie several settings together. ``configs/`` holds ready-made sets of values.
+value follows from other settings, as the field's documentation says. ``policy`` and ``draft`` declare the settings of
+the two models. ``rules`` holds the rules that tie several settings together. ``configs/`` holds ready-made sets of
+values.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from skyrl_spec.settings.allowed import (
     ON_FAILURE,
     POSITIVE,
     PROBABILITY,
-    RECOMPUTE,
     SEEDS,
     SHARE,
     Range,
 )
-from skyrl_spec.settings.draft import DflashConfig, MtpConfig, OptimizerConfig, WarmupConfig
+from skyrl_spec.settings.draft import DflashConfig, MtpConfig, WarmupConfig
 from skyrl_spec.settings.field import setting
+from skyrl_spec.settings.policy import PolicyConfig
 
 
 @dataclass
@@ -38,54 +39,6 @@ class DataConfig:
     shuffle: bool = setting(
         True, "Shuffle the training prompts in every epoch, seeded by trainer.seed. false: keep the order of the files."
     )
-
-
-@dataclass
-class ModelConfig:
-    """The model that the policy starts from."""
-
-    path: str = setting(
-        "", "Directory or hub name of a Hugging Face checkpoint of a Qwen2, Qwen3 or MiMo model. Required."
-    )
-
-
-@dataclass
-class MegatronConfig:
-    """Parallel layout and precision of the policy workers. Several replicas of the model are data-parallel."""
-
-    tensor_model_parallel_size: int = setting(1, "Workers that share one replica of the model.", FROM_ONE)
-    sequence_parallel: bool | None = setting(
-        None,
-        "Divide activations between matrix products over the workers of a replica: less memory. null: true on cuda if "
-        "tensor_model_parallel_size is above 1, else false.",
-    )
-    use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel workers.")
-    dtype: str = setting("bf16", "Type of parameters and activations. The optimizer's master weights are fp32.", DTYPES)
-    recompute_granularity: str | None = setting(
-        None,
-        "What is recomputed in the backward pass instead of stored: less memory, more time. selective: "
-        "recompute_modules. full: whole layers. null: nothing.",
-        RECOMPUTE,
-    )
-    recompute_modules: list[str] = setting(
-        lambda: ["layernorm", "mlp"],
-        "Parts of a layer that recompute_granularity=selective recomputes: layernorm, mlp, core_attn. core_attn costs "
-        "an attention and saves next to nothing, because attention stores no scores.",
-    )
-    fp32_output_head: bool | None = setting(
-        None,
-        "Compute the logits of losses and log-probs in fp32, from bf16 hidden states and weights. null: true on cuda, "
-        "false on cpu, where it needs an fp32 copy of the output head.",
-    )
-
-
-@dataclass
-class PolicyConfig:
-    """The policy that is trained."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
-    megatron_config: MegatronConfig = field(default_factory=MegatronConfig)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from skyrl_spec.errors import RunError
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.settings.draft import OptimizerConfig
-from skyrl_spec.settings.schema import MegatronConfig
+from skyrl_spec.settings.policy import MegatronConfig
 from skyrl_spec.types import Metric, Metrics
 
 

@@ -15,7 +15,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.models import parallel
 from skyrl_spec.models.conversion import HfTensors, export_weights, hf_shapes, load_weights, policy_rules
 from skyrl_spec.models.policy import build_policy, transformer_config
-from skyrl_spec.settings.schema import MegatronConfig
+from skyrl_spec.settings.policy import MegatronConfig
 from skyrl_spec.specs.model import load_spec, padded_vocab_size
 
 # fp32; two implementations add in another order.

@@ -1,0 +1,57 @@
+"""Settings of the policy: model, optimizer, parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from skyrl_spec.settings.allowed import DTYPES, FROM_ONE, RECOMPUTE
+from skyrl_spec.settings.draft import OptimizerConfig
+from skyrl_spec.settings.field import setting
+
+
+@dataclass
+class ModelConfig:
+    """The model that the policy starts from."""
+
+    path: str = setting(
+        "", "Directory or hub name of a Hugging Face checkpoint of a Qwen2, Qwen3 or MiMo model. Required."
+    )
+
+
+@dataclass
+class MegatronConfig:
+    """Parallel layout and precision of the policy workers. Several replicas of the model are data-parallel."""
+
+    tensor_model_parallel_size: int = setting(1, "Workers that share one replica of the model.", FROM_ONE)
+    sequence_parallel: bool | None = setting(
+        None,
+        "Divide activations between matrix products over the workers of a replica: less memory. null: true on cuda if "
+        "tensor_model_parallel_size is above 1, else false.",
+    )
+    use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel workers.")
+    dtype: str = setting("bf16", "Type of parameters and activations. The optimizer's master weights are fp32.", DTYPES)
+    recompute_granularity: str | None = setting(
+        None,
+        "What is recomputed in the backward pass instead of stored: less memory, more time. selective: "
+        "recompute_modules. full: whole layers. null: nothing.",
+        RECOMPUTE,
+    )
+    recompute_modules: list[str] = setting(
+        lambda: ["layernorm", "mlp"],
+        "Parts of a layer that recompute_granularity=selective recomputes: layernorm, mlp, core_attn. core_attn costs "
+        "an attention and saves next to nothing, because attention stores no scores.",
+    )
+    fp32_output_head: bool | None = setting(
+        None,
+        "Compute the logits of losses and log-probs in fp32, from bf16 hidden states and weights. null: true on cuda, "
+        "false on cpu, where it needs an fp32 copy of the output head.",
+    )
+
+
+@dataclass
+class PolicyConfig:
+    """The policy that is trained."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+    megatron_config: MegatronConfig = field(default_factory=MegatronConfig)
