@@ -1,0 +1,115 @@
+"""Estimates for the recipes on 8 GPUs: operations, time and memory of a worker, with all positions and with a share.
+
+    python benchmarks/recipes.py
+    python benchmarks/recipes.py --response 6000 --mfu 0.3
+
+Nothing runs on a GPU. Operations are those of the dry-run plan (``specs/flops.py``), and those of recompute and of the
+pass that computes old log-probs. Time is operations divided by the speed of the trainer's GPUs at a given MFU, which
+the GPU pack measures. Memory is the plan's. Models and drafts are only their ``config.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.planning.memory import plan_memory
+from skyrl_spec.settings.compose import load_config
+from skyrl_spec.settings.derived import parallel_sizes
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs import flops
+from skyrl_spec.specs.dflash import dflash_hf_config, fresh_dflash_spec
+from skyrl_spec.specs.model import load_spec
+
+_BOTH = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+}
+MODELS = {
+    "mimo_7b_dapo_8gpu": _BOTH
+    | {
+        "architectures": ["MiMoForCausalLM"],
+        "vocab_size": 151_680,
+        "intermediate_size": 11_008,
+        "num_nextn_predict_layers": 1,
+        "attention_bias": True,
+    },
+    "qwen3_8b_dflash_dapo_8gpu": _BOTH
+    | {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "intermediate_size": 12_288},
+}
+
+
+def recipe(name: str, folder: Path) -> Config:
+    """The recipe's settings, with directories that hold only a ``config.json`` in place of models."""
+    words = [f"experiment={name}", f"trainer.policy.model.path={_write(folder / name, MODELS[name])}"]
+    config = load_config(words)
+    if config.trainer.dflash.enabled:
+        config.trainer.dflash.path = None
+        spec = fresh_dflash_spec(config.trainer.dflash, load_spec(config.trainer.policy.model.path, weights=False), 0)
+        config.trainer.dflash.path = _write(folder / f"{name}_draft", dflash_hf_config(spec, "bfloat16", None))
+    return config
+
+
+def _write(folder: Path, content: dict[str, object]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def step_flops(config: Config, prompt: int, response: int) -> tuple[float, float]:
+    """Operations of a training step, of the policy and of the draft."""
+    trainer, spec = config.trainer, load_spec(config.trainer.policy.model.path, weights=False)
+    policy = flops.policy_training(spec, prompt, response)
+    trunk = spec.num_layers * (
+        flops.layer(spec, prompt + response) + flops.attention(spec, (prompt + response) ** 2 / 2)
+    )
+    # Recompute, and the pass for old log-probs if a batch is several updates.
+    again = trunk * (trainer.policy.megatron_config.recompute_granularity == "full")
+    old = (trunk + flops.head(spec, response)) * (trainer.policy_mini_batch_size < trainer.train_batch_size)
+    kind = trained_kind(trainer)
+    assert kind is not None
+    rows = trainer.train_batch_size * config.generator.n_samples_per_prompt
+    return rows * (policy.total + again + old), rows * kind.training_flops(config, spec, prompt, response).total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, default=256, help="mean tokens of a prompt")
+    parser.add_argument("--response", type=int, default=3000, help="mean tokens of a response")
+    parser.add_argument("--mfu", type=float, default=0.3, help="share of the peak speed that training reaches")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of a GPU in bf16")
+    args = parser.parse_args()
+    heads = ["recipe", "positions_per_step", "sequence parallel", "policy, PFLOP a step", "draft, PFLOP a step"]
+    heads += ["draft's share", "minutes a step", "GB a worker", "GB of activations"]
+    print(f"| {' | '.join(heads)} |\n|---|---:|---|{'---:|' * (len(heads) - 3)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            config = recipe(name, Path(folder))
+            kind = trained_kind(config.trainer)
+            assert kind is not None
+            default = kind.settings(config.trainer).positions_per_step
+            for share, divides in ((1.0, False), (default, None)):
+                kind.settings(config.trainer).positions_per_step = share
+                config.trainer.policy.megatron_config.sequence_parallel = divides
+                policy, draft = step_flops(config, args.prompt, args.response)
+                speed = args.mfu * args.peak_tflops * 1e12 * parallel_sizes(config).world_size
+                cells = [name, f"{share:g}", "no" if divides is False else "yes", f"{policy / 1e15:,.0f}"]
+                cells += [f"{draft / 1e15:,.1f}", f"{draft / (policy + draft):.1%}"]
+                worker = plan_memory(config).worker
+                cells += [f"{(policy + draft) / speed / 60:.1f}", f"{worker.total / 1e9:.1f}"]
+                cells += [f"{worker.activations / 1e9:.1f}"]
+                print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
