@@ -1,8 +1,7 @@
 """The share of a mini-batch's positions that a draft is trained on in a step, drawn anew in every step.
 
 All positions are equally likely. Every rank draws the same from the whole mini-batch, so a choice depends neither on
-packs nor on the number of ranks. Short documents are drawn as a whole or not at all, because each document that is read
-has a cost of its own: the keys of its tokens.
+packs nor on the number of ranks.
 
 Numpy only, on the host. Shapes: B rows of the mini-batch, S tokens of its longest row.
 """
@@ -13,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Positions of a document that are drawn together, at least.
+# Chains are followed through a window, so it must be longer than a few of them.
 SMALLEST_WINDOW = 32
-SMALLEST_NUM_ANCHORS = 8
 
 
 class StepRandom:
@@ -96,23 +94,12 @@ def mean_window(num: int, share: float) -> tuple[float, float, float]:
 
 def draw_numbers(num_B: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """How many of each row's ``num_B`` candidates are drawn: ``share`` of them in the mean, int64 ``[B]``."""
-    if share >= 1:
-        return num_B
-    unit_B = _units(num_B, share)
-    return unit_B * systematic_round(share * num_B / np.maximum(unit_B, 1), rng)
-
-
-def _units(num_B: np.ndarray, share: float) -> np.ndarray:
-    """Numbers are multiples of these. A few candidates of a row are drawn together."""
-    return np.where(share * num_B < SMALLEST_NUM_ANCHORS, np.minimum(num_B, SMALLEST_NUM_ANCHORS), 1)
+    return num_B if share >= 1 else systematic_round(share * num_B, rng)
 
 
 def mean_number(num: int, share: float) -> tuple[float, float]:
     """Probability that any of ``num`` candidates of a row are drawn, and their mean number if so."""
-    if share >= 1:
-        return 1.0, float(num)
-    (unit,) = _units(np.array([num]), share)
-    probability = min(1.0, share * num / max(unit, 1))
+    probability = min(1.0, share * num)
     return probability, share * num / probability if probability else 0.0
 
 

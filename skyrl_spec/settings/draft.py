@@ -57,7 +57,7 @@ class MtpConfig:
         1024, "Tokens whose logits the draft's loss holds in memory at the same time.", FROM_ONE
     )
     positions_per_step: float = setting(
-        1.0,
+        0.1,
         "Share of the response positions whose drafts are trained in an optimizer step, drawn anew in each. 1.0: all.",
         SHARE,
     )
@@ -123,7 +123,7 @@ class DflashConfig:
         "Training does not use it.",
     )
     positions_per_step: float = setting(
-        1.0,
+        0.3,
         "Share of the blocks (anchors_per_sequence) that are trained in an optimizer step, drawn anew in each. "
         "1.0: all.",
         SHARE,

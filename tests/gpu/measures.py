@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.planning.memory import plan_memory
-from skyrl_spec.specs.dflash import read_dflash_config
+from skyrl_spec.specs.flops import policy_training
 from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import TrainBatch
 
@@ -143,29 +143,16 @@ def _fitting_layers(device: torch.device, model: str, folder: Path) -> int:
 
 
 def _model_flops(trainer: PolicyTrainer, batch: TrainBatch) -> float:
-    """Of forward and backward pass of policy and draft. What recompute does again does not count.
-
-    Six per parameter and token, and twelve per pair of a query and a key it sees, per layer and width of the heads.
-    The draft's positions count by its own pass: each depth of an MTP head, each slot of DFlash's blocks.
-    """
-    config, spec = trainer.config, trainer.spec
-    rows, length = batch.token_ids.shape
-    tokens = rows * length
-    embedding = spec.vocab_size * spec.hidden_size
-    attention = 12 * spec.num_heads * spec.head_dim * length / 2
-    of_layers = num_parameters(trainer.model) - 2 * embedding
-    flops = tokens * (6 * of_layers + spec.num_layers * attention) + 6 * embedding * float(batch.loss_mask.sum())
+    """Of forward and backward pass of policy and draft (``specs.flops``). What recompute does again does not count."""
+    config, spec, rows = trainer.config, trainer.spec, len(batch.lengths)
+    response = int(batch.loss_mask[0].sum())
+    prompt = int(batch.lengths[0]) - response
+    assert (batch.loss_mask.sum(axis=1) == response).all(), "the documents are not equally long"
     kind = trained_kind(config.trainer)
-    if kind is None or trainer.draft is None:
-        return flops
-    layers = kind.shapes(config, spec, kind.path(config.trainer)).num_layers
-    dflash = config.trainer.dflash
-    positions = rows * config.trainer.mtp.num_speculative_tokens * length
-    if dflash.enabled:
-        positions = rows * dflash.anchors_per_sequence * read_dflash_config(dflash.path).block_size
-    of_draft = num_parameters(trainer.draft.draft.module)
-    # The output head: two products of the draft's logits, and one of the teacher's for all depths of a token.
-    return flops + positions * (6 * of_draft + layers * attention + 4 * embedding) + 2 * tokens * embedding
+    of_draft = 0.0
+    if kind is not None and trainer.draft is not None:
+        of_draft = kind.training_flops(config, spec, prompt, response).total
+    return rows * (policy_training(spec, prompt, response).total + of_draft)
 
 
 def _waits(trainer: PolicyTrainer, batch: TrainBatch) -> tuple[float, dict[str, int]]:

@@ -65,7 +65,7 @@ def _sum_of(
 
 
 def _check_packing(_rank: int, path: Path, draft: str, share: float) -> None:
-    shares.SMALLEST_WINDOW = shares.SMALLEST_NUM_ANCHORS = 2
+    shares.SMALLEST_WINDOW = 2
     trainer = _trainer(path, draft)
     assert trainer.draft is not None
     trainer.draft.draft.config.positions_per_step = share
@@ -101,7 +101,7 @@ def test_packed_documents_give_the_loss_and_gradients_of_documents_apart(
 
 def _check_share(_rank: int, path: Path, draft: str, tp: int) -> None:
     """A part of the positions, read from a part of the tokens, against the same part of all positions."""
-    shares.SMALLEST_WINDOW = shares.SMALLEST_NUM_ANCHORS = 3
+    shares.SMALLEST_WINDOW = 3
     trainer = _trainer(path, draft, tp)
     assert trainer.draft is not None
     trained, pack = trainer.draft.draft, make_pack(*random_documents(21, 9, 2, 12), trained_from=3)

@@ -96,6 +96,7 @@ def make_config(
     trainer.policy.megatron_config.use_distributed_optimizer = distributed
     trainer.policy.megatron_config.sequence_parallel = sequence_parallel
     trainer.placement.device = "cpu"
+    trainer.mtp.positions_per_step = trainer.dflash.positions_per_step = 1.0
     trainer.mtp.enabled = draft == "mtp"
     trainer.mtp.loss_chunk_size = 16
     trainer.dflash.enabled = draft == "dflash"

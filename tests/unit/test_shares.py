@@ -56,13 +56,11 @@ def test_windows_of_long_rows_are_as_long_as_the_share_and_of_short_rows_drawn_w
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_the_numbers_have_the_right_mean_and_come_in_units(share: float) -> None:
+def test_the_numbers_are_their_means_rounded(share: float) -> None:
     num, random = np.array([128, 40, 3, 0, 8]), StepRandom(1)
     numbers = np.stack([draw_numbers(num, share, random.next_step()) for _ in range(NUM_DRAWS)])
     assert numbers.mean(axis=0) == pytest.approx(share * num, rel=0.1)
-    assert set(numbers[:, 2]) == {0, 3}
-    assert set(numbers[:, 4]) == {0, 8}
-    assert (numbers <= num).all()
+    assert (abs(numbers - share * num) < 1).all()
     assert draw_numbers(num, 1.0, np.random.default_rng(0)).tolist() == num.tolist()
 
 
