@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,9 @@ def series(records: list[dict[str, Any]], key: str) -> list[float]:
     return [record[key] for record in records if key in record]
 
 
-def run(tmp_path: Path, experiment: str, minutes: float, command: str = "train") -> list[dict[str, Any]]:
-    start = time.monotonic()
+def run(tmp_path: Path, experiment: str, command: str = "train") -> list[dict[str, Any]]:
     where = [f"trainer.warmup.run_dir={tmp_path / 'run'}"] if command == "warmup-draft" else []
     _, records = finish(tmp_path / "run", f"experiment={experiment}", *where, command=command, timeout_s=1700)
-    assert time.monotonic() - start < 60 * minutes
     return records
 
 
@@ -45,7 +42,7 @@ def acceptance_of(model: Path, draft: Path, out: Path) -> float:
 
 
 def test_mtp(tmp_path: Path) -> None:
-    records = run(tmp_path, "cpu_mtp_grpo", minutes=10)
+    records = run(tmp_path, "cpu_mtp_grpo")
     rewards, lengths = series(records, names.EVAL_SCORE), series(records, TRAIN_ACCEPTANCE)
     assert rewards[-1] - rewards[0] >= 0.15
     assert lengths[-1] >= 3.0
@@ -53,7 +50,7 @@ def test_mtp(tmp_path: Path) -> None:
 
 
 def test_dflash(tmp_path: Path) -> None:
-    records = run(tmp_path, "cpu_dflash_grpo", minutes=12)
+    records = run(tmp_path, "cpu_dflash_grpo")
     rewards, lengths = series(records, names.EVAL_SCORE), series(records, TRAIN_ACCEPTANCE)
     assert rewards[-1] > rewards[0] + 0.1
     # Of some thousand drafts a step, which is more than one evaluation has.
@@ -68,7 +65,7 @@ def test_dflash(tmp_path: Path) -> None:
 
 
 def test_dflash_warmup(tmp_path: Path) -> None:
-    records = run(tmp_path, "cpu_dflash_grpo", minutes=12, command="warmup-draft")
+    records = run(tmp_path, "cpu_dflash_grpo", command="warmup-draft")
     assert series(records, EVAL_ACCEPTANCE)[-1] >= 3.5
     assert series(records, TRAIN_ACCEPTANCE)[0] < 1.5
 
