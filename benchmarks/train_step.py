@@ -1,13 +1,17 @@
-"""Benchmark of a training step on packs against a sequence a micro-batch, with and without a draft.
+"""Benchmark of a training step on packs against padded rows and against a sequence a micro-batch.
 
-    python benchmarks/train_step.py                      # the MTP example's model on a CPU, about five minutes
+    python benchmarks/train_step.py                      # the MTP example's model on a CPU, about ten minutes
     python benchmarks/train_step.py --draft dflash
-    python benchmarks/train_step.py --medians 100 400 1600 --rounds 1
+    python benchmarks/train_step.py --medians 100 400 1600 --documents 12 --rounds 1
 
-Lengths are log-normal (sigma 1), cut at the budget of 8,192 tokens. Both alternatives need memory for that many tokens:
-a pack holds up to 8,192, and rows must fit if all are as long as the longest, so there is one row at a time. They run
-in one process on the same trainer and documents, and take turns. A run is forward and backward pass of policy and
-draft, without the optimizer. The table has medians.
+Lengths are log-normal (sigma 1), cut at the budget of 8,192 tokens. All alternatives need memory for that many tokens:
+
+- packed: a pack holds up to 8,192 tokens.
+- padded: rows, as many as the longest sequence allows, each padded to the longest of its micro-batch.
+- one by one: a sequence a micro-batch, without padding.
+
+They run in one process on the same trainer and documents, with and without a draft, and take turns. A run is forward
+and backward pass of policy and draft, without the optimizer. Rates are medians and count no padding.
 """
 
 from __future__ import annotations
@@ -17,28 +21,39 @@ import logging
 import statistics
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.distributed import HashStore
 
-from skyrl_spec.data.packing import pack_rows
 from skyrl_spec.losses.reduce import token_weights
 from skyrl_spec.models import parallel
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.step import Micro, build_micro
 from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import TrainBatch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = {"mtp": EXAMPLES / "arithmetic_mtp" / "model", "dflash": EXAMPLES / "arithmetic_dflash" / "model"}
-# Budgets that make packs, and that leave every sequence alone.
 BUDGET = 8192
-BUDGETS = {"packed": BUDGET, "one by one": 1}
+ALTERNATIVES = ("packed", "padded", "one by one")
 
 
-def build_trainer(draft: str, ranks: parallel.Parallel, *, with_draft: bool) -> PolicyTrainer:
+class RowTrainer(PolicyTrainer):
+    """Trainer whose micro-batches are ``num_rows`` consecutive rows. 0: packs."""
+
+    num_rows = 0
+
+    def _micros(self, batch: TrainBatch, rows: np.ndarray) -> list[Micro]:
+        if not self.num_rows:
+            return super()._micros(batch, rows)
+        return [build_micro(batch, rows[first : first + self.num_rows]) for first in range(0, len(rows), self.num_rows)]
+
+
+def build_trainer(draft: str, ranks: parallel.Parallel, *, with_draft: bool) -> RowTrainer:
     """Trainer of the example's model, with the settings of its experiment that matter here."""
     config, path = Config(), MODELS[draft]
     trainer = config.trainer
@@ -48,7 +63,7 @@ def build_trainer(draft: str, ranks: parallel.Parallel, *, with_draft: bool) -> 
     trainer.max_tokens_per_microbatch = BUDGET
     trainer.mtp.enabled, trainer.dflash.enabled = (with_draft and draft == name for name in ("mtp", "dflash"))
     trainer.dflash.path, trainer.dflash.anchors_per_sequence = str(path.with_name("draft")), 24
-    return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=1000)
+    return RowTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=1000)
 
 
 def make_batch(lengths_B: np.ndarray, vocab_size: int) -> TrainBatch:
@@ -68,26 +83,36 @@ def make_batch(lengths_B: np.ndarray, vocab_size: int) -> TrainBatch:
     )
 
 
-def measure(trainer: PolicyTrainer, batch: TrainBatch, rounds: int) -> dict[str, float]:
-    """Median seconds of each alternative, which take turns. The first turn does not count."""
-    times: dict[str, list[float]] = {name: [] for name in BUDGETS}
+def padded(batch: TrainBatch, num_rows: int) -> TrainBatch:
+    """``batch`` with each row as long as the longest of its ``num_rows`` neighbours. Padding has no loss."""
+    groups = [batch.lengths[first : first + num_rows] for first in range(0, len(batch), num_rows)]
+    return replace(batch, lengths=np.concatenate([np.full(len(group), group.max()) for group in groups]))
+
+
+def measure(trainer: RowTrainer, batch: TrainBatch, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds and number of micro-batches of each alternative, which take turns. The first does not count."""
+    num_rows = {"packed": 0, "padded": BUDGET // batch.lengths.max(), "one by one": 1}
+    batches = {name: padded(batch, num_rows[name]) if name == "padded" else batch for name in ALTERNATIVES}
+    times: dict[str, list[float]] = {name: [] for name in ALTERNATIVES}
+    counts = {}
     for _ in range(rounds + 1):
-        for name, budget in BUDGETS.items():
-            trainer.config.trainer.max_tokens_per_microbatch = budget
+        for name in ALTERNATIVES:
+            trainer.num_rows = num_rows[name]
+            counts[name] = len(trainer._micros(batches[name], trainer._local_rows(batches[name])))
             start = time.perf_counter()
-            trainer.forward_backward(batch)
+            trainer.forward_backward(batches[name])
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(some[1:]) for name, some in times.items()}
+    return {name: statistics.median(some[1:]) for name, some in times.items()}, counts
 
 
-def compare(trainer: PolicyTrainer, draft: str, median: int, num_documents: int, rounds: int) -> str:
+def compare(trainer: RowTrainer, draft: str, median: int, num_documents: int, rounds: int) -> str:
     """A row of the table."""
     lengths = np.random.default_rng(0).lognormal(np.log(median), 1.0, num_documents).astype(int).clip(2, BUDGET)
-    seconds = measure(trainer, make_batch(lengths, trainer.spec.vocab_size), rounds)
-    num_packs = len(pack_rows(lengths, BUDGET))
+    seconds, counts = measure(trainer, make_batch(lengths, trainer.spec.vocab_size), rounds)
     rates = {name: lengths.sum() / s for name, s in seconds.items()}
-    cells = [draft, f"{median}", f"{lengths.sum()}", f"{num_packs} / {num_documents}"]
-    cells += [f"{rate:.0f}" for rate in rates.values()] + [f"{rates['packed'] / rates['one by one']:.2f}"]
+    cells = [draft, f"{median}", f"{lengths.sum()}", " / ".join(str(count) for count in counts.values())]
+    cells += [f"{rate:.0f}" for rate in rates.values()]
+    cells += [f"{rates['packed'] / rates[name]:.2f}" for name in ALTERNATIVES[1:]]
     return f"| {' | '.join(cells)} |"
 
 
@@ -103,8 +128,8 @@ def main() -> None:
     ranks = parallel.initialize(
         rank=0, world_size=1, tensor_parallel_size=1, device=torch.device("cpu"), store=HashStore(), timeout_s=60.0
     )
-    heads = ["draft", "median length", "tokens", "micro-batches: packed / one by one", "packed tokens/s"]
-    heads += ["one by one tokens/s", "packed / one by one"]
+    heads = ["draft", "median length", "tokens", f"micro-batches: {' / '.join(ALTERNATIVES)}"]
+    heads += [f"{name} tokens/s" for name in ALTERNATIVES] + [f"packed / {name}" for name in ALTERNATIVES[1:]]
     print(f"| {' | '.join(heads)} |\n|{'---:|' * len(heads)}")
     for with_draft in (False, True):
         trainer = build_trainer(args.draft, ranks, with_draft=with_draft)
