@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_an_error_in_a_shield_stays_what_it_is() -> None:
 
 
 def test_a_child_never_gets_the_sigterm_that_its_parent_gets() -> None:
+    """In a process without other threads: the workers of this test run have some, which may take the signal."""
+    code = "import test_signals; test_signals.check_that_a_child_never_gets_the_sigterm()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
+
+
+def check_that_a_child_never_gets_the_sigterm() -> None:
     """The child has a handler that would end it. The parent's SIGTERM waits, and meets the parent's own handler."""
     code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); print(flush=True); input()"
     children, watch = [], SignalWatch()
