@@ -157,7 +157,7 @@ PACKS = [
     *of(
         "models/flash.py",
         [FLASH],
-        ("a document without its last token", "(slice(start, end)", "(slice(start, end - 1)"),
+        ("a query sees a key too early", "middle = end - (last - first)", "middle = end - (last - first) - 1"),
         ("documents one token late", "(0, *accumulate(self.lengths))", "(1, *accumulate(self.lengths))"),
         (
             "log-sum-exp of the backward pass left out",
@@ -358,7 +358,7 @@ SHARED = [
     ),
     *of(
         "drafts/mtp.py",
-        [f"{DRAFT_SHARE}[2-mtp]"],
+        [f"{LAYOUTS}[mtp-untied-tp2]"],
         ("keys' gradient not summed over ranks", "copy_to_tensor_model_parallel_region(layer", "(layer"),
     ),
     *of(
