@@ -15,6 +15,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from model_shapes import MIMO_7B, QWEN3_8B
+
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.planning.memory import plan_memory
 from skyrl_spec.settings.compose import load_config
@@ -24,29 +26,7 @@ from skyrl_spec.specs import flops
 from skyrl_spec.specs.dflash import dflash_hf_config, fresh_dflash_spec
 from skyrl_spec.specs.model import load_spec
 
-_BOTH = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
-MODELS = {
-    "mimo_7b_dapo_8gpu": _BOTH
-    | {
-        "architectures": ["MiMoForCausalLM"],
-        "vocab_size": 151_680,
-        "intermediate_size": 11_008,
-        "num_nextn_predict_layers": 1,
-        "attention_bias": True,
-    },
-    "qwen3_8b_dflash_dapo_8gpu": _BOTH
-    | {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "intermediate_size": 12_288},
-}
+MODELS = {"mimo_7b_dapo_8gpu": MIMO_7B, "qwen3_8b_dflash_dapo_8gpu": QWEN3_8B}
 
 
 def recipe(name: str, folder: Path) -> Config:

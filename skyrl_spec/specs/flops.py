@@ -32,12 +32,12 @@ class Flops:
 
 
 def linear(num_tokens: float, num_in: int, num_out: int) -> float:
-    """Of a matrix product, forward."""
+    """Operations of a matrix product's forward pass."""
     return 2.0 * num_tokens * num_in * num_out
 
 
 def layer(spec: ModelSpec, num_tokens: float) -> float:
-    """Of all matrix products of a transformer layer, forward."""
+    """Operations of all matrix products of a transformer layer in its forward pass."""
     query, hidden = spec.num_heads * spec.head_dim, spec.hidden_size
     return (
         linear(num_tokens, hidden, query)
@@ -48,12 +48,12 @@ def layer(spec: ModelSpec, num_tokens: float) -> float:
 
 
 def key_value(spec: ModelSpec, num_tokens: float) -> float:
-    """Of a layer's keys and values, forward."""
+    """Operations that compute a layer's keys and values in its forward pass."""
     return linear(num_tokens, spec.hidden_size, 2 * spec.num_kv_heads * spec.head_dim)
 
 
 def attention(spec: ModelSpec, num_pairs: float) -> float:
-    """Of a layer's attention, forward.
+    """Operations of a layer's attention in its forward pass.
 
     Args:
         num_pairs: pairs of a query and a key that it sees.
@@ -62,12 +62,12 @@ def attention(spec: ModelSpec, num_pairs: float) -> float:
 
 
 def head(spec: ModelSpec, num_tokens: float) -> float:
-    """Of the logits of tokens."""
+    """Operations that compute the logits of tokens."""
     return linear(num_tokens, spec.hidden_size, spec.vocab_size)
 
 
 def policy_training(spec: ModelSpec, prompt: int, response: int) -> Flops:
-    """Of a policy's training on one document, without what recompute does again."""
+    """Operations of a policy's training on one document, without what recompute does again."""
     tokens = prompt + response
     return Flops(
         # The backward pass of the head computes the logits again.

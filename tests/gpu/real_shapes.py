@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from model_shapes import MIMO_7B, QWEN3_8B
 from tiny_checkpoints import batch_of_lengths
 
 from skyrl_spec.drafts.kinds import trained_kind
@@ -39,29 +40,7 @@ class RealModel:
         return self.config["num_hidden_layers"]
 
 
-_OF_BOTH = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
-_OF_MIMO = {
-    "architectures": ["MiMoForCausalLM"],
-    "vocab_size": 151_680,
-    "intermediate_size": 11_008,
-    "num_nextn_predict_layers": 1,
-    "attention_bias": True,
-}
-_OF_QWEN = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "intermediate_size": 12_288}
-MODELS = {
-    "mimo_7b": RealModel(_OF_BOTH | _OF_MIMO, "mtp"),
-    "qwen3_8b": RealModel(_OF_BOTH | _OF_QWEN, "dflash"),
-}
+MODELS = {"mimo_7b": RealModel(MIMO_7B, "mtp"), "qwen3_8b": RealModel(QWEN3_8B, "dflash")}
 # What a CPU has in place of them.
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 

@@ -1,0 +1,29 @@
+"""``config.json`` of the models of the recipes, as far as their shapes need it. Imports nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OF_BOTH: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+}
+MIMO_7B: dict[str, Any] = _OF_BOTH | {
+    "architectures": ["MiMoForCausalLM"],
+    "vocab_size": 151_680,
+    "intermediate_size": 11_008,
+    "num_nextn_predict_layers": 1,
+    "attention_bias": True,
+}
+QWEN3_8B: dict[str, Any] = _OF_BOTH | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151_936,
+    "intermediate_size": 12_288,
+}
