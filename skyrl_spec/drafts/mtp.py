@@ -89,7 +89,7 @@ class MtpSupervision(Supervision):
 class MtpDraft(Draft):
     """MiMo's first MTP layer, unrolled ``unroll_steps`` deep on its own output.
 
-    Only the depth-1 keys are computed for all tokens. The layer runs on the chains that are trained.
+    The layer runs on the chains that are trained. Of the tokens that they see, only depth-1 keys are computed.
     """
 
     capture_points = (TRUNK_HIDDEN, EMBEDDING)
