@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import WHOLE, Run, assert_same_run, finish, records_of, small_disk, start, stopped
+from runs import STOP_TIMEOUT_S, WHOLE, Run, assert_same_run, finish, records_of, small_disk, start, stopped
 
 from skyrl_spec.checkpoint.folders import latest
 
@@ -53,7 +53,7 @@ def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bi
     # make, timeout and CI send a signal twice: to the process group, and from the parent that got it. The step in
     # progress is finished and saved.
     endless = [*WHOLE, "trainer.max_training_steps=50"]
-    run, output = stopped(run_dir, endless, signal.SIGTERM, times=2, within_s=20)
+    run, output = stopped(run_dir, endless, signal.SIGTERM, times=2)
     assert run.process.returncode == 0, output
     step = len(records_of(run_dir)) - 1
     assert f"skyrl-spec: SIGTERM: saved {checkpoints}/step_{step}; the same command with" in output
@@ -64,9 +64,7 @@ def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bi
     run = start(run_dir, *go_on)
     run.wait_for_steps(1 + step + 1)
     run.actor("PolicyWorker").kill()
-    killed = time.monotonic()
-    output = run.output(timeout_s=60)
-    assert time.monotonic() - killed < 30
+    output = run.output(STOP_TIMEOUT_S)
     assert run.process.returncode == 1, output
     assert run.processes() == []
     assert "Traceback" not in output, output
@@ -81,7 +79,7 @@ def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bi
     killed = time.monotonic()
     run.process.wait()
     while left(run):
-        assert time.monotonic() - killed < 20, left(run)
+        assert time.monotonic() - killed < STOP_TIMEOUT_S, left(run)
         time.sleep(0.2)
 
     finish(run_dir, *go_on)

