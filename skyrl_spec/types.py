@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -116,6 +117,8 @@ class SpecCounters:
     num_accepted_tokens: int = 0
     # Tokens accepted at draft position 1, 2, ...
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    # Drafts with at least 1, 2, ... tokens. Empty: all drafts are equally long.
+    num_drafts_per_pos: tuple[int, ...] = ()
 
     def __add__(self, other: SpecCounters) -> SpecCounters:
         return self._combine(other, 1)
@@ -124,22 +127,47 @@ class SpecCounters:
         return self._combine(other, -1)
 
     def _combine(self, other: SpecCounters, sign: int) -> SpecCounters:
-        width = max(len(self.num_accepted_tokens_per_pos), len(other.num_accepted_tokens_per_pos))
-        mine, theirs = (
-            list(c.num_accepted_tokens_per_pos) + [0] * (width - len(c.num_accepted_tokens_per_pos))
-            for c in (self, other)
-        )
         return SpecCounters(
             self.num_drafts + sign * other.num_drafts,
             self.num_draft_tokens + sign * other.num_draft_tokens,
             self.num_accepted_tokens + sign * other.num_accepted_tokens,
-            tuple(a + sign * b for a, b in zip(mine, theirs, strict=True)),
+            _add(self.num_accepted_tokens_per_pos, other.num_accepted_tokens_per_pos, sign),
+            _add(self.num_drafts_per_pos, other.num_drafts_per_pos, sign),
         )
+
+    @property
+    def drafts_per_pos(self) -> tuple[int, ...]:
+        """Drafts with at least 1, 2, ... tokens."""
+        return self.num_drafts_per_pos or (self.num_drafts,) * len(self.num_accepted_tokens_per_pos)
 
     @property
     def mean_acceptance_length(self) -> float:
         """1 + accepted tokens / drafts: tokens per forward pass of the target. 1.0 without drafts."""
         return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+
+def _add(first: tuple[int, ...], second: tuple[int, ...], sign: int) -> tuple[int, ...]:
+    pairs = zip_longest(first, second, fillvalue=0)
+    return tuple(one + sign * other for one, other in pairs)
+
+
+# Batch sizes, and seconds of a step at each for each length that a scheduler tries.
+StepTable = tuple[list[int], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class LengthLog:
+    """Steps of an engine by batch size, in bins from one power of two to the next, and by drafted tokens.
+
+    ``expected_tokens`` are the tokens that the planned lengths promised in the same seconds; nan if nothing was promised.
+    """
+
+    steps: list[list[int]]  # [bins, 2 + most]: drafter off, 0, 1, ... drafted tokens
+    seconds: list[float]  # [bins]
+    tokens: list[float]  # [bins]
+    expected_tokens: list[float]  # [bins]
+    # Length that is planned now for batch size 1, 2, ... -1: the drafter is off.
+    planned: list[int]
 
 
 @dataclass

@@ -11,6 +11,7 @@ def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
     - ``draft_acceptance_rate`` = accepted tokens / drafted tokens
     - ``draft_mean_acceptance_length`` = 1 + accepted tokens / drafts
     - ``draft_acceptance_rate_pos_K`` = tokens accepted at draft position K (from 1) / drafts
+      of at least K tokens
     """
     if counters.num_drafts == 0:
         return {}
@@ -20,6 +21,8 @@ def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
         "num_draft_tokens": float(counters.num_draft_tokens),
         "num_accepted_tokens": float(counters.num_accepted_tokens),
     }
-    for position, accepted in enumerate(counters.num_accepted_tokens_per_pos, start=1):
-        metrics[f"acceptance_rate_pos_{position}"] = accepted / counters.num_drafts
+    per_position = zip(counters.num_accepted_tokens_per_pos, counters.drafts_per_pos, strict=True)
+    for position, (accepted, drafts) in enumerate(per_position, start=1):
+        if drafts:
+            metrics[f"acceptance_rate_pos_{position}"] = accepted / drafts
     return {f"{prefix}/draft_{name}": value for name, value in metrics.items()}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -19,11 +21,13 @@ from skyrl_spec.drafts.speculation import (
     require_exact_sampling,
     require_visible_draft,
 )
+from skyrl_spec.rollout.calibrate import measure_steps
 from skyrl_spec.rollout.engine_args import OWN_ENGINE_ARGS, require_other_engine_args
+from skyrl_spec.settings.schedule import dense_table
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import model_directory, read_config
-from skyrl_spec.types import Generation, Proposals, SpecCounters, Versions
+from skyrl_spec.types import Generation, LengthLog, Proposals, SpecCounters, StepTable, Versions
 
 _COUNTERS = {counter.name for counter in fields(SpecCounters)}
 
@@ -47,6 +51,8 @@ class EngineSettings:
     enforce_eager: bool = False
     seed: int = 0
     speculative_config: dict[str, Any] | None = None
+    # "fixed", "auto", or rows [first batch size, last batch size, drafted tokens].
+    schedule: str | list[list[int]] = "fixed"
     # "ray", "nccl" or "ipc".
     weight_sync_backend: str = "nccl"
     # OpenMP threads on CPU; None leaves them to the environment.
@@ -122,12 +128,30 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     }
     if settings.speculative_config is not None:
         args["worker_extension_cls"] = "skyrl_spec.rollout.draft_recorder.DraftRecorder"
+        args |= _schedule_args(settings)
     if settings.device == "cpu":
         args["kv_cache_memory_bytes"] = int(settings.cpu_kvcache_space * 2**30)
     else:
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
     assert args.keys() <= OWN_ENGINE_ARGS, args.keys() - OWN_ENGINE_ARGS
     return args | settings.engine_init_kwargs
+
+
+def _schedule_args(settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of a schedule: our scheduler, and vLLM's own schedule, which allows drafts of any length."""
+    if settings.schedule == "fixed":
+        return {}
+    from skyrl_spec.rollout.scheduler import PATHS, TABLE
+
+    assert settings.speculative_config is not None
+    most = settings.speculative_config["num_speculative_tokens"]
+    rows = [[1, settings.max_num_seqs, most]] if settings.schedule == "auto" else settings.schedule
+    table = None if settings.schedule == "auto" else dense_table(rows, settings.max_num_seqs)
+    return {
+        "scheduler_cls": PATHS[settings.device],
+        "additional_config": {TABLE: table},
+        "speculative_config": settings.speculative_config | {"num_speculative_tokens_per_batch_size": rows},
+    }
 
 
 def _with_local_models(settings: EngineSettings) -> EngineSettings:
@@ -189,6 +213,13 @@ class RolloutEngine:
         Raises:
             ValueError: a prompt leaves no room for a response.
         """
+        outputs = self._llm.generate(*self._requests(prompts, sampling, n, seed), use_tqdm=False)
+        return [[self._generation(completion) for completion in output.outputs] for output in outputs]
+
+    def _requests(
+        self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
+    ) -> tuple[list[Any], list[Any]]:
+        """vLLM's prompts and sampling parameters."""
         from vllm import SamplingParams, TokensPrompt
 
         require_exact_sampling(sampling, self._settings.speculative_config)
@@ -215,10 +246,42 @@ class RolloutEngine:
             )
             for ids, prompt_seed in zip(prompts, seeds, strict=True)
         ]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling_params=params, use_tqdm=False
-        )
-        return [[self._generation(completion) for completion in output.outputs] for output in outputs]
+        return [TokensPrompt(prompt_token_ids=ids) for ids in prompts], params
+
+    def calibrate(self, prompts: list[list[int]], sampling: SamplingConfig, largest: int) -> StepTable | None:
+        """Measures step times up to batch size ``largest`` and uses them. None with a schedule that needs none."""
+        if self._settings.schedule != "auto" or self._settings.speculative_config is None:
+            return None
+        inputs, params = self._requests(prompts, sampling, 1, 0)
+        endless = params[0].clone()
+        endless.ignore_eos = True
+        largest = min(largest, self._settings.max_num_seqs)
+        table = measure_steps(self._llm, self._call_scheduler, inputs, endless, largest)
+        self.use_step_times(table)
+        self.reset_prefix_cache()
+        return table
+
+    def use_step_times(self, table: StepTable) -> None:
+        """Chooses the lengths of drafts by these step times."""
+        if table[0]:
+            self._call_scheduler("use_step_times", *table)
+
+    def read_lengths(self) -> LengthLog | None:
+        """Steps since the last call by batch size and drafted tokens. None with a fixed length."""
+        if not self._has_schedule:
+            return None
+        return LengthLog(**self._call_scheduler("read_log"))
+
+    @property
+    def _has_schedule(self) -> bool:
+        return self._settings.schedule != "fixed" and self._settings.speculative_config is not None
+
+    def _call_scheduler(self, method: str, *args: Any) -> Any:
+        """Calls a method of ``scheduler._ChosenLengths``, wherever vLLM's engine core runs."""
+        core = self._llm.llm_engine.engine_core
+        if hasattr(core, "engine_core"):
+            return core.engine_core.call_scheduler(method, *args)
+        return core.call_utility("call_scheduler", method, *args)
 
     def _generation(self, completion: Any) -> Generation:
         if completion.finish_reason not in ("stop", "length"):
@@ -244,9 +307,22 @@ class RolloutEngine:
             ]
         self._llm.collective_rpc("start_recording_drafts")
         try:
-            return [self._propose(prompt, sampling, seed, num_drafted) for prompt in prompts]
+            with self._longest_drafts():
+                return [self._propose(prompt, sampling, seed, num_drafted) for prompt in prompts]
         finally:
             self._llm.collective_rpc("stop_recording_drafts")
+
+    @contextmanager
+    def _longest_drafts(self) -> Iterator[None]:
+        """Drafts as many tokens as possible in every step, so that all recorded drafts have one length."""
+        if not self._has_schedule:
+            yield
+            return
+        self._call_scheduler("pin_length", self._settings.speculative_config["num_speculative_tokens"])
+        try:
+            yield
+        finally:
+            self._call_scheduler("pin_length", None)
 
     def _propose(self, prompt: list[int], sampling: SamplingConfig, seed: int, num_drafted: int) -> Proposals:
         (generation,) = self.generate([prompt], sampling, 1, seed)[0]
@@ -274,6 +350,8 @@ class RolloutEngine:
                 values[name] = metric.value
             elif name in _COUNTERS and isinstance(metric, Vector):
                 values[name] = tuple(metric.values)
+        if self._has_schedule:
+            values["num_drafts_per_pos"] = tuple(self._call_scheduler("drafted_per_pos"))
         return SpecCounters(**values)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -303,6 +381,8 @@ class RolloutEngine:
         """Drops all cached keys, including the draft's. Raises ``RuntimeError`` if vLLM still uses some."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        if self._has_schedule:
+            self._call_scheduler("weights_changed")
 
     def shutdown(self) -> None:
         """Frees the engine. It cannot be used afterwards."""

@@ -28,6 +28,8 @@ OWN_ENGINE_ARGS = frozenset(
         "disable_log_stats",
         "use_tqdm_on_load",
         "worker_extension_cls",
+        "scheduler_cls",
+        "additional_config",
         "kv_cache_memory_bytes",
         "gpu_memory_utilization",
     }

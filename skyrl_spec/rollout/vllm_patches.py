@@ -1,4 +1,4 @@
-"""Fixes for faults of vLLM 0.32: one function for each, with the reason and the condition for its removal.
+"""Changes of vLLM 0.32: one function for each. A fix of a fault has the reason and the condition for its removal.
 
 ``register`` is the ``vllm.general_plugins`` entry point. Every process of vLLM calls it before its workers start.
 """
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from skyrl_spec.rollout.step_times import OFF
 
 WEIGHT_ENGINE = "ray"
 
@@ -199,7 +201,37 @@ def fix_rewinding_of_generators() -> None:
     runner_class._sample, runner_class._bookkeeping_sync = _sample, _bookkeeping_sync
 
 
+def let_a_drafter_be_off() -> None:
+    """Lets a scheduler turn the drafter off in a step, with a draft of ``step_times.OFF`` tokens.
+
+    With a draft of 0 tokens vLLM still runs the drafter's first pass, which fills in the draft's keys. Where a draft does
+    not pay at all, this pass is a loss.
+    """
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    _require(SpecDecodeBaseProposer, "propose", let_a_drafter_be_off)
+    upstream = SpecDecodeBaseProposer.propose
+
+    def propose(self: Any, num_speculative_tokens: int, **inputs: Any) -> Tensor:
+        if num_speculative_tokens == OFF:
+            return inputs["next_token_ids"].new_empty(inputs["common_attn_metadata"].batch_size(), 0, dtype=torch.int64)
+        return upstream(self, num_speculative_tokens, **inputs)
+
+    SpecDecodeBaseProposer.propose = propose
+
+
+def let_the_scheduler_be_called() -> None:
+    """Gives vLLM's engine core a method that calls its scheduler, which may be in another process than the caller."""
+    from vllm.v1.engine.core import EngineCore
+
+    def call_scheduler(self: Any, method: str, *args: Any) -> Any:
+        return getattr(self.scheduler, method)(*args)
+
+    EngineCore.call_scheduler = call_scheduler
+
+
 FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
+ADDITIONS: tuple[Callable[[], None], ...] = (let_a_drafter_be_off, let_the_scheduler_be_called)
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,
     fix_top_k_of_no_tokens,
@@ -222,8 +254,8 @@ def register(fixes: Sequence[Callable[[], None]] = FIXES, cpu_fixes: Sequence[Ca
     WeightTransferEngineFactory.register_engine(
         WEIGHT_ENGINE, "skyrl_spec.rollout.weight_engine", "RayWeightTransferEngine"
     )
-    for fix in (*fixes, *(cpu_fixes if current_platform.is_cpu() else ())):
-        fix()
+    for change in (*fixes, *(cpu_fixes if current_platform.is_cpu() else ()), *ADDITIONS):
+        change()
 
 
 def _require(owner: Any, name: str, fix: Callable[[], None]) -> None:

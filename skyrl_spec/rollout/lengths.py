@@ -1,0 +1,265 @@
+"""How many tokens an engine drafts in a step: the number that gives most tokens per second at its batch size.
+
+    tokens of a step, for a request    1 + the acceptance rates of the drafted positions
+    seconds of a step                  measured, by batch size and length (``step_times``)
+
+Both change: the acceptance with every weight sync, the batch while a rollout runs dry. The plan is made anew every few
+steps. A few trial steps of other lengths keep what it rests on up to date; they may cost a hundredth of the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from skyrl_spec.rollout.step_times import OFF, StepTimes
+
+# Drafts after which an acceptance rate is half forgotten, and the share that a weight sync leaves.
+_WINDOW, _KEPT_AT_SYNC = 4096, 0.1
+# Accepted share of a position before anything is known about it, and how many drafts that counts for.
+_FIRST_GUESS, _GUESS_WEIGHT = 0.7, 8.0
+# A length in use gives way to one that is better by this share.
+_HYSTERESIS = 0.02
+# Share of the time that trials may cost, and how many steps' time is saved up for them at most.
+_TRIAL_SHARE, _MOST_CREDIT = 0.01, 16.0
+# Steps of a trial. The first still verifies drafts of the length in use, and only the others are timed.
+_TRIAL_STEPS = 4
+_STEPS_BETWEEN_PLANS, _STEPS_BETWEEN_TRIALS = 8, 24
+# Steps at the beginning of a rollout that draft this many tokens, to see if drafting pays again.
+_PROBE_STEPS, _PROBE_LENGTH = 24, 2
+# Share of the time that a probe may lose, and the steps over which the mean time of a step is taken.
+_LOST_IN_A_PROBE, _STEPS_OF_MEAN = 0.5, 500
+
+
+class EngineStep(NamedTuple):
+    """A step of an engine. ``drafted`` is the length it was told to draft, ``verified`` that of the step before."""
+
+    batch_size: int
+    verified: int
+    drafted: int
+    # None: not a pure decode step, or the first after a pause.
+    seconds: float | None
+    # Drafts that had at least 1, 2, ... tokens, and of these, drafts of which as many were accepted.
+    drafted_per_pos: np.ndarray
+    accepted_per_pos: np.ndarray
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the step verified and drafted the same number of tokens."""
+        return self.seconds is not None and self.verified == self.drafted
+
+
+class Lengths(Protocol):
+    """What a scheduler asks for the number of tokens to draft."""
+
+    def begin(self) -> None:
+        """An engine without requests gets some."""
+
+    def choose(self, batch_size: int) -> int:
+        """Number of tokens to draft in the next step, or ``OFF``."""
+
+    def observe(self, step: EngineStep) -> None:
+        """Takes in a finished step."""
+
+    def weights_changed(self) -> None:
+        """The engine got other weights."""
+
+    def planned(self) -> list[int]:
+        """Length for batch size 1, 2, ..."""
+
+    def expected_tokens_per_s(self, batch_size: int) -> float:
+        """Tokens per second of the whole batch at the planned length. nan: not known."""
+
+
+class LengthTable:
+    """Lengths that do not change."""
+
+    def __init__(self, lengths_B: list[int]):
+        self._lengths_B = lengths_B
+
+    def begin(self) -> None: ...
+
+    def choose(self, batch_size: int) -> int:
+        return self._lengths_B[batch_size - 1]
+
+    def observe(self, step: EngineStep) -> None: ...
+
+    def weights_changed(self) -> None: ...
+
+    def planned(self) -> list[int]:
+        return list(self._lengths_B)
+
+    def expected_tokens_per_s(self, batch_size: int) -> float:
+        return float("nan")
+
+
+class StepLog:
+    """Sums over steps by batch size, in bins from one power of two to the next."""
+
+    def __init__(self, largest: int, most: int):
+        num_bins = largest.bit_length()
+        # Column 0 is OFF.
+        self._steps_SL = np.zeros((num_bins, most + 2), np.int64)
+        # Seconds and tokens of timed steps, and the tokens expected in these seconds.
+        self._seconds_S, self._tokens_S, self._expected_S = (np.zeros(num_bins) for _ in range(3))
+
+    def add(self, step: EngineStep, expected_tokens_per_s: float) -> None:
+        index = step.batch_size.bit_length() - 1
+        self._steps_SL[index, step.drafted + 1] += 1
+        if step.seconds is not None:
+            self._seconds_S[index] += step.seconds
+            self._tokens_S[index] += step.batch_size + step.accepted_per_pos.sum()
+            self._expected_S[index] += step.seconds * expected_tokens_per_s
+
+    def as_lists(self) -> dict[str, list[Any]]:
+        """Plain data: ``steps`` [bins, 1 + lengths], ``seconds``, ``tokens`` and ``expected_tokens`` [bins]."""
+        return {
+            "steps": self._steps_SL.tolist(),
+            "seconds": self._seconds_S.tolist(),
+            "tokens": self._tokens_S.tolist(),
+            "expected_tokens": self._expected_S.tolist(),
+        }
+
+
+class Acceptance:
+    """Rates at which drafted positions are accepted, mostly from the last few thousand drafts."""
+
+    def __init__(self, most: int):
+        self._reached_K, self._accepted_K = np.zeros(most), np.zeros(most)
+
+    def add(self, drafted_per_pos: np.ndarray, accepted_per_pos: np.ndarray) -> None:
+        # A position is reached if the one before was accepted. Drafts of a step have one length, except the last few
+        # of a response.
+        before = np.concatenate([drafted_per_pos[:1], accepted_per_pos[:-1]])
+        self._reached_K += np.minimum(before, drafted_per_pos)
+        self._accepted_K += accepted_per_pos
+        if self._reached_K[0] > _WINDOW:
+            self.forget(0.5)
+
+    def forget(self, kept: float) -> None:
+        """Gives what is known the weight ``kept`` against what is still to come."""
+        self._reached_K *= kept
+        self._accepted_K *= kept
+
+    def rates(self) -> np.ndarray:
+        """``[K]``: share of drafts whose first 1, 2, ... tokens are accepted. An unknown position is like the last."""
+        conditional_K, guess = np.empty_like(self._reached_K), _FIRST_GUESS
+        for index, (reached, accepted) in enumerate(zip(self._reached_K, self._accepted_K, strict=True)):
+            guess = conditional_K[index] = (accepted + _GUESS_WEIGHT * guess) / (reached + _GUESS_WEIGHT)
+        return np.cumprod(conditional_K)
+
+
+class AutoLengths:
+    """Lengths chosen by measured step times and acceptance.
+
+    ``times`` has the lengths 0 and others, and ``OFF`` for a draft with a model. Where no drafts pay, the drafter still runs its first pass
+    (length 0) if drafts pay at a smaller batch: without it the draft would lack the keys of these tokens. If they pay at
+    no smaller batch either, the drafter is ``OFF``, and stays off until the engine is idle. Now and then the beginning of
+    a rollout is a probe, which shows whether drafts pay again.
+    """
+
+    def __init__(self, times: StepTimes, largest: int):
+        self.times, self.acceptance = times, Acceptance(max(times.lengths))
+        self._lengths_L, self._batch_sizes = np.array(times.lengths), np.arange(1, largest + 1)
+        # Seconds that trials and probes may still cost.
+        self._credit_s, self._mean_step_s = 0.0, 0.0
+        self._num_steps, self._next_trial = 0, _STEPS_BETWEEN_TRIALS
+        self._trial_length, self._trial_left, self._probe_left = OFF, 0, 0
+        self._lacks_keys = False
+        # Number of steps at the last trial of each length.
+        self._tried_L = np.zeros(len(times.lengths))
+        # Index of the length in use at each batch size.
+        self._plan_B = np.full(largest, OFF)
+        self._rates_BL = self._rates()
+        self._plan_B = self._best()
+
+    def begin(self) -> None:
+        self._lacks_keys, self._probe_left = False, 0
+        is_off = self._lengths_L[self._plan_B[-1]] == OFF
+        if is_off and self._credit_s >= _PROBE_STEPS * _LOST_IN_A_PROBE * self._mean_step_s:
+            self._probe_left = _PROBE_STEPS
+
+    def choose(self, batch_size: int) -> int:
+        if self._probe_left > 0:
+            self._probe_left -= 1
+            return self.times.lengths[self._index(_PROBE_LENGTH)]
+        planned = self._planned(batch_size)
+        if self._lacks_keys or planned == OFF:
+            self._lacks_keys = True
+            return OFF
+        if self._trial_left > 0:
+            self._trial_left -= 1
+            return self._trial_length
+        return planned
+
+    def observe(self, step: EngineStep) -> None:
+        if step.verified > 0 and not self._lacks_keys:
+            self.acceptance.add(step.drafted_per_pos, step.accepted_per_pos)
+        if step.seconds is None:
+            return
+        self._pay(step.batch_size, step.drafted, step.seconds)
+        is_planned = step.drafted == self._planned(step.batch_size)
+        if step.is_steady:
+            self.times.observe(step.batch_size, step.drafted, step.seconds, is_trial=not is_planned)
+        self._num_steps += 1
+        if self._num_steps % _STEPS_BETWEEN_PLANS == 0:
+            self._rates_BL = self._rates()
+            self._plan_B = self._best()
+        if self._num_steps >= self._next_trial and is_planned and step.drafted != OFF:
+            self._begin_trial(step.batch_size, step.seconds)
+
+    def weights_changed(self) -> None:
+        self.acceptance.forget(_KEPT_AT_SYNC)
+
+    def planned(self) -> list[int]:
+        return self._lengths_L[self._plan_B].tolist()
+
+    def expected_tokens_per_s(self, batch_size: int) -> float:
+        return float(self._rates_BL[batch_size - 1, self._plan_B[batch_size - 1]] * batch_size)
+
+    def _planned(self, batch_size: int) -> int:
+        return int(self._lengths_L[self._plan_B[batch_size - 1]])
+
+    def _index(self, length: int) -> int:
+        """Index of ``length``, or of the longest if that is shorter."""
+        return self.times.lengths.index(min(length, self.times.lengths[-1]))
+
+    def _rates(self) -> np.ndarray:
+        """``[B, L]``: tokens per second of a request."""
+        tokens_K = np.concatenate([[1.0], 1.0 + np.cumsum(self.acceptance.rates())])
+        return tokens_K[np.maximum(self._lengths_L, 0)] / self.times.seconds(self._batch_sizes)
+
+    def _best(self) -> np.ndarray:
+        """``[B]``: index of the length to use at each batch size."""
+        in_use_BL = np.arange(len(self._lengths_L)) == self._plan_B[:, None]
+        rates_BL = self._rates_BL * np.where(in_use_BL, 1 + _HYSTERESIS, 1)
+        is_off_L = self._lengths_L == OFF
+        is_off_B = np.logical_and.accumulate(is_off_L[rates_BL.argmax(axis=1)])
+        best_B = np.where(is_off_L, -np.inf, rates_BL).argmax(axis=1)
+        return np.where(is_off_B, is_off_L.argmax(), best_B)
+
+    def _pay(self, batch_size: int, length: int, seconds: float) -> None:
+        """Adds a step's share to what trials may cost, and subtracts what it lost to the length in use."""
+        loss = _loss(self._rates_BL[batch_size - 1], self._plan_B[batch_size - 1], self.times.lengths.index(length))
+        self._mean_step_s += (seconds - self._mean_step_s) / min(self._num_steps + 1, _STEPS_OF_MEAN)
+        earned_s = (_TRIAL_SHARE - loss) * seconds
+        self._credit_s = min(max(self._credit_s + earned_s, 0.0), _MOST_CREDIT * self._mean_step_s)
+
+    def _begin_trial(self, batch_size: int, seconds: float) -> None:
+        """Tries the length that was tried longest ago, of those that the credit allows."""
+        rates_L, planned = self._rates_BL[batch_size - 1], self._plan_B[batch_size - 1]
+        prices_L = np.array([_loss(rates_L, planned, index) for index in range(len(rates_L))]) * _TRIAL_STEPS * seconds
+        allowed_L = (prices_L <= self._credit_s) & (self._lengths_L != OFF)
+        allowed_L[planned] = False
+        if not allowed_L.any():
+            return
+        chosen = int(np.where(allowed_L, self._tried_L, np.inf).argmin())
+        self._tried_L[chosen] = self._num_steps
+        self._trial_length, self._trial_left = self.times.lengths[chosen], _TRIAL_STEPS
+        self._next_trial = self._num_steps + _STEPS_BETWEEN_TRIALS
+
+
+def _loss(rates_L: np.ndarray, planned: int, index: int) -> float:
+    """Share of the tokens per second that a length gives away against the one in use."""
+    return max(0.0, 1.0 - float(rates_L[index] / rates_L[planned]))

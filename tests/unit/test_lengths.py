@@ -1,0 +1,272 @@
+"""Choosing how many tokens to draft, on a simulated engine: step times and acceptance are known functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from skyrl_spec.rollout.lengths import Acceptance, AutoLengths, EngineStep, LengthTable, StepLog
+from skyrl_spec.rollout.step_times import OFF, Calibration, StepTimes, lengths_to_try, sizes_to_measure
+from skyrl_spec.settings.schedule import dense_table
+
+MOST, LARGEST = 7, 128
+# Milliseconds of a step: fixed part, each verified token, first pass of the drafter, each further token drafted.
+TIMES = {"base": 2.0, "token": 0.02, "first": 0.4, "further": 0.3}
+Conditional = Callable[[int], float]
+
+
+@dataclass
+class SimulatedEngine:
+    """An engine with known step times. ``conditional(position)`` is the chance of a position once it is reached."""
+
+    conditional: Conditional
+    times: dict[str, float] = field(default_factory=lambda: dict(TIMES))
+    noise: float = 0.05
+    # Factor of all times: another program on the same machine.
+    slowdown: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+        self.last = OFF
+        # Time and tokens so far.
+        self.seconds, self.tokens = 0.0, 0.0
+
+    def mean_seconds(self, batch_size: int, verified: int, drafted: int) -> float:
+        tokens = batch_size * (1 + max(verified, 0))
+        draft = 0.0 if drafted == OFF else self.times["first"] + self.times["further"] * drafted
+        return 1e-3 * self.slowdown * (self.times["base"] + self.times["token"] * tokens + draft)
+
+    def best_rate(self, batch_size: int, lengths: list[int]) -> tuple[float, int]:
+        """Tokens per second of a request at the best fixed length, and this length."""
+        return max((self.rate(batch_size, length), length) for length in lengths)
+
+    def rate(self, batch_size: int, length: int) -> float:
+        return self.tokens_of(length) / self.mean_seconds(batch_size, length, length)
+
+    def tokens_of(self, length: int) -> float:
+        chances = np.cumprod([self.conditional(position) for position in range(1, max(length, 0) + 1)])
+        return 1 + float(np.sum(chances))
+
+    def step(self, lengths: AutoLengths | LengthTable, batch_size: int) -> EngineStep:
+        drafted = lengths.choose(batch_size)
+        verified, self.last = self.last, drafted
+        seconds = self.mean_seconds(batch_size, verified, drafted) * self.random.lognormal(0, self.noise)
+        drafts, accepted = np.zeros(MOST, np.int64), np.zeros(MOST, np.int64)
+        alive = batch_size
+        for position in range(1, max(verified, 0) + 1):
+            drafts[position - 1] = batch_size
+            alive = accepted[position - 1] = self.random.binomial(alive, self.conditional(position))
+        step = EngineStep(batch_size, verified, drafted, seconds, drafts, accepted)
+        lengths.observe(step)
+        self.seconds += seconds
+        self.tokens += 1 + accepted.sum() / batch_size
+        return step
+
+    def step_times(self) -> StepTimes:
+        lengths, sizes = lengths_to_try(MOST, has_model=True), sizes_to_measure(LARGEST)
+        return StepTimes(
+            sizes, lengths, np.array([[self.mean_seconds(size, length, length) for length in lengths] for size in sizes])
+        )
+
+
+def often(position: int) -> float:
+    return 0.95
+
+
+def rarely(position: int) -> float:
+    return 0.3
+
+
+def never(position: int) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize("conditional", [often, rarely, never, lambda position: 0.9 if position < 4 else 0.1])
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 100, 128])
+def test_it_finds_the_length_with_most_tokens_per_second(conditional: Conditional, batch_size: int) -> None:
+    engine = SimulatedEngine(conditional)
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+    lengths.begin()
+    for _ in range(400):
+        engine.step(lengths, batch_size)
+    engine.seconds = engine.tokens = 0.0
+    for _ in range(2000):
+        engine.step(lengths, batch_size)
+    # All fixed lengths, and no draft at all.
+    best, _ = engine.best_rate(batch_size, lengths.times.lengths)
+    assert engine.tokens / engine.seconds > 0.97 * best
+
+
+def test_the_length_follows_the_batch() -> None:
+    engine = SimulatedEngine(lambda position: 0.8, noise=0.0)
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+    for _ in range(300):
+        engine.step(lengths, 8)
+    planned = lengths.planned()
+    for batch_size in (1, 8, 32, 128):
+        best, length = engine.best_rate(batch_size, lengths.times.lengths)
+        assert engine.rate(batch_size, planned[batch_size - 1]) > 0.97 * best, (batch_size, length)
+    assert planned[0] > planned[-1] >= 0
+
+
+def test_a_decaying_batch_takes_hardly_longer_than_with_the_best_length_at_each_size() -> None:
+    """The shape of a rollout: 128 responses whose lengths are log-normal."""
+    ends = np.sort(np.random.default_rng(1).lognormal(np.log(100), 1.0, 128).astype(int) + 1)
+
+    def rollout(engine: SimulatedEngine, lengths: AutoLengths | LengthTable) -> None:
+        lengths.begin()
+        engine.last, position = OFF, 0.0
+        while position < ends[-1]:
+            tokens = engine.tokens
+            engine.step(lengths, int((ends > position).sum()))
+            position += engine.tokens - tokens
+
+    def seconds(lengths_of: Callable[[SimulatedEngine], AutoLengths | LengthTable]) -> float:
+        # A verified token is dear, so that short drafts pay for many requests and long ones for few.
+        engine = SimulatedEngine(lambda position: 0.85, times=TIMES | {"token": 0.05})
+        lengths = lengths_of(engine)
+        for _ in range(3):
+            rollout(engine, lengths)
+        engine.seconds = 0.0
+        for _ in range(5):
+            rollout(engine, lengths)
+        return engine.seconds
+
+    auto = seconds(lambda engine: AutoLengths(engine.step_times(), LARGEST))
+    fixed = [seconds(lambda _, length=length: LengthTable([length] * LARGEST)) for length in range(MOST + 1)]
+    engine = SimulatedEngine(lambda position: 0.85, times=TIMES | {"token": 0.05})
+    best = [engine.best_rate(size, list(range(MOST + 1)))[1] for size in range(1, LARGEST + 1)]
+    ideal = seconds(lambda _: LengthTable(best))
+    # Trials may cost a hundredth.
+    assert auto < 1.02 * ideal < 1.02 * min(fixed)
+    assert auto < min(fixed)
+
+
+def test_a_draft_that_begins_to_pay_is_found_and_one_that_stops_is_left() -> None:
+    chance = {"now": 0.0}
+    engine = SimulatedEngine(lambda position: chance["now"])
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+
+    def rollouts(number: int) -> None:
+        for _ in range(number):
+            lengths.begin()
+            engine.last = OFF
+            for _ in range(100):
+                engine.step(lengths, 16)
+
+    rollouts(20)
+    assert lengths.planned()[15] == OFF
+    engine.seconds = engine.tokens = 0.0
+    rollouts(40)
+    assert engine.tokens / engine.seconds > 0.97 * engine.rate(16, OFF), "probes cost too much"
+    chance["now"] = 0.95
+    lengths.weights_changed()
+    rollouts(40)
+    assert lengths.planned()[15] >= MOST - 1
+    chance["now"] = 0.0
+    lengths.weights_changed()
+    rollouts(5)
+    assert lengths.planned()[15] == OFF
+
+
+def test_a_machine_that_slows_down_changes_no_length() -> None:
+    engine = SimulatedEngine(often, noise=0.02)
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+    for _ in range(300):
+        engine.step(lengths, 16)
+    before, rate = lengths.planned(), lengths.expected_tokens_per_s(16)
+    engine.slowdown = 3.0
+    for _ in range(300):
+        engine.step(lengths, 16)
+    assert lengths.planned()[:16] == before[:16]
+    assert lengths.expected_tokens_per_s(16) == pytest.approx(rate / 3, rel=0.1)
+
+
+def test_step_times_that_were_wrong_are_put_right_by_trials() -> None:
+    engine = SimulatedEngine(lambda position: 0.8, noise=0.02)
+    right = engine.step_times()
+    wrong = right.seconds(np.array(right.sizes))
+    # The calibration saw the longest drafts at half of their cost.
+    wrong[:, -1] *= 0.5
+    lengths = AutoLengths(StepTimes(right.sizes, right.lengths, wrong), LARGEST)
+    assert lengths.planned()[63] == MOST
+    for _ in range(6000):
+        engine.step(lengths, 64)
+    best, _ = engine.best_rate(64, right.lengths)
+    assert engine.rate(64, lengths.planned()[63]) > 0.97 * best
+
+
+def test_keys_are_kept_where_a_smaller_batch_drafts() -> None:
+    """Length 0, not OFF, while the batch is too large for drafts: the rest of the rollout needs the draft's keys."""
+    engine = SimulatedEngine(lambda position: 0.5, times=TIMES | {"token": 0.05})
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+    for _ in range(300):
+        engine.step(lengths, 4)
+    assert lengths.planned()[0] > 0
+    assert lengths.planned()[-1] == 0
+
+
+def test_acceptance_of_positions_that_were_not_drafted_is_that_of_the_last_one() -> None:
+    acceptance = Acceptance(4)
+    for _ in range(1000):
+        acceptance.add(np.array([10, 10, 0, 0]), np.array([8, 4, 0, 0]))
+    np.testing.assert_allclose(acceptance.rates(), [0.8, 0.4, 0.2, 0.1], rtol=0.01)
+
+
+def test_calibration_measures_ratios_on_a_machine_that_changes_its_speed() -> None:
+    lengths = lengths_to_try(MOST, has_model=True)
+    engine = SimulatedEngine(never, noise=0.01)
+    calibration, last = Calibration(8, lengths), OFF
+    for number in range(10_000):
+        if calibration.is_done:
+            break
+        # Twice as slow from the second round on.
+        engine.slowdown = 1.0 if number < 2 * len(lengths) else 2.0
+        length = calibration.choose()
+        seconds = engine.mean_seconds(8, last, length) * engine.random.lognormal(0, engine.noise)
+        if last == length:
+            calibration.observe(8, length, seconds)
+        last = length
+    assert calibration.is_done and not calibration.has_failed
+    expected = np.array([engine.mean_seconds(8, length, length) for length in lengths])
+    ratios = calibration.seconds() / expected
+    np.testing.assert_allclose(ratios / ratios.mean(), 1, atol=0.05)
+
+
+def test_calibration_gives_up_a_batch_that_never_comes() -> None:
+    calibration = Calibration(8, [OFF, 0, 1])
+    for _ in range(1000):
+        if calibration.is_done:
+            break
+        calibration.observe(7, calibration.choose(), 1.0)
+    assert calibration.has_failed
+
+
+def test_lengths_to_try() -> None:
+    assert lengths_to_try(3, has_model=True) == [OFF, 0, 1, 2, 3]
+    assert lengths_to_try(3, has_model=False) == [0, 1, 2, 3]
+    assert lengths_to_try(15, has_model=False) == [*range(9), 10, 12, 14, 15]
+    assert sizes_to_measure(100) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert sizes_to_measure(1) == [1]
+
+
+def test_a_table_has_a_length_for_every_batch_size() -> None:
+    assert dense_table([[2, 3, 5], [6, 7, 1]], 9) == [5, 5, 5, 5, 5, 1, 1, 1, 1]
+    assert LengthTable(dense_table([[1, 4, 3]], 8)).planned() == [3] * 8
+
+
+def test_the_log_counts_steps_by_batch_and_length() -> None:
+    log = StepLog(9, 2)
+    nothing = np.zeros(2, np.int64)
+    log.add(EngineStep(9, 2, 2, 0.5, np.array([9, 9]), np.array([6, 3])), 40.0)
+    log.add(EngineStep(8, OFF, OFF, None, nothing, nothing), 40.0)
+    log.add(EngineStep(1, 0, 0, 0.25, nothing, nothing), 4.0)
+    lists = log.as_lists()
+    assert lists["steps"] == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+    assert lists["seconds"] == [0.25, 0, 0, 0.5]
+    assert lists["tokens"] == [1, 0, 0, 18]
+    assert lists["expected_tokens"] == [1, 0, 0, 20]
