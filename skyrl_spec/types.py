@@ -159,15 +159,15 @@ StepTable = tuple[list[int], list[list[float]]]
 class LengthLog:
     """Steps of an engine by batch size, in bins from one power of two to the next, and by drafted tokens.
 
-    ``expected_tokens`` are the tokens that the planned lengths promised in the same seconds; nan if nothing was promised.
+    ``expected_tokens`` and ``plain_tokens`` are the tokens that step times promised in the same seconds, at the planned
+    length and without a draft. They are nan where no step times are known.
     """
 
     steps: list[list[int]]  # [bins, 2 + most]: drafter off, 0, 1, ... drafted tokens
     seconds: list[float]  # [bins]
     tokens: list[float]  # [bins]
     expected_tokens: list[float]  # [bins]
-    # Length that is planned now for batch size 1, 2, ... -1: the drafter is off.
-    planned: list[int]
+    plain_tokens: list[float]  # [bins]
 
 
 @dataclass

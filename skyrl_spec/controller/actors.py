@@ -19,11 +19,13 @@ from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import (
     Component,
     Generation,
+    LengthLog,
     Prompt,
     Proposals,
     ProposalScores,
     SpecCounters,
     StepReport,
+    StepTable,
     TrainBatch,
 )
 
@@ -71,6 +73,8 @@ class EngineGroup:
         # Last counters read from each engine, and the sum over engines that were replaced.
         self._counters = [SpecCounters()] * len(handles)
         self._counters_of_lost = SpecCounters()
+        # Step times of each engine, where it chooses the lengths of its drafts.
+        self._step_times: list[StepTable | None] = [None] * len(handles)
 
     def allow_replacement(self, bring_up: Callable[[Any], None]) -> None:
         """Lets lost engines be replaced from now on. ``bring_up`` gives a new engine the weights of the others."""
@@ -107,6 +111,18 @@ class EngineGroup:
         """
         self._counters = self.all("spec_counters")
         return sum(self._counters, self._counters_of_lost)
+
+    def calibrate(self, prompts: list[Prompt], sampling: SamplingConfig, largest: int) -> bool:
+        """Lets engines that choose the lengths of their drafts measure steps, up to ``largest`` responses at a time.
+
+        Returns whether there are such engines. A replacement uses the step times of the engine that was lost.
+        """
+        self._step_times = self.all("calibrate", [prompt.token_ids for prompt in prompts], sampling, largest)
+        return any(table is not None for table in self._step_times)
+
+    def read_lengths(self) -> list[LengthLog]:
+        """Steps of each engine since the last call. Empty with a fixed length."""
+        return [log for log in self.all("read_lengths") if log is not None]
 
     def all(self, method: str, *args: Any) -> list[Any]:
         """Answers of every engine to the same call. The call may be repeated."""
@@ -185,6 +201,8 @@ class EngineGroup:
         try:
             self.handles[index] = self._start(index)
             self._bring_up(self.handles[index])
+            if (table := self._step_times[index]) is not None:
+                ray.get(self.handles[index].use_step_times.remote(table), timeout=self.timeout_s)
         except (RunError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise LostActorError(f"{lost}, and could not be restarted ({cause_of_death(error)})") from None
 

@@ -89,6 +89,7 @@ class TrainingLoop:
         Within ``shield`` a step must not be interrupted: weights have moved, and the step is not complete.
         """
         trainer = self.config.trainer
+        self._calibrate()
         if trainer.canary.enabled:
             self.canary.check(self.sync.versions)
             self.canary.require_agreement()
@@ -168,6 +169,21 @@ class TrainingLoop:
             for rollout in group
         ]
         return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
+
+    def _calibrate(self) -> None:
+        """Measures steps in engines that choose the lengths of their drafts. Prints how long it took."""
+        if self.config.generator.speculation.schedule != "auto":
+            return
+        start, generator = time.perf_counter(), self.config.generator
+        num_responses = self.config.trainer.train_batch_size * generator.n_samples_per_prompt
+        largest = -(-num_responses // generator.inference_engine.num_engines)
+        prompts = list(self.stream.prompts[: self.config.trainer.train_batch_size])
+        if self.engines.calibrate(prompts, generator.sampling_params, largest):
+            print(
+                f"skyrl-spec: generator.speculation.schedule=auto: measured the engines' steps in "
+                f"{time.perf_counter() - start:.0f} s",
+                file=sys.stderr,
+            )
 
     def _run_canaries(self, timings: dict[str, float]) -> dict[str, float]:
         """Runs the canaries that are due at this version. Returns their metrics."""

@@ -109,6 +109,7 @@ def engine_settings(config: Config) -> EngineSettings:
         enforce_eager=engine.enforce_eager,
         seed=config.trainer.seed,
         speculative_config=_speculative_on_any_node(config),
+        schedule=config.generator.speculation.schedule,
         weight_sync_backend=sync_backend(config),
         num_threads=max(1, num_cores() // engine.num_engines) if device == "cpu" else None,
         engine_init_kwargs=engine.engine_init_kwargs,

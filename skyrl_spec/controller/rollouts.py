@@ -16,6 +16,7 @@ from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.acceptance import acceptance_metrics
+from skyrl_spec.metrics.lengths import length_metrics
 from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, Rollout
 
@@ -124,12 +125,14 @@ def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float
 
 
 class SpeculationMeter:
-    """Acceptance metrics between two readings of the engines' counters. Empty if the engines have no draft."""
+    """Metrics of drafts between two readings of the engines' counters. Empty if the engines have no draft."""
 
     def __init__(self, engines: EngineGroup, mode: str):
         self._engines, self._mode = engines, mode
         self._start = engines.spec_counters()
+        engines.read_lengths()
 
     def metrics(self) -> dict[str, float]:
         counters = self._engines.spec_counters() - self._start
-        return acceptance_metrics(counters, f"vllm/{self._mode}")
+        lengths = length_metrics(self._engines.read_lengths()) if self._mode == "train" else {}
+        return acceptance_metrics(counters, f"vllm/{self._mode}") | lengths

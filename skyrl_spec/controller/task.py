@@ -14,6 +14,7 @@ from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.envs.registry import register_custom
 from skyrl_spec.envs.rewards import check_environments
+from skyrl_spec.settings.schedule import check_schedule
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import ModelSpec, load_spec
 from skyrl_spec.types import Prompt
@@ -59,6 +60,8 @@ def load_task(config: Config, resume_from: Path | None = None, *, may_write: boo
     kind = trained_kind(config.trainer)
     if kind is not None:
         config = kind.decide(config, spec, tokenizer, may_write=may_write)
+        most = kind.speculative_config(config.trainer)["num_speculative_tokens"]
+        check_schedule(config.generator.speculation.schedule, most)
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []

@@ -25,8 +25,8 @@ _VISIBLE_VALUES: dict[str, tuple[Any, ...]] = {
     "use_local_argmax_reduction": (False,),
     "draft_sample_method": ("greedy",),
     "use_heterogeneous_vocab": (False,),
-    "num_speculative_tokens_per_batch_size": (None,),
 }
+_SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
 def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:
@@ -36,6 +36,9 @@ def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:
 
 def require_visible_draft(speculative_config: dict[str, Any] | None) -> None:
     """Raises ``ConfigError`` for an option that hides from the sync canary what the engines draft."""
+    for key, value in (speculative_config or {}).items():
+        if key.replace("-", "_") == _SCHEDULE and value is not None:
+            raise ConfigError(f"{_SETTING}.{key}={value}: set generator.speculation.schedule instead; remove the key")
     _require_values(speculative_config, _VISIBLE_VALUES, "the sync canary must see what the engines draft")
 
 

@@ -18,19 +18,22 @@ from skyrl_spec.metrics.writers import Writer
 
 LINE_WIDTH = 100
 LINES_PER_HEADER = 20
+# Stands for the column with the number of drafted tokens, which is made of several metrics.
+_LENGTHS = "lengths"
 
 # Title, width, key and decimals of the columns between the step and the remaining time.
 _COLUMNS = (
     ("reward", 8, names.AVG_RAW_REWARD, 3),
     ("accept", 8, names.acceptance_length("train"), 2),
     ("predicted", 10, names.PREDICTED_ACCEPTANCE_LENGTH, 2),
+    ("k", 6, _LENGTHS, 0),
+    ("gain", 6, names.ESTIMATED_SPEEDUP, 1),
     ("tok/s", 8, names.THROUGHPUT, 0),
     ("gen s", 7, names.timing("generate"), 1),
-    ("logp", 7, names.timing("fwd_logprobs"), 1),
     ("policy", 7, names.timing("policy_train"), 1),
     ("draft", 7, names.timing("draft_train"), 1),
-    ("sync", 7, names.timing("sync_weights"), 1),
-    ("step s", 8, names.STEP_TIME, 1),
+    ("sync", 6, names.timing("sync_weights"), 1),
+    ("step s", 7, names.STEP_TIME, 1),
 )
 
 
@@ -127,8 +130,23 @@ def header_line() -> str:
 
 def step_line(step: int, num_steps: int, values: Mapping[str, float], seconds_left: float) -> str:
     """Values of a step in columns. "-" for a missing value."""
-    cells = (f"{_number(values.get(key), decimals):>{width}}" for _, width, key, decimals in _COLUMNS)
+    cells = (f"{_cell(values, key, decimals):>{width}}" for _, width, key, decimals in _COLUMNS)
     return f"{f'{step}/{num_steps}':>11}" + "".join(cells) + f"{_clock(seconds_left):>9}"
+
+
+def _cell(values: Mapping[str, float], key: str, decimals: int) -> str:
+    return _lengths(values) if key == _LENGTHS else _number(values.get(key), decimals)
+
+
+def _lengths(values: Mapping[str, float]) -> str:
+    """Drafted tokens, as "3", or "2→7" from the largest batch of a rollout to the smallest. "-" without a draft."""
+    prefix = names.LENGTH_AT_BATCH
+    by_batch = {int(key.removeprefix(prefix)): value for key, value in values.items() if key.startswith(prefix)}
+    if by_batch:
+        first, last = (round(by_batch[size]) for size in (max(by_batch), min(by_batch)))
+        return f"{first}→{last}" if first != last else f"{first}"
+    accepted, rate = values.get(names.acceptance_length("train")), values.get(names.acceptance_rate("train"))
+    return "-" if accepted is None or not rate else f"{(accepted - 1) / rate:.0f}"
 
 
 def eval_line(step: int, values: Mapping[str, float]) -> str:

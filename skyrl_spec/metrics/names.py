@@ -12,6 +12,14 @@ DRAFT_LOSS = "draft/loss"
 DRAFT_TOP1 = "draft/top1_agreement"
 PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
 
+# With a schedule that changes the number of drafted tokens: share of steps with the drafter off, tokens per second of
+# decode steps, and what step times promise: at the planned length, and how many times as many as without a draft.
+DRAFTER_OFF = "speculation/drafter_off_share"
+DECODE_THROUGHPUT = "speculation/decode_tok_s"
+EXPECTED_THROUGHPUT = "speculation/expected_tok_s"
+ESTIMATED_SPEEDUP = "speculation/estimated_speedup"
+LENGTH_AT_BATCH = "speculation/drafted_at_batch_"
+
 # With dynamic sampling only: batches sampled for the step, and groups in them whose rewards differ.
 NUM_SAMPLE_BATCHES = "reward/num_sample_batches"
 NUM_KEPT_GROUPS = "reward/num_kept_groups"
@@ -35,6 +43,11 @@ STEP_TIME = "timing/step"
 POLICY_VERSION = "sync/policy_version"
 DRAFT_VERSION = "sync/draft_version"
 SYNC_BYTES = "sync/bytes"
+
+
+def length_at_batch(batch_size: int) -> str:
+    """Mean number of drafted tokens in steps of ``batch_size`` (a power of two) responses up to the next power."""
+    return f"{LENGTH_AT_BATCH}{batch_size}"
 
 
 def pass_at(num_samples: int) -> str:

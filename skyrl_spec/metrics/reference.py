@@ -9,7 +9,10 @@ from skyrl_spec.metrics.headline import HEADLINES
 
 
 class Described(NamedTuple):
-    """Description of a metric. In ``key``, N is samples per prompt, K a draft position from 1, ``{a,b}`` a or b."""
+    """Description of a metric. In ``key``, N is samples per prompt, K a draft position from 1, B a power of two.
+
+    ``{a,b}`` is a or b.
+    """
 
     key: str
     unit: str
@@ -93,6 +96,28 @@ REFERENCE = (
     Described(
         "vllm/train/generation_throughput_tok_s", "tokens/s", "Generated tokens / seconds in which engines generated."
     ),
+    Described(
+        "speculation/drafted_at_batch_B",
+        "tokens",
+        "With a schedule: mean number of drafted tokens in steps with B responses or more, and fewer than 2 B.",
+    ),
+    Described("speculation/drafter_off_share", "share", "With a schedule: steps in which the drafter does not run."),
+    Described(
+        "speculation/decode_tok_s",
+        "tokens/s",
+        "With a schedule: tokens per second of an engine in steps without prompts.",
+    ),
+    Described(
+        "speculation/expected_tok_s",
+        "tokens/s",
+        "schedule=auto: what the engine's step times and acceptance promise for these steps.",
+    ),
+    Described(
+        "speculation/estimated_speedup",
+        "",
+        "schedule=auto: tokens of these steps / tokens that they would have given in the same time without a draft, by "
+        "step times.",
+    ),
     Described("timing/generate", "s", "Sampling and scoring of responses."),
     Described(
         "timing/fwd_logprobs", "s", "Log-probs of the rollouts before the update, also under a reference policy."
@@ -151,4 +176,4 @@ def description(key: str) -> Described | None:
 
 def _pattern(key: str) -> str:
     escaped = re.sub(r"\\{(\w+),(\w+)\\}", r"(\1|\2)", re.escape(key))
-    return re.sub(r"_(N|K)$", r"_\\d+", escaped)
+    return re.sub(r"_(N|K|B)$", r"_\\d+", escaped)

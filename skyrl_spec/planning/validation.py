@@ -9,6 +9,7 @@ from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.drafts.speculation import require_exact_sampling
 from skyrl_spec.rollout.engine_args import require_other_engine_args
 from skyrl_spec.settings.rules import SAMPLINGS, check_rules, get_setting, require
+from skyrl_spec.settings.schedule import SETTING, check_schedule
 from skyrl_spec.settings.schema import Config
 
 _ENGINE = "generator.inference_engine"
@@ -33,6 +34,14 @@ def validate(config: Config) -> None:
     if engine.speculative_config is not None:
         _check_user_speculation(config, engine.speculative_config)
     speculative = build_speculative_config(config.trainer, engine.speculative_config)
+    schedule = config.generator.speculation.schedule
+    check_schedule(schedule, None if speculative is None else speculative.get("num_speculative_tokens"))
+    require(
+        schedule in ("fixed", "auto") or speculative is not None,
+        SETTING,
+        schedule,
+        "needs a draft; turn one on (trainer.mtp.enabled, trainer.dflash.enabled), or set it to fixed",
+    )
     for setting in SAMPLINGS:
         require_exact_sampling(get_setting(config, setting), speculative, setting)
 

@@ -10,7 +10,7 @@ from skyrl_spec.rollout.step_times import sizes_to_measure
 
 
 def measure_steps(
-    llm: Any, call_scheduler: Callable[..., Any], prompts: Sequence[Any], sampling: Any, largest: int
+    llm: Any, call_speculation: Callable[..., Any], prompts: Sequence[Any], sampling: Any, largest: int
 ) -> tuple[list[int], list[list[float]]]:
     """Batch sizes up to ``largest``, and the seconds of a step at each, for each length that the scheduler tries.
 
@@ -20,7 +20,7 @@ def measure_steps(
     endless = itertools.cycle(prompts)
     table: dict[int, list[float]] = {}
     for size in sizes_to_measure(largest):
-        seconds = _measure(llm.llm_engine, call_scheduler, endless, sampling, size, names)
+        seconds = _measure(llm.llm_engine, call_speculation, endless, sampling, size, names)
         if not seconds:
             break
         table[size] = seconds
@@ -28,11 +28,11 @@ def measure_steps(
 
 
 def _measure(
-    engine: Any, call_scheduler: Callable[..., Any], prompts: Any, sampling: Any, size: int, names: Any
+    engine: Any, call_speculation: Callable[..., Any], prompts: Any, sampling: Any, size: int, names: Any
 ) -> list[float]:
-    call_scheduler("start_calibration", size)
+    call_speculation("start_calibration", size)
     running: list[str] = []
-    while (seconds := call_scheduler("calibrated_seconds")) is None:
+    while (seconds := call_speculation("calibrated_seconds")) is None:
         if not engine.has_unfinished_requests():
             # All ended together, at their longest. The calibration goes on with new ones.
             running = [engine.add_request(next(names), next(prompts), sampling) for _ in range(size)]

@@ -139,18 +139,20 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
 
 def _schedule_args(settings: EngineSettings) -> dict[str, Any]:
     """Arguments of a schedule: our scheduler, and vLLM's own schedule, which allows drafts of any length."""
-    if settings.schedule == "fixed":
+    schedule, speculative = settings.schedule, settings.speculative_config
+    assert speculative is not None
+    if schedule == "fixed":
         return {}
     from skyrl_spec.rollout.scheduler import PATHS, TABLE
 
-    assert settings.speculative_config is not None
-    most = settings.speculative_config["num_speculative_tokens"]
-    rows = [[1, settings.max_num_seqs, most]] if settings.schedule == "auto" else settings.schedule
-    table = None if settings.schedule == "auto" else dense_table(rows, settings.max_num_seqs)
+    most = [[1, settings.max_num_seqs, speculative["num_speculative_tokens"]]]
+    rows, table = (
+        (most, None) if isinstance(schedule, str) else (schedule, dense_table(schedule, settings.max_num_seqs))
+    )
     return {
         "scheduler_cls": PATHS[settings.device],
         "additional_config": {TABLE: table},
-        "speculative_config": settings.speculative_config | {"num_speculative_tokens_per_batch_size": rows},
+        "speculative_config": speculative | {"num_speculative_tokens_per_batch_size": rows},
     }
 
 
@@ -256,7 +258,7 @@ class RolloutEngine:
         endless = params[0].clone()
         endless.ignore_eos = True
         largest = min(largest, self._settings.max_num_seqs)
-        table = measure_steps(self._llm, self._call_scheduler, inputs, endless, largest)
+        table = measure_steps(self._llm, self._call_speculation, inputs, endless, largest)
         self.use_step_times(table)
         self.reset_prefix_cache()
         return table
@@ -264,24 +266,24 @@ class RolloutEngine:
     def use_step_times(self, table: StepTable) -> None:
         """Chooses the lengths of drafts by these step times."""
         if table[0]:
-            self._call_scheduler("use_step_times", *table)
+            self._call_speculation("use_step_times", *table)
 
     def read_lengths(self) -> LengthLog | None:
         """Steps since the last call by batch size and drafted tokens. None with a fixed length."""
         if not self._has_schedule:
             return None
-        return LengthLog(**self._call_scheduler("read_log"))
+        return LengthLog(**self._call_speculation("read_log"))
 
     @property
     def _has_schedule(self) -> bool:
         return self._settings.schedule != "fixed" and self._settings.speculative_config is not None
 
-    def _call_scheduler(self, method: str, *args: Any) -> Any:
-        """Calls a method of ``scheduler._ChosenLengths``, wherever vLLM's engine core runs."""
-        core = self._llm.llm_engine.engine_core
+    def _call_speculation(self, method: str, *args: Any) -> Any:
+        """Calls a method of ``scheduler.Speculation``, wherever vLLM's engine core runs."""
+        core: Any = self._llm.llm_engine.engine_core
         if hasattr(core, "engine_core"):
-            return core.engine_core.call_scheduler(method, *args)
-        return core.call_utility("call_scheduler", method, *args)
+            return core.engine_core.call_speculation(method, *args)
+        return core.call_utility("call_speculation", method, *args)
 
     def _generation(self, completion: Any) -> Generation:
         if completion.finish_reason not in ("stop", "length"):
@@ -315,14 +317,15 @@ class RolloutEngine:
     @contextmanager
     def _longest_drafts(self) -> Iterator[None]:
         """Drafts as many tokens as possible in every step, so that all recorded drafts have one length."""
-        if not self._has_schedule:
+        speculative = self._settings.speculative_config
+        if speculative is None or not self._has_schedule:
             yield
             return
-        self._call_scheduler("pin_length", self._settings.speculative_config["num_speculative_tokens"])
+        self._call_speculation("pin_length", speculative["num_speculative_tokens"])
         try:
             yield
         finally:
-            self._call_scheduler("pin_length", None)
+            self._call_speculation("pin_length", None)
 
     def _propose(self, prompt: list[int], sampling: SamplingConfig, seed: int, num_drafted: int) -> Proposals:
         (generation,) = self.generate([prompt], sampling, 1, seed)[0]
@@ -351,7 +354,7 @@ class RolloutEngine:
             elif name in _COUNTERS and isinstance(metric, Vector):
                 values[name] = tuple(metric.values)
         if self._has_schedule:
-            values["num_drafts_per_pos"] = tuple(self._call_scheduler("drafted_per_pos"))
+            values["num_drafts_per_pos"] = tuple(self._call_speculation("drafted_per_pos"))
         return SpecCounters(**values)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -382,7 +385,7 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
         if self._has_schedule:
-            self._call_scheduler("weights_changed")
+            self._call_speculation("weights_changed")
 
     def shutdown(self) -> None:
         """Frees the engine. It cannot be used afterwards."""

@@ -9,11 +9,11 @@ steps. A few trial steps of other lengths keep what it rests on up to date; they
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from skyrl_spec.rollout.step_times import OFF, StepTimes
+from skyrl_spec.rollout.step_times import OFF, EngineStep, StepTimes
 
 # Drafts after which an acceptance rate is half forgotten, and the share that a weight sync leaves.
 _WINDOW, _KEPT_AT_SYNC = 4096, 0.1
@@ -30,24 +30,6 @@ _STEPS_BETWEEN_PLANS, _STEPS_BETWEEN_TRIALS = 8, 24
 _PROBE_STEPS, _PROBE_LENGTH = 24, 2
 # Share of the time that a probe may lose, and the steps over which the mean time of a step is taken.
 _LOST_IN_A_PROBE, _STEPS_OF_MEAN = 0.5, 500
-
-
-class EngineStep(NamedTuple):
-    """A step of an engine. ``drafted`` is the length it was told to draft, ``verified`` that of the step before."""
-
-    batch_size: int
-    verified: int
-    drafted: int
-    # None: not a pure decode step, or the first after a pause.
-    seconds: float | None
-    # Drafts that had at least 1, 2, ... tokens, and of these, drafts of which as many were accepted.
-    drafted_per_pos: np.ndarray
-    accepted_per_pos: np.ndarray
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether the step verified and drafted the same number of tokens."""
-        return self.seconds is not None and self.verified == self.drafted
 
 
 class Lengths(Protocol):
@@ -68,8 +50,8 @@ class Lengths(Protocol):
     def planned(self) -> list[int]:
         """Length for batch size 1, 2, ..."""
 
-    def expected_tokens_per_s(self, batch_size: int) -> float:
-        """Tokens per second of the whole batch at the planned length. nan: not known."""
+    def expected(self, batch_size: int) -> tuple[float, float]:
+        """Tokens per second of the whole batch at the planned length, and without a draft. nan: not known."""
 
 
 class LengthTable:
@@ -90,8 +72,8 @@ class LengthTable:
     def planned(self) -> list[int]:
         return list(self._lengths_B)
 
-    def expected_tokens_per_s(self, batch_size: int) -> float:
-        return float("nan")
+    def expected(self, batch_size: int) -> tuple[float, float]:
+        return float("nan"), float("nan")
 
 
 class StepLog:
@@ -101,25 +83,22 @@ class StepLog:
         num_bins = largest.bit_length()
         # Column 0 is OFF.
         self._steps_SL = np.zeros((num_bins, most + 2), np.int64)
-        # Seconds and tokens of timed steps, and the tokens expected in these seconds.
-        self._seconds_S, self._tokens_S, self._expected_S = (np.zeros(num_bins) for _ in range(3))
+        # Of timed steps: seconds, tokens, and the tokens expected at the planned length and without a draft.
+        self._sums_S4 = np.zeros((num_bins, 4))
 
-    def add(self, step: EngineStep, expected_tokens_per_s: float) -> None:
+    def add(self, step: EngineStep, expected: tuple[float, float]) -> None:
+        """Adds a step. ``expected``: tokens per second at the planned length, and without a draft."""
         index = step.batch_size.bit_length() - 1
         self._steps_SL[index, step.drafted + 1] += 1
         if step.seconds is not None:
-            self._seconds_S[index] += step.seconds
-            self._tokens_S[index] += step.batch_size + step.accepted_per_pos.sum()
-            self._expected_S[index] += step.seconds * expected_tokens_per_s
+            tokens = step.batch_size + step.accepted_per_pos.sum()
+            self._sums_S4[index] += (step.seconds, tokens, *(step.seconds * rate for rate in expected))
 
     def as_lists(self) -> dict[str, list[Any]]:
-        """Plain data: ``steps`` [bins, 1 + lengths], ``seconds``, ``tokens`` and ``expected_tokens`` [bins]."""
-        return {
-            "steps": self._steps_SL.tolist(),
-            "seconds": self._seconds_S.tolist(),
-            "tokens": self._tokens_S.tolist(),
-            "expected_tokens": self._expected_S.tolist(),
-        }
+        """The fields of ``types.LengthLog``."""
+        names = ("seconds", "tokens", "expected_tokens", "plain_tokens")
+        columns = self._sums_S4.T.tolist()
+        return {"steps": self._steps_SL.tolist()} | dict(zip(names, columns, strict=True))
 
 
 class Acceptance:
@@ -153,10 +132,10 @@ class Acceptance:
 class AutoLengths:
     """Lengths chosen by measured step times and acceptance.
 
-    ``times`` has the lengths 0 and others, and ``OFF`` for a draft with a model. Where no drafts pay, the drafter still runs its first pass
-    (length 0) if drafts pay at a smaller batch: without it the draft would lack the keys of these tokens. If they pay at
-    no smaller batch either, the drafter is ``OFF``, and stays off until the engine is idle. Now and then the beginning of
-    a rollout is a probe, which shows whether drafts pay again.
+    ``times`` has the length 0 and others, and ``OFF`` for a draft with a model. Where no draft pays, but one does at a
+    smaller batch, the drafter still runs its first pass (length 0): otherwise the draft would lack the keys of these
+    tokens. Where none pays at a smaller batch either, the drafter is ``OFF`` until the engine is idle. Now and then the
+    beginning of a rollout is a probe, which shows whether drafts pay again.
     """
 
     def __init__(self, times: StepTimes, largest: int):
@@ -215,8 +194,10 @@ class AutoLengths:
     def planned(self) -> list[int]:
         return self._lengths_L[self._plan_B].tolist()
 
-    def expected_tokens_per_s(self, batch_size: int) -> float:
-        return float(self._rates_BL[batch_size - 1, self._plan_B[batch_size - 1]] * batch_size)
+    def expected(self, batch_size: int) -> tuple[float, float]:
+        rates_L = self._rates_BL[batch_size - 1] * batch_size
+        # The first length is OFF, or 0 for a draft without a model.
+        return float(rates_L[self._plan_B[batch_size - 1]]), float(rates_L[0])
 
     def _planned(self, batch_size: int) -> int:
         return int(self._lengths_L[self._plan_B[batch_size - 1]])

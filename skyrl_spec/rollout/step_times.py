@@ -11,6 +11,7 @@ between steps of the one in use, moves that length alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,24 @@ _ROUNDS = 3
 _PATIENCE = 5
 # Lengths up to this one are all tried. Above it, about every fourth power of two is.
 _EVERY_LENGTH_UP_TO = 8
+
+
+class EngineStep(NamedTuple):
+    """A step of an engine. ``drafted`` is the length it was told to draft, ``verified`` that of the step before."""
+
+    batch_size: int
+    verified: int
+    drafted: int
+    # None: not a pure decode step, or the first after a pause.
+    seconds: float | None
+    # Drafts that had at least 1, 2, ... tokens, and of these, drafts of which as many were accepted.
+    drafted_per_pos: np.ndarray
+    accepted_per_pos: np.ndarray
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the step verified and drafted the same number of tokens."""
+        return self.seconds is not None and self.verified == self.drafted
 
 
 def lengths_to_try(most: int, *, has_model: bool) -> list[int]:
@@ -106,10 +125,10 @@ class Calibration:
         self._num_steps += 1
         return self._lengths[self._length]
 
-    def observe(self, batch_size: int, length: int, seconds: float) -> None:
-        """Takes in a step whose verified and drafted lengths are the same."""
-        if batch_size == self.batch_size and not self.is_done:
-            self._rounds[-1][self._lengths.index(length)] = seconds
+    def observe(self, step: EngineStep) -> None:
+        """Takes in a step. It counts if it has the batch size, and verified and drafted the same length."""
+        if step.batch_size == self.batch_size and step.is_steady and not self.is_done:
+            self._rounds[-1][self._lengths.index(step.drafted)] = step.seconds
             if not np.isnan(self._rounds[-1]).any():
                 self._rounds.append(np.full(len(self._lengths), np.nan))
 

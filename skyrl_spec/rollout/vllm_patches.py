@@ -204,34 +204,36 @@ def fix_rewinding_of_generators() -> None:
 def let_a_drafter_be_off() -> None:
     """Lets a scheduler turn the drafter off in a step, with a draft of ``step_times.OFF`` tokens.
 
-    With a draft of 0 tokens vLLM still runs the drafter's first pass, which fills in the draft's keys. Where a draft does
-    not pay at all, this pass is a loss.
+    With a draft of 0 tokens vLLM still runs the drafter's first pass, which fills in the draft's keys. Where a draft
+    does not pay at all, this pass is a loss.
     """
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-    _require(SpecDecodeBaseProposer, "propose", let_a_drafter_be_off)
-    upstream = SpecDecodeBaseProposer.propose
+    drafter_class: Any = SpecDecodeBaseProposer
+    _require(drafter_class, "propose", let_a_drafter_be_off)
+    upstream = drafter_class.propose
 
     def propose(self: Any, num_speculative_tokens: int, **inputs: Any) -> Tensor:
         if num_speculative_tokens == OFF:
             return inputs["next_token_ids"].new_empty(inputs["common_attn_metadata"].batch_size(), 0, dtype=torch.int64)
         return upstream(self, num_speculative_tokens, **inputs)
 
-    SpecDecodeBaseProposer.propose = propose
+    drafter_class.propose = propose
 
 
-def let_the_scheduler_be_called() -> None:
-    """Gives vLLM's engine core a method that calls its scheduler, which may be in another process than the caller."""
+def let_speculation_be_called() -> None:
+    """Gives vLLM's engine core a method that calls its ``scheduler.Speculation``, which may be in another process."""
     from vllm.v1.engine.core import EngineCore
 
-    def call_scheduler(self: Any, method: str, *args: Any) -> Any:
-        return getattr(self.scheduler, method)(*args)
+    def call_speculation(self: Any, method: str, *args: Any) -> Any:
+        return getattr(self.scheduler.speculation, method)(*args)
 
-    EngineCore.call_scheduler = call_scheduler
+    core_class: Any = EngineCore
+    core_class.call_speculation = call_speculation
 
 
 FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
-ADDITIONS: tuple[Callable[[], None], ...] = (let_a_drafter_be_off, let_the_scheduler_be_called)
+ADDITIONS: tuple[Callable[[], None], ...] = (let_a_drafter_be_off, let_speculation_be_called)
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,
     fix_top_k_of_no_tokens,

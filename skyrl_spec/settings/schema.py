@@ -361,10 +361,24 @@ class InferenceEngineConfig:
 
 
 @dataclass
+class SpeculationConfig:
+    """When the engines draft, and how many tokens at a time."""
+
+    schedule: Any = setting(
+        "fixed",
+        "Tokens drafted at a time, by the number of responses that an engine generates at the same time. fixed: always "
+        "num_speculative_tokens. auto: the number from 0 to num_speculative_tokens that gives most tokens/s, by step "
+        "times and acceptance measured in the engine; runs are then not repeatable bit by bit. A table: rows "
+        "[first, last, tokens], as in [[1,8,7],[9,64,3],[65,256,0]].",
+    )
+
+
+@dataclass
 class GeneratorConfig:
     """Generation of responses."""
 
     inference_engine: InferenceEngineConfig = field(default_factory=InferenceEngineConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     n_samples_per_prompt: int = setting(
         8, "Responses to each training prompt. grpo needs at least 2, which it compares with one another.", FROM_ONE
     )

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from skyrl_spec.rollout.lengths import Acceptance, AutoLengths, EngineStep, LengthTable, StepLog
-from skyrl_spec.rollout.step_times import OFF, Calibration, StepTimes, lengths_to_try, sizes_to_measure
+from skyrl_spec.rollout.lengths import Acceptance, AutoLengths, LengthTable, StepLog
+from skyrl_spec.rollout.step_times import OFF, Calibration, EngineStep, StepTimes, lengths_to_try, sizes_to_measure
 from skyrl_spec.settings.schedule import dense_table
 
 MOST, LARGEST = 7, 128
@@ -68,9 +68,8 @@ class SimulatedEngine:
 
     def step_times(self) -> StepTimes:
         lengths, sizes = lengths_to_try(MOST, has_model=True), sizes_to_measure(LARGEST)
-        return StepTimes(
-            sizes, lengths, np.array([[self.mean_seconds(size, length, length) for length in lengths] for size in sizes])
-        )
+        seconds = [[self.mean_seconds(size, length, length) for length in lengths] for size in sizes]
+        return StepTimes(sizes, lengths, np.array(seconds))
 
 
 def often(position: int) -> float:
@@ -178,12 +177,13 @@ def test_a_machine_that_slows_down_changes_no_length() -> None:
     lengths = AutoLengths(engine.step_times(), LARGEST)
     for _ in range(300):
         engine.step(lengths, 16)
-    before, rate = lengths.planned(), lengths.expected_tokens_per_s(16)
+    before, (rate, plain) = lengths.planned(), lengths.expected(16)
+    assert plain == pytest.approx(16 * engine.rate(16, OFF), rel=0.1)
     engine.slowdown = 3.0
     for _ in range(300):
         engine.step(lengths, 16)
     assert lengths.planned()[:16] == before[:16]
-    assert lengths.expected_tokens_per_s(16) == pytest.approx(rate / 3, rel=0.1)
+    assert lengths.expected(16)[0] == pytest.approx(rate / 3, rel=0.1)
 
 
 def test_step_times_that_were_wrong_are_put_right_by_trials() -> None:
@@ -228,10 +228,10 @@ def test_calibration_measures_ratios_on_a_machine_that_changes_its_speed() -> No
         engine.slowdown = 1.0 if number < 2 * len(lengths) else 2.0
         length = calibration.choose()
         seconds = engine.mean_seconds(8, last, length) * engine.random.lognormal(0, engine.noise)
-        if last == length:
-            calibration.observe(8, length, seconds)
+        calibration.observe(EngineStep(8, last, length, seconds, np.zeros(MOST), np.zeros(MOST)))
         last = length
-    assert calibration.is_done and not calibration.has_failed
+    assert calibration.is_done
+    assert not calibration.has_failed
     expected = np.array([engine.mean_seconds(8, length, length) for length in lengths])
     ratios = calibration.seconds() / expected
     np.testing.assert_allclose(ratios / ratios.mean(), 1, atol=0.05)
@@ -242,7 +242,8 @@ def test_calibration_gives_up_a_batch_that_never_comes() -> None:
     for _ in range(1000):
         if calibration.is_done:
             break
-        calibration.observe(7, calibration.choose(), 1.0)
+        length = calibration.choose()
+        calibration.observe(EngineStep(7, length, length, 1.0, np.zeros(1), np.zeros(1)))
     assert calibration.has_failed
 
 
@@ -262,11 +263,12 @@ def test_a_table_has_a_length_for_every_batch_size() -> None:
 def test_the_log_counts_steps_by_batch_and_length() -> None:
     log = StepLog(9, 2)
     nothing = np.zeros(2, np.int64)
-    log.add(EngineStep(9, 2, 2, 0.5, np.array([9, 9]), np.array([6, 3])), 40.0)
-    log.add(EngineStep(8, OFF, OFF, None, nothing, nothing), 40.0)
-    log.add(EngineStep(1, 0, 0, 0.25, nothing, nothing), 4.0)
+    log.add(EngineStep(9, 2, 2, 0.5, np.array([9, 9]), np.array([6, 3])), (40.0, 20.0))
+    log.add(EngineStep(8, OFF, OFF, None, nothing, nothing), (40.0, 20.0))
+    log.add(EngineStep(1, 0, 0, 0.25, nothing, nothing), (4.0, 2.0))
     lists = log.as_lists()
     assert lists["steps"] == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
     assert lists["seconds"] == [0.25, 0, 0, 0.5]
     assert lists["tokens"] == [1, 0, 0, 18]
     assert lists["expected_tokens"] == [1, 0, 0, 20]
+    assert lists["plain_tokens"] == [0.5, 0, 0, 10]
