@@ -145,13 +145,11 @@ def _schedule_args(settings: EngineSettings) -> dict[str, Any]:
         return {}
     from skyrl_spec.rollout.scheduler import PATHS, TABLE
 
-    most = [[1, settings.max_num_seqs, speculative["num_speculative_tokens"]]]
-    rows, table = (
-        (most, None) if isinstance(schedule, str) else (schedule, dense_table(schedule, settings.max_num_seqs))
-    )
+    largest = settings.max_num_seqs
+    rows = [[1, largest, speculative["num_speculative_tokens"]]] if isinstance(schedule, str) else schedule
     return {
         "scheduler_cls": PATHS[settings.device],
-        "additional_config": {TABLE: table},
+        "additional_config": {TABLE: None if schedule == "auto" else dense_table(rows, largest)},
         "speculative_config": speculative | {"num_speculative_tokens_per_batch_size": rows},
     }
 
