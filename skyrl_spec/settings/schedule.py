@@ -23,7 +23,8 @@ def check_schedule(schedule: Any, most: int | None) -> None:
     if schedule in ("fixed", "auto"):
         return
     if not isinstance(schedule, list) or not schedule:
-        raise ConfigError(f"{SETTING}={schedule}: {_KINDS}; set one of these")
+        shown = "null" if schedule is None else schedule
+        raise ConfigError(f"{SETTING}={shown}: {_KINDS}; set one of these")
     before = 0
     for row in schedule:
         if not (isinstance(row, list) and len(row) == 3 and all(type(number) is int for number in row)):

@@ -101,7 +101,9 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
 def launch(run_dir: Path, command: Sequence[str], **environment: str) -> Run:
     """Starts any command in the repository, without this machine's accounts and Ray."""
     mark = uuid.uuid4().hex
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "OMP_"))}
+    # A run takes all cores, unlike a test. It must keep OMP_WAIT_POLICY (tests/conftest.py).
+    dropped = ("RAY_", "WANDB_", "OMP_NUM_THREADS")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -130,7 +130,7 @@ def _acceptance(engine: ActorHandle, prompts: list[list[int]]) -> tuple[SpecCoun
 
 
 def _plain_vllm(model: Path, draft: Path, prompts: list[list[int]]) -> dict[str, object]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_", "OMP_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_", "OMP_NUM_THREADS"))}
     process = subprocess.run(
         [sys.executable, "-c", PLAIN_VLLM, str(model), str(draft), json.dumps(prompts), str(RESPONSE_LENGTH)],
         env=kept | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},

@@ -14,7 +14,7 @@ from skyrl_spec.settings.schema import SamplingConfig
 
 
 class GivenLengths(LengthTable):
-    """Lengths from a list, whatever the batch: from its beginning whenever the engine was idle, its last one for ever."""
+    """Lengths from a list, from its beginning whenever the engine was idle. The last one goes on for ever."""
 
     def __init__(self, lengths: Sequence[int]):
         super().__init__([])

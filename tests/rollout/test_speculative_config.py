@@ -93,7 +93,6 @@ HIDING = {
     "use_local_argmax_reduction": True,
     "draft_sample_method": "probabilistic",
     "use_heterogeneous_vocab": True,
-    "num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 99, 1]],
 }
 
 

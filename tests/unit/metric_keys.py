@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from skyrl_spec.metrics import names
 
 
@@ -56,6 +58,12 @@ def speculation_keys(mode: str, num_speculative_tokens: int) -> list[str]:
     counts = [f"vllm/{mode}/draft_num_{name}_tokens" for name in ("draft", "accepted")]
     positions = [names.acceptance_rate_pos(mode, position) for position in range(1, num_speculative_tokens + 1)]
     return [names.acceptance_rate(mode), names.acceptance_length(mode), *counts, *positions]
+
+
+def schedule_keys(batch_sizes: Sequence[int], *, is_auto: bool) -> list[str]:
+    """Keys that a schedule of draft lengths adds, if a step has decode steps with these batch sizes."""
+    promised = [names.EXPECTED_THROUGHPUT, names.ESTIMATED_SPEEDUP] if is_auto else []
+    return [*map(names.length_at_batch, batch_sizes), names.DRAFTER_OFF, names.DECODE_THROUGHPUT, *promised]
 
 
 def canary_keys(*, has_draft: bool) -> list[str]:

@@ -299,8 +299,27 @@ RULES = {
         f"{ENGINE}.speculative_config.use_heterogeneous_vocab=True: the sync canary must see"
     ),
     f"{ENGINE}.speculative_config={{method: mtp, num_speculative_tokens_per_batch_size: [[1, 8, 3], [9, 99, 1]]}}": (
-        f"{ENGINE}.speculative_config.num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 99, 1]]: the sync canary"
+        f"{ENGINE}.speculative_config.num_speculative_tokens_per_batch_size=[[1, 8, 3], [9, 99, 1]]: set "
+        "generator.speculation.schedule instead"
     ),
+    **{
+        f"generator.speculation.schedule={value}": f"generator.speculation.schedule={shown}: {reason}"
+        for value, shown, reason in (
+            ("fast", "fast", "must be fixed, auto, or a table of rows [first, last, tokens]; set one of these"),
+            ("null", "null", "must be fixed, auto, or a table"),
+            ("[]", "[]", "must be fixed, auto, or a table"),
+            ("4", "4", "must be fixed, auto, or a table"),
+            ("[4]", "[4]", "must be fixed, auto, or a table of rows [first, last, tokens], and 4 is no such row"),
+            ("[[1,8]]", "[[1, 8]]", "must be fixed, auto, or a table of rows [first, last, tokens], and [1, 8] is no"),
+            ("[[1,8,2.5]]", "[[1, 8, 2.5]]", "must be fixed, auto, or a table of rows [first, last, tokens], and"),
+            ("[[1,8,3],[8,9,2]]", "[[1, 8, 3], [8, 9, 2]]", "row [8, 9, 2] must begin above 8, where the one before"),
+            ("[[9,16,3],[1,8,2]]", "[[9, 16, 3], [1, 8, 2]]", "row [1, 8, 2] must begin above 16"),
+            ("[[0,8,3]]", "[[0, 8, 3]]", "row [0, 8, 3] must begin above 0"),
+            ("[[8,1,3]]", "[[8, 1, 3]]", "row [8, 1, 3] must begin above 0, where the one before ends, and end at or"),
+            ("[[1,8,4]]", "[[1, 8, 4]]", "row [1, 8, 4] must draft from 0 to num_speculative_tokens=3 tokens"),
+            ("[[1,8,-1]]", "[[1, 8, -1]]", "row [1, 8, -1] must draft from 0 to num_speculative_tokens=3 tokens"),
+        )
+    },
     **{
         f"{ENGINE}.engine_init_kwargs.{key}=2": f"{ENGINE}.engine_init_kwargs.{key}=2: the weight sync reaches tensor-"
         for key in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "nnodes")

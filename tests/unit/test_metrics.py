@@ -23,13 +23,15 @@ from skyrl_spec.metrics import names
 from skyrl_spec.metrics.console import ConsoleWriter, header_line, step_line
 from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
 from skyrl_spec.metrics.headline import headline
+from skyrl_spec.metrics.lengths import length_metrics
 from skyrl_spec.metrics.values import merge, values
 from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, SummaryWriter, pick_samples, read_jsonl
-from skyrl_spec.types import DraftedResponse, Generation, Metric, Prompt, Rollout, Versions
+from skyrl_spec.types import DraftedResponse, Generation, LengthLog, Metric, Prompt, Rollout, Versions
 
 STEP_VALUES: dict[str, float] = {
     names.AVG_RAW_REWARD: 0.5125,
     names.acceptance_length("train"): 2.414,
+    names.acceptance_rate("train"): 0.47,
     names.PREDICTED_ACCEPTANCE_LENGTH: 2.38,
     names.THROUGHPUT: 3141.5,
     names.STEP_TIME: 7.04,
@@ -296,13 +298,50 @@ def console_writer(*, terminal: bool, num_steps: int = 60) -> tuple[ConsoleWrite
 
 def test_step_lines_fit_100_columns_under_their_heading() -> None:
     line = step_line(12, 60, STEP_VALUES, 320.4)
-    assert line.split() == ["12/60", "0.512", "2.41", "2.38", "3142", "1.3", "1.3", "1.3", "1.3", "1.3", "7.0", "5:20"]
+    expected = ["12/60", "0.512", "2.41", "2.38", "3", "-", "3142", "1.3", "1.3", "1.3", "1.3", "7.0", "5:20"]
+    assert line.split() == expected
     large = dict.fromkeys(STEP_VALUES, 123456.7)
     for text in (header_line(), line, step_line(10_000, 10_000, large, 360_000), step_line(1, 2, {}, 0)):
         assert len(text) == len(header_line()) <= 100
     # Each number ends in the column where its title ends.
     assert line.index("0.512") + len("0.512") == header_line().index("reward") + len("reward")
     assert step_line(1, 2, {names.AVG_RAW_REWARD: float("nan")}, 0).split()[1] == "-"
+
+
+def test_the_line_shows_lengths_from_the_largest_batch_to_the_smallest() -> None:
+    def shown(lengths: dict[int, float]) -> str:
+        values = {names.length_at_batch(size): length for size, length in lengths.items()}
+        line = step_line(1, 2, {names.ESTIMATED_SPEEDUP: 1.94} | values, 0)
+        assert line.split()[5] == "1.9"
+        return line.split()[4]
+
+    assert shown({1: 6.9, 2: 6.0, 64: 2.2, 128: 1.4}) == "1→7"
+    assert shown({8: 3.1, 16: 2.9}) == "3"
+    assert shown({8: 0.0}) == "0"
+
+
+def test_length_metrics_are_sums_over_engines() -> None:
+    nan = float("nan")
+    # Bins 1, and 2 to 3. Columns: off, 0, 1, 2.
+    first = LengthLog([[0, 0, 0, 4], [1, 0, 3, 0]], [1.0, 1.0], [12.0, 14.0], [10.0, 16.0], [4.0, 9.0])
+    second = LengthLog([[0, 0, 0, 0], [0, 4, 0, 0]], [0.0, 2.0], [0.0, 10.0], [0.0, 10.0], [0.0, 11.0])
+    assert length_metrics([first, second]) == pytest.approx(
+        {
+            "speculation/drafted_at_batch_1": 2.0,
+            "speculation/drafted_at_batch_2": 3 / 8,
+            "speculation/drafter_off_share": 1 / 12,
+            "speculation/decode_tok_s": 36 / 4,
+            "speculation/expected_tok_s": 36 / 4,
+            "speculation/estimated_speedup": 36 / 24,
+        }
+    )
+    table = LengthLog([[0, 0, 0, 4]], [1.0], [12.0], [nan], [nan])
+    assert sorted(length_metrics([table])) == [
+        "speculation/decode_tok_s",
+        "speculation/drafted_at_batch_1",
+        "speculation/drafter_off_share",
+    ]
+    assert length_metrics([]) == length_metrics([LengthLog([[0, 0]], [0.0], [0.0], [0.0], [0.0])]) == {}
 
 
 def test_plain_output_without_a_terminal() -> None:
