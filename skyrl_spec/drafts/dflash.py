@@ -48,6 +48,7 @@ from skyrl_spec.drafts.blocks import (
     supervised_blocks,
 )
 from skyrl_spec.drafts.shares import StepRandom, draw_numbers
+from skyrl_spec.losses.chains import sum_over_chains, term_type
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
@@ -181,22 +182,25 @@ class DflashDraft(Draft):
         context = {point: captured[point][supervision.token_S] for point in self.capture_points}
         out_QD = self.forward(context, teacher, supervision.read, blocks)
         # Any supervision includes a slot 1, whose weight is 1, so the clamp changes only a denominator of 0.
-        weights_N = supervision.weight_N / denominator.clamp(min=1.0)
+        weights_N = (supervision.weight_N / denominator.clamp(min=1.0)).to(torch.float32)
         result = vocab_parallel_soft_ce(
             out_QD[block_N * blocks.num_slots + slot_N + 1][None],
             teacher.hidden_TD[supervision.position_N],
             teacher.output_weight_vD,
-            weights_N.to(torch.float32)[None],
+            weights_N[None],
             vocab_size=self.vocab_size,
             temperature=self.temperature,
             chunk_size=self.config.loss_chunk_size,
             group=self.parallel.tp_group,
-            loss_type=self.config.loss_type,
+            loss_type=term_type(self.config.loss_type),
             topk=self.config.loss_topk,
             labels_T=supervision.label_N,
             fp32_logits=self.fp32_logits,
         )
         mask_KA = blocks.supervised_AK.t()
+        num_depths, num_blocks = mask_KA.shape
+        place_N = slot_N * num_blocks + block_N
+        loss = sum_over_chains(self.config.loss_type, result.loss_KT[0], weights_N, place_N, num_depths, num_blocks)
         top1_KA, hit_KA = mask_KA.new_zeros((2, *mask_KA.shape))
         accept_prob_KA = torch.zeros(mask_KA.shape, dtype=torch.float64, device=mask_KA.device)
         accept_prob_KA[slot_N, block_N] = result.accept_prob_KT[0].double()
@@ -205,13 +209,13 @@ class DflashDraft(Draft):
         # A block whose last slot is supervised is supervised throughout.
         is_complete_A = mask_KA[-1]
         sums = DraftSums(
-            loss=result.loss.detach().double(),
+            loss=loss.detach().double(),
             top1_agreements_K=top1_KA.sum(dim=1).double(),
             num_targets_K=mask_KA.sum(dim=1).double(),
             accepted_K=(expected_acceptance(accept_prob_KA, hit_KA) * is_complete_A).sum(dim=1),
             num_chains=is_complete_A.sum().double(),
         )
-        return result.loss, sums
+        return loss, sums
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
         return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)

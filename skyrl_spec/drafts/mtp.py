@@ -35,6 +35,7 @@ from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention, ChainKeys
 from skyrl_spec.drafts.shares import StepRandom, draw_windows
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.losses.chains import sum_over_chains, term_type
 from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
@@ -213,34 +214,45 @@ class MtpDraft(Draft):
         assert isinstance(supervision, MtpSupervision)
         out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, supervision.chains)
         position_N, mask_KN = supervision.position_N, supervision.mask_KN
+        weights_KN = mask_KN / denominator.clamp(min=1.0).to(torch.float32)
         result = vocab_parallel_soft_ce(
             out_KCD.gather(1, supervision.chain_KN[..., None].expand(-1, -1, out_KCD.shape[2])),
             teacher.hidden_TD[position_N],
             teacher.output_weight_vD,
-            mask_KN / denominator.clamp(min=1.0).to(torch.float32),
+            weights_KN,
             vocab_size=self.spec.vocab_size,
             temperature=self.temperature,
             chunk_size=self.config.loss_chunk_size,
             group=self.parallel.tp_group,
-            loss_type=self.config.loss_type,
+            loss_type=term_type(self.config.loss_type),
             topk=self.config.loss_topk,
             labels_T=supervision.label_N,
             fp32_logits=self.fp32_logits,
+        )
+        num_depths, num_chains = out_KCD.shape[:2]
+        depth_K1 = torch.arange(num_depths, device=mask_KN.device)[:, None]
+        loss = sum_over_chains(
+            self.config.loss_type,
+            result.loss_KT.flatten(),
+            weights_KN.flatten(),
+            (depth_K1 * num_chains + supervision.chain_KN).flatten(),
+            num_depths,
+            num_chains,
         )
         mask_KT = supervision.mask_KT
         accept_prob_KT = torch.zeros(mask_KT.shape, dtype=torch.float64, device=mask_KT.device)
         accept_prob_KT[:, position_N] = result.accept_prob_KT.double()
         hit_KT = torch.zeros_like(mask_KT)
         hit_KT[:, position_N] = result.argmax_KT == supervision.label_N
-        accepted_K, num_chains = followed_acceptance(accept_prob_KT, hit_KT, mask_KT, supervision.is_counted_T)
+        accepted_K, num_followed = followed_acceptance(accept_prob_KT, hit_KT, mask_KT, supervision.is_counted_T)
         sums = DraftSums(
-            loss=result.loss.detach().double(),
+            loss=loss.detach().double(),
             top1_agreements_K=(result.top1_KT & mask_KN).sum(dim=1).double(),
             num_targets_K=mask_KN.sum(dim=1).double(),
             accepted_K=accepted_K,
-            num_chains=num_chains,
+            num_chains=num_followed,
         )
-        return result.loss, sums
+        return loss, sums
 
 
 def _chains(starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray) -> Chains:

@@ -1,16 +1,18 @@
-"""The draft's loss: cross-entropy against the policy's distribution, over a sharded vocabulary, in chunks.
+"""The draft's loss: its distance from the policy's distribution, over a sharded vocabulary, in chunks.
 
 A plain implementation keeps the logits of all tokens and their log-softmax for the backward pass: several [K, T, V]
-tensors. Here only the draft's hidden states get a gradient, and the softmax alone gives the gradient of the
-cross-entropy::
+tensors. Here only the draft's hidden states get a gradient, and the two softmaxes alone give it::
 
-    loss                    = sum_{k,t} w_kt CE(p_t, q_kt)
-    d loss / d draft_logits = w_kt (q_kt - p_t) / temperature
-    d loss / d draft_hidden = (d loss / d draft_logits) @ W
+    term                    = CE(p, q)                     or  1 - sum_v min(p_v, q_v), the total variation distance
+    d term / d draft_logits = (q - p) / temperature        or  q (sum_v q_v [q_v < p_v] - [q < p]) / temperature
+    d term / d draft_hidden = (d term / d draft_logits) @ W
 
-The forward pass therefore finishes the gradient of a chunk ([c, D]) while its logits exist, and overwrites them with
-the logits of the next chunk. The backward pass is one multiplication by the incoming scalar. Nothing is computed twice,
-and the K drafts of a target position share the teacher's logits.
+The forward pass therefore finishes the gradient of every term ([c, D] of a chunk) while its logits exist, and
+overwrites them with the logits of the next chunk. The backward pass is one multiplication by the incoming gradient of
+each term. Nothing is computed twice, and the K drafts of a target position share the teacher's logits.
+
+One minus the total variation distance is the probability that exact rejection sampling accepts a token that the draft
+samples.
 
 Shape suffixes: K drafts (depths), T target positions, D hidden, v this rank's shard of the vocabulary, c tokens of one
 chunk, R ranks.
@@ -37,18 +39,18 @@ from skyrl_spec.losses.vocab_parallel import (
     softmax_,
     vocab_shard,
 )
-from skyrl_spec.settings.allowed import LOSS_TYPES
+from skyrl_spec.settings.allowed import TERM_TYPES
 
 
 class DraftLoss(NamedTuple):
-    """The loss, and its terms for every draft and target position.
+    """The loss, and its terms for every draft and target position. Where the weight is 0, a term is 0, False, or -1.
 
-    All but ``loss`` are detached. Where the weight is 0, a term is 0, False, or -1 for ``argmax_KT``.
+    ``loss`` and ``loss_KT`` are differentiable.
     """
 
-    # Scalar, differentiable.
+    # Scalar.
     loss: Tensor
-    # Cross-entropy, before weighting.
+    # Before weighting.
     loss_KT: Tensor
     # Teacher's probability of the draft's argmax: how probably exact rejection sampling accepts a greedy draft.
     accept_prob_KT: Tensor
@@ -73,14 +75,15 @@ def vocab_parallel_soft_ce(
     labels_T: Tensor | None = None,
     fp32_logits: bool = False,
 ) -> DraftLoss:
-    """``sum_{k,t} weights_KT * CE(target_t, q_kt)`` with ``q = softmax(draft_hidden W^T / temperature)``.
+    """``sum_{k,t} weights_KT * loss_KT`` with ``q = softmax(draft_hidden W^T / temperature)``.
 
-    The target, by ``loss_type``, with ``p = softmax(teacher_hidden W^T / temperature)``:
+    The terms, by ``loss_type``, with ``p = softmax(teacher_hidden W^T / temperature)``:
 
-    - ``soft_ce``: p
-    - ``topk_soft_ce``: p restricted to its ``topk`` most probable tokens and renormalised. Tokens that tie for the last
-      place are all kept.
-    - ``hard_ce``: the token ``labels_T``
+    - ``soft_ce``: cross-entropy against p
+    - ``topk_soft_ce``: cross-entropy against p, restricted to its ``topk`` most probable tokens and renormalised.
+      Tokens that tie for the last place are all kept.
+    - ``hard_ce``: cross-entropy against the token ``labels_T``
+    - ``tv``: total variation distance from p
 
     Gradient reaches only ``draft_hidden_KTD``: output weight, teacher and token weights are constants. One all-reduce
     over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN.
@@ -93,7 +96,7 @@ def vocab_parallel_soft_ce(
         vocab_size: number of tokens. Rows of the weight from there on are padding.
         temperature: of both distributions, above 0.
         chunk_size: number of target positions whose logits exist at a time: two float32 tensors [chunk_size, v] for
-            ``soft_ce``, else three, and one more in the dtype of the weight if that is 16 bits wide.
+            ``soft_ce`` and ``tv``, else three, and one more in the dtype of the weight if that is 16 bits wide.
         group: tensor-parallel ranks; None if the weight is whole. All ranks hold the same hidden states and weights.
         loss_type: see above.
         topk: for ``topk_soft_ce``.
@@ -103,8 +106,8 @@ def vocab_parallel_soft_ce(
     Raises:
         ValueError: an unknown loss type, or ``hard_ce`` without labels.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(LOSS_TYPES)}; set one of these")
+    if loss_type not in TERM_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(TERM_TYPES)}; set one of these")
     if loss_type == "hard_ce" and labels_T is None:
         raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or choose another loss type")
     with_grad = torch.is_grad_enabled() and draft_hidden_KTD.requires_grad
@@ -114,61 +117,66 @@ def vocab_parallel_soft_ce(
         chunks = counted_chunks(counts_T, chunk_size)
         logits = ChunkLogits(shard, min(len(counts_T), chunk_size), temperature)
         teacher = _TeacherChunks(teacher_hidden_TD, counts_T, logits, loss_type, topk, labels_T)
-        result, grad_KTD = _loss_and_grad(draft_hidden_KTD, weights_KT, chunks, teacher, logits, with_grad)
+        terms, grad_KTD = _terms_and_grad(draft_hidden_KTD, weights_KT != 0, chunks, teacher, logits, with_grad)
+    loss_KT = terms.loss_KT
     if with_grad:
-        result = result._replace(loss=_KnownGradient.apply(draft_hidden_KTD, result.loss, grad_KTD))
-    return result
+        loss_KT = _KnownGradient.apply(draft_hidden_KTD, loss_KT, grad_KTD)
+    return terms._replace(loss=(weights_KT.detach().to(loss_KT.dtype) * loss_KT).sum(), loss_KT=loss_KT)
 
 
 class _KnownGradient(torch.autograd.Function):
-    """Attaches a gradient with respect to ``hidden`` that was computed with the loss."""
+    """Attaches the gradient of every term with respect to its hidden state, which was computed with the terms."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_KTD: Tensor, loss: Tensor, grad_KTD: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_KTD: Tensor, loss_KT: Tensor, grad_KTD: Tensor) -> Tensor:
         ctx.save_for_backward(grad_KTD)
-        return loss.clone()
+        return loss_KT.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss_KT: Tensor) -> tuple[Tensor, None, None]:
         (grad_KTD,) = ctx.saved_tensors
-        return grad_KTD * grad_loss, None, None
+        # The product may be as small as 1e-6. bf16 keeps its digits, as it has the exponents of float32.
+        return grad_KTD * grad_loss_KT[..., None].to(grad_KTD.dtype), None, None
 
 
-def _loss_and_grad(
+def _terms_and_grad(
     draft_hidden_KTD: Tensor,
-    weights_KT: Tensor,
+    counts_KT: Tensor,
     chunks: list[Tensor | slice],
     teacher: _TeacherChunks,
     logits: ChunkLogits,
     with_grad: bool,
 ) -> tuple[DraftLoss, Tensor | None]:
-    """The loss, and its gradient with respect to the hidden states for an incoming gradient of 1."""
-    counts_KT = weights_KT != 0
-    weights_KT = weights_KT.to(logits.dtype)
-    loss_KT, accept_prob_KT = torch.zeros_like(weights_KT), torch.zeros_like(weights_KT)
+    """Terms of the loss, and the gradient of each with respect to its hidden state. ``loss`` is left at 0."""
+    loss_KT, accept_prob_KT = (torch.zeros_like(counts_KT, dtype=logits.dtype) for _ in range(2))
     top1_KT, argmax_KT = torch.zeros_like(counts_KT), torch.full_like(counts_KT, -1, dtype=torch.int64)
     grad_KTD = torch.zeros_like(draft_hidden_KTD) if with_grad else None
     buffer = logits.buffer()
     for positions_c in chunks:
         targets = teacher.targets(positions_c)
-        for k in range(len(weights_KT)):
+        for k in range(len(counts_KT)):
             here = (k, positions_c)
             # An entry of weight 0 may be NaN, too.
             hidden_cD = draft_hidden_KTD[here].masked_fill(~counts_KT[here][:, None], 0)
             draft_cv = logits.write(hidden_cD, buffer)
             loss_KT[here], accept_prob_KT[here], argmax_c = _compare_(draft_cv, targets, logits.shard)
             top1_KT[here], argmax_KT[here] = argmax_c == targets.teacher_argmax_c, argmax_c.long()
+            if teacher.loss_type == "tv":
+                loss_KT[here] = _total_variation_(draft_cv, targets.teacher_cv, logits.shard)
+            elif grad_KTD is not None:
+                draft_cv.sub_(targets.target_cv)
             if grad_KTD is not None:
-                dlogits_cv = logits.operand(draft_cv.sub_(targets.target_cv))
-                grad_cD = torch.mm(dlogits_cv, logits.shard.weight_vD)
-                # Weights multiply the product, not its operands: a weight may be as small as 1e-6.
-                grad_KTD[here] = (grad_cD * (weights_KT[here] / logits.temperature)[:, None]).to(grad_KTD.dtype)
+                grad_cD = torch.mm(logits.operand(draft_cv), logits.shard.weight_vD)
+                scale_c = counts_KT[here].to(logits.dtype) / logits.temperature
+                grad_KTD[here] = (grad_cD * scale_c[:, None]).to(grad_KTD.dtype)
     if grad_KTD is not None and logits.shard.group is not None:
         dist.all_reduce(grad_KTD, group=logits.shard.group)
-    loss = (weights_KT * loss_KT).sum()
     argmax_KT.masked_fill_(~counts_KT, -1)
-    return DraftLoss(loss, loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT, argmax_KT), grad_KTD
+    terms = DraftLoss(
+        loss_KT.new_zeros(()), loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT, argmax_KT
+    )
+    return terms, grad_KTD
 
 
 class _ChunkTargets(NamedTuple):
@@ -198,6 +206,21 @@ def _compare_(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tu
     return loss_c, normaliser.of_winner(accept_prob_Rc), normaliser.of_winner(argmax_Rc)
 
 
+def _total_variation_(draft_cv: Tensor, teacher_cv: Tensor, shard: VocabShard) -> Tensor:
+    """Total variation distance of each token. One collective.
+
+    Overwrites the draft's probabilities with the gradient with respect to its logits, at temperature 1.
+    """
+    blocks = list(zip(draft_cv.chunk(8), teacher_cv.chunk(8), strict=True))
+    # Sums over the tokens that the draft finds less probable than the teacher: of q there, and of min(p, q) everywhere.
+    below_c = torch.cat([(q * (q < p)).sum(-1) for q, p in blocks])
+    overlap_c = torch.cat([torch.minimum(q, p).sum(-1) for q, p in blocks])
+    below_Rc, overlap_Rc = all_gather_columns([below_c, overlap_c], shard.group)
+    for (q, p), below_b1 in zip(blocks, below_Rc.sum(0)[:, None].chunk(8), strict=True):
+        q.mul_(below_b1 - (q < p).to(q.dtype))
+    return 1 - overlap_Rc.sum(0)
+
+
 class _TeacherChunks:
     """The policy's distribution over one chunk, and the target that the loss type derives from it."""
 
@@ -213,7 +236,7 @@ class _TeacherChunks:
         self.hidden_TD, self.counts_T, self.logits, self.loss_type = hidden_TD, counts_T, logits, loss_type
         self.topk, self.labels_T = topk, labels_T
         self.buffer = logits.buffer()
-        self.target_buffer = self.buffer if loss_type == "soft_ce" else logits.buffer()
+        self.target_buffer = self.buffer if loss_type in ("soft_ce", "tv") else logits.buffer()
 
     def targets(self, positions_c: Tensor | slice) -> _ChunkTargets:
         """Targets of the positions, valid until the next call. One collective; three for ``topk_soft_ce``."""
@@ -228,7 +251,7 @@ class _TeacherChunks:
         elif self.labels_T is not None and self.loss_type == "hard_ce":
             column_c, is_local_c = shard.to_local(self.labels_T[positions_c])
             target_cv.zero_().scatter_(1, column_c[:, None], is_local_c[:, None].to(target_cv.dtype))
-        # For soft_ce, teacher and target are the same tensor.
+        # For soft_ce and tv, teacher and target are the same tensor.
         return _ChunkTargets(target_cv, teacher_cv, softmax_(teacher_cv, shard))
 
 

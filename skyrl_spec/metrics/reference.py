@@ -54,8 +54,7 @@ REFERENCE = (
     Described(
         "draft/loss",
         "nats",
-        "Cross-entropy of the draft against its target. With loss_type=soft_ce it cannot fall below the policy's "
-        "entropy.",
+        "The draft's loss, loss_type. With soft_ce, a cross-entropy, it cannot fall below the policy's entropy.",
     ),
     Described("draft/grad_norm", "", "Norm of the draft's gradient before clipping."),
     Described("draft/lr", "", "Learning rate of the draft, averaged over the step's updates."),

@@ -9,8 +9,10 @@ from skyrl_spec.settings.allowed import FROM_ONE, LOSS_TYPES, NOT_NEGATIVE, POSI
 from skyrl_spec.settings.field import setting
 
 _LOSS_TYPE_DOC = (
-    "Target of the draft's cross-entropy. soft_ce: the policy's distribution. topk_soft_ce: its loss_topk most "
-    "probable tokens. hard_ce: the sampled token."
+    "The draft's loss. soft_ce: cross-entropy against the policy's distribution. topk_soft_ce: against its loss_topk "
+    "most probable tokens. hard_ce: against the sampled token. tv: total variation distance from the policy's "
+    "distribution, which is the share of sampled drafts that are rejected. accept: share of drafted tokens that are "
+    "rejected, each only if all before it were accepted."
 )
 
 

@@ -93,7 +93,7 @@ def check_all_cases(rank: int) -> None:
     for vocab_size, padded_size in VOCABULARIES:
         for num_tokens in (0, 1, 7, 13):
             check_logprobs(rank, vocab_size, padded_size, num_tokens, torch.float32)
-            for loss_type in ("soft_ce", "topk_soft_ce", "hard_ce"):
+            for loss_type in ("soft_ce", "topk_soft_ce", "hard_ce", "tv"):
                 check_soft_ce(rank, vocab_size, padded_size, num_tokens, loss_type, torch.float32)
     check_logprobs(rank, 101, 104, 13, torch.bfloat16)
     check_soft_ce(rank, 101, 104, 13, "hard_ce", torch.bfloat16)

@@ -47,12 +47,26 @@ class Drafted:
     policy_V: Tensor
     sampled: int
     weight: float
+    # The token before it in its chain.
+    before: Drafted | None
 
     def loss(self, loss_type: str) -> Tensor:
+        if loss_type == "accept":
+            return 1 - self.accepted()
         logprobs_V = (self.draft_V / TEMPERATURE).log_softmax(-1)
         if loss_type == "hard_ce":
             return -logprobs_V[self.sampled]
+        if loss_type == "tv":
+            return 1 - self.overlap()
         return -((self.policy_V / TEMPERATURE).softmax(-1) * logprobs_V).sum()
+
+    def overlap(self) -> Tensor:
+        policy_V, draft_V = ((logits_V / TEMPERATURE).softmax(-1) for logits_V in (self.policy_V, self.draft_V))
+        return torch.minimum(policy_V, draft_V).sum()
+
+    def accepted(self) -> Tensor:
+        """Probability that a sampled token and all before it are accepted."""
+        return self.overlap() * (1 if self.before is None else self.before.accepted())
 
 
 def rows_of_batch() -> Iterator[tuple[list[int], list[bool]]]:
@@ -88,11 +102,14 @@ class MtpReference:
         outputs = self.head(trunk[TRUNK_HIDDEN][None], trunk[EMBEDDING][None], NUM_DRAFTED)
         weight_VD = self.model.lm_head.weight.detach()
         for base in range(len(token_ids)):
+            before = None
             for depth, out_BSD in enumerate(outputs, start=1):
                 drafted = base + depth + 1
                 # An engine begins behind a sampled token, and comes to a draft over tokens that were sampled too.
                 if drafted < len(token_ids) and all(mask[base + 1 : drafted + 1]):
-                    yield Drafted(out_BSD[0, base] @ weight_VD.t(), policy_SV[drafted - 1], token_ids[drafted], 1.0)
+                    logits_V = out_BSD[0, base] @ weight_VD.t()
+                    before = Drafted(logits_V, policy_SV[drafted - 1], token_ids[drafted], 1.0, before)
+                    yield before
 
     def gradients(self) -> dict[str, Tensor]:
         return {PREFIX + name: parameter.grad for name, parameter in self.head.named_parameters()}
@@ -120,11 +137,13 @@ class BlockReference:
                 continue
             block_BD = self.target.block_embeddings(token_ids[anchor], self.draft.mask_token, NUM_DRAFTED)
             logits_KV = self.draft.logits(aux_SnD, block_BD, anchor, self.target.output_weight_VD)
+            before = None
             for slot in range(1, NUM_DRAFTED + 1):
                 drafted = anchor + slot
                 if drafted < len(token_ids) and all(mask[anchor : drafted + 1]):
                     weight = float(np.exp(-(slot - 1) / GAMMA))
-                    yield Drafted(logits_KV[slot - 1], policy_SV[drafted - 1], token_ids[drafted], weight)
+                    before = Drafted(logits_KV[slot - 1], policy_SV[drafted - 1], token_ids[drafted], weight, before)
+                    yield before
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: tensor.grad for name, tensor in self.draft.weights.items()}
@@ -160,7 +179,7 @@ def _train(_rank: int, path: Path, draft: str, loss_type: str, out: Path) -> Non
     torch.save({"metrics": metrics, "gradients": gradients, "captured": captured_rows}, out)
 
 
-@pytest.mark.parametrize("loss_type", ["soft_ce", "hard_ce"])
+@pytest.mark.parametrize("loss_type", ["soft_ce", "hard_ce", "tv", "accept"])
 @pytest.mark.parametrize("draft", REFERENCES)
 def test_loss_and_gradients_equal_the_definition(tmp_path: Path, draft: str, loss_type: str) -> None:
     path, out = write_model(tmp_path / "model", draft), tmp_path / "out.pt"

@@ -22,7 +22,7 @@ from skyrl_spec.losses.soft_ce import DraftLoss, vocab_parallel_soft_ce
 D = 16
 VOCAB_SIZE = 101
 TOPK = 5
-LOSS_TYPES = ["soft_ce", "topk_soft_ce", "hard_ce"]
+LOSS_TYPES = ["soft_ce", "topk_soft_ce", "hard_ce", "tv"]
 # Relative and absolute; entries are of order 1.
 # bf16 has 8 bits: products rounded to 2^-8 of logits of order 4, and gradients likewise.
 TOLERANCE = {
@@ -77,12 +77,14 @@ def reference(
     else:
         target_TV = torch.nn.functional.one_hot(labels_T, VOCAB_SIZE).double()
     loss_KT = -(target_TV * logq_KTV).sum(-1)
+    if loss_type == "tv":
+        loss_KT = (p_TV - logq_KTV.exp()).abs().sum(-1) / 2
     argmax_KT = logq_KTV.argmax(-1)
     accept_prob_KT = p_TV.expand_as(logq_KTV).gather(2, argmax_KT[..., None])[..., 0]
     counts_KT = weights_KT != 0
     return DraftLoss(
         (weights_KT * loss_KT).sum(),
-        (counts_KT * loss_KT).detach(),
+        counts_KT * loss_KT,
         counts_KT * accept_prob_KT,
         counts_KT & (argmax_KT == p_TV.argmax(-1)),
         argmax_KT.where(counts_KT, -1),
@@ -179,11 +181,21 @@ def test_gradient_reaches_the_draft_alone() -> None:
     draft_KTD, teacher_TD, weight_VD, weights_KT, labels_T = make_inputs(2, 13, 104, torch.float32)
     others = [tensor.requires_grad_() for tensor in (teacher_TD, weight_VD, weights_KT)]
     result = run((draft_KTD, *others, labels_T))
-    assert not result.loss_KT.requires_grad
     assert not result.accept_prob_KT.requires_grad
     result.loss.backward()
     assert draft_KTD.grad is not None
     assert all(tensor.grad is None for tensor in others)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_term_has_its_own_gradient(loss_type: str) -> None:
+    """A loss may be any function of the terms, such as that of whole chains."""
+    inputs = make_inputs(3, 13, 104, torch.float64)
+    factors_KT = torch.randn(3, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * (inputs[3] != 0)
+    wanted = (reference(*inputs, loss_type, 0.7).loss_KT * factors_KT).sum()
+    got = (run(inputs, loss_type).loss_KT * factors_KT).sum()
+    (gradient,), (expected,) = (torch.autograd.grad(loss, inputs[0]) for loss in (got, wanted))
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_no_gradient_asked_for_none_computed() -> None:
