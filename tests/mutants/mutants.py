@@ -84,7 +84,9 @@ LOSSES = [
         "losses/soft_ce.py",
         [SOFT_CE],
         ("sign of the draft's gradient", "draft_cv.sub_(targets.target_cv)", "draft_cv.add_(targets.target_cv)"),
-        ("no temperature in the draft's gradient", "(weights_KT[here] / logits.temperature)", "weights_KT[here]"),
+        ("no temperature in the draft's gradient", ".to(logits.dtype) / logits.temperature", ".to(logits.dtype)"),
+        ("sign of the total variation's gradient", "below_b1 - (q < p)", "below_b1 + (q < p)"),
+        ("total variation of another normalisation", "(q * (q < p)).sum(-1)", "(p * (q < p)).sum(-1)"),
         ("NaN of an unsupervised token kept", ".masked_fill(~counts_KT[here][:, None], 0)", ""),
         ("NaN of a position without weight kept", ".masked_fill(~self.counts_T[positions_c, None], 0)", ""),
         ("top-k keeps the first alone", ".topk(topk).values[:, -1]", ".topk(topk).values[:, 0]"),
@@ -95,6 +97,17 @@ LOSSES = [
         "losses/soft_ce.py",
         [SHARDED],
         ("draft's gradient not all-reduced", "dist.all_reduce(grad_KTD, group=logits.shard.group)", "pass"),
+        ("overlap of one rank's tokens", "1 - overlap_Rc.sum(0)", "1 - overlap_Rc[shard.rank]"),
+    ),
+    *of(
+        "losses/chains.py",
+        [f"{DRAFT_LOSS}[mtp-accept]"],
+        ("every token of a chain by itself", "accepted_C = accepted_C * (1 - terms_C)", "accepted_C = 1 - terms_C"),
+        (
+            "entries that are no tokens in the first chain",
+            "masked_fill(weights_E == 0, size)",
+            "masked_fill(weights_E == 0, 0)",
+        ),
     ),
     *of(
         "losses/reduce.py",
