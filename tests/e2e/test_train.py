@@ -82,6 +82,24 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
     assert any(not torch.equal(trained[name], shipped[name]) for name in shipped)
 
 
+def test_a_run_whose_engines_choose_the_length_of_their_drafts(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.eval_before_train=false", "trainer.eval_interval=0"]
+    overrides += ["generator.speculation.schedule=auto", "trainer.mtp.num_speculative_tokens=5"]
+    overrides += ["trainer.canary.lossless_interval=1"]
+    output, records = finish(tmp_path / "run", *overrides)
+    assert "generator.speculation.schedule=auto: measured the engines' steps in" in output
+    assert "lossless canary: checked 2x, 100% of greedy responses equal" in output
+    for record in records:
+        lengths = {key: value for key, value in record.items() if key.startswith(names.LENGTH_AT_BATCH)}
+        # A step samples 32 responses.
+        assert max(int(key.rpartition("_")[2]) for key in lengths) in (16, 32)
+        assert all(0 <= length <= 5 for length in lengths.values())
+        assert record[names.ESTIMATED_SPEEDUP] > 1.0
+        assert record[names.EXPECTED_THROUGHPUT] > 0
+        # Acceptance by position counts the drafts that have the position, as the trainer predicts it.
+        assert abs(record[names.ACCEPTANCE_GAP]) < 0.3 * record[names.acceptance_length("train")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
