@@ -244,9 +244,9 @@ class PolicyGroup:
         answers = self._all("forward_logprobs", ray.put(batch), policy)
         return replace(batch, **gather_shards(batch, [answers[leader] for leader in self._leaders]))
 
-    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step. Metrics and log-probs cover all ranks."""
-        answers: list[StepReport] = self._all("train_mini_batch", ray.put(batch))
+    def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True) -> StepReport:
+        """One optimizer step, of the draft too unless ``draft=False``. Metrics and log-probs cover all ranks."""
+        answers: list[StepReport] = self._all("train_mini_batch", ray.put(batch), draft)
         shards = [answers[leader].policy_logprobs for leader in self._leaders]
         known = [{"logprobs": shard} for shard in shards if shard is not None]
         return replace(answers[0], policy_logprobs=gather_shards(batch, known)["logprobs"]) if known else answers[0]

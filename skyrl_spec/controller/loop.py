@@ -30,7 +30,7 @@ from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import merge
 from skyrl_spec.metrics.values import values as metric_values
-from skyrl_spec.settings.derived import coarser_dtype
+from skyrl_spec.settings.derived import coarser_dtype, training_interval
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.sync.canary import SyncCanary
 from skyrl_spec.sync.weights import WeightSync
@@ -148,10 +148,11 @@ class TrainingLoop:
         values, timings = dict(sampled.values), dict(sampled.timings)
         if sampled.rollouts:
             require_current(sampled.rollouts, self.sync.versions)
-            values |= self._train(self._build_batch(sampled.groups), timings)
+            draft = self._draft_is_due()
+            values |= self._train(self._build_batch(sampled.groups), timings, draft=draft)
             values |= acceptance_gap(values)
             with timed(timings, "sync_weights"):
-                values |= {names.SYNC_BYTES: self.sync.sync()}
+                values |= {names.SYNC_BYTES: self.sync.sync(draft=draft)}
             values |= self._run_canaries(timings)
             self._watch.look(values)
         values |= self._versions()
@@ -196,8 +197,13 @@ class TrainingLoop:
                 values |= self.lossless.check(self.engines, seed=max(asdict(self.sync.versions).values()))
         return values
 
-    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
-        """Runs all optimizer steps on ``batch``. Adds the seconds of each phase to ``timings``."""
+    def _draft_is_due(self) -> bool:
+        """Whether the next step trains the draft. The policy's version is the number of steps that trained."""
+        interval = training_interval(self.config.trainer.draft.train)
+        return interval is not None and self.sync.versions.policy % interval == 0
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float], *, draft: bool) -> dict[str, float]:
+        """Runs all optimizer steps on ``batch``, of the draft too. Adds the seconds of each phase to ``timings``."""
         trainer = self.config.trainer
         # In a single update, the policy is still the one whose log-probs are asked for.
         is_one_update = trainer.update_epochs_per_batch == 1 and len(batch) <= self._rows_per_mini_batch
@@ -205,7 +211,7 @@ class TrainingLoop:
             if trainer.algorithm.use_kl_loss or not is_one_update:
                 batch = self.policy.forward_logprobs(batch, policy=not is_one_update)
         mini_batches = self._mini_batches(batch, trainer.update_epochs_per_batch)
-        reports = [self.policy.train_mini_batch(mini_batch) for mini_batch in mini_batches]
+        reports = [self.policy.train_mini_batch(mini_batch, draft=draft) for mini_batch in mini_batches]
         timings |= _train_timings(reports)
         if is_one_update:
             batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
@@ -275,7 +281,10 @@ class TrainingLoop:
 class DraftWarmup(TrainingLoop):
     """Training loop with a frozen policy. Only the draft is trained and synced."""
 
-    def _train(self, batch: TrainBatch, timings: dict[str, float]) -> dict[str, float]:
+    def _draft_is_due(self) -> bool:
+        return True
+
+    def _train(self, batch: TrainBatch, timings: dict[str, float], *, draft: bool) -> dict[str, float]:
         num_epochs = self.config.trainer.update_epochs_per_batch
         reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
         timings["draft_train"] = sum(report.draft_train_s for report in reports)

@@ -16,6 +16,7 @@ from skyrl_spec.controller.signals import SignalWatch
 from skyrl_spec.controller.task import Task, load_task
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.draft import DraftTrainingConfig
 from skyrl_spec.settings.schema import Config
 
 
@@ -44,6 +45,7 @@ def warmup_config(config: Config) -> Config:
         trainer=replace(
             trainer,
             algorithm=replace(trainer.algorithm, use_kl_loss=False, dynamic_sampling=dynamic_sampling),
+            draft=DraftTrainingConfig(),
             # Prompts repeat until all steps are done.
             epochs=2**31,
             run_dir=warmup.run_dir or f"{trainer.run_dir}_warmup",

@@ -62,6 +62,21 @@ def coarser_dtype(config: Config) -> str:
     return "bf16" if "bf16" in (config.trainer.policy.megatron_config.dtype, engine_dtype(config)) else "fp32"
 
 
+def training_interval(train: str) -> int | None:
+    """Training steps from one that trains the draft to the next, by ``trainer.draft.train``. None: none trains it.
+
+    Raises:
+        ValueError: no such value.
+    """
+    # YAML reads off without quotes as false.
+    if train in ("off", "False"):
+        return None
+    interval = 1 if train == "every_step" else int(train.removeprefix("every:"))
+    if interval < 1:
+        raise ValueError(train)
+    return interval
+
+
 def uses_fp32_head(config: Config) -> bool:
     """Whether logits are computed in fp32 from bf16 states and weights."""
     wanted = config.trainer.policy.megatron_config.fp32_output_head

@@ -134,6 +134,17 @@ class DflashConfig:
 
 
 @dataclass
+class DraftTrainingConfig:
+    """When the draft is trained, whichever it is."""
+
+    train: str = setting(
+        "every_step",
+        "Training steps that train the draft and send it to the engines: every_step, every:N (the first, and then "
+        "every N-th), or off (none: the engines keep the draft that the run began with).",
+    )
+
+
+@dataclass
 class WarmupConfig:
     """``skyrl-spec warmup-draft``: trains the draft on responses of the frozen policy."""
 

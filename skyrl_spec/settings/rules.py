@@ -12,7 +12,7 @@ from typing import Any
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, RECOMPUTE_MODULES, Allowed, Range
-from skyrl_spec.settings.derived import parallel_sizes, sync_backend
+from skyrl_spec.settings.derived import parallel_sizes, sync_backend, training_interval
 from skyrl_spec.settings.describe import sections
 from skyrl_spec.settings.schema import Config
 
@@ -44,6 +44,7 @@ def check_rules(config: Config) -> None:
         f"{_MEGATRON}.recompute_modules", config.trainer.policy.megatron_config.recompute_modules, RECOMPUTE_MODULES
     )
     _check_sequence_parallel(config)
+    _check_draft_training(config)
     _check_batches(config)
     _check_lengths(config)
     _check_colocation(config)
@@ -138,6 +139,16 @@ def _check_paths(config: Config) -> None:
 def _check_each(setting: str, words: list[str], allowed: tuple[str, ...]) -> None:
     for word in words:
         require(word in allowed, setting, words, f"{word} is not one of {', '.join(allowed)}; remove it")
+
+
+def _check_draft_training(config: Config) -> None:
+    train = config.trainer.draft.train
+    try:
+        training_interval(train)
+    except ValueError:
+        raise ConfigError(
+            f"trainer.draft.train={train}: must be every_step, every:N with N of at least 1, or off; set one of these"
+        ) from None
 
 
 def _check_sequence_parallel(config: Config) -> None:

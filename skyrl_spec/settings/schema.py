@@ -25,7 +25,7 @@ from skyrl_spec.settings.allowed import (
     SHARE,
     Range,
 )
-from skyrl_spec.settings.draft import DflashConfig, MtpConfig, WarmupConfig
+from skyrl_spec.settings.draft import DflashConfig, DraftTrainingConfig, MtpConfig, WarmupConfig
 from skyrl_spec.settings.field import setting
 from skyrl_spec.settings.policy import PolicyConfig
 
@@ -203,6 +203,7 @@ class TrainerConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
     dflash: DflashConfig = field(default_factory=DflashConfig)
+    draft: DraftTrainingConfig = field(default_factory=DraftTrainingConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     run_dir: str = setting("runs/default", "Output directory of the run.")

@@ -78,26 +78,33 @@ class WeightSync:
             # The engines are ranks of one transfer group, so a single one cannot be replaced.
             policy.connect(backend, engines.handles, self.components, engines.timeout_s)
 
-    def sync(self) -> int:
-        """Brings every engine to the workers' weights, under the next version. Returns the bytes of one copy."""
+    def sync(self, *, draft: bool = True) -> int:
+        """Brings every engine to the workers' weights, under the next version. Returns the bytes of one copy.
+
+        ``draft=False``: the draft has not changed since the last sync, and is not sent.
+        """
         version = 1 + max(self.versions.policy, self.versions.draft)
-        return self.restore(replace(self.versions, **dict.fromkeys(self.components, version)))
+        changed = [component for component in self.components if draft or component != "draft"]
+        return self._send(changed, replace(self.versions, **dict.fromkeys(changed, version)))
 
     def restore(self, versions: Versions) -> int:
         """Brings every engine to the workers' weights, under the versions of a checkpoint. Returns the bytes."""
+        return self._send(self.components, versions)
+
+    def _send(self, components: list[Component], versions: Versions) -> int:
         self.versions = versions
         if self._over_ray:
-            updates, num_bytes = self._export()
+            updates, num_bytes = self._export(components)
             self._engines.all("load_weights", updates, versions)
             return num_bytes
-        num_bytes = sum(self._policy.send(component, self._engines.timeout_s) for component in self.components)
+        num_bytes = sum(self._policy.send(component, self._engines.timeout_s) for component in components)
         self._engines.all("reset_prefix_cache")
         self._engines.all("set_versions", versions)
         return num_bytes
 
-    def _export(self) -> tuple[list[Update], int]:
+    def _export(self, components: list[Component]) -> tuple[list[Update], int]:
         """Updates for the engines, and their size in bytes."""
-        exported = [(component, self._policy.export(component)) for component in self.components]
+        exported = [(component, self._policy.export(component)) for component in components]
         updates: list[Update] = [(component, [chunk for chunk, _ in chunks]) for component, chunks in exported]
         return updates, sum(num_bytes for _, chunks in exported for _, num_bytes in chunks)
 
@@ -105,4 +112,5 @@ class WeightSync:
         """Brings a replacement engine, just built from disk, to the weights and versions of the others."""
         timeout_s = self._engines.timeout_s
         ray.get(engine.init_weight_transfer_engine.remote({}), timeout=timeout_s)
-        ray.get(engine.load_weights.remote(self._export()[0], self.versions), timeout=timeout_s)
+        updates, _ = self._export(self.components)
+        ray.get(engine.load_weights.remote(updates, self.versions), timeout=timeout_s)

@@ -37,7 +37,7 @@ from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
-from skyrl_spec.settings.derived import uses_fp32_head
+from skyrl_spec.settings.derived import training_interval, uses_fp32_head
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import POLICY_PATH
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
@@ -101,6 +101,8 @@ class PolicyTrainer:
             )
         )
         self.draft = self._load_draft(total_optimizer_steps)
+        # The draft in steps that train it, None in others.
+        self._trained_draft = self.draft
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
 
     def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> dict[str, np.ndarray]:
@@ -119,9 +121,10 @@ class PolicyTrainer:
             logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, rows)
         return logprobs
 
-    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step of policy and draft on this rank's shard of ``batch``."""
+    def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True) -> StepReport:
+        """One optimizer step of policy and draft on this rank's shard of ``batch``. ``draft=False`` leaves it alone."""
         start = time.perf_counter()
+        self._trained_draft = self.draft if draft else None
         self._draft_clock.reset()
         examples, denominator = self._examples(batch)
         logprobs: list[Tensor] = []
@@ -141,7 +144,7 @@ class PolicyTrainer:
         examples, denominator = self._examples(batch)
         sums = self._zero_sums()
         self.draft.trainable.zero_grad()
-        with self._capture() as captured:
+        with self._capture(self.draft) as captured:
             for example in examples:
                 with torch.no_grad():
                     hidden_TD = self._hidden(self.model, example.micro.pack, captured)
@@ -165,14 +168,14 @@ class PolicyTrainer:
         policy_sums = torch.zeros(len(POLICY_SUMS) + 1, dtype=torch.float64, device=self.parallel.device)
         draft_sums = self._zero_sums()
         self.policy.zero_grad()
-        if self.draft is not None:
-            self.draft.trainable.zero_grad()
-        with self._capture() as captured:
+        if self._trained_draft is not None:
+            self._trained_draft.trainable.zero_grad()
+        with self._capture(self._trained_draft) as captured:
 
             def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 example = next(data)
                 hidden_TD = self._hidden(model, example.micro.pack, captured)
-                if self.draft is not None:
+                if self._trained_draft is not None:
                     with self._draft_clock:
                         draft_sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
                 return hidden_TD, lambda hidden: self._policy_loss(hidden, example.micro, policy_sums, logprobs)
@@ -188,16 +191,16 @@ class PolicyTrainer:
                     micro_batch_size=1,
                 )
         self.policy.reduce_grads()
-        if self.draft is not None:
+        if self._trained_draft is not None:
             with self._draft_clock:
-                self.draft.trainable.reduce_grads()
+                self._trained_draft.trainable.reduce_grads()
         return torch.cat([policy_sums, draft_sums])
 
     def optimizer_step(self) -> Metrics:
         """Updates policy and draft from their gradient buffers."""
         assert self.policy is not None
         metrics = self.policy.step().metrics("policy")
-        if self.draft is not None:
+        if self._trained_draft is not None:
             with self._draft_clock:
                 metrics |= self._draft_step()
         return metrics
@@ -213,7 +216,7 @@ class PolicyTrainer:
         num_positions = 0 if self.draft is None else self.draft.draft.num_positions
         scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
         if self.draft is not None:
-            with self._capture() as captured:
+            with self._capture(self.draft) as captured:
                 packs = block_packs(proposals, num_positions, self.config.trainer.max_tokens_per_microbatch)
                 scores = [self._score_blocks(upload(pack, self.parallel.device), captured) for pack in packs] or scores
         logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*scores, strict=True))
@@ -293,7 +296,7 @@ class PolicyTrainer:
             kind.settings(trainer).optimizer_config,
             trainer.policy.megatron_config,
             self.parallel,
-            total_optimizer_steps,
+            -(-total_optimizer_steps // (training_interval(trainer.draft.train) or 1)),
             trainer.max_skipped_updates,
         )
         return TrainableDraft(draft, trainable)
@@ -343,9 +346,9 @@ class PolicyTrainer:
         """This rank's micro-batches, uploaded, and the weight of their supervision over all data-parallel ranks."""
         device = self.parallel.device
         micros = self._micros(batch, self._local_rows(batch))
-        if self.draft is None:
+        if self._trained_draft is None:
             return [upload(Example(micro, ()), device) for micro in micros], torch.zeros((), device=device)
-        draft = self.draft.draft
+        draft = self._trained_draft.draft
         with self._draft_clock:
             draft.begin_step(batch.loss_mask)
             # A micro-batch without rows is there for the policy's collectives.
@@ -369,11 +372,11 @@ class PolicyTrainer:
         self, captured: Captured | None, hidden_TD: Tensor, example: Example, denominator: Tensor
     ) -> Tensor:
         """Runs the draft forward and backward on detached tensors; returns its sums (``DraftSums.flat``)."""
-        assert self.draft is not None
+        assert self._trained_draft is not None
         assert captured is not None
         states, teacher, total = captured.take(), self._teacher(hidden_TD), self._zero_sums()
         for supervision in example.supervisions:
-            loss, sums = self.draft.draft.loss(states, teacher, example.micro.pack, supervision, denominator)
+            loss, sums = self._trained_draft.draft.loss(states, teacher, example.micro.pack, supervision, denominator)
             loss.backward()
             total += sums.flat()
         return total
@@ -405,15 +408,15 @@ class PolicyTrainer:
         return logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
 
     def _draft_step(self) -> Metrics:
-        assert self.draft is not None
-        return self.draft.trainable.step().metrics("draft")
+        assert self._trained_draft is not None
+        return self._trained_draft.trainable.step().metrics("draft")
 
     def _zero_sums(self) -> Tensor:
-        width = 0 if self.draft is None else num_sums(self.draft.draft.num_positions)
+        width = 0 if self._trained_draft is None else num_sums(self._trained_draft.draft.num_positions)
         return torch.zeros(width, dtype=torch.float64, device=self.parallel.device)
 
-    def _capture(self) -> AbstractContextManager[Captured | None]:
-        return nullcontext() if self.draft is None else capture(self.model, self.draft.draft.capture_points)
+    def _capture(self, draft: TrainableDraft | None) -> AbstractContextManager[Captured | None]:
+        return nullcontext() if draft is None else capture(self.model, draft.draft.capture_points)
 
     def _reduce(self, sums: Tensor) -> Metrics:
         """Metrics of all data-parallel ranks, in one collective. Losses already carry their denominator."""
@@ -424,7 +427,7 @@ class PolicyTrainer:
         metrics |= {
             f"policy/{name}": Metric(total, num_tokens) for name, total in zip(POLICY_SUMS[1:], token_sums, strict=True)
         }
-        if self.draft is not None:
+        if self._trained_draft is not None:
             metrics |= draft_metrics(values[len(POLICY_SUMS) + 1 :])
         if self.reference is None:
             del metrics["policy/kl"]

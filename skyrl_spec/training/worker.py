@@ -86,8 +86,8 @@ class PolicyWorker:
     def forward_logprobs(self, batch: TrainBatch, policy: bool) -> dict[str, np.ndarray]:
         return self._trainer.forward_logprobs(batch, policy=policy)
 
-    def train_mini_batch(self, batch: TrainBatch) -> StepReport:
-        return self._trainer.train_mini_batch(batch)
+    def train_mini_batch(self, batch: TrainBatch, draft: bool = True) -> StepReport:
+        return self._trainer.train_mini_batch(batch, draft=draft)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_draft(batch)

@@ -100,6 +100,18 @@ def test_a_run_whose_engines_choose_the_length_of_their_drafts(tmp_path: Path) -
         assert abs(record[names.ACCEPTANCE_GAP]) < 0.3 * record[names.acceptance_length("train")]
 
 
+def test_a_draft_that_is_trained_in_every_other_step(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=3", "trainer.eval_interval=0"]
+    overrides += ["trainer.eval_before_train=false", "trainer.draft.train=every:2", "trainer.canary.interval=1"]
+    _, records = finish(tmp_path / "run", *overrides)
+    assert [record["sync/policy_version"] for record in records] == [1, 2, 3]
+    assert [record["sync/draft_version"] for record in records] == [1, 1, 3]
+    assert [names.DRAFT_LOSS in record for record in records] == [True, False, True]
+    assert [record.get("timing/draft_train", 0) > 0 for record in records] == [True, False, True]
+    # Engines draft with what the trainer holds, trained in this step or not.
+    assert all(record[names.CANARY_DRAFT] < 1e-4 for record in records)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",

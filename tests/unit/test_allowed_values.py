@@ -28,6 +28,7 @@ UNRESTRICTED_TYPES = {
 UNRESTRICTED_SETTINGS = {
     "generator.sampling_params.top_k": "rules.py checks it: at least 1, or -1",
     "generator.eval_sampling_params.top_k": "rules.py checks it: at least 1, or -1",
+    "trainer.draft.train": "rules.py checks it: every_step, every:N or off",
     "generator.speculation.schedule": "schedule.py checks it: fixed, auto, or the rows of a table",
 }
 RUN_SETTINGS = [setting for section in sections(Config) for setting in section.settings]

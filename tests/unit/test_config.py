@@ -303,6 +303,10 @@ RULES = {
         "generator.speculation.schedule instead"
     ),
     **{
+        f"trainer.draft.train={value}": f"trainer.draft.train={value}: must be every_step, every:N with N of at least 1"
+        for value in ("every", "every:0", "every:-1", "every:x", "auto", "3.5", "sometimes")
+    },
+    **{
         f"generator.speculation.schedule={value}": f"generator.speculation.schedule={shown}: {reason}"
         for value, shown, reason in (
             ("fast", "fast", "must be fixed, auto, or a table of rows [first, last, tokens]; set one of these"),

@@ -120,6 +120,23 @@ def test_what_is_frozen_is_not_sent_and_stays_at_version_0(engines: list[ActorHa
     assert taken(engines) == [[*workers.update("draft"), "reset", Versions(0, 1)]] * 2
 
 
+def test_a_draft_that_was_not_trained_is_not_sent_and_keeps_its_version(engines: list[ActorHandle]) -> None:
+    workers, group = Workers(), EngineGroup(engines[:1], timeout_s=60)
+    sync = WeightSync(workers, group, backend="ray", components=["policy", "draft"])
+    sync.sync()
+    taken(engines)
+    assert sync.sync(draft=False) == 4 * len(NAMES)
+    assert taken(engines)[0] == [*workers.update("policy"), "reset", Versions(2, 1)]
+    sync.sync()
+    assert sync.versions == Versions(3, 3)
+    # An engine that starts again needs both.
+    sync.sync(draft=False)
+    assert group._bring_up is not None
+    group._bring_up(engines[1])
+    expected = [*workers.update("policy"), *workers.update("draft"), "reset", Versions(4, 3)]
+    assert taken(engines)[1] == ["connect", *expected]
+
+
 def test_a_replaced_engine_gets_what_the_others_have(engines: list[ActorHandle]) -> None:
     workers, group = Workers(), EngineGroup(engines[:1], timeout_s=60)
     sync = WeightSync(workers, group, backend="ray", components=["policy", "draft"])
