@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from skyrl_spec.controller.checkpoints import begin
 from skyrl_spec.controller.task import Task
-from skyrl_spec.drafts.kinds import describe_draft
+from skyrl_spec.drafts.kinds import describe_draft, trained_kind
 from skyrl_spec.metrics.console import ConsoleWriter
 from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
 from skyrl_spec.metrics.headline import headline
@@ -85,7 +85,7 @@ def facts_of(task: Task) -> dict[str, str]:
     _, tp, dp = parallel_sizes(task.config)
     return {
         "model": f"{spec.path} ({spec.architecture}, {spec.num_layers} layers x {spec.hidden_size})",
-        "draft": describe_draft(trainer),
+        "draft": _draft_fact(task.config),
         "policy": f"{trainer.placement.device}, TP {tp} x DP {dp}, {trainer.policy.megatron_config.dtype}",
         "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
@@ -94,6 +94,16 @@ def facts_of(task: Task) -> dict[str, str]:
         "memory": memory_line(plan_memory(task.config, trains_policy=task.trains_policy)),
         "run": trainer.run_dir,
     } | _resume_fact(task)
+
+
+def _draft_fact(config: Config) -> str:
+    """The draft, and what is unusual about when it drafts and when it is trained."""
+    fact, schedule, train = describe_draft(config.trainer), config.generator.speculation.schedule, config.trainer.draft
+    if schedule != "fixed":
+        fact += f", k by batch: {schedule}"
+    if train.train != "every_step" and trained_kind(config.trainer) is not None:
+        fact += f", training {train.train}"
+    return fact
 
 
 def show_plan(task: Task, *, num_runs: int = 1) -> None:

@@ -23,7 +23,7 @@ from skyrl_spec.metrics.writers import read_jsonl
 from skyrl_spec.planning.validation import validate
 from skyrl_spec.report.command import write_report
 from skyrl_spec.settings.compose import to_yaml
-from skyrl_spec.settings.schema import Config
+from skyrl_spec.settings.schema import Config, SpeculationConfig
 
 TRAINED, FROZEN, NONE = "trained", "frozen", "none"
 # A file in the folder of a finished arm, with its configuration as given.
@@ -155,11 +155,14 @@ def _asked(config: Config) -> str:
 
 def _with_draft(config: Config, served: dict[str, Any] | None) -> Config:
     """``config`` without a trained draft. The engines draft as ``served`` says."""
-    engine = replace(config.generator.inference_engine, speculative_config=served)
+    generator = config.generator
+    engine = replace(generator.inference_engine, speculative_config=served)
+    # A table needs a draft.
+    speculation = generator.speculation if served is not None else SpeculationConfig()
     return replace(
         config,
         trainer=without_draft(config.trainer),
-        generator=replace(config.generator, inference_engine=engine),
+        generator=replace(generator, inference_engine=engine, speculation=speculation),
     )
 
 

@@ -29,6 +29,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         ["train", "experiment=cpu_dflash_grpo", "trainer.dflash.path=null"],
         ["warmup-draft", "experiment=cpu_dflash_grpo"],
         ["compare", "experiment=cpu_dflash_grpo"],
+        ["compare", "experiment=cpu_dflash_grpo", "generator.speculation.schedule=[[1,8,7],[9,512,3]]"],
     ],
     ids=lambda words: words[0],
 )
