@@ -106,10 +106,7 @@ def vocab_parallel_soft_ce(
     Raises:
         ValueError: an unknown loss type, or ``hard_ce`` without labels.
     """
-    if loss_type not in TERM_TYPES:
-        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(TERM_TYPES)}; set one of these")
-    if loss_type == "hard_ce" and labels_T is None:
-        raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or choose another loss type")
+    _check_loss_type(loss_type, labels_T)
     with_grad = torch.is_grad_enabled() and draft_hidden_KTD.requires_grad
     with torch.no_grad():
         shard = vocab_shard(output_weight_vD, vocab_size, group, fp32_logits)
@@ -122,6 +119,13 @@ def vocab_parallel_soft_ce(
     if with_grad:
         loss_KT = _KnownGradient.apply(draft_hidden_KTD, loss_KT, grad_KTD)
     return terms._replace(loss=(weights_KT.detach().to(loss_KT.dtype) * loss_KT).sum(), loss_KT=loss_KT)
+
+
+def _check_loss_type(loss_type: str, labels_T: Tensor | None) -> None:
+    if loss_type not in TERM_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed are {', '.join(TERM_TYPES)}; set one of these")
+    if loss_type == "hard_ce" and labels_T is None:
+        raise ValueError("loss_type='hard_ce' needs labels_T; pass the target tokens or choose another loss type")
 
 
 class _KnownGradient(torch.autograd.Function):
