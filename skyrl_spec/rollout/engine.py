@@ -213,7 +213,8 @@ class RolloutEngine:
         Raises:
             ValueError: a prompt leaves no room for a response.
         """
-        outputs = self._llm.generate(*self._requests(prompts, sampling, n, seed), use_tqdm=False)
+        inputs, params = self._requests(prompts, sampling, n, seed)
+        outputs = self._llm.generate(inputs, sampling_params=params, use_tqdm=False)
         return [[self._generation(completion) for completion in output.outputs] for output in outputs]
 
     def _requests(

@@ -166,8 +166,8 @@ def in_worker(fault: str) -> Callable[[TrainingLoop], None]:
 def skip_draft_once(trainer: TrainingLoop) -> None:
     export, skipped = trainer.sync._export, []
 
-    def faulty() -> Any:
-        updates, num_bytes = export()
+    def faulty(components: list[Any]) -> Any:
+        updates, num_bytes = export(components)
         if skipped:
             return updates, num_bytes
         skipped.append("draft")

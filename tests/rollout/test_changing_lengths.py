@@ -103,9 +103,10 @@ def test_an_engine_calibrates_itself_and_then_chooses(
     log = engine.read_lengths()
     assert sum(map(sum, log.steps)) > 100
     assert all(expected > 0 for expected, spent in zip(log.expected_tokens, log.seconds, strict=True) if spent)
-    # The model's head predicts the next token, so drafts pay for one request.
-    assert engine._call_speculation("planned_lengths")[0] > 0
-    assert (engine.spec_counters() - before).num_drafts > 0
+    # Which of them pays is the machine's to say.
+    assert set(engine._call_speculation("planned_lengths")) <= set(EVERY_LENGTH)
+    # Until acceptance is known, a guess decides, and trials go on.
+    assert sum((engine.spec_counters() - before).num_drafts_per_pos) > 0
     # The canary sees drafts of one length, whatever is planned.
     (proposals,) = engine.propose([PROMPT], SamplingConfig(max_generate_length=12), 0)
     assert {len(block) for block in proposals.drafted} == {3}
