@@ -5,6 +5,10 @@ from __future__ import annotations
 from skyrl_spec.types import SpecCounters
 
 
+# Positions that fewer drafts have get no rate: a schedule tries long drafts now and then, and a handful tells nothing.
+_LEAST_SHARE = 0.25
+
+
 def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
     """Acceptance metrics under ``prefix``, which is ``"vllm/train"`` or ``"vllm/eval"``. Empty if nothing was drafted.
 
@@ -23,6 +27,6 @@ def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
     }
     per_position = zip(counters.num_accepted_tokens_per_pos, counters.drafts_per_pos, strict=True)
     for position, (accepted, drafts) in enumerate(per_position, start=1):
-        if drafts:
+        if drafts >= _LEAST_SHARE * counters.num_drafts:
             metrics[f"acceptance_rate_pos_{position}"] = accepted / drafts
     return {f"{prefix}/draft_{name}": value for name, value in metrics.items()}

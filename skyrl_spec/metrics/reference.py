@@ -91,7 +91,12 @@ REFERENCE = (
     ),
     Described("vllm/{train,eval}/draft_num_draft_tokens", "tokens", "Number of drafted tokens."),
     Described("vllm/{train,eval}/draft_num_accepted_tokens", "tokens", "Number of drafted tokens that were accepted."),
-    Described("vllm/{train,eval}/draft_acceptance_rate_pos_K", "share", "Drafts whose first K tokens were accepted."),
+    Described(
+        "vllm/{train,eval}/draft_acceptance_rate_pos_K",
+        "share",
+        "Drafts whose first K tokens were accepted, of those with at least K tokens. Missing if these are fewer than a "
+        "quarter of all drafts.",
+    ),
     Described(
         "vllm/train/generation_throughput_tok_s", "tokens/s", "Generated tokens / seconds in which engines generated."
     ),

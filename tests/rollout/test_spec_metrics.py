@@ -23,6 +23,15 @@ def test_metrics_come_from_summed_counters() -> None:
     )
 
 
+def test_a_rate_counts_the_drafts_that_were_long_enough() -> None:
+    counters = SpecCounters(100, 160, 90, (60, 25, 5), (100, 50, 10))
+    metrics = acceptance_metrics(counters, "vllm/train")
+    rates = {key[-1]: value for key, value in metrics.items() if "_pos_" in key}
+    # The third position has too few.
+    assert rates == {"1": 0.6, "2": 0.5}
+    assert metrics["vllm/train/draft_mean_acceptance_length"] == pytest.approx(1.9)
+
+
 def test_engines_are_summed_before_dividing() -> None:
     busy, idle = SpecCounters(90, 90, 90, (90,)), SpecCounters(10, 10, 0, (0,))
     assert acceptance_metrics(busy + idle, "vllm/eval")["vllm/eval/draft_mean_acceptance_length"] == pytest.approx(1.9)
