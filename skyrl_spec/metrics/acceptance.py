@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from skyrl_spec.types import SpecCounters
 
-
 # Positions that fewer drafts have get no rate: a schedule tries long drafts now and then, and a handful tells nothing.
 _LEAST_SHARE = 0.25
 
