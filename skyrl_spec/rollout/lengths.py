@@ -33,7 +33,7 @@ _LOST_IN_A_PROBE, _STEPS_OF_MEAN = 0.5, 500
 
 
 class Lengths(Protocol):
-    """What a scheduler asks for the number of tokens to draft."""
+    """Number of tokens to draft, by batch size, decided step by step."""
 
     def begin(self) -> None:
         """An engine without requests gets some."""

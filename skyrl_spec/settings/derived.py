@@ -71,10 +71,12 @@ def training_interval(train: str) -> int | None:
     # YAML reads off without quotes as false.
     if train in ("off", "False"):
         return None
-    interval = 1 if train == "every_step" else int(train.removeprefix("every:"))
-    if interval < 1:
+    if train == "every_step":
+        return 1
+    word, _, number = train.partition(":")
+    if word != "every" or int(number) < 1:
         raise ValueError(train)
-    return interval
+    return int(number)
 
 
 def uses_fp32_head(config: Config) -> bool:

@@ -304,7 +304,7 @@ RULES = {
     ),
     **{
         f"trainer.draft.train={value}": f"trainer.draft.train={value}: must be every_step, every:N with N of at least 1"
-        for value in ("every", "every:0", "every:-1", "every:x", "auto", "3.5", "sometimes")
+        for value in ("every", "every:0", "every:-1", "every:x", "auto", "3", "3.5", "sometimes")
     },
     **{
         f"generator.speculation.schedule={value}": f"generator.speculation.schedule={shown}: {reason}"
