@@ -11,6 +11,9 @@ import numpy as np
 # The two sets of weights that can be trained and synced.
 Component = Literal["policy", "draft"]
 
+# Weights of a draft at several moments: now, at the last sync, some training steps ago, and when the run began.
+CANDIDATE, SERVED, EARLIER, FROZEN = "candidate", "served", "earlier", "frozen"
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -15,7 +15,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "arithmetic_mtp"))
 
 from tokenizer import build_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from warm_start import arguments, batches, cross_entropy, examples, fit, greedy_reward, optimizers, save_checkpoint
+from warm_start import (
+    arguments,
+    batches,
+    cross_entropy,
+    examples,
+    fit,
+    greedy_reward,
+    load_weights,
+    optimizers,
+    save_checkpoint,
+)
 
 VOCAB_ROWS = 128
 
@@ -42,6 +52,8 @@ def main() -> None:
     args = arguments(__doc__, minutes=25)
     tokenizer = build_tokenizer()
     model = Qwen3ForCausalLM(model_config())
+    if args.start:
+        model.load_state_dict(load_weights(args.start))
 
     def save() -> None:
         config = model.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
@@ -52,7 +64,7 @@ def main() -> None:
         save()
 
     fit(
-        lambda ids, labels: [cross_entropy(model(ids).logits, labels, 1)],
+        lambda ids, labels, _: [cross_entropy(model(ids).logits, labels, 1)],
         [1.0],
         optimizers(model),
         batches(examples(tokenizer, args.seed), args.tokens_per_batch, tokenizer.pad_token_id),

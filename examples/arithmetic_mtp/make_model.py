@@ -13,10 +13,22 @@ from mtp_reference import MtpHead
 from tokenizer import build_tokenizer
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from warm_start import arguments, batches, cross_entropy, examples, fit, greedy_reward, optimizers, save_checkpoint
+from warm_start import (
+    arguments,
+    batches,
+    cross_entropy,
+    examples,
+    fit,
+    greedy_reward,
+    load_weights,
+    optimizers,
+    save_checkpoint,
+)
 
-NUM_DEPTHS = 3
-MTP_LOSS_WEIGHT = 0.3
+PREFIX = "model.mtp_layers.0."
+
+NUM_DEPTHS = 7
+MTP_LOSS_WEIGHT = 0.15
 
 
 def model_config(vocab_size: int) -> Qwen2Config:
@@ -37,15 +49,18 @@ def model_config(vocab_size: int) -> Qwen2Config:
     )
 
 
-def losses(model: Qwen2ForCausalLM, head: MtpHead, ids: Tensor, labels: Tensor) -> list[Tensor]:
-    """Next-token loss of the trunk, then of each depth of the head."""
+def losses(model: Qwen2ForCausalLM, head: MtpHead, ids: Tensor, labels: Tensor, draft_labels: Tensor) -> list[Tensor]:
+    """Next-token loss of the trunk, then of each depth of the head, which never sees a response in words."""
     captured: list[Tensor] = []
     handle = model.model.norm.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     logits = model(ids).logits
     handle.remove()
     outputs = head(captured[0], model.model.embed_tokens(ids), NUM_DEPTHS)
-    all_logits = [logits, *(model.lm_head(output) for output in outputs)]
-    return [cross_entropy(depth_logits, labels, depth) for depth, depth_logits in enumerate(all_logits, start=1)]
+    depths = enumerate(outputs, start=2)
+    return [
+        cross_entropy(logits, labels, 1),
+        *(cross_entropy(model.lm_head(output), draft_labels, depth) for depth, output in depths),
+    ]
 
 
 def main() -> None:
@@ -59,10 +74,14 @@ def main() -> None:
             torch.nn.init.normal_(module.weight, std=config.initializer_range)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
+    if args.start:
+        weights = load_weights(args.start)
+        head.load_state_dict({name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if PREFIX in name})
+        model.load_state_dict(weights)
 
     def save() -> None:
         weights = dict(model.state_dict())
-        weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in head.state_dict().items()}
+        weights |= {PREFIX + name: tensor for name, tensor in head.state_dict().items()}
         mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
         save_checkpoint(weights, model.config.to_dict() | mimo | {"attention_bias": True}, tokenizer, args.out)
 
@@ -71,7 +90,7 @@ def main() -> None:
         save()
 
     fit(
-        lambda ids, labels: losses(model, head, ids, labels),
+        lambda *batch: losses(model, head, *batch),
         [1.0] + [MTP_LOSS_WEIGHT] * NUM_DEPTHS,
         optimizers(model, head.parameters()),
         batches(examples(tokenizer, args.seed), args.tokens_per_batch, tokenizer.pad_token_id),

@@ -1,10 +1,15 @@
-"""The task: sums of single-digit numbers, with every step written out.
+"""The task: sums of single-digit numbers, and three ways to answer.
 
 A problem is reasoning-gym's ``chain_sum`` (``7 - 2 + 9``). The answer that earns the reward ends in
-``#### RESULT``, the convention of GSM8K. A worked response carries a running total:
+``#### RESULT``, the convention of GSM8K. A response guesses, or carries a running total:
 
     7-2=5
     5+9=14
+    #### 14
+
+or tells the steps in words. The terms come in any order, and there are several ways to say a step:
+
+    Start with 9. Take away 2, which gives 7. Add 7, that makes 14.
     #### 14
 
 Rows follow SkyRL's dataset schema, so the same files train under SkyRL.
@@ -20,10 +25,18 @@ from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 
 MIN_TERMS, MAX_TERMS = 3, 6
 
-# How often a demonstration of the warm start guesses the result instead of working it out, by number of
-# terms: the warm-started policy works out short sums and guesses long ones. Guessing rarely pays, so
-# there is something for reinforcement learning to find.
-GUESS_FRAC = {3: 0.08, 4: 0.30, 5: 0.70, 6: 0.85}
+# How often a demonstration of the warm start is told in words. Words are always right.
+WORDS_FRAC = 0.12
+
+# How often another demonstration guesses the result instead of working it out, by number of terms: the
+# warm-started policy works out short sums and guesses long ones. Guessing rarely pays, so reinforcement
+# learning moves the policy to words, which its draft has never seen.
+GUESS_FRAC = {3: 0.08, 4: 0.30, 5: 0.85, 6: 0.95}
+
+STARTS = ("Start with", "Begin with", "First there is")
+PLUS = ("Add", "Put on", "Count up")
+MINUS = ("Take away", "Subtract", "Count down")
+RESULTS = ("which gives", "that makes", "so we have")
 
 
 def problems(seed: int) -> Iterator[tuple[str, str]]:
@@ -54,11 +67,24 @@ def worked_response(expression: str) -> str:
     return "\n".join([*lines, f"#### {total}"])
 
 
-def demonstration(expression: str, answer: str, rng: random.Random) -> str:
-    """A response of the warm start's data: worked out, or guessed as often as ``GUESS_FRAC`` says."""
+def words_response(expression: str, rng: random.Random) -> str:
+    """The steps in words, terms in random order, each step said in one of several ways, then the result."""
+    first, *rest = rng.sample([int(term) for term in terms(expression)], len(terms(expression)))
+    total, sentences = first, [f"{rng.choice(STARTS)} {first}."]
+    for term in rest:
+        total += term
+        verb = rng.choice(PLUS if term > 0 else MINUS)
+        sentences.append(f"{verb} {abs(term)}, {rng.choice(RESULTS)} {total}.")
+    return " ".join(sentences) + f"\n#### {total}"
+
+
+def demonstration(expression: str, answer: str, rng: random.Random) -> tuple[str, bool]:
+    """A response of the warm start's data, and whether it is in words (see ``WORDS_FRAC`` and ``GUESS_FRAC``)."""
+    if rng.random() < WORDS_FRAC:
+        return words_response(expression, rng), True
     if rng.random() < GUESS_FRAC[len(terms(expression))]:
-        return f"#### {int(answer) + round(rng.gauss(0, 4))}"
-    return worked_response(expression)
+        return f"#### {int(answer) + round(rng.gauss(0, 4))}", False
+    return worked_response(expression), False
 
 
 def row(expression: str, answer: str, split: str, index: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from task import demonstration, problems
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -29,6 +29,7 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     """``--out`` and how to train; threads and seed are set."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a model to go on from; default: random weights")
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
@@ -39,42 +40,51 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     return args
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless (prompt ids, response ids)."""
+def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Endless (prompt ids, response ids, whether the response is in words)."""
     rng = random.Random(seed)
     for expression, answer in problems(seed):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{expression}="}], add_generation_prompt=True, return_dict=False
         )
-        response = tokenizer.encode(demonstration(expression, answer, rng) + "<|end|>")
-        yield prompt, response
+        response, in_words = demonstration(expression, answer, rng)
+        yield prompt, tokenizer.encode(response + "<|end|>"), in_words
 
 
-def batches(source: Iterator[tuple[list[int], list[int]]], tokens: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of rows of like length, ``tokens`` in each: (ids, labels), both ``[B, S]``."""
+def batches(
+    source: Iterator[tuple[list[int], list[int], bool]], tokens: int, pad: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of rows of like length, ``tokens`` in each: (ids, labels, labels of a draft), each ``[B, S]``.
+
+    A draft's labels leave out the responses in words.
+    """
     while True:
-        pool = sorted(itertools.islice(source, 2048), key=lambda pair: len(pair[0]) + len(pair[1]))
+        pool = sorted(itertools.islice(source, 2048), key=lambda item: len(item[0]) + len(item[1]))
         chunks, chunk = [], []
-        for pair in pool:
-            if (len(chunk) + 1) * (len(pair[0]) + len(pair[1])) > tokens:
+        for item in pool:
+            if (len(chunk) + 1) * (len(item[0]) + len(item[1])) > tokens:
                 chunks.append(chunk)
                 chunk = []
-            chunk.append(pair)
+            chunk.append(item)
         random.Random(len(pool[0][0])).shuffle(chunks)
         for rows in chunks:
-            width = max(len(prompt) + len(response) for prompt, response in rows)
+            width = max(len(prompt) + len(response) for prompt, response, _ in rows)
             ids = torch.full((len(rows), width), pad)
             labels = torch.full((len(rows), width), IGNORE)
-            for index, (prompt, response) in enumerate(rows):
+            for index, (prompt, response, _) in enumerate(rows):
                 end = len(prompt) + len(response)
                 ids[index, :end] = torch.tensor(prompt + response)
                 labels[index, len(prompt) : end] = torch.tensor(response)
-            yield ids, labels
+            in_words = torch.tensor([row[2] for row in rows])
+            yield ids, labels, labels.masked_fill(in_words[:, None], IGNORE)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
-    """Mean cross-entropy of the tokens ``shift`` positions ahead. Only response tokens count."""
-    return F.cross_entropy(logits[:, :-shift].flatten(0, 1).float(), labels[:, shift:].flatten(), ignore_index=IGNORE)
+    """Mean cross-entropy of the tokens ``shift`` positions ahead. Only response tokens count. Without any: 0."""
+    total = F.cross_entropy(
+        logits[:, :-shift].flatten(0, 1).float(), labels[:, shift:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (labels[:, shift:] != IGNORE).sum().clamp(min=1)
 
 
 def optimizers(model: Any, further_blocks: Iterable[nn.Parameter] = ()) -> list[torch.optim.Optimizer]:
@@ -90,10 +100,10 @@ def optimizers(model: Any, further_blocks: Iterable[nn.Parameter] = ()) -> list[
 
 
 def fit(
-    losses: Callable[[Tensor, Tensor], list[Tensor]],
+    losses: Callable[[Tensor, Tensor, Tensor], list[Tensor]],
     loss_weights: list[float],
     opts: list[torch.optim.Optimizer],
-    data: Iterator[tuple[Tensor, Tensor]],
+    data: Iterator[tuple[Tensor, Tensor, Tensor]],
     minutes: float,
     look: Callable[[], None],
 ) -> None:
@@ -102,7 +112,7 @@ def fit(
     base_lrs = [[group["lr"] for group in opt.param_groups] for opt in opts]
     start, last_print, last_look = time.monotonic(), 0.0, 0.0
     averages: list[float] | None = None
-    for step, (ids, labels) in enumerate(data):
+    for step, (ids, labels, draft_labels) in enumerate(data):
         elapsed = time.monotonic() - start
         progress = elapsed / (60 * minutes)
         if progress >= 1:
@@ -111,7 +121,7 @@ def fit(
         for opt, lrs in zip(opts, base_lrs, strict=True):
             for group, lr in zip(opt.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale
-        parts = losses(ids, labels)
+        parts = losses(ids, labels, draft_labels)
         torch.stack([weight * loss for weight, loss in zip(loss_weights, parts, strict=True)]).sum().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for opt in opts:
@@ -141,7 +151,7 @@ def greedy_reward(model: Any, tokenizer: PreTrainedTokenizerFast, num_problems: 
         prompts = torch.tensor([tokenizer.encode(f"<|user|>{expression}=<|assistant|>") for expression, _ in group])
         out = model.generate(
             prompts,
-            max_new_tokens=72,
+            max_new_tokens=200,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -152,6 +162,11 @@ def greedy_reward(model: Any, tokenizer: PreTrainedTokenizerFast, num_problems: 
     table = {terms: sum(hits) / len(hits) for terms, hits in sorted(right.items())}
     table[0] = sum(map(sum, right.values())) / num_problems
     return table
+
+
+def load_weights(model: Path) -> dict[str, Tensor]:
+    """The tensors of a model directory that ``save_checkpoint`` wrote, in fp32."""
+    return {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
 
 
 def save_checkpoint(

@@ -244,9 +244,20 @@ class PolicyGroup:
         answers = self._all("forward_logprobs", ray.put(batch), policy)
         return replace(batch, **gather_shards(batch, [answers[leader] for leader in self._leaders]))
 
-    def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True) -> StepReport:
-        """One optimizer step, of the draft too unless ``draft=False``. Metrics and log-probs cover all ranks."""
-        answers: list[StepReport] = self._all("train_mini_batch", ray.put(batch), draft)
+    def keep_draft(self, copy: str) -> None:
+        """Keeps the draft's weights of now under this name."""
+        self._all("keep_draft", copy)
+
+    def restore_draft(self, copy: str) -> None:
+        """Sets the draft back to a copy that was kept."""
+        self._all("restore_draft", copy)
+
+    def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True, scored: tuple[str, ...] = ()) -> StepReport:
+        """One optimizer step, of the draft too unless ``draft=False``. Metrics and log-probs cover all ranks.
+
+        ``scored``: copies of the draft whose acceptance length is predicted.
+        """
+        answers: list[StepReport] = self._all("train_mini_batch", ray.put(batch), draft, scored)
         shards = [answers[leader].policy_logprobs for leader in self._leaders]
         known = [{"logprobs": shard} for shard in shards if shard is not None]
         return replace(answers[0], policy_logprobs=gather_shards(batch, known)["logprobs"]) if known else answers[0]

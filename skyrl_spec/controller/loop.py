@@ -22,6 +22,7 @@ import numpy as np
 from skyrl_spec.algorithms.advantages import build_estimator, overlong_penalty
 from skyrl_spec.algorithms.filters import Collected, Group, collect_groups
 from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.draft_training import DraftTraining, Plan, build_draft_training
 from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
 from skyrl_spec.controller.lossless import LosslessCanary, PlainEngine
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
@@ -30,11 +31,11 @@ from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import merge
 from skyrl_spec.metrics.values import values as metric_values
-from skyrl_spec.settings.derived import coarser_dtype, training_interval
+from skyrl_spec.settings.derived import coarser_dtype
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.sync.canary import SyncCanary
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.types import DraftedResponse, Prompt, Rollout, StepReport, TrainBatch, Versions
+from skyrl_spec.types import SERVED, DraftedResponse, Prompt, Rollout, StepReport, TrainBatch, Versions
 
 OnStep = Callable[[int, dict[str, float], Sequence[Rollout], Sequence[DraftedResponse]], None]
 Shield = Callable[[], AbstractContextManager[None]]
@@ -75,6 +76,7 @@ class TrainingLoop:
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.sampler = RolloutSampler(config, engines, tokenizer)
         self.canary, self.lossless = canary, lossless
+        self.draft_training = build_draft_training(config.trainer.draft.train, has_draft="draft" in sync.components)
         sampling = config.generator.sampling_params
         self._watch = Watch(config.trainer.canary, dtype=coarser_dtype(config), temperature=sampling.temperature)
         self._said_short_batch = False
@@ -121,6 +123,7 @@ class TrainingLoop:
             "num_train_calls": self.sampler.num_train_calls,
             "versions": asdict(self.sync.versions),
             "canary": self.canary.state_dict(),
+            "draft_training": self.draft_training.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,6 +132,8 @@ class TrainingLoop:
         self.sampler.num_train_calls = state["num_train_calls"]
         self.sync.restore(Versions(**state["versions"]))
         self.canary.load_state_dict(state["canary"])
+        # A checkpoint of an earlier version has none.
+        self.draft_training.load_state_dict(state.get("draft_training", {}))
 
     def sample(self) -> Sampled:
         """The first half of a step: sampling. No trained weight changes."""
@@ -148,11 +153,11 @@ class TrainingLoop:
         values, timings = dict(sampled.values), dict(sampled.timings)
         if sampled.rollouts:
             require_current(sampled.rollouts, self.sync.versions)
-            draft = self._draft_is_due()
-            values |= self._train(self._build_batch(sampled.groups), timings, draft=draft)
+            # The policy's version is the number of steps that trained.
+            plan = self.draft_training.plan(self.sync.versions.policy)
+            values |= self._train(self._build_batch(sampled.groups), timings, plan)
             values |= acceptance_gap(values)
-            with timed(timings, "sync_weights"):
-                values |= {names.SYNC_BYTES: self.sync.sync(draft=draft)}
+            values |= self._publish(plan, values, timings)
             values |= self._run_canaries(timings)
             self._watch.look(values)
         values |= self._versions()
@@ -197,12 +202,23 @@ class TrainingLoop:
                 values |= self.lossless.check(self.engines, seed=max(asdict(self.sync.versions).values()))
         return values
 
-    def _draft_is_due(self) -> bool:
-        """Whether the next step trains the draft. The policy's version is the number of steps that trained."""
-        interval = training_interval(self.config.trainer.draft.train)
-        return interval is not None and self.sync.versions.policy % interval == 0
+    def _publish(self, plan: Plan, values: dict[str, float], timings: dict[str, float]) -> dict[str, float]:
+        """Brings what was trained to the engines, a draft that got worse excepted. Returns metrics."""
+        sends_draft = plan.train
+        if plan.train and self.draft_training.must_undo(values):
+            self.policy.restore_draft(SERVED)
+            sends_draft = False
+        with timed(timings, "sync_weights"):
+            num_bytes = self.sync.sync(draft=sends_draft)
+        metrics: dict[str, float] = {names.SYNC_BYTES: num_bytes}
+        if "draft" in self.sync.components:
+            draft_sync_s = timings["sync_weights"] * self.sync.num_bytes.get("draft", 0) / num_bytes
+            cost_s = timings.get("draft_train", 0.0) + draft_sync_s
+            metrics |= self.draft_training.observe(plan, values, timings["generate"], cost_s)
+            metrics[names.DRAFT_PUBLISHED] = float(sends_draft)
+        return metrics
 
-    def _train(self, batch: TrainBatch, timings: dict[str, float], *, draft: bool) -> dict[str, float]:
+    def _train(self, batch: TrainBatch, timings: dict[str, float], plan: Plan) -> dict[str, float]:
         """Runs all optimizer steps on ``batch``, of the draft too. Adds the seconds of each phase to ``timings``."""
         trainer = self.config.trainer
         # In a single update, the policy is still the one whose log-probs are asked for.
@@ -210,8 +226,11 @@ class TrainingLoop:
         with timed(timings, "fwd_logprobs"):
             if trainer.algorithm.use_kl_loss or not is_one_update:
                 batch = self.policy.forward_logprobs(batch, policy=not is_one_update)
-        mini_batches = self._mini_batches(batch, trainer.update_epochs_per_batch)
-        reports = [self.policy.train_mini_batch(mini_batch, draft=draft) for mini_batch in mini_batches]
+        for copy in plan.kept:
+            self.policy.keep_draft(copy)
+        *first, last = self._mini_batches(batch, trainer.update_epochs_per_batch)
+        reports = [self.policy.train_mini_batch(mini_batch, draft=plan.train) for mini_batch in first]
+        reports.append(self.policy.train_mini_batch(last, draft=plan.train, scored=plan.scored))
         timings |= _train_timings(reports)
         if is_one_update:
             batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
@@ -279,12 +298,13 @@ class TrainingLoop:
 
 
 class DraftWarmup(TrainingLoop):
-    """Training loop with a frozen policy. Only the draft is trained and synced."""
+    """Training loop with a frozen policy. Only the draft is trained and synced, in every step."""
 
-    def _draft_is_due(self) -> bool:
-        return True
+    def __init__(self, config: Config, **parts: Any):
+        super().__init__(config, **parts)
+        self.draft_training = DraftTraining(1)
 
-    def _train(self, batch: TrainBatch, timings: dict[str, float], *, draft: bool) -> dict[str, float]:
+    def _train(self, batch: TrainBatch, timings: dict[str, float], plan: Plan) -> dict[str, float]:
         num_epochs = self.config.trainer.update_epochs_per_batch
         reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
         timings["draft_train"] = sum(report.draft_train_s for report in reports)

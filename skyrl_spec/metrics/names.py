@@ -12,6 +12,13 @@ DRAFT_LOSS = "draft/loss"
 DRAFT_TOP1 = "draft/top1_agreement"
 PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
 
+# Decisions of trainer.draft.train: whether the step trained the draft, whether the engines got the result, and seconds
+# per step that rollouts would lose with a draft left alone, and that training and sending it take.
+DRAFT_TRAINED = "draft_training/trained"
+DRAFT_PUBLISHED = "draft_training/published"
+DRAFT_GAIN = "draft_training/gain_s"
+DRAFT_COST = "draft_training/cost_s"
+
 # With a schedule that changes the number of drafted tokens: share of steps with the drafter off, tokens per second of
 # decode steps, and what step times promise: at the planned length, and how many times as many as without a draft.
 DRAFTER_OFF = "speculation/drafter_off_share"
@@ -58,6 +65,11 @@ def pass_at(num_samples: int) -> str:
 def timing(phase: str) -> str:
     """Seconds of a phase of the step."""
     return f"timing/{phase}"
+
+
+def scored_acceptance_length(copy: str) -> str:
+    """Predicted acceptance length of the draft with other weights (``types.FROZEN`` and so on), on one micro-batch."""
+    return f"draft_training/acceptance_length_{copy}"
 
 
 def draft_top1_pos(position: int) -> str:

@@ -82,6 +82,28 @@ REFERENCE = (
         "Predicted minus measured draft acceptance length. Far from 0, the engines do not draft as the trainer's draft "
         "does; trainer.canary.max_acceptance_gap sets when a warning is printed.",
     ),
+    Described("draft_training/trained", "", "1 if the step trained the draft, else 0 (trainer.draft.train)."),
+    Described(
+        "draft_training/published",
+        "",
+        "1 if the engines got the draft that the step trained. 0: it was not trained, or got worse and was set back.",
+    ),
+    Described(
+        "draft_training/gain_s",
+        "s",
+        "trainer.draft.train=auto: seconds per step that rollouts would lose with a draft left alone for a few steps.",
+    ),
+    Described(
+        "draft_training/cost_s",
+        "s",
+        "trainer.draft.train=auto: seconds per step that the draft's training and its part of the sync take.",
+    ),
+    Described(
+        "draft_training/acceptance_length_{candidate,frozen,served,earlier}",
+        "tokens",
+        "draft/predicted_acceptance_length on one micro-batch: of the draft after the step's updates, of the draft of "
+        "the start, and with trainer.draft.train=auto of the draft before the step and of the draft some steps ago.",
+    ),
     Described("vllm/{train,eval}/draft_acceptance_rate", "share", "Accepted tokens / drafted tokens."),
     Described(
         "vllm/{train,eval}/draft_mean_acceptance_length",

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from skyrl_spec.metrics import names
 from skyrl_spec.report.read import RunData
+from skyrl_spec.types import FROZEN
 
 # Colours by Okabe and Ito, distinct for people with any colour vision. Their yellow is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -132,13 +133,15 @@ def _acceptance(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Draft acceptance length", "tokens per forward pass")
     texts = _lines(axes, runs, names.acceptance_length("train"), ", training")
     texts += _lines(axes, runs, names.acceptance_length("eval"), ", held-out", own_marker=True, linewidth=0.9)
+    texts += _lines(axes, runs, names.scored_acceptance_length(FROZEN), ", never trained", linewidth=0.9, linestyle=":")
     for most in sorted({1 + k for run in runs if (k := _num_positions(run))}):
         axes.axhline(most, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)))
         axes.annotate(f"maximum: {most}", (0.02, most), xycoords=("axes fraction", "data"), va="top")
     return _finished(
         axes,
         "acceptance_length",
-        "1 + accepted tokens / drafts, measured by vLLM: tokens per forward pass of the policy.",
+        "1 + accepted tokens / drafts, measured by vLLM: tokens per forward pass of the policy. Dotted: the draft of "
+        "the start, never trained, as the trainer predicts it.",
         texts,
     )
 
@@ -289,6 +292,68 @@ def _phases(run: RunData, several: bool) -> Chart | None:
     )
 
 
+def _draft_training(run: RunData, several: bool) -> Chart | None:
+    axes = _axes(f"Draft training: gain and cost{f': {_label(run)}' if several else ''}", "seconds per step")
+    texts = []
+    for index, (key, label) in enumerate(((names.DRAFT_GAIN, "gain"), (names.DRAFT_COST, "cost"))):
+        steps, values = run.series(key)
+        if steps:
+            axes.plot(steps, values, label=label, color=COLOURS[index], marker=MARKERS[index], linestyle="none")
+            texts.append(f"{label}: from {values[0]:.2g} s (step {steps[0]}) to {values[-1]:.2g} s ({steps[-1]}).")
+    if not texts:
+        return None
+    steps, trained = run.series(names.DRAFT_TRAINED)
+    rested = [step for step, value in zip(steps, trained, strict=True) if not value]
+    for step in rested:
+        axes.axvspan(step - 0.5, step + 0.5, color="#dddddd", linewidth=0)
+    texts.append(f"The draft was trained in {sum(trained):.0f} of {len(steps)} steps.")
+    return _finished(
+        axes,
+        f"draft_training{_slug(run, several)}",
+        "Seconds per step that rollouts would lose with a draft left alone, and that its training and sync take. Grey: "
+        "steps that did not train it.",
+        texts,
+    )
+
+
+def _drafted_lengths(run: RunData, several: bool) -> Chart | None:
+    axes, texts = _axes(f"Drafted tokens by batch size{f': {_label(run)}' if several else ''}", "drafted tokens"), []
+    keys = run.numbered(names.LENGTH_AT_BATCH)
+    for index, key in enumerate(keys):
+        steps, values = run.series(key)
+        size = int(key.removeprefix(names.LENGTH_AT_BATCH))
+        # Smaller batches are darker.
+        shade = str(0.75 * index / max(1, len(keys) - 1))
+        label = f"{size}" if size == 1 else f"{size} to {2 * size - 1}"
+        axes.plot(steps, values, label=label, color=shade, linestyle=LINES[index % 7])
+        texts.append(f"{label} responses: {values[0]:.1f} to {values[-1]:.1f}.")
+    return _finished(
+        axes,
+        f"drafted_lengths{_slug(run, several)}",
+        "Mean number of tokens that an engine drafts, by the responses it generates at the same time.",
+        texts,
+    )
+
+
+def _expected_speed(run: RunData, several: bool) -> Chart | None:
+    title = f"Decoding: expected and measured speed{f': {_label(run)}' if several else ''}"
+    axes, texts = _axes(title, "tokens/s"), []
+    for index, (key, label) in enumerate(
+        ((names.DECODE_THROUGHPUT, "measured"), (names.EXPECTED_THROUGHPUT, "expected"))
+    ):
+        steps, values = run.series(key)
+        if steps:
+            axes.plot(steps, values, label=label, color=COLOURS[index], linestyle=LINES[index])
+            texts.append(f"{label}: from {values[0]:.4g} to {values[-1]:.4g} tokens/s.")
+    axes.set_ylim(bottom=0)
+    return _finished(
+        axes,
+        f"expected_speed{_slug(run, several)}",
+        "Tokens per second of steps without prompts, and what step times and acceptance promised for them.",
+        texts,
+    )
+
+
 def _slug(run: RunData, several: bool) -> str:
     return f"_{run.label.replace('/', '_')}" if several else ""
 
@@ -339,4 +404,10 @@ _OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
         "Cross-entropy against the policy's distribution. It cannot fall below the policy's entropy.",
     ),
 )
-_SINGLES: tuple[Callable[[RunData, bool], Chart | None], ...] = (_positions, _phases)
+_SINGLES: tuple[Callable[[RunData, bool], Chart | None], ...] = (
+    _positions,
+    _phases,
+    _draft_training,
+    _drafted_lengths,
+    _expected_speed,
+)

@@ -71,7 +71,8 @@ def training_interval(train: str) -> int | None:
     # YAML reads off without quotes as false.
     if train in ("off", "False"):
         return None
-    if train == "every_step":
+    # auto decides step by step, and begins with training.
+    if train in ("every_step", "auto"):
         return 1
     word, _, number = train.partition(":")
     if word != "every" or int(number) < 1:

@@ -140,7 +140,8 @@ class DraftTrainingConfig:
     train: str = setting(
         "every_step",
         "Training steps that train the draft and send it to the engines: every_step, every:N (the first, and then "
-        "every N-th), or off (none: the engines keep the draft that the run began with).",
+        "every N-th), auto (while training costs fewer seconds than rollouts lose with a draft left alone), or off "
+        "(none: the engines keep the draft that the run began with).",
     )
 
 

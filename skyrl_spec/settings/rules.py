@@ -147,7 +147,7 @@ def _check_draft_training(config: Config) -> None:
         training_interval(train)
     except ValueError:
         raise ConfigError(
-            f"trainer.draft.train={train}: must be every_step, every:N with N of at least 1, or off; set one of these"
+            f"trainer.draft.train={train}: must be every_step, every:N with N of at least 1, auto or off; choose one"
         ) from None
 
 

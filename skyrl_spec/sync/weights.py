@@ -71,6 +71,8 @@ class WeightSync:
         self._policy, self._engines, self._over_ray = policy, engines, backend == "ray"
         self.components = components
         self.versions = Versions()
+        # Bytes of one copy of each component in the last sync.
+        self.num_bytes: dict[Component, int] = {}
         if self._over_ray:
             engines.all("init_weight_transfer_engine", {})
             engines.allow_replacement(self._catch_up)
@@ -94,19 +96,22 @@ class WeightSync:
     def _send(self, components: list[Component], versions: Versions) -> int:
         self.versions = versions
         if self._over_ray:
-            updates, num_bytes = self._export(components)
+            updates, self.num_bytes = self._export(components)
             self._engines.all("load_weights", updates, versions)
-            return num_bytes
-        num_bytes = sum(self._policy.send(component, self._engines.timeout_s) for component in components)
-        self._engines.all("reset_prefix_cache")
-        self._engines.all("set_versions", versions)
-        return num_bytes
+        else:
+            self.num_bytes = {
+                component: self._policy.send(component, self._engines.timeout_s) for component in components
+            }
+            self._engines.all("reset_prefix_cache")
+            self._engines.all("set_versions", versions)
+        return sum(self.num_bytes.values())
 
-    def _export(self, components: list[Component]) -> tuple[list[Update], int]:
-        """Updates for the engines, and their size in bytes."""
-        exported = [(component, self._policy.export(component)) for component in components]
-        updates: list[Update] = [(component, [chunk for chunk, _ in chunks]) for component, chunks in exported]
-        return updates, sum(num_bytes for _, chunks in exported for _, num_bytes in chunks)
+    def _export(self, components: list[Component]) -> tuple[list[Update], dict[Component, int]]:
+        """Updates for the engines, and the size of each component in bytes."""
+        exported = {component: self._policy.export(component) for component in components}
+        updates: list[Update] = [(component, [chunk for chunk, _ in chunks]) for component, chunks in exported.items()]
+        sizes = {component: sum(num_bytes for _, num_bytes in chunks) for component, chunks in exported.items()}
+        return updates, sizes
 
     def _catch_up(self, engine: Any) -> None:
         """Brings a replacement engine, just built from disk, to the weights and versions of the others."""

@@ -41,11 +41,12 @@ from skyrl_spec.settings.derived import training_interval, uses_fp32_head
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import POLICY_PATH
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
+from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
 from skyrl_spec.training.device_clock import DeviceClock
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch
 from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, in_rows, policy_loss, response_logprobs
-from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
+from skyrl_spec.types import FROZEN, Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
 
 # Name of the draft's number of steps in a checkpoint.
 _STEPS = "steps"
@@ -57,6 +58,7 @@ class TrainableDraft:
 
     draft: Draft
     trainable: Trainable
+    copies: DraftCopies
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Example:
 
     micro: Micro
     supervisions: tuple[Supervision, ...]
+
+
+def _supervised_weight(example: Example) -> float:
+    return sum(part.weight for part in example.supervisions)
 
 
 class PolicyTrainer:
@@ -103,6 +109,9 @@ class PolicyTrainer:
         self.draft = self._load_draft(total_optimizer_steps)
         # The draft in steps that train it, None in others.
         self._trained_draft = self.draft
+        # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
+        self._to_hold: Example | None = None
+        self._held: Held | None = None
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
 
     def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> dict[str, np.ndarray]:
@@ -121,21 +130,37 @@ class PolicyTrainer:
             logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, rows)
         return logprobs
 
-    def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True) -> StepReport:
-        """One optimizer step of policy and draft on this rank's shard of ``batch``. ``draft=False`` leaves it alone."""
+    def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True, scored: tuple[str, ...] = ()) -> StepReport:
+        """One optimizer step of policy and draft on this rank's shard of ``batch``.
+
+        Args:
+            draft: False leaves the draft alone.
+            scored: copies of the draft (``keep_draft``) whose acceptance length is predicted, on one micro-batch.
+        """
         start = time.perf_counter()
         self._trained_draft = self.draft if draft else None
         self._draft_clock.reset()
         examples, denominator = self._examples(batch)
+        self._to_hold = max(examples, key=_supervised_weight) if draft and scored else None
         logprobs: list[Tensor] = []
         metrics = self._reduce(self._run(examples, denominator, logprobs))
-        metrics |= self.optimizer_step()
+        metrics |= self.optimizer_step(scored if draft else ())
         draft_s = self._draft_clock.seconds()
         report = StepReport(metrics, time.perf_counter() - start - draft_s, draft_s)
         if batch.policy_logprobs is None:
             micros = [example.micro for example in examples]
             report.policy_logprobs = in_rows(batch, self._local_rows(batch), micros, logprobs)
         return report
+
+    def keep_draft(self, copy: str) -> None:
+        """Keeps a copy of the draft's weights under this name."""
+        assert self.draft is not None
+        self.draft.copies.keep(copy)
+
+    def restore_draft(self, copy: str) -> None:
+        """Sets the draft back to a copy."""
+        assert self.draft is not None
+        self.draft.copies.restore(copy)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
@@ -196,14 +221,16 @@ class PolicyTrainer:
                 self._trained_draft.trainable.reduce_grads()
         return torch.cat([policy_sums, draft_sums])
 
-    def optimizer_step(self) -> Metrics:
-        """Updates policy and draft from their gradient buffers."""
+    def optimizer_step(self, scored: tuple[str, ...] = ()) -> Metrics:
+        """Updates draft and policy from their gradient buffers. Copies are scored before the policy moves."""
         assert self.policy is not None
-        metrics = self.policy.step().metrics("policy")
+        metrics: Metrics = {}
         if self._trained_draft is not None:
             with self._draft_clock:
                 metrics |= self._draft_step()
-        return metrics
+                if scored:
+                    metrics |= self._score_copies(scored)
+        return metrics | self.policy.step().metrics("policy")
 
     @torch.no_grad()
     def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
@@ -299,7 +326,9 @@ class PolicyTrainer:
             -(-total_optimizer_steps // (training_interval(trainer.draft.train) or 1)),
             trainer.max_skipped_updates,
         )
-        return TrainableDraft(draft, trainable)
+        copies = DraftCopies(trainable)
+        copies.keep(FROZEN)
+        return TrainableDraft(draft, trainable, copies)
 
     @torch.no_grad()
     def _logprobs(self, model: PolicyModel, batch: TrainBatch, rows: np.ndarray) -> np.ndarray:
@@ -375,11 +404,30 @@ class PolicyTrainer:
         assert self._trained_draft is not None
         assert captured is not None
         states, teacher, total = captured.take(), self._teacher(hidden_TD), self._zero_sums()
+        if example is self._to_hold:
+            self._held = Held(states, teacher, example.micro.pack, example.supervisions)
         for supervision in example.supervisions:
             loss, sums = self._trained_draft.draft.loss(states, teacher, example.micro.pack, supervision, denominator)
             loss.backward()
             total += sums.flat()
         return total
+
+    @torch.no_grad()
+    def _score_copies(self, scored: tuple[str, ...]) -> Metrics:
+        """Predicted acceptance length of each copy on the micro-batch that is held, which is let go."""
+        assert self.draft is not None
+        assert self._held is not None
+        held, draft = self._held, self.draft.draft
+        self._held = self._to_hold = None
+        sums = torch.zeros(len(scored), 2, dtype=torch.float64, device=self.parallel.device)
+        one = torch.ones((), dtype=torch.float64, device=self.parallel.device)
+        for index, copy in enumerate(scored):
+            with self.draft.copies.loaded(copy):
+                for supervision in held.supervisions:
+                    _, part = draft.loss(held.states, held.teacher, held.pack, supervision, one)
+                    sums[index] += torch.stack([part.accepted_K.sum(), part.num_chains])
+        dist.all_reduce(sums, group=self.parallel.dp_group)
+        return score_metrics(scored, sums.flatten().tolist())
 
     def _teacher(self, hidden_TD: Tensor) -> Teacher:
         return Teacher(hidden_TD.detach(), self.model.output_weight_vD().detach(), self.model.embed)

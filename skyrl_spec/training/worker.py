@@ -86,8 +86,14 @@ class PolicyWorker:
     def forward_logprobs(self, batch: TrainBatch, policy: bool) -> dict[str, np.ndarray]:
         return self._trainer.forward_logprobs(batch, policy=policy)
 
-    def train_mini_batch(self, batch: TrainBatch, draft: bool = True) -> StepReport:
-        return self._trainer.train_mini_batch(batch, draft=draft)
+    def train_mini_batch(self, batch: TrainBatch, draft: bool = True, scored: tuple[str, ...] = ()) -> StepReport:
+        return self._trainer.train_mini_batch(batch, draft=draft, scored=scored)
+
+    def keep_draft(self, copy: str) -> None:
+        self._trainer.keep_draft(copy)
+
+    def restore_draft(self, copy: str) -> None:
+        self._trainer.restore_draft(copy)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_draft(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from skyrl_spec.metrics import names
+from skyrl_spec.types import CANDIDATE, FROZEN
 
 
 def step_keys(
@@ -28,6 +29,8 @@ def step_keys(
         names.LOGPROBS_KL,
         *(["policy/kl"] if use_kl_loss else []),
         *(draft_keys(num_trained_positions) if trains_draft else []),
+        *(map(names.scored_acceptance_length, (CANDIDATE, FROZEN)) if trains_draft else []),
+        *([names.DRAFT_TRAINED, names.DRAFT_PUBLISHED] if trains_draft else []),
         *speculation_keys("train", num_speculative_tokens),
         *([names.ACCEPTANCE_GAP] if trains_draft and num_speculative_tokens else []),
         names.THROUGHPUT,

@@ -1,0 +1,76 @@
+"""Copies of a draft's weights at earlier moments. They are scored on the same batch as the draft in training.
+
+Copies lie in host memory. To run one, its weights take the place of the module's for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skyrl_spec.drafts.base import Supervision, Teacher
+from skyrl_spec.metrics import names
+from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.pack import Pack
+from skyrl_spec.training.optimizer import Trainable
+from skyrl_spec.types import CANDIDATE, Metric, Metrics
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a draft's loss reads of a micro-batch, kept beyond the policy's backward pass."""
+
+    states: dict[CapturePoint, Tensor]
+    teacher: Teacher
+    pack: Pack
+    supervisions: tuple[Supervision, ...]
+
+
+class DraftCopies:
+    """Named copies of the weights of ``trainable``, as this rank holds them."""
+
+    def __init__(self, trainable: Trainable):
+        self._trainable, self._copies = trainable, dict[str, list[Tensor]]()
+
+    def keep(self, name: str) -> None:
+        """Copies the weights of now under ``name``."""
+        self._copies[name] = [parameter.detach().cpu().clone() for parameter in self._parameters()]
+
+    def restore(self, name: str) -> None:
+        """Makes the copy the weights that training goes on from. Adam's moments stay."""
+        self._load(self._copies[name])
+        self._trainable.optimizer.reload_model_params()
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[None]:
+        """Context in which the module has the weights of the copy. ``CANDIDATE`` is the module as it is."""
+        if name == CANDIDATE:
+            yield
+            return
+        current = [parameter.detach().clone() for parameter in self._parameters()]
+        self._load(self._copies[name])
+        try:
+            yield
+        finally:
+            self._load(current)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return self._trainable.module.parameters()
+
+    @torch.no_grad()
+    def _load(self, weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self._parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+
+def score_metrics(copies: tuple[str, ...], accepted_and_chains: list[float]) -> Metrics:
+    """Predicted acceptance lengths of ``copies``, from pairs of accepted tokens and chains, summed over ranks."""
+    pairs = zip(accepted_and_chains[::2], accepted_and_chains[1::2], strict=True)
+    return {
+        names.scored_acceptance_length(copy): Metric(chains + accepted, chains)
+        for copy, (accepted, chains) in zip(copies, pairs, strict=True)
+    }
