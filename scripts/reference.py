@@ -17,6 +17,7 @@ from skyrl_spec.settings.schema import Config
 
 DIRECTORY = Path(__file__).parents[1] / "docs" / "reference"
 USAGES = dict.fromkeys(RUNS, "experiment=NAME [KEY=VALUE ...]") | {
+    "compare": "experiment=NAME [arms=[ARM,...]] [seeds=N] [KEY=VALUE ...]",
     "eval-draft": "target=RUN|DIR|MODEL [KEY=VALUE ...]",
     "report": "RUN [RUN ...] [out=DIR]",
     "export": "checkpoint=RUN|DIR out=DIR [KEY=VALUE ...]",
@@ -55,7 +56,7 @@ def commands() -> str:
         parts.append(f"## skyrl-spec {name}\n\n```\nskyrl-spec {name} {USAGES[name]}\n```\n\n{description}\n")
         if name in RUNS:
             parts.append("Takes [settings](settings.md). `--cfg job` prints all of them with their values.\n")
-        else:
+        if name in SCHEMAS:
             parts.append(_table(describe(SCHEMAS[name]), ""))
     return "\n".join(parts)
 

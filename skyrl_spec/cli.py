@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.describe import describe
-from skyrl_spec.settings.options import EvalDraftOptions, ExportOptions, ReportOptions
+from skyrl_spec.settings.options import CompareOptions, EvalDraftOptions, ExportOptions, ReportOptions
 from skyrl_spec.settings.schema import Config
 
 EXIT_OK = 0
@@ -34,8 +34,8 @@ RUNS = {
     ),
     "compare": (
         "train with the draft trained, frozen and absent",
-        "Train three times with the same seeds and data: with the draft trained, with the draft frozen, and without a "
-        "draft. Write trainer.run_dir/{trained,frozen,none}, compare.json and a report.",
+        "Train several times with the same seeds and data: with the draft trained, trained at times, frozen, and "
+        "without a draft. Write a folder for each arm to trainer.run_dir, compare.json and a report.",
     ),
 }
 TOOLS = {
@@ -61,13 +61,18 @@ EXAMPLES = {
         "experiment=mimo_7b_dapo_8gpu --cfg job",
     ],
     "warmup-draft": ["experiment=cpu_dflash_grpo"],
-    "compare": ["experiment=cpu_mtp_grpo"],
+    "compare": ["experiment=cpu_mtp_grpo", "experiment=cpu_dflash_grpo arms=[trained,auto,every:4,frozen] seeds=3"],
     "eval-draft": ["target=runs/cpu_mtp_grpo"],
     "report": ["runs/cpu_mtp_grpo"],
     "export": ["checkpoint=runs/cpu_mtp_grpo out=exported"],
 }
 
-SCHEMAS = {"eval-draft": EvalDraftOptions, "report": ReportOptions, "export": ExportOptions}
+SCHEMAS = {
+    "compare": CompareOptions,
+    "eval-draft": EvalDraftOptions,
+    "report": ReportOptions,
+    "export": ExportOptions,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", help="see below", parser_class=_Parser, prog="skyrl-spec"
     )
     for name in RUNS:
-        epilog = f"{_SETTINGS_HELP}\n\n{_examples(name)}"
+        options = f"{_options_help(name)}\n\n" if name in SCHEMAS else ""
+        epilog = f"{options}{_SETTINGS_HELP}\n\n{_examples(name)}"
         command = _add(commands, name, "KEY=VALUE", "settings of the run, see below", epilog)
         command.add_argument("--cfg", choices=["job"], help="print all settings with their values and stop")
     for name in TOOLS:
@@ -232,6 +238,9 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
     from skyrl_spec.planning.validation import validate
     from skyrl_spec.settings.compose import load_config, to_yaml
 
+    options = CompareOptions()
+    if command == "compare":
+        options, words = _compare_options(words)
     config = load_config(words)
     validate(config)
     is_warmup = command == "warmup-draft"
@@ -246,7 +255,7 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
 
     preflight(config, draft_from_scratch=is_warmup and config.trainer.warmup.from_scratch)
     if config.trainer.dry_run:
-        return _dry_run(command, config)
+        return _dry_run(command, config, options)
     if is_warmup:
         from skyrl_spec.controller.warmup import run_warmup
 
@@ -254,13 +263,22 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
     if command == "compare":
         from skyrl_spec.evaluation.compare import run_comparison
 
-        return run_comparison(config, verbose=verbose)
+        return run_comparison(config, options, verbose=verbose)
     from skyrl_spec.controller.run import run_training
 
     return run_training(config, verbose=verbose)
 
 
-def _dry_run(command: str, config: Config) -> int:
+def _compare_options(words: list[str]) -> tuple[CompareOptions, list[str]]:
+    """The options of ``compare``, and the words that are settings."""
+    from skyrl_spec.settings.compose import read_options
+
+    keys = [setting.name for setting in describe(CompareOptions)]
+    own = [word for word in words if word.partition("=")[0] in keys]
+    return read_options(CompareOptions, own, "compare"), [word for word in words if word not in own]
+
+
+def _dry_run(command: str, config: Config, options: CompareOptions) -> int:
     from skyrl_spec.controller.checkpoints import find
     from skyrl_spec.controller.output import show_plan
     from skyrl_spec.controller.task import load_task
@@ -268,7 +286,7 @@ def _dry_run(command: str, config: Config) -> int:
     from skyrl_spec.evaluation.compare import checked_arms
 
     if command == "compare":
-        show_plan(load_task(config, may_write=False), num_runs=len(checked_arms(config)))
+        show_plan(load_task(config, may_write=False), num_runs=len(checked_arms(config, options)))
     elif command == "warmup-draft":
         show_plan(as_warmup(load_task(config, find(config, "draft"), may_write=False)))
     else:

@@ -31,7 +31,7 @@ WORDS_FRAC = 0.12
 # How often another demonstration guesses the result instead of working it out, by number of terms: the
 # warm-started policy works out short sums and guesses long ones. Guessing rarely pays, so reinforcement
 # learning moves the policy to words, which its draft has never seen.
-GUESS_FRAC = {3: 0.08, 4: 0.30, 5: 0.85, 6: 0.95}
+GUESS_FRAC = {3: 0.2, 4: 0.7, 5: 1.0, 6: 1.0}
 
 STARTS = ("Start with", "Begin with", "First there is")
 PLUS = ("Add", "Put on", "Count up")

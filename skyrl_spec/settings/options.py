@@ -9,6 +9,17 @@ from skyrl_spec.settings.field import setting
 
 
 @dataclass
+class CompareOptions:
+    """``skyrl-spec compare``: which runs are compared. Settings of the runs may follow."""
+
+    arms: list[str] = setting(
+        lambda: ["trained", "frozen", "none"],
+        "Drafts to compare: trained in every step, auto or every:N (trained at times), frozen as at the start, none.",
+    )
+    seeds: int = setting(1, "Runs of each arm, with trainer.seed, trainer.seed + 1, and so on.", FROM_ONE)
+
+
+@dataclass
 class ExportOptions:
     """``skyrl-spec export``: writes a checkpoint as a bundle that vLLM serves."""
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from skyrl_spec.cli import main
-from skyrl_spec.evaluation.compare import _asked, _is_done, arms
+from skyrl_spec.evaluation.arms import arms
+from skyrl_spec.evaluation.compare import asked, is_done
 from skyrl_spec.planning.memory import count, plan_facts, plan_memory, readable, trained_draft_shapes
 from skyrl_spec.settings.compose import load_config
+from skyrl_spec.settings.options import CompareOptions
+from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +112,7 @@ def test_a_warm_up_and_frozen_and_absent_drafts_take_less() -> None:
     assert (warmup.sync, warmup.checkpoint) == (draft, 3 * draft)
     assert warmup.worker.gradients == draft < run.worker.gradients
     assert warmup.worker.weights == run.worker.weights
-    frozen, none = (plan_memory(arm) for arm in list(arms(config).values())[1:])
+    frozen, none = (plan_memory(arm.config) for arm in arms(config, CompareOptions())[1:])
     assert frozen.engine_weights == run.engine_weights == none.engine_weights + draft
     assert frozen.kv_bytes_per_token == run.kv_bytes_per_token > none.kv_bytes_per_token
     dapo = load_config(["experiment=cpu_mtp_dapo"])
@@ -123,6 +126,12 @@ def test_a_warm_up_and_frozen_and_absent_drafts_take_less() -> None:
     [
         (["compare", "trainer.dflash.path=null"], "trainer.dflash.path=null: a frozen draft with random weights"),
         (["compare", "trainer.dflash.enabled=false"], "compare needs a draft"),
+        (["compare", "arms=[trained,sometimes]"], "arms=[trained,sometimes]: sometimes must be trained, auto, every:N"),
+        (["compare", "arms=[every:0]"], "arms=[every:0]: every:0 must be trained, auto, every:N"),
+        (["compare", "arms=[none,none]"], "arms=[none,none]: must name at least one arm, and none twice"),
+        (["compare", "arms=[]"], "arms=[]: must name at least one arm"),
+        (["compare", "seeds=0"], "seeds=0: must be at least 1"),
+        (["compare", "seeds=two"], "seeds: Value 'two' of type"),
         (
             ["compare", "trainer.resume_mode=from_path", "trainer.resume_path=/x"],
             "trainer.resume_mode=from_path: must be latest or null",
@@ -143,14 +152,34 @@ def test_what_a_run_refuses_a_dry_run_refuses(
 
 def test_a_comparison_goes_on_with_what_is_done_and_no_more(tmp_path: Path) -> None:
     words = ["experiment=cpu_dflash_grpo", f"trainer.run_dir={tmp_path}", "trainer.resume_mode=latest"]
-    arm = arms(load_config(words))["frozen"]
-    assert not _is_done(arm)
+
+    def frozen(words: list[str]) -> Config:
+        return next(arm.config for arm in arms(load_config(words), CompareOptions()) if arm.name == "frozen")
+
+    assert not is_done(frozen(words))
     (tmp_path / "frozen").mkdir()
     # The file of a finished arm that was started without resuming.
-    (tmp_path / "frozen" / "compared.yaml").write_text(_asked(arms(load_config(words[:2]))["frozen"]))
-    assert _is_done(arm)
-    assert not _is_done(arms(load_config(words[:2]))["frozen"]), "a comparison that begins repeats all"
-    assert not _is_done(arms(load_config([*words, "trainer.max_training_steps=60"]))["frozen"])
+    (tmp_path / "frozen" / "compared.yaml").write_text(asked(frozen(words[:2])))
+    assert is_done(frozen(words))
+    assert not is_done(frozen(words[:2])), "a comparison that begins repeats all"
+    assert not is_done(frozen([*words, "trainer.max_training_steps=60"]))
+
+
+def test_arms_differ_in_the_draft_and_seeds_in_the_seed() -> None:
+    config = load_config(["experiment=cpu_dflash_grpo", "trainer.seed=5", "generator.speculation.schedule=[[1,8,7]]"])
+    runs = arms(config, CompareOptions(["trained", "auto", "every:4", "frozen", "none"], seeds=2))
+    assert [(run.name, run.seed) for run in runs[4:7]] == [("none", 5), ("trained", 6), ("auto", 6)]
+    assert [run.folder for run in runs[2:4]] == ["every_4/seed_5", "frozen/seed_5"]
+    assert len({run.config.trainer.run_dir for run in runs}) == len({run.config.trainer.run_name for run in runs}) == 10
+    assert all(run.config.trainer.seed == run.seed for run in runs)
+    assert [run.config.trainer.draft.train for run in runs[:3]] == ["every_step", "auto", "every:4"]
+    frozen, none = runs[3].config, runs[4].config
+    assert not frozen.trainer.dflash.enabled
+    assert frozen.generator.inference_engine.speculative_config is not None
+    assert frozen.generator.speculation.schedule != "fixed"
+    assert none.generator.inference_engine.speculative_config is None
+    # With one seed, folders are the arms.
+    assert [run.folder for run in arms(config, CompareOptions())] == ["trained", "frozen", "none"]
 
 
 def test_sizes_of_a_large_model(tmp_path: Path) -> None:
