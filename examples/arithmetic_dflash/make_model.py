@@ -67,7 +67,7 @@ def main() -> None:
         lambda ids, labels, _: [cross_entropy(model(ids).logits, labels, 1)],
         [1.0],
         optimizers(model),
-        batches(examples(tokenizer, args.seed), args.tokens_per_batch, tokenizer.pad_token_id),
+        batches(examples(tokenizer, args.seed, args.words), args.tokens_per_batch, tokenizer.pad_token_id),
         args.minutes,
         look,
     )

@@ -93,7 +93,7 @@ def main() -> None:
         lambda *batch: losses(model, head, *batch),
         [1.0] + [MTP_LOSS_WEIGHT] * NUM_DEPTHS,
         optimizers(model, head.parameters()),
-        batches(examples(tokenizer, args.seed), args.tokens_per_batch, tokenizer.pad_token_id),
+        batches(examples(tokenizer, args.seed, args.words), args.tokens_per_batch, tokenizer.pad_token_id),
         args.minutes,
         look,
     )

@@ -1,15 +1,9 @@
-"""The task: sums of single-digit numbers, and three ways to answer.
+"""The task: sums of single-digit numbers, and two ways to answer.
 
 A problem is reasoning-gym's ``chain_sum`` (``7 - 2 + 9``). The answer that earns the reward ends in
-``#### RESULT``, the convention of GSM8K. A response guesses, or carries a running total:
+``#### RESULT``, the convention of GSM8K. A response guesses, or tells the steps in words, each in one of many ways:
 
-    7-2=5
-    5+9=14
-    #### 14
-
-or tells the steps in words. The terms come in any order, and there are several ways to say a step:
-
-    Start with 9. Take away 2, which gives 7. Add 7, that makes 14.
+    Start with 7. Take away 2, which gives 5. Put on 9, that makes 14.
     #### 14
 
 Rows follow SkyRL's dataset schema, so the same files train under SkyRL.
@@ -25,18 +19,14 @@ from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 
 MIN_TERMS, MAX_TERMS = 3, 6
 
-# How often a demonstration of the warm start is told in words. Words are always right.
+# How often a demonstration of the warm start is told in words. The others guess, which rarely pays, so reinforcement
+# learning moves the policy to words. Its draft has never seen any.
 WORDS_FRAC = 0.12
 
-# How often another demonstration guesses the result instead of working it out, by number of terms: the
-# warm-started policy works out short sums and guesses long ones. Guessing rarely pays, so reinforcement
-# learning moves the policy to words, which its draft has never seen.
-GUESS_FRAC = {3: 0.2, 4: 0.7, 5: 1.0, 6: 1.0}
-
-STARTS = ("Start with", "Begin with", "First there is")
-PLUS = ("Add", "Put on", "Count up")
-MINUS = ("Take away", "Subtract", "Count down")
-RESULTS = ("which gives", "that makes", "so we have")
+STARTS = ("Start with", "Begin with", "First there is", "We have")
+PLUS = ("Add", "Put on", "Count up", "Then plus", "Join")
+MINUS = ("Take away", "Subtract", "Count down", "Then minus", "Drop")
+RESULTS = ("which gives", "that makes", "so we have", "now it is", "to get")
 
 
 def problems(seed: int) -> Iterator[tuple[str, str]]:
@@ -56,20 +46,9 @@ def terms(expression: str) -> list[str]:
     return expression.replace("+", " +").replace("-", " -").split()
 
 
-def worked_response(expression: str) -> str:
-    """The running total, a line a step, then the result."""
-    first, *rest = terms(expression)
-    total, lines = int(first), []
-    for term in rest:
-        result = total + int(term)
-        lines.append(f"{total}{term}={result}")
-        total = result
-    return "\n".join([*lines, f"#### {total}"])
-
-
 def words_response(expression: str, rng: random.Random) -> str:
-    """The steps in words, terms in random order, each step said in one of several ways, then the result."""
-    first, *rest = rng.sample([int(term) for term in terms(expression)], len(terms(expression)))
+    """The steps in words, each said in one of several ways, then the result."""
+    first, *rest = (int(term) for term in terms(expression))
     total, sentences = first, [f"{rng.choice(STARTS)} {first}."]
     for term in rest:
         total += term
@@ -78,13 +57,11 @@ def words_response(expression: str, rng: random.Random) -> str:
     return " ".join(sentences) + f"\n#### {total}"
 
 
-def demonstration(expression: str, answer: str, rng: random.Random) -> tuple[str, bool]:
-    """A response of the warm start's data, and whether it is in words (see ``WORDS_FRAC`` and ``GUESS_FRAC``)."""
-    if rng.random() < WORDS_FRAC:
+def demonstration(expression: str, answer: str, rng: random.Random, words: float) -> tuple[str, bool]:
+    """A response of the warm start's data, and whether it is in words, which a share ``words`` of them are."""
+    if rng.random() < words:
         return words_response(expression, rng), True
-    if rng.random() < GUESS_FRAC[len(terms(expression))]:
-        return f"#### {int(answer) + round(rng.gauss(0, 4))}", False
-    return worked_response(expression), False
+    return f"#### {int(answer) + round(rng.gauss(0, 4))}", False
 
 
 def row(expression: str, answer: str, split: str, index: int) -> dict[str, Any]:

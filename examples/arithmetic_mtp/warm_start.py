@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from task import demonstration, problems
+from task import WORDS_FRAC, demonstration, problems
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +30,7 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a model to go on from; default: random weights")
+    parser.add_argument("--words", type=float, default=WORDS_FRAC, help="share of demonstrations in words")
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
@@ -40,14 +41,16 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     return args
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Endless (prompt ids, response ids, whether the response is in words)."""
+def examples(
+    tokenizer: PreTrainedTokenizerFast, seed: int, words: float
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Endless (prompt ids, response ids, whether the response is in words, as a share ``words`` of them are)."""
     rng = random.Random(seed)
     for expression, answer in problems(seed):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{expression}="}], add_generation_prompt=True, return_dict=False
         )
-        response, in_words = demonstration(expression, answer, rng)
+        response, in_words = demonstration(expression, answer, rng, words)
         yield prompt, tokenizer.encode(response + "<|end|>"), in_words
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +15,10 @@ from skyrl_spec.types import Rollout, TrainBatch, Versions
 
 # Mean |log-prob difference| of engine and trainer above which a warning is printed, by the coarser dtype of the two.
 LOGPROBS_LIMIT = {"fp32": 1e-3, "bf16": 0.1}
+
+# Standard errors of the predicted acceptance length that a gap may have on top of its limit. Drafts of one response
+# resemble one another, which makes the variance of a mean larger by this factor.
+_NUM_ERRORS, _DESIGN_EFFECT = 3.0, 4.0
 
 
 def require_current(rollouts: Sequence[Rollout], versions: Versions) -> None:
@@ -57,6 +62,17 @@ def acceptance_gap(values: Mapping[str, float]) -> dict[str, float]:
     return {names.ACCEPTANCE_GAP: sum(gaps)} if gaps else {}
 
 
+def _prediction_error(values: Mapping[str, float]) -> float:
+    """Standard error of the predicted acceptance length, from the predicted rates and the number of drafts."""
+    drafts, rates, position = values.get(names.PREDICTED_DRAFTS, math.inf), [], 1
+    while (rate := values.get(names.predicted_acceptance_pos(position))) is not None:
+        rates.append(rate)
+        position += 1
+    mean_square = sum((2 * position - 1) * rate for position, rate in enumerate(rates, start=1))
+    variance = max(mean_square - sum(rates) ** 2, 0.0)
+    return math.sqrt(_DESIGN_EFFECT * variance / drafts) if drafts else math.inf
+
+
 class Watch:
     """Prints a warning, once each, when a step's metrics are beyond their limits."""
 
@@ -78,7 +94,8 @@ class Watch:
         gap, measured = step_values.get(names.ACCEPTANCE_GAP), step_values.get(names.acceptance_length("train"))
         if gap is None or measured is None:
             return
-        if not abs(gap) <= self._config.max_acceptance_gap * measured:
+        limit = self._config.max_acceptance_gap * measured + _NUM_ERRORS * _prediction_error(step_values)
+        if not abs(gap) <= limit:
             causes = (
                 "the engines' draft is not the trainer's (see canary/draft_*), or its cached keys are old"
                 if gap > 0

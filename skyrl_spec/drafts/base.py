@@ -80,6 +80,7 @@ def draft_metrics(sums: list[float]) -> Metrics:
         names.DRAFT_LOSS: Metric(loss, 1),
         names.DRAFT_TOP1: Metric(sum(top1), sum(num_targets)),
         names.PREDICTED_ACCEPTANCE_LENGTH: Metric(num_chains + sum(accepted), num_chains),
+        names.PREDICTED_DRAFTS: Metric(num_chains, 1),
     }
     for position in range(num_positions):
         metrics[names.draft_top1_pos(position + 1)] = Metric(top1[position], num_targets[position])

@@ -11,6 +11,7 @@ THROUGHPUT = "vllm/train/generation_throughput_tok_s"
 DRAFT_LOSS = "draft/loss"
 DRAFT_TOP1 = "draft/top1_agreement"
 PREDICTED_ACCEPTANCE_LENGTH = "draft/predicted_acceptance_length"
+PREDICTED_DRAFTS = "draft/predicted_drafts"
 
 # Decisions of trainer.draft.train: whether the step trained the draft, whether the engines got the result, and seconds
 # per step that rollouts would lose with a draft left alone, and that training and sending it take.

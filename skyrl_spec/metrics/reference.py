@@ -72,6 +72,11 @@ REFERENCE = (
         "and draft.",
     ),
     Described(
+        "draft/predicted_drafts",
+        "drafts",
+        "Drafts in draft/predicted_acceptance_length, per optimizer step. Few of them make it inaccurate.",
+    ),
+    Described(
         "draft/predicted_acceptance_rate_pos_K",
         "share",
         "Drafts whose first K tokens the trainer expects to be accepted.",

@@ -50,6 +50,7 @@ def draft_keys(num_trained_positions: int) -> list[str]:
         *(f"draft/{name}" for name in ("grad_norm", "lr", "skipped_updates")),
         names.DRAFT_TOP1,
         names.PREDICTED_ACCEPTANCE_LENGTH,
+        names.PREDICTED_DRAFTS,
         *(key(position) for position in range(1, num_trained_positions + 1) for key in by_position),
     ]
 

@@ -325,6 +325,19 @@ def test_the_watch_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> N
     assert "another temperature than 0.7" in second
 
 
+def test_a_gap_that_few_drafts_explain_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {names.predicted_acceptance_pos(position): 0.5 for position in (1, 2, 3)}
+    step = rates | {names.ACCEPTANCE_GAP: 1.6, names.acceptance_length("train"): 2.5}
+    watch = Watch(CanaryConfig(), dtype="fp32", temperature=1.0)
+    # Accepted tokens are 0 or 3, with a standard deviation of 1.5. The limit is 0.75 + 3 x 2 x 1.5 / sqrt(drafts).
+    watch.look(step | {names.PREDICTED_DRAFTS: 100.0})
+    assert capsys.readouterr().err == ""
+    watch.look(step | {names.PREDICTED_DRAFTS: 0.0})
+    assert capsys.readouterr().err == ""
+    watch.look(step | {names.PREDICTED_DRAFTS: 121.0})
+    assert "predicts an acceptance length of 4.10" in capsys.readouterr().err
+
+
 def test_a_prompt_that_engines_prefill_in_parts_is_not_asked() -> None:
     assert len(fixed_prompts([[1] * 5000], num_prompts=1, max_length=5000)[0]) == 1024
 
