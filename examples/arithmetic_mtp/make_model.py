@@ -49,13 +49,15 @@ def model_config(vocab_size: int) -> Qwen2Config:
     )
 
 
-def losses(model: Qwen2ForCausalLM, head: MtpHead, ids: Tensor, labels: Tensor, draft_labels: Tensor) -> list[Tensor]:
+def losses(
+    model: Qwen2ForCausalLM, head: MtpHead, num_depths: int, ids: Tensor, labels: Tensor, draft_labels: Tensor
+) -> list[Tensor]:
     """Next-token loss of the trunk, then of each depth of the head, which never sees a response in words."""
     captured: list[Tensor] = []
     handle = model.model.norm.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     logits = model(ids).logits
     handle.remove()
-    outputs = head(captured[0], model.model.embed_tokens(ids), NUM_DEPTHS)
+    outputs = head(captured[0], model.model.embed_tokens(ids), num_depths)
     depths = enumerate(outputs, start=2)
     return [
         cross_entropy(logits, labels, 1),
@@ -64,7 +66,7 @@ def losses(model: Qwen2ForCausalLM, head: MtpHead, ids: Tensor, labels: Tensor, 
 
 
 def main() -> None:
-    args = arguments(__doc__, minutes=40)
+    args = arguments(__doc__, minutes=40, depths=NUM_DEPTHS)
     tokenizer = build_tokenizer()
     config = model_config(len(tokenizer))
     model = Qwen2ForCausalLM(config)
@@ -90,8 +92,8 @@ def main() -> None:
         save()
 
     fit(
-        lambda *batch: losses(model, head, *batch),
-        [1.0] + [MTP_LOSS_WEIGHT] * NUM_DEPTHS,
+        lambda *batch: losses(model, head, args.depths, *batch),
+        [1.0] + [MTP_LOSS_WEIGHT] * args.depths,
         optimizers(model, head.parameters()),
         batches(examples(tokenizer, args.seed, args.words), args.tokens_per_batch, tokenizer.pad_token_id),
         args.minutes,

@@ -25,12 +25,14 @@ from transformers import PreTrainedTokenizerFast
 IGNORE = -100
 
 
-def arguments(description: str | None, minutes: float) -> argparse.Namespace:
+def arguments(description: str | None, minutes: float, depths: int = 0) -> argparse.Namespace:
     """``--out`` and how to train; threads and seed are set."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a model to go on from; default: random weights")
     parser.add_argument("--words", type=float, default=WORDS_FRAC, help="share of demonstrations in words")
+    if depths:
+        parser.add_argument("--depths", type=int, default=depths, help="depths of the head to train, or 0")
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)

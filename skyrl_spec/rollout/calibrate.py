@@ -12,7 +12,7 @@ from skyrl_spec.rollout.step_times import sizes_to_measure
 def measure_steps(
     llm: Any, call_speculation: Callable[..., Any], prompts: Sequence[Any], sampling: Any, largest: int
 ) -> tuple[list[int], list[list[float]]]:
-    """Batch sizes up to ``largest``, and the seconds of a step at each, for each length that the scheduler tries.
+    """Batch sizes up to ``largest``, and the seconds of a step at each, for each of ``lengths_to_measure``.
 
     ``prompts`` and ``sampling``: vLLM's inputs of requests. The engine must be idle, and is idle afterwards.
     """

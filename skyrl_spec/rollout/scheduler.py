@@ -16,7 +16,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from skyrl_spec.rollout.lengths import AutoLengths, Lengths, LengthTable, StepLog
-from skyrl_spec.rollout.step_times import OFF, Calibration, EngineStep, StepTimes, lengths_to_try
+from skyrl_spec.rollout.step_times import (
+    OFF,
+    Calibration,
+    EngineStep,
+    StepTimes,
+    between,
+    lengths_to_measure,
+    lengths_to_try,
+)
 
 # Key of vLLM's additional_config: the length for batch size 1, 2, ..., or None to choose it.
 TABLE = "skyrl_spec_lengths"
@@ -53,11 +61,11 @@ class Speculation:
         self._pinned = length
 
     def start_calibration(self, batch_size: int) -> None:
-        """Tries all lengths in turns while the engine has ``batch_size`` requests."""
-        self._calibration = Calibration(batch_size, self._to_try)
+        """Tries lengths in turns while the engine has ``batch_size`` requests."""
+        self._calibration = Calibration(batch_size, lengths_to_measure(self._to_try))
 
     def calibrated_seconds(self) -> list[float] | None:
-        """Seconds of a step for each of ``lengths_to_try``, once. None while the calibration goes on.
+        """Seconds of a step for each of ``lengths_to_measure``, once. None while the calibration goes on.
 
         Empty if the engine cannot run so many requests at a time.
         """
@@ -69,8 +77,9 @@ class Speculation:
         return [] if calibration.has_failed else calibration.seconds().tolist()
 
     def use_step_times(self, sizes: list[int], seconds: list[list[float]]) -> None:
-        """Chooses lengths by the step times of a calibration, ``[sizes, lengths_to_try]``."""
-        self._lengths = AutoLengths(StepTimes(sizes, self._to_try, np.array(seconds)), self._largest)
+        """Chooses lengths by the step times of a calibration, ``[sizes, lengths_to_measure]``."""
+        table = between(self._to_try, lengths_to_measure(self._to_try), np.array(seconds))
+        self._lengths = AutoLengths(StepTimes(sizes, self._to_try, table), self._largest)
 
     def weights_changed(self) -> None:
         """Policy or draft got other weights."""

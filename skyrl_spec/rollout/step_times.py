@@ -1,6 +1,6 @@
 """Seconds of an engine's decode step, by batch size and number of drafted tokens.
 
-    calibration   a few steps of every length at every power of two, taken in turns
+    calibration   a few steps of some lengths at every power of four, taken in turns; others by linear interpolation
     running steps keep the level at the machine's present speed, and trial steps keep the ratios between lengths
 
 Only ratios decide which length pays. Shared machines change their speed all the time, and a step of the length in use
@@ -56,9 +56,20 @@ def lengths_to_try(most: int, *, has_model: bool) -> list[int]:
     return sorted(lengths)
 
 
+def lengths_to_measure(lengths: Sequence[int]) -> list[int]:
+    """Of ``lengths_to_try``: up to 1, every other one above, and the longest. Step times are nearly linear between."""
+    longer = [length for length in lengths if length > 1]
+    return [length for length in lengths if length <= 1] + sorted({*longer[1::2], *longer[-1:]})
+
+
 def sizes_to_measure(largest: int) -> list[int]:
-    """Powers of two up to ``largest``, and ``largest``."""
-    return sorted({*(2**power for power in range(largest.bit_length())), largest})
+    """Powers of four up to ``largest``, and ``largest``."""
+    return sorted({*(4**power for power in range(largest.bit_length()) if 4**power <= largest), largest})
+
+
+def between(lengths: Sequence[int], measured: Sequence[int], seconds_SM: np.ndarray) -> np.ndarray:
+    """``[S, L]``: seconds for all ``lengths``, linear between the ``measured`` ones."""
+    return np.stack([np.interp(lengths, measured, seconds_M) for seconds_M in seconds_SM])
 
 
 class StepTimes:

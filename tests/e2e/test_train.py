@@ -19,6 +19,7 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.metrics import names
 from skyrl_spec.settings.compose import load_config, to_yaml
 from skyrl_spec.settings.schema import Config
+from skyrl_spec.types import CANDIDATE, EARLIER, FROZEN, SERVED
 
 
 def trained_positions(config: Config) -> int:
@@ -109,6 +110,31 @@ def test_a_draft_that_is_trained_in_every_other_step(tmp_path: Path) -> None:
     assert [record.get("timing/draft_train", 0) > 0 for record in records] == [True, False, True]
     # Engines draft with what the trainer holds, trained in this step or not.
     assert all(record[names.CANARY_DRAFT] < 1e-4 for record in records)
+
+
+def test_a_draft_that_gets_worse_is_set_back_and_not_sent(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=3", "trainer.eval_interval=0"]
+    overrides += ["trainer.eval_before_train=false", "trainer.draft.train=auto", "trainer.canary.interval=1"]
+    # One update at this rate ruins the head.
+    overrides += ["trainer.mtp.optimizer_config.lr=0.3", "trainer.mtp.positions_per_step=1.0"]
+    _, records = finish(tmp_path / "run", *overrides)
+    candidate, served, frozen, earlier = (
+        [record.get(names.scored_acceptance_length(copy)) for record in records]
+        for copy in (CANDIDATE, SERVED, FROZEN, EARLIER)
+    )
+    assert all(one < 0.9 * other for one, other in zip(candidate, served, strict=True))
+    # All of them are the draft of the start.
+    assert served == frozen
+    assert earlier == [None, *served[1:]]
+    assert [record[names.DRAFT_PUBLISHED] for record in records] == [0, 0, 0]
+    assert [record["sync/draft_version"] for record in records] == [0, 0, 0]
+    assert [record["sync/policy_version"] for record in records] == [1, 2, 3]
+    assert all(record[names.DRAFT_GAIN] == 0 < record[names.DRAFT_COST] for record in records)
+    assert all(record[names.CANARY_DRAFT] < 1e-4 for record in records)
+    shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    heads = [name for name in shipped if ".mtp_layers." in name]
+    assert all(torch.equal(saved[name], shipped[name].float()) for name in heads)
 
 
 @pytest.mark.slow

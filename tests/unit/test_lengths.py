@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from skyrl_spec.rollout.lengths import Acceptance, AutoLengths, LengthTable, StepLog
-from skyrl_spec.rollout.step_times import OFF, Calibration, EngineStep, StepTimes, lengths_to_try, sizes_to_measure
+from skyrl_spec.rollout.step_times import (
+    OFF,
+    Calibration,
+    EngineStep,
+    StepTimes,
+    between,
+    lengths_to_measure,
+    lengths_to_try,
+    sizes_to_measure,
+)
 from skyrl_spec.settings.schedule import dense_table
 
 MOST, LARGEST = 7, 128
@@ -68,8 +77,9 @@ class SimulatedEngine:
 
     def step_times(self) -> StepTimes:
         lengths, sizes = lengths_to_try(MOST, has_model=True), sizes_to_measure(LARGEST)
-        seconds = [[self.mean_seconds(size, length, length) for length in lengths] for size in sizes]
-        return StepTimes(sizes, lengths, np.array(seconds))
+        measured = lengths_to_measure(lengths)
+        seconds = [[self.mean_seconds(size, length, length) for length in measured] for size in sizes]
+        return StepTimes(sizes, lengths, between(lengths, measured, np.array(seconds)))
 
 
 def often(position: int) -> float:
@@ -251,8 +261,23 @@ def test_lengths_to_try() -> None:
     assert lengths_to_try(3, has_model=True) == [OFF, 0, 1, 2, 3]
     assert lengths_to_try(3, has_model=False) == [0, 1, 2, 3]
     assert lengths_to_try(15, has_model=False) == [*range(9), 10, 12, 14, 15]
-    assert sizes_to_measure(100) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert sizes_to_measure(100) == [1, 4, 16, 64, 100]
+    assert sizes_to_measure(64) == [1, 4, 16, 64]
     assert sizes_to_measure(1) == [1]
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_lengths_to_measure(has_model: bool) -> None:
+    expected = {1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 3], 7: [0, 1, 3, 5, 7], 8: [0, 1, 3, 5, 7, 8]}
+    for most, lengths in expected.items():
+        tried = lengths_to_try(most, has_model=has_model)
+        assert lengths_to_measure(tried) == ([OFF] if has_model else []) + lengths
+    assert lengths_to_measure(lengths_to_try(15, has_model=False)) == [0, 1, 3, 5, 7, 10, 14, 15]
+
+
+def test_lengths_that_are_not_measured_are_between_their_neighbours() -> None:
+    found = between([OFF, 0, 1, 2, 3], [OFF, 0, 1, 3], np.array([[1.0, 2.0, 4.0, 6.0], [1.0, 1.0, 1.0, 2.0]]))
+    np.testing.assert_allclose(found, [[1, 2, 4, 5, 6], [1, 1, 1, 1.5, 2]])
 
 
 def test_a_table_has_a_length_for_every_batch_size() -> None:
