@@ -64,7 +64,7 @@ def main() -> None:
         save()
 
     fit(
-        lambda ids, labels, _: [cross_entropy(model(ids).logits, labels, 1)],
+        lambda ids, labels: [cross_entropy(model(ids).logits, labels, 1)],
         [1.0],
         optimizers(model),
         batches(examples(tokenizer, args.seed, args.words), args.tokens_per_batch, tokenizer.pad_token_id),

@@ -49,20 +49,20 @@ def model_config(vocab_size: int) -> Qwen2Config:
     )
 
 
-def losses(
-    model: Qwen2ForCausalLM, head: MtpHead, num_depths: int, ids: Tensor, labels: Tensor, draft_labels: Tensor
-) -> list[Tensor]:
-    """Next-token loss of the trunk, then of each depth of the head, which never sees a response in words."""
+def losses(model: Qwen2ForCausalLM, head: MtpHead, num_depths: int, ids: Tensor, labels: Tensor) -> list[Tensor]:
+    """Next-token loss of the trunk, then of each depth of the head."""
     captured: list[Tensor] = []
     handle = model.model.norm.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     logits = model(ids).logits
     handle.remove()
     outputs = head(captured[0], model.model.embed_tokens(ids), num_depths)
-    depths = enumerate(outputs, start=2)
-    return [
-        cross_entropy(logits, labels, 1),
-        *(cross_entropy(model.lm_head(output), draft_labels, depth) for depth, output in depths),
-    ]
+    all_logits = [logits, *(model.lm_head(output) for output in outputs)]
+    return [cross_entropy(depth_logits, labels, depth) for depth, depth_logits in enumerate(all_logits, start=1)]
+
+
+def head_optimizers(head: MtpHead) -> list[torch.optim.Optimizer]:
+    """Of the head alone; the trunk stays as it is."""
+    return [torch.optim.AdamW(head.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def main() -> None:
@@ -93,8 +93,8 @@ def main() -> None:
 
     fit(
         lambda *batch: losses(model, head, args.depths, *batch),
-        [1.0] + [MTP_LOSS_WEIGHT] * args.depths,
-        optimizers(model, head.parameters()),
+        [0.0 if args.head_only else 1.0] + [MTP_LOSS_WEIGHT] * args.depths,
+        head_optimizers(head) if args.head_only else optimizers(model, head.parameters()),
         batches(examples(tokenizer, args.seed, args.words), args.tokens_per_batch, tokenizer.pad_token_id),
         args.minutes,
         look,

@@ -20,7 +20,7 @@ from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 MIN_TERMS, MAX_TERMS = 3, 6
 
 # How often a demonstration of the warm start is told in words. The others guess, which rarely pays, so reinforcement
-# learning moves the policy to words. Its draft has never seen any.
+# learning moves the policy to words, of which its draft has seen little.
 WORDS_FRAC = 0.12
 
 STARTS = ("Start with", "Begin with", "First there is", "We have")
@@ -57,11 +57,11 @@ def words_response(expression: str, rng: random.Random) -> str:
     return " ".join(sentences) + f"\n#### {total}"
 
 
-def demonstration(expression: str, answer: str, rng: random.Random, words: float) -> tuple[str, bool]:
-    """A response of the warm start's data, and whether it is in words, which a share ``words`` of them are."""
+def demonstration(expression: str, answer: str, rng: random.Random, words: float) -> str:
+    """A response of the warm start's data. A share ``words`` of them is in words."""
     if rng.random() < words:
-        return words_response(expression, rng), True
-    return f"#### {int(answer) + round(rng.gauss(0, 4))}", False
+        return words_response(expression, rng)
+    return f"#### {int(answer) + round(rng.gauss(0, 4))}"
 
 
 def row(expression: str, answer: str, split: str, index: int) -> dict[str, Any]:

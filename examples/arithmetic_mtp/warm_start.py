@@ -33,6 +33,7 @@ def arguments(description: str | None, minutes: float, depths: int = 0) -> argpa
     parser.add_argument("--words", type=float, default=WORDS_FRAC, help="share of demonstrations in words")
     if depths:
         parser.add_argument("--depths", type=int, default=depths, help="depths of the head to train, or 0")
+        parser.add_argument("--head-only", action="store_true", help="leave the trunk as it is")
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
@@ -43,53 +44,43 @@ def arguments(description: str | None, minutes: float, depths: int = 0) -> argpa
     return args
 
 
-def examples(
-    tokenizer: PreTrainedTokenizerFast, seed: int, words: float
-) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Endless (prompt ids, response ids, whether the response is in words, as a share ``words`` of them are)."""
+def examples(tokenizer: PreTrainedTokenizerFast, seed: int, words: float) -> Iterator[tuple[list[int], list[int]]]:
+    """Endless (prompt ids, response ids). A share ``words`` of the responses is in words."""
     rng = random.Random(seed)
     for expression, answer in problems(seed):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{expression}="}], add_generation_prompt=True, return_dict=False
         )
-        response, in_words = demonstration(expression, answer, rng, words)
-        yield prompt, tokenizer.encode(response + "<|end|>"), in_words
+        yield prompt, tokenizer.encode(demonstration(expression, answer, rng, words) + "<|end|>")
 
 
-def batches(
-    source: Iterator[tuple[list[int], list[int], bool]], tokens: int, pad: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of rows of like length, ``tokens`` in each: (ids, labels, labels of a draft), each ``[B, S]``.
-
-    A draft's labels leave out the responses in words.
-    """
+def batches(source: Iterator[tuple[list[int], list[int]]], tokens: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of rows of like length, ``tokens`` in each: (ids, labels), both ``[B, S]``."""
     while True:
-        pool = sorted(itertools.islice(source, 2048), key=lambda item: len(item[0]) + len(item[1]))
+        pool = sorted(itertools.islice(source, 2048), key=lambda pair: len(pair[0]) + len(pair[1]))
         chunks, chunk = [], []
-        for item in pool:
-            if (len(chunk) + 1) * (len(item[0]) + len(item[1])) > tokens:
+        for pair in pool:
+            if (len(chunk) + 1) * (len(pair[0]) + len(pair[1])) > tokens:
                 chunks.append(chunk)
                 chunk = []
-            chunk.append(item)
+            chunk.append(pair)
         random.Random(len(pool[0][0])).shuffle(chunks)
         for rows in chunks:
-            width = max(len(prompt) + len(response) for prompt, response, _ in rows)
+            width = max(len(prompt) + len(response) for prompt, response in rows)
             ids = torch.full((len(rows), width), pad)
             labels = torch.full((len(rows), width), IGNORE)
-            for index, (prompt, response, _) in enumerate(rows):
+            for index, (prompt, response) in enumerate(rows):
                 end = len(prompt) + len(response)
                 ids[index, :end] = torch.tensor(prompt + response)
                 labels[index, len(prompt) : end] = torch.tensor(response)
-            in_words = torch.tensor([row[2] for row in rows])
-            yield ids, labels, labels.masked_fill(in_words[:, None], IGNORE)
+            yield ids, labels
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
     """Mean cross-entropy of the tokens ``shift`` positions ahead. Only response tokens count. Without any: 0."""
-    total = F.cross_entropy(
-        logits[:, :-shift].flatten(0, 1).float(), labels[:, shift:].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (labels[:, shift:] != IGNORE).sum().clamp(min=1)
+    flat = labels[:, shift:].flatten()
+    total = F.cross_entropy(logits[:, :-shift].flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="sum")
+    return total / (flat != IGNORE).sum().clamp(min=1)
 
 
 def optimizers(model: Any, further_blocks: Iterable[nn.Parameter] = ()) -> list[torch.optim.Optimizer]:
@@ -105,10 +96,10 @@ def optimizers(model: Any, further_blocks: Iterable[nn.Parameter] = ()) -> list[
 
 
 def fit(
-    losses: Callable[[Tensor, Tensor, Tensor], list[Tensor]],
+    losses: Callable[[Tensor, Tensor], list[Tensor]],
     loss_weights: list[float],
     opts: list[torch.optim.Optimizer],
-    data: Iterator[tuple[Tensor, Tensor, Tensor]],
+    data: Iterator[tuple[Tensor, Tensor]],
     minutes: float,
     look: Callable[[], None],
 ) -> None:
@@ -117,7 +108,7 @@ def fit(
     base_lrs = [[group["lr"] for group in opt.param_groups] for opt in opts]
     start, last_print, last_look = time.monotonic(), 0.0, 0.0
     averages: list[float] | None = None
-    for step, (ids, labels, draft_labels) in enumerate(data):
+    for step, (ids, labels) in enumerate(data):
         elapsed = time.monotonic() - start
         progress = elapsed / (60 * minutes)
         if progress >= 1:
@@ -126,7 +117,7 @@ def fit(
         for opt, lrs in zip(opts, base_lrs, strict=True):
             for group, lr in zip(opt.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale
-        parts = losses(ids, labels, draft_labels)
+        parts = losses(ids, labels)
         torch.stack([weight * loss for weight, loss in zip(loss_weights, parts, strict=True)]).sum().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for opt in opts:
