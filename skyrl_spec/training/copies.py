@@ -5,14 +5,14 @@ Copies lie in host memory. To run one, its weights take the place of the module'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skyrl_spec.drafts.base import Supervision, Teacher
+from skyrl_spec.drafts.base import Draft, Supervision, Teacher
 from skyrl_spec.metrics import names
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.pack import Pack
@@ -57,6 +57,22 @@ class DraftCopies:
             yield
         finally:
             self._load(current)
+
+    @torch.no_grad()
+    def score(self, draft: Draft, held: Held, scored: Sequence[str]) -> Tensor:
+        """This rank's accepted tokens and chains of each copy on ``held``, ``[copies, 2]`` float64.
+
+        ``draft`` is the draft whose weights these are. Collective over tensor-parallel ranks.
+        """
+        device = held.teacher.hidden_TD.device
+        sums = torch.zeros(len(scored), 2, dtype=torch.float64, device=device)
+        one = torch.ones((), dtype=torch.float64, device=device)
+        for index, copy in enumerate(scored):
+            with self.loaded(copy):
+                for supervision in held.supervisions:
+                    _, part = draft.loss(held.states, held.teacher, held.pack, supervision, one)
+                    sums[index] += torch.stack([part.accepted_K.sum(), part.num_chains])
+        return sums
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         return self._trainable.module.parameters()

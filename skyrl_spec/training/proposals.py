@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
 from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.types import Proposals, TrainBatch
 
@@ -57,6 +59,23 @@ def _block_pack(blocks: Sequence[tuple[list[int], int, list[int]]], num_position
     return BlockPack(
         pack, tuple(start + anchor for start, anchor in zip(starts, anchors, strict=False)), torch.tensor(drafted)
     )
+
+
+def score_blocks(
+    proposed_AJD: Tensor, output_weight_vD: Tensor, drafted_AK: Tensor, **head: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-prob of every drafted token, and the most probable token at its place, ``[A, K]``.
+
+    Args:
+        proposed_AJD: hidden states of the draft (``Draft.propose``), of K drafted tokens or more.
+        head: options of ``losses.logprobs``.
+    """
+    num_positions = drafted_AK.shape[1]
+    drafted_TD = proposed_AJD[:, :num_positions].flatten(0, 1)
+    logprobs = vocab_parallel_logprobs(drafted_TD, output_weight_vD, drafted_AK.flatten(), temperature=1.0, **head)
+    favourites_T = vocab_parallel_argmax(drafted_TD, output_weight_vD, **head)
+    shape = (-1, num_positions)
+    return logprobs.logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
 
 
 def response_batch(proposals: Sequence[Proposals]) -> TrainBatch:

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from skyrl_spec.checkpoint.pieces import SavedComponent
 from skyrl_spec.data.packing import pack_rows, shard_rows
-from skyrl_spec.drafts.base import Draft, Supervision, Teacher, draft_metrics, num_sums
-from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_argmax, vocab_parallel_logprobs
+from skyrl_spec.drafts.base import Supervision, Teacher, draft_metrics, num_sums
+from skyrl_spec.losses.logprobs import TokenLogprobs
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.capture import Captured, capture
 from skyrl_spec.models.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
@@ -37,28 +36,19 @@ from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
-from skyrl_spec.settings.derived import training_interval, uses_fp32_head
+from skyrl_spec.settings.derived import uses_fp32_head
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.specs.files import POLICY_PATH
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
 from skyrl_spec.training.device_clock import DeviceClock
+from skyrl_spec.training.draft import TrainableDraft, load_draft
 from skyrl_spec.training.optimizer import Trainable
-from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch
+from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch, score_blocks
 from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, in_rows, policy_loss, response_logprobs
-from skyrl_spec.types import FROZEN, Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
+from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
 
 # Name of the draft's number of steps in a checkpoint.
 _STEPS = "steps"
-
-
-@dataclass(frozen=True)
-class TrainableDraft:
-    """A draft with its optimizer."""
-
-    draft: Draft
-    trainable: Trainable
-    copies: DraftCopies
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class PolicyTrainer:
                 config.trainer.max_skipped_updates,
             )
         )
-        self.draft = self._load_draft(total_optimizer_steps)
+        self.draft = load_draft(config, spec, self._trunk_config, parallel, total_optimizer_steps)
         # The draft in steps that train it, None in others.
         self._trained_draft = self.draft
         # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
@@ -135,7 +125,7 @@ class PolicyTrainer:
 
         Args:
             draft: False leaves the draft alone.
-            scored: copies of the draft (``keep_draft``) whose acceptance length is predicted, on one micro-batch.
+            scored: copies of the draft (``draft_copies``) whose acceptance length is predicted, on one micro-batch.
         """
         start = time.perf_counter()
         self._trained_draft = self.draft if draft else None
@@ -152,15 +142,11 @@ class PolicyTrainer:
             report.policy_logprobs = in_rows(batch, self._local_rows(batch), micros, logprobs)
         return report
 
-    def keep_draft(self, copy: str) -> None:
-        """Keeps a copy of the draft's weights under this name."""
+    @property
+    def draft_copies(self) -> DraftCopies:
+        """Copies of the draft's weights."""
         assert self.draft is not None
-        self.draft.copies.keep(copy)
-
-    def restore_draft(self, copy: str) -> None:
-        """Sets the draft back to a copy."""
-        assert self.draft is not None
-        self.draft.copies.restore(copy)
+        return self.draft.copies
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
@@ -308,28 +294,6 @@ class PolicyTrainer:
         load_weights(model, self.rules, tensors, self.parallel)
         return model
 
-    def _load_draft(self, total_optimizer_steps: int) -> TrainableDraft | None:
-        trainer = self.config.trainer
-        kind = trained_kind(trainer)
-        if kind is None:
-            return None
-        draft = kind.build(self.config, self.spec, self._trunk_config, self.parallel)
-        draft.fp32_logits = uses_fp32_head(self.config)
-        setting = f"trainer.{kind.method}.path" if kind.has_own_directory else POLICY_PATH
-        load_weights(draft.module, draft.rules, HfTensors(draft.source, setting), self.parallel)
-        trainable = Trainable(
-            draft.module,
-            draft.module.config,
-            kind.settings(trainer).optimizer_config,
-            trainer.policy.megatron_config,
-            self.parallel,
-            -(-total_optimizer_steps // (training_interval(trainer.draft.train) or 1)),
-            trainer.max_skipped_updates,
-        )
-        copies = DraftCopies(trainable)
-        copies.keep(FROZEN)
-        return TrainableDraft(draft, trainable, copies)
-
     @torch.no_grad()
     def _logprobs(self, model: PolicyModel, batch: TrainBatch, rows: np.ndarray) -> np.ndarray:
         """Log-probs of the response tokens of these rows, ``[len(rows), S]``, 0 elsewhere."""
@@ -417,15 +381,8 @@ class PolicyTrainer:
         """Predicted acceptance length of each copy on the micro-batch that is held, which is let go."""
         assert self.draft is not None
         assert self._held is not None
-        held, draft = self._held, self.draft.draft
+        sums = self.draft.copies.score(self.draft.draft, self._held, scored)
         self._held = self._to_hold = None
-        sums = torch.zeros(len(scored), 2, dtype=torch.float64, device=self.parallel.device)
-        one = torch.ones((), dtype=torch.float64, device=self.parallel.device)
-        for index, copy in enumerate(scored):
-            with self.draft.copies.loaded(copy):
-                for supervision in held.supervisions:
-                    _, part = draft.loss(held.states, held.teacher, held.pack, supervision, one)
-                    sums[index] += torch.stack([part.accepted_K.sum(), part.num_chains])
         dist.all_reduce(sums, group=self.parallel.dp_group)
         return score_metrics(scored, sums.flatten().tolist())
 
@@ -436,24 +393,16 @@ class PolicyTrainer:
         """Log-prob of every drafted token under this draft, and this draft's most probable token, ``[A, K]``."""
         assert self.draft is not None
         assert captured is not None
-        hidden_TD = self._hidden(self.model, blocks.pack, captured)
-        num_positions = blocks.drafted_AK.shape[1]
-        proposed_AKD = self.draft.draft.propose(captured.take(), self._teacher(hidden_TD), blocks.pack, blocks.anchors)[
-            :, :num_positions
-        ]
-        head: dict[str, Any] = {
-            "vocab_size": self.spec.vocab_size,
-            "chunk_size": self.config.trainer.logprobs_chunk_size,
-            "group": self.parallel.tp_group,
-            "fp32_logits": uses_fp32_head(self.config),
-        }
-        drafted_TD, weight_vD = proposed_AKD.flatten(0, 1), self.model.output_weight_vD()
-        logprobs_T = vocab_parallel_logprobs(
-            drafted_TD, weight_vD, blocks.drafted_AK.flatten(), temperature=1.0, **head
-        ).logprobs_T
-        favourites_T = vocab_parallel_argmax(drafted_TD, weight_vD, **head)
-        shape = (-1, num_positions)
-        return logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
+        teacher = self._teacher(self._hidden(self.model, blocks.pack, captured))
+        return score_blocks(
+            self.draft.draft.propose(captured.take(), teacher, blocks.pack, blocks.anchors),
+            teacher.output_weight_vD,
+            blocks.drafted_AK,
+            vocab_size=self.spec.vocab_size,
+            chunk_size=self.config.trainer.logprobs_chunk_size,
+            group=self.parallel.tp_group,
+            fp32_logits=uses_fp32_head(self.config),
+        )
 
     def _draft_step(self) -> Metrics:
         assert self._trained_draft is not None

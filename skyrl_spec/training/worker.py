@@ -90,10 +90,10 @@ class PolicyWorker:
         return self._trainer.train_mini_batch(batch, draft=draft, scored=scored)
 
     def keep_draft(self, copy: str) -> None:
-        self._trainer.keep_draft(copy)
+        self._trainer.draft_copies.keep(copy)
 
     def restore_draft(self, copy: str) -> None:
-        self._trainer.restore_draft(copy)
+        self._trainer.draft_copies.restore(copy)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_draft(batch)

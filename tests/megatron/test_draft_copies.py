@@ -41,7 +41,7 @@ def _check(_rank: int, path: Path, draft: str, tp: int, dtype: str) -> None:
     predicted = []
     for step in range(3):
         if step == 1:
-            trainer.keep_draft(EARLIER)
+            trainer.draft_copies.keep(EARLIER)
         scored = (CANDIDATE, FROZEN, EARLIER) if step == 2 else ()
         report = trainer.train_mini_batch(make_batch(step), scored=scored)
         predicted.append(values(plain.train_mini_batch(make_batch(step)).metrics)[names.PREDICTED_ACCEPTANCE_LENGTH])
@@ -69,12 +69,12 @@ def _check(_rank: int, path: Path, draft: str, tp: int, dtype: str) -> None:
 def _check_restore(trainer: PolicyTrainer, plain: PolicyTrainer, batch: TrainBatch) -> None:
     """A draft that is set back has the weights of the copy, and its next update starts from there."""
     assert trainer.draft is not None
-    trainer.keep_draft("now")
+    trainer.draft_copies.keep("now")
     before = _weights(trainer)
     trainer.train_mini_batch(batch)
     assert not _equal(_weights(trainer), before)
     moved_policy = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.restore_draft("now")
+    trainer.draft_copies.restore("now")
     draft_before = before[len(moved_policy) :]
     assert _equal(_weights(trainer), moved_policy + draft_before)
     trainer.draft.trainable.optimizer.param_groups[0]["lr"] = 0.0
