@@ -28,7 +28,7 @@ class FaultyWorker(BASE):
 
     num_calls = 0
 
-    def train_mini_batch(self, batch: Any, draft: bool = True) -> Any:
+    def train_mini_batch(self, *args: Any) -> Any:
         import torch
 
         self.num_calls += 1
@@ -39,7 +39,7 @@ class FaultyWorker(BASE):
             if faults[0].split()[1] == "hang":
                 time.sleep(3600)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB.")
-        return super().train_mini_batch(batch, draft)
+        return super().train_mini_batch(*args)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ ISOLATED = (
 DRAFT_LOSS = "tests/megatron/test_draft_loss.py::test_loss_and_gradients_equal_the_definition"
 GRADIENTS = "tests/megatron/test_policy_gradients.py::test_gradients_equal_autograds"
 LAYOUTS = "tests/megatron/test_parallel_training.py::test_every_layout_gives_the_same_losses_gradients_and_weights"
+COPIES = "tests/megatron/test_draft_copies.py::test_copies_are_scored_beside_the_training"
+DRAFT_TRAINING = "tests/unit/test_draft_training.py"
 UPDATES = "tests/megatron/test_optimizer_step.py::test_updates_are_those_of_adamw"
 REFERENCE = "tests/megatron/test_optimizer_step.py::test_the_reference_stays_where_the_policy_started"
 SKIPPED = "tests/megatron/test_skipped_updates.py::test_a_bad_gradient_of_the_policy[False-1]"
@@ -495,6 +497,28 @@ TRAINING = [
         ("the reference is the policy", "self._load_policy(tensors).eval()", "self.model"),
     ),
     *of(
+        "training/copies.py",
+        [f"{COPIES}[mtp-1-1-fp32]"],
+        ("a copy follows the training", "parameter.detach().cpu().clone()", "parameter.detach()"),
+        ("copies scored with the draft of now", "        self._load(self._copies[name])\n        try:", "        try:"),
+        ("the draft keeps the weights of a copy", "            self._load(current)", "            pass"),
+    ),
+    *of(
+        "training/copies.py",
+        [f"{COPIES}[mtp-2-1-bf16]"],
+        # An fp32 module's weights are the optimizer's own.
+        ("the optimizer is not told", "self._trainable.optimizer.reload_model_params()", "pass"),
+    ),
+    *of(
+        "controller/draft_training.py",
+        [DRAFT_TRAINING],
+        ("gain without the age of the copy", "age * loss for age, loss", "loss for age, loss"),
+        ("rests are never longer", "min(2 * self._rest, LONGEST_REST)", "self._rest"),
+        ("a rest never ends early", "0 if lost_s > self._cost_s else self._rest_left - 1", "self._rest_left - 1"),
+        ("trains whatever it costs", "window.gain_s() > window.cost_s()", "True"),
+        ("a worse draft is kept", "candidate < _WORSE * served", "False"),
+    ),
+    *of(
         "training/optimizer.py",
         [f"{UPDATES}[False-1]"],
         ("zero_grad forgotten", "self.ddp.zero_grad_buffer()", "pass"),
@@ -527,8 +551,8 @@ SYNCED = [
         ("version not bumped", "1 + max(self.versions.policy", "max(self.versions.policy"),
         (
             "draft sent before the policy",
-            "exported = [(component, self._policy.export(component)) for component in components]",
-            "exported = [(component, self._policy.export(component)) for component in components[::-1]]",
+            "exported = {component: self._policy.export(component) for component in components}",
+            "exported = {component: self._policy.export(component) for component in components[::-1]}",
         ),
         ("draft omitted", 'if draft or component != "draft"]', 'if component != "draft"]'),
         ("draft sent in every sync", 'if draft or component != "draft"]', "]"),
