@@ -227,13 +227,13 @@ RULES = {
     ),
     "trainer.policy.model.path=''": "trainer.policy.model.path='': must name a model",
     "trainer.placement.device=tpu": "trainer.placement.device=tpu: must be cpu or cuda",
-    "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=16: times generator.n_samples",
+    "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=8: times generator.n_samples",
     "trainer.algorithm.advantage_estimator=gae": "trainer.algorithm.advantage_estimator=gae",
     "trainer.algorithm.loss_reduction=mean": "trainer.algorithm.loss_reduction=mean",
     "trainer.algorithm.dynamic_sampling.type=replace": "trainer.algorithm.dynamic_sampling.type=replace",
     "trainer.algorithm.eps_clip_low=1": "trainer.algorithm.eps_clip_low=1.0: must be above 0 and below 1",
     "trainer.algorithm.clip_ratio_c=1": "trainer.algorithm.clip_ratio_c=1.0: must be above 1",
-    "trainer.algorithm.overlong.buffer_len=80": "trainer.algorithm.overlong.buffer_len=80: must be below generator",
+    "trainer.algorithm.overlong.buffer_len=200": "trainer.algorithm.overlong.buffer_len=200: must be below generator",
     "trainer.train_batch_size=63": "trainer.train_batch_size=63: must be a multiple of",
     "trainer.max_training_steps=0": "trainer.max_training_steps=0",
     "trainer.logger=[console,mlflow]": "trainer.logger=['console', 'mlflow']: mlflow is not one of",
@@ -304,7 +304,7 @@ RULES = {
     ),
     **{
         f"trainer.draft.train={value}": f"trainer.draft.train={value}: must be every_step, every:N with N of at least 1"
-        for value in ("every", "every:0", "every:-1", "every:x", "auto", "3", "3.5", "sometimes")
+        for value in ("every", "every:0", "every:-1", "every:x", "automatic", "3", "3.5", "sometimes")
     },
     **{
         f"generator.speculation.schedule={value}": f"generator.speculation.schedule={shown}: {reason}"
@@ -320,8 +320,8 @@ RULES = {
             ("[[9,16,3],[1,8,2]]", "[[9, 16, 3], [1, 8, 2]]", "row [1, 8, 2] must begin above 16"),
             ("[[0,8,3]]", "[[0, 8, 3]]", "row [0, 8, 3] must begin above 0"),
             ("[[8,1,3]]", "[[8, 1, 3]]", "row [8, 1, 3] must begin above 0, where the one before ends, and end at or"),
-            ("[[1,8,4]]", "[[1, 8, 4]]", "row [1, 8, 4] must draft from 0 to num_speculative_tokens=3 tokens"),
-            ("[[1,8,-1]]", "[[1, 8, -1]]", "row [1, 8, -1] must draft from 0 to num_speculative_tokens=3 tokens"),
+            ("[[1,8,8]]", "[[1, 8, 8]]", "row [1, 8, 8] must draft from 0 to num_speculative_tokens=7 tokens"),
+            ("[[1,8,-1]]", "[[1, 8, -1]]", "row [1, 8, -1] must draft from 0 to num_speculative_tokens=7 tokens"),
         )
     },
     **{

@@ -56,17 +56,17 @@ def test_the_plan_is_printed_and_nothing_else_happens(
     ("words", "packs"),
     [
         ([], "4,096 tokens; old log-probs from a forward pass before the updates"),
-        (["trainer.max_tokens_per_microbatch=112"], "112 tokens; old log-probs from"),
+        (["trainer.max_tokens_per_microbatch=232"], "232 tokens; old log-probs from"),
         (
-            ["trainer.max_tokens_per_microbatch=111"],
-            "111 tokens (sequences of up to 112 have a pack to themselves); old",
+            ["trainer.max_tokens_per_microbatch=231"],
+            "231 tokens (sequences of up to 232 have a pack to themselves); old",
         ),
         (
-            ["trainer.policy_mini_batch_size=32"],
+            ["trainer.policy_mini_batch_size=16"],
             "4,096 tokens; old log-probs from the update itself, the only one of a",
         ),
         (
-            ["trainer.policy_mini_batch_size=32", "trainer.update_epochs_per_batch=2"],
+            ["trainer.policy_mini_batch_size=16", "trainer.update_epochs_per_batch=2"],
             "4,096 tokens; old log-probs from a",
         ),
     ],
