@@ -14,6 +14,7 @@ fallen so far that training would pay if it brought that back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,8 +125,10 @@ class AutoDraftTraining(DraftTraining):
         window = self._window
         if EARLIER in plan.scored:
             served, earlier = (values[names.scored_acceptance_length(copy)] for copy in (SERVED, EARLIER))
-            window.ages.append(len(window.costs_s))
-            window.losses_s.append(generate_s * (served / earlier - 1))
+            # Not a number where no draft could be followed.
+            if math.isfinite(served) and math.isfinite(earlier):
+                window.ages.append(len(window.costs_s))
+                window.losses_s.append(generate_s * (served / earlier - 1))
         window.costs_s.append(cost_s)
         metrics |= {names.DRAFT_GAIN: window.gain_s(), names.DRAFT_COST: window.cost_s()}
         if len(window.costs_s) > WINDOW:

@@ -37,6 +37,7 @@ SMALL = [
     "generator.inference_engine.cpu_kvcache_space=0.25",
 ]
 WHOLE = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=5", "trainer.eval_interval=5"]
+WHOLE += ["trainer.mtp.num_speculative_tokens=3", "trainer.mtp.positions_per_step=1.0"]
 ASKED = ["trainer.measure_speedup=true", "trainer.logger=[console,wandb]", "trainer.canary.lossless_interval=2"]
 WARMUP = [
     *SMALL,

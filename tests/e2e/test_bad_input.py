@@ -499,7 +499,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "batches that do not divide": (
         lambda _: ["trainer.policy_mini_batch_size=3"],
-        ("trainer.train_batch_size=32: must be a multiple of trainer.policy_mini_batch_size=3",),
+        ("trainer.train_batch_size=16: must be a multiple of trainer.policy_mini_batch_size=3",),
     ),
     "learning rate that rises": (
         lambda _: ["trainer.mtp.optimizer_config.min_lr=1"],

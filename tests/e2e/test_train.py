@@ -63,7 +63,7 @@ def test_a_run_with_a_draft_writes_what_the_contract_says(whole: tuple[Path, str
     assert [record["sync/draft_version"] for record in records[1:]] == [1, 2, 3, 4, 5]
     # Trainer and engine compute the same log-probs: the same weights, both in fp32.
     assert all(record["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4 for record in records[1:])
-    assert all(2.0 < record["vllm/train/draft_mean_acceptance_length"] <= 4.0 for record in records[1:])
+    assert all(1.2 < record["vllm/train/draft_mean_acceptance_length"] <= 4.0 for record in records[1:])
 
     assert "rollout speed-up by the draft" in output
     assert "sync canary: checked 1x" in output

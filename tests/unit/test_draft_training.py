@@ -115,6 +115,17 @@ def test_a_draft_that_got_worse_is_set_back() -> None:
     assert not DraftTraining(1).must_undo(scores(1.5, 3.0))
 
 
+def test_a_step_without_scores_tells_nothing() -> None:
+    training, gains = AutoDraftTraining(), []
+    for step in range(4):
+        plan = training.plan(step)
+        served, earlier = (float("nan"), 2.0) if step == 2 else (3.0, 2.0)
+        values = {names.scored_acceptance_length(SERVED): served, names.scored_acceptance_length(EARLIER): earlier}
+        gains.append(training.observe(plan, values, GENERATE_S, COST_S)[names.DRAFT_GAIN])
+    assert gains[2] == gains[1] > 0
+    assert np.isfinite(gains[3])
+
+
 def test_a_resumed_run_goes_on_with_its_rest() -> None:
     simulation, training = Simulation(lambda _: 0.0), AutoDraftTraining()
     simulation.run(training, WINDOW + 3)
