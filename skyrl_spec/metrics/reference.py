@@ -11,7 +11,7 @@ from skyrl_spec.metrics.headline import HEADLINES
 class Described(NamedTuple):
     """Description of a metric. In ``key``, N is samples per prompt, K a draft position from 1, B a power of two.
 
-    ``{a,b}`` is a or b.
+    ``{a,b,c}`` is a, b or c.
     """
 
     key: str
@@ -206,5 +206,5 @@ def description(key: str) -> Described | None:
 
 
 def _pattern(key: str) -> str:
-    escaped = re.sub(r"\\{(\w+),(\w+)\\}", r"(\1|\2)", re.escape(key))
+    escaped = re.sub(r"\\{([\w,]+)\\}", lambda match: f"({match[1].replace(',', '|')})", re.escape(key))
     return re.sub(r"_(N|K|B)$", r"_\\d+", escaped)

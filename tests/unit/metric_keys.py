@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from skyrl_spec.metrics import names
-from skyrl_spec.types import CANDIDATE, FROZEN
+from skyrl_spec.types import CANDIDATE, EARLIER, FROZEN, SERVED
 
 
 def step_keys(
@@ -68,6 +68,11 @@ def schedule_keys(batch_sizes: Sequence[int], *, is_auto: bool) -> list[str]:
     """Keys that a schedule of draft lengths adds, if a step has decode steps with these batch sizes."""
     promised = [names.EXPECTED_THROUGHPUT, names.ESTIMATED_SPEEDUP] if is_auto else []
     return [*map(names.length_at_batch, batch_sizes), names.DRAFTER_OFF, names.DECODE_THROUGHPUT, *promised]
+
+
+def auto_training_keys() -> list[str]:
+    """Keys that trainer.draft.train=auto adds to a step that trains the draft, the first of a window excepted."""
+    return [names.DRAFT_GAIN, names.DRAFT_COST, *map(names.scored_acceptance_length, (SERVED, EARLIER))]
 
 
 def canary_keys(*, has_draft: bool) -> list[str]:

@@ -71,6 +71,11 @@ def test_keys_that_apply() -> None:
         "draft/predicted_acceptance_rate_pos_2",
         "draft/top1_agreement_pos_1",
         "draft/top1_agreement_pos_2",
+        "draft/predicted_drafts",
+        "draft_training/trained",
+        "draft_training/published",
+        "draft_training/acceptance_length_candidate",
+        "draft_training/acceptance_length_frozen",
         "timing/draft_train",
         "sync/draft_version",
     }

@@ -53,6 +53,7 @@ def test_every_metric_is_described_and_no_other() -> None:
         *metric_keys.lossless_keys(),
         *metric_keys.eval_keys(3),
         *metric_keys.schedule_keys([1, 128], is_auto=True),
+        *metric_keys.auto_training_keys(),
         names.NUM_SAMPLE_BATCHES,
         names.NUM_KEPT_GROUPS,
     }
