@@ -12,12 +12,13 @@ from exact import generate, sequence_p_value
 from faulty_engines import LossyEngine
 from tiny_models import LONG_PROMPT, MTP, PROMPT, dflash
 
-from skyrl_spec.rollout.step_times import OFF, lengths_to_try
+from skyrl_spec.rollout.step_times import OFF, lengths_to_measure, lengths_to_try
 from skyrl_spec.settings.schema import SamplingConfig
 
 LEVEL = 1e-3
 SAMPLING = SamplingConfig(temperature=0.7)
 EVERY_LENGTH = lengths_to_try(3, has_model=True)
+MEASURED = lengths_to_measure(EVERY_LENGTH)
 
 
 @pytest.fixture(scope="module", params=["mtp", "dflash"])
@@ -95,9 +96,9 @@ def test_an_engine_calibrates_itself_and_then_chooses(
     engine = start_engine(schedule="auto", max_num_seqs=8)
     before = engine.spec_counters()
     sizes, seconds = engine.calibrate([PROMPT, [9]], SamplingConfig(max_generate_length=20), 100)
-    assert sizes == [1, 2, 4, 8]
-    assert all(len(row) == len(EVERY_LENGTH) and min(row) > 0 for row in seconds)
-    # The calibration tries every length.
+    assert sizes == [1, 4, 8]
+    assert all(len(row) == len(MEASURED) and min(row) > 0 for row in seconds)
+    # The calibration tries the lengths that it measures.
     assert min((engine.spec_counters() - before).num_drafts_per_pos) > 0
     engine.read_lengths()
     for _ in range(20):
