@@ -61,7 +61,7 @@ def losses(model: Qwen2ForCausalLM, head: MtpHead, num_depths: int, ids: Tensor,
 
 
 def head_optimizers(head: MtpHead) -> list[torch.optim.Optimizer]:
-    """Of the head alone; the trunk stays as it is."""
+    """AdamW for the head alone. The trunk stays as it is."""
     return [torch.optim.AdamW(head.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
@@ -80,6 +80,8 @@ def main() -> None:
         weights = load_weights(args.start)
         head.load_state_dict({name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if PREFIX in name})
         model.load_state_dict(weights)
+
+    model.requires_grad_(not args.head_only)
 
     def save() -> None:
         weights = dict(model.state_dict())

@@ -32,7 +32,7 @@ _WORSE = 0.98
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step does with the draft."""
+    """Plan of a training step: whether it trains the draft, and which copies of the draft it keeps and scores."""
 
     train: bool
     # Copies of the draft to score.

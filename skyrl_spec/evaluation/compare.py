@@ -181,7 +181,7 @@ def is_done(config: Config) -> bool:
 
 
 def asked(config: Config) -> str:
-    """What is written about a finished run: its settings, whether or not it was resumed."""
+    """The settings of a run as YAML, equal for a run and its resumption. A finished run keeps them in a file."""
     return to_yaml(replace(config, trainer=replace(config.trainer, resume_mode=None)))
 
 

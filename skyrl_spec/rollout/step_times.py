@@ -57,7 +57,7 @@ def lengths_to_try(most: int, *, has_model: bool) -> list[int]:
 
 
 def lengths_to_measure(lengths: Sequence[int]) -> list[int]:
-    """Of ``lengths_to_try``: up to 1, every other one above, and the longest. Step times are nearly linear between."""
+    """Lengths that a calibration measures: ``lengths`` up to 1, every second one above, and the longest."""
     longer = [length for length in lengths if length > 1]
     return [length for length in lengths if length <= 1] + sorted({*longer[1::2], *longer[-1:]})
 

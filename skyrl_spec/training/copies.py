@@ -22,7 +22,7 @@ from skyrl_spec.types import CANDIDATE, Metric, Metrics
 
 @dataclass(frozen=True)
 class Held:
-    """What a draft's loss reads of a micro-batch, kept beyond the policy's backward pass."""
+    """Inputs of a draft's loss for one micro-batch, kept beyond the policy's backward pass."""
 
     states: dict[CapturePoint, Tensor]
     teacher: Teacher

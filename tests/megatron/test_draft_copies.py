@@ -77,7 +77,6 @@ def _check_restore(trainer: PolicyTrainer, plain: PolicyTrainer, batch: TrainBat
     trainer.draft_copies.restore("now")
     draft_before = before[len(moved_policy) :]
     assert _equal(_weights(trainer), moved_policy + draft_before)
-    trainer.draft.trainable.optimizer.param_groups[0]["lr"] = 0.0
     for group in trainer.draft.trainable.optimizer.param_groups:
         group["lr"] = 0.0
     trainer.train_mini_batch(batch)
