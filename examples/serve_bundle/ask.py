@@ -49,7 +49,7 @@ def counter(metrics: str, name: str) -> float:
 def ask(url: str, prompts: list[str]) -> None:
     model = json.loads(get(f"{url}/v1/models"))["data"][0]["id"]
     for prompt in prompts:
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 80}
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 200}
         print(f"{prompt}\n{json.loads(get(f'{url}/v1/chat/completions', body))['choices'][0]['message']['content']}\n")
     metrics = get(f"{url}/metrics")
     drafts, accepted = counter(metrics, "num_drafts"), counter(metrics, "num_accepted_tokens")

