@@ -6,10 +6,11 @@ its training and its part of the sync take:
     loss = generate seconds x (acceptance length of the draft / that of the same draft some steps ago - 1)
 
 Both lengths are predicted on the same responses (``training.copies``). It trains in windows of ``WINDOW`` steps. The
-loss grows with the age of the copy, which is the draft at the window's beginning, so a line through the origin gives
-the loss of a draft left alone for a whole window. A window that paid is followed by the next, another one by a rest. A
-rest ends after some steps, twice as many each time that a window did not pay, or as soon as the acceptance length has
-fallen so far that training would pay if it brought that back.
+loss grows with the age of the copy, which is the draft at the window's beginning. What a draft learns now still counts
+many steps later, so a line through the origin gives the loss of a draft left alone for ``HORIZON`` steps. If that is
+above the cost, the window paid. It is then followed by the next, otherwise by a rest. A rest ends after some steps,
+twice as many each time that a window did not pay, or as soon as the draft has become so much worse that a window would
+pay if it brought that back.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from skyrl_spec.metrics import names
 from skyrl_spec.settings.derived import training_interval
 from skyrl_spec.types import CANDIDATE, EARLIER, FROZEN, SERVED
 
-# Training steps of a window, and the longest rest between windows.
-WINDOW, LONGEST_REST = 6, 48
+# Training steps of a window, steps for which what is learned in one counts, and the longest rest between windows.
+WINDOW, HORIZON, LONGEST_REST = 6, 24, 48
 
+# Tokens for which acceptance lengths are compared between steps that draft unlike numbers of tokens.
+_COMPARED_TOKENS = 3
 # Predicted acceptance lengths below this share of the served draft's are not noise of one micro-batch.
 _WORSE = 0.98
 
@@ -81,10 +86,10 @@ class _Window:
     costs_s: list[float] = field(default_factory=list)
 
     def gain_s(self) -> float:
-        """Seconds per step that rollouts would lose with a draft left alone for a whole window."""
+        """Seconds per step that rollouts would lose with a draft left alone for ``HORIZON`` steps."""
         squares = sum(age * age for age in self.ages)
         product = sum(age * loss for age, loss in zip(self.ages, self.losses_s, strict=True))
-        return WINDOW * product / squares if squares else 0.0
+        return HORIZON * product / squares if squares else 0.0
 
     def cost_s(self) -> float:
         return sum(self.costs_s) / len(self.costs_s)
@@ -99,7 +104,7 @@ class AutoDraftTraining(DraftTraining):
         # Steps of the rest that are left. 0: training.
         self._rest_left = 0
         self._rest = WINDOW
-        # The last window that ended, for the end of a rest: cost of a step, and acceptance length at its end.
+        # For the end of a rest: cost of a step in the last window, and the best acceptance length (``_length``) since.
         self._cost_s, self._best_length = 0.0, 1.0
 
     def plan(self, steps_done: int) -> Plan:
@@ -115,12 +120,13 @@ class AutoDraftTraining(DraftTraining):
         return candidate is not None and served is not None and candidate < _WORSE * served
 
     def observe(self, plan: Plan, values: Mapping[str, float], generate_s: float, cost_s: float) -> dict[str, float]:
-        length = values.get(names.acceptance_length("train"), 1.0)
+        length = _length(values)
         metrics = super().observe(plan, values, generate_s, cost_s)
         if not plan.train:
-            self._best_length = max(self._best_length, length)
+            self._best_length = float(np.fmax(self._best_length, length))
             lost_s = generate_s * (self._best_length / length - 1)
-            self._rest_left = 0 if lost_s > self._cost_s else self._rest_left - 1
+            # A window brings it back for the horizon.
+            self._rest_left = 0 if lost_s * HORIZON > self._cost_s * WINDOW else self._rest_left - 1
             return metrics
         window = self._window
         if EARLIER in plan.scored:
@@ -157,6 +163,15 @@ class AutoDraftTraining(DraftTraining):
             return
         self._rest_left, self._rest = state["rest_left"], state["rest"]
         self._cost_s, self._best_length = state["cost_s"], state["best_length"]
+
+
+def _length(values: Mapping[str, float]) -> float:
+    """Acceptance length as if all tokens were accepted like the first, which does not depend on how many are drafted.
+
+    nan: nothing was drafted.
+    """
+    rate = values.get(names.acceptance_rate_pos("train", 1), math.nan)
+    return float(sum(rate**index for index in range(_COMPARED_TOKENS + 1)))
 
 
 def build_draft_training(train: str, *, has_draft: bool) -> DraftTraining:

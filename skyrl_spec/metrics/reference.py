@@ -96,7 +96,7 @@ REFERENCE = (
     Described(
         "draft_training/gain_s",
         "s",
-        "trainer.draft.train=auto: seconds per step that rollouts would lose with a draft left alone for a few steps.",
+        "trainer.draft.train=auto: seconds per step that rollouts would lose with a draft left alone for some steps.",
     ),
     Described(
         "draft_training/cost_s",

@@ -514,7 +514,12 @@ TRAINING = [
         [DRAFT_TRAINING],
         ("gain without the age of the copy", "age * loss for age, loss", "loss for age, loss"),
         ("rests are never longer", "min(2 * self._rest, LONGEST_REST)", "self._rest"),
-        ("a rest never ends early", "0 if lost_s > self._cost_s else self._rest_left - 1", "self._rest_left - 1"),
+        ("a rest never ends early", "0 if lost_s * HORIZON > self._cost_s * WINDOW else ", ""),
+        (
+            "a rest that ends whenever fewer tokens are drafted",
+            "length = _length(values)",
+            'length = values.get(names.acceptance_length("train"), 1.0)',
+        ),
         ("trains whatever it costs", "window.gain_s() > window.cost_s()", "True"),
         ("a worse draft is kept", "candidate < _WORSE * served", "False"),
     ),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from skyrl_spec.controller.draft_training import (
+    HORIZON,
     LONGEST_REST,
     WINDOW,
     AutoDraftTraining,
@@ -35,7 +36,11 @@ class Simulation:
             plan = training.plan(step)
             if EARLIER in plan.kept:
                 self._earlier = self._served
-            values = {names.acceptance_length("train"): self._served}
+            # Rollouts draft two tokens in one step and three in the next.
+            drafted = 2 + step % 2
+            rate = _rate(self._served)
+            values = {names.acceptance_length("train"): sum(rate**index for index in range(drafted + 1))}
+            values[names.acceptance_rate_pos("train", 1)] = rate
             scores = {CANDIDATE: LENGTH, SERVED: self._served, EARLIER: self._earlier}
             values |= {
                 names.scored_acceptance_length(copy): scores[copy] * (1 + self._noise * self._rng.normal())
@@ -49,8 +54,14 @@ class Simulation:
             self._served = LENGTH if plan.train else self._served * (1 - self._slope(step))
 
 
-# A draft left alone for a window loses 1 second per step at this slope.
-BREAK_EVEN = COST_S / GENERATE_S / WINDOW
+def _rate(length: float) -> float:
+    """Acceptance rate of each of three drafted tokens at which the acceptance length is ``length``."""
+    return float(np.interp(length, [sum(rate**i for i in range(4)) for rate in RATES], RATES))
+
+
+RATES = np.linspace(0, 1, 1001)
+# A draft left alone for the horizon loses the seconds that training costs at this slope.
+BREAK_EVEN = COST_S / GENERATE_S / HORIZON
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,10 +88,26 @@ def test_a_draft_that_begins_to_fall_behind_is_trained_again_at_once() -> None:
     simulation = Simulation(lambda step: 0.0 if step < 90 else 2 * BREAK_EVEN)
     simulation.run(AutoDraftTraining(), 160)
     assert not any(simulation.trained[80:90])
-    # Once it has lost what training costs: after half a window, and a step to notice.
+    # Once it has lost what a window wins back: after half of one, and a step to notice.
     first = simulation.trained.index(True, 90)
     assert first <= 90 + WINDOW
     assert all(simulation.trained[first:])
+
+
+def test_steps_that_draft_nothing_say_nothing_about_the_draft() -> None:
+    training = AutoDraftTraining()
+
+    def step(rate: float | None) -> bool:
+        plan = training.plan(0)
+        values = {names.scored_acceptance_length(copy): LENGTH for copy in plan.scored}
+        values |= {} if rate is None else {names.acceptance_rate_pos("train", 1): rate}
+        training.observe(plan, values, GENERATE_S, COST_S)
+        return plan.train
+
+    assert all(step(None) for _ in range(WINDOW + 1))
+    assert not any(step(rate) for rate in (None, 0.9, None, 0.9))
+    # Noticed in one step, it trains from the next.
+    assert [step(0.5), step(0.5)] == [False, True]
 
 
 def test_a_slowly_falling_draft_is_trained_now_and_then() -> None:
@@ -90,12 +117,12 @@ def test_a_slowly_falling_draft_is_trained_now_and_then() -> None:
     assert 0.1 < share < 0.7
 
 
-def test_the_gain_is_that_of_a_whole_window() -> None:
+def test_the_gain_is_that_of_the_horizon() -> None:
     simulation = Simulation(lambda _: 0.01)
     training = AutoDraftTraining()
     simulation.run(training, WINDOW + 1)
     lost_s = GENERATE_S * (1 / (1 - 0.01) ** WINDOW - 1)
-    assert simulation.metrics[-1][names.DRAFT_GAIN] == pytest.approx(lost_s, rel=0.03)
+    assert simulation.metrics[-1][names.DRAFT_GAIN] == pytest.approx(lost_s * HORIZON / WINDOW, rel=0.03)
     # The first step of a window has nothing to compare with.
     assert simulation.metrics[0][names.DRAFT_GAIN] == 0
 
