@@ -101,6 +101,8 @@ def _draft_fact(config: Config) -> str:
     fact, schedule, train = describe_draft(config.trainer), config.generator.speculation.schedule, config.trainer.draft
     if schedule != "fixed":
         fact += f", k by batch: {schedule}"
+    if config.generator.speculation.draft_sample_method == "probabilistic":
+        fact += ", sampled"
     if train.train != "every_step" and trained_kind(config.trainer) is not None:
         fact += f", training {train.train}"
     return fact

@@ -122,7 +122,7 @@ def _on_any_node(path: str) -> str:
 
 
 def _speculative_on_any_node(config: Config) -> dict[str, Any] | None:
-    speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config)
+    speculative = build_speculative_config(config)
     if speculative is None or not speculative.get("model"):
         return speculative
     return speculative | {"model": _on_any_node(speculative["model"])}

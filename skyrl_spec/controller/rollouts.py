@@ -32,8 +32,7 @@ class RolloutSampler:
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
         self._grader = Grader(config.environment)
-        user = config.generator.inference_engine.speculative_config
-        self._has_draft = build_speculative_config(config.trainer, user) is not None
+        self._has_draft = build_speculative_config(config) is not None
         self.num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
 

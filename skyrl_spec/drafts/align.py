@@ -51,9 +51,12 @@ def expected_acceptance(accept_prob_K: Tensor, hit_K: Tensor) -> Tensor:
     samples it, so hits on sampled tokens have the right mean. A product of probabilities has not, because good drafts
     follow good drafts.
 
+    A draft that is sampled hits token x with probability ``min(1, q(x) / p(x))``: so often, a sampled x is an accepted
+    draft. A random hit of this probability has the right mean, too.
+
     Args:
-        accept_prob_K: the policy's probability of each drafted token.
-        hit_K: whether the sampled token is the drafted one.
+        accept_prob_K: probability that each drafted token is accepted.
+        hit_K: whether the sampled token is an accepted draft.
     """
     reached_K = torch.cat([torch.ones_like(hit_K[:1]), hit_K[:-1]]).to(torch.float64).cumprod(dim=0)
     return reached_K * accept_prob_K

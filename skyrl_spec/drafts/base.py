@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,28 @@ from skyrl_spec.metrics import names
 from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.conversion import Rule
 from skyrl_spec.models.pack import Pack
+from skyrl_spec.settings.schema import GeneratorConfig
 from skyrl_spec.types import Metric, Metrics
+
+
+class RolloutSampling(NamedTuple):
+    """How the engines sample and draft. The fields are arguments of ``losses.soft_ce``."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    samples_drafts: bool
+
+    @classmethod
+    def of(cls, generator: GeneratorConfig) -> RolloutSampling:
+        sampling = generator.sampling_params
+        samples_drafts = generator.speculation.draft_sample_method == "probabilistic"
+        return cls(sampling.temperature, sampling.top_k, sampling.top_p, samples_drafts)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The current policy, detached: its embedding, and its distribution ``softmax(hidden W^T / temperature)``.
+    """The current policy, detached: its embedding, and the logits ``hidden W^T`` of its distribution.
 
     ``hidden_TD`` comes from the same forward pass as the captured states.
     """
@@ -102,6 +118,8 @@ class Draft(ABC):
     num_positions: int
     # Of what is drawn for a step.
     random: StepRandom
+    # Of the rollouts.
+    sampling: RolloutSampling
     # The loss uses float32 logits of 16-bit weights (``losses.vocab_parallel.ChunkLogits``).
     fp32_logits: bool = False
 
@@ -120,6 +138,17 @@ class Draft(ABC):
         Args:
             rows: numbers of the pack's documents in the mini-batch.
         """
+
+    def chances(self, pack: Pack, rows: Sequence[int]) -> Tensor:
+        """Chance that decides whether a drafted token is taken as accepted, ``[K, T]`` on the CPU.
+
+        A sampled draft is accepted with a probability. In predicted acceptance lengths it is accepted if that is above
+        the chance. A greedy draft is accepted or not, and the chance is one half.
+        """
+        if not self.sampling.samples_drafts:
+            return torch.full((), 0.5).expand(self.num_positions, len(pack.token_ids_T))
+        lengths = np.diff(np.asarray(pack.documents.starts)).tolist()
+        return torch.from_numpy(self.random.chances(rows, lengths, self.num_positions))
 
     @abstractmethod
     def loss(

@@ -37,7 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from skyrl_spec.drafts.align import expected_acceptance
-from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
+from skyrl_spec.drafts.base import Draft, DraftSums, RolloutSampling, Supervision, Teacher
 from skyrl_spec.drafts.block_attention import BlockAttention, Keys, block_attention
 from skyrl_spec.drafts.blocks import (
     Blocks,
@@ -48,8 +48,7 @@ from skyrl_spec.drafts.blocks import (
     supervised_blocks,
 )
 from skyrl_spec.drafts.shares import StepRandom, draw_numbers
-from skyrl_spec.losses.chains import sum_over_chains, term_type
-from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
+from skyrl_spec.losses.draft_loss import draft_loss
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
@@ -79,6 +78,8 @@ class DflashSupervision(Supervision):
     label_N: Tensor
     # Weight of each in the loss.
     weight_N: Tensor
+    # Drafted tokens that are accepted this probably are taken as accepted (``Draft.chances``).
+    chance_N: Tensor
 
 
 class DflashDraft(Draft):
@@ -90,12 +91,12 @@ class DflashDraft(Draft):
         target: ModelSpec,
         trunk: TransformerConfig,
         parallel: Parallel,
-        temperature: float,
+        sampling: RolloutSampling,
         seed: int,
         max_slots: int,
     ):
         assert config.path is not None, "a draft from scratch is written to a directory first"
-        self.config, self.parallel, self.temperature = config, parallel, temperature
+        self.config, self.parallel, self.sampling = config, parallel, sampling
         self.spec = read_dflash_spec(config.path)
         self.source = self.spec.layers.path
         # Blocks are as long in training as in an engine.
@@ -121,9 +122,10 @@ class DflashDraft(Draft):
         # Short documents may have more slots than tokens, so that a pack may need several passes.
         at_a_time = max(self.max_slots // (self.num_positions + 1), 1)
         parts = [anchors[first : first + at_a_time] for first in range(0, len(anchors), at_a_time)]
-        return tuple(self._supervise_blocks(pack, part) for part in parts)
+        chance_KT = self.chances(pack, rows)
+        return tuple(self._supervise_blocks(pack, part, chance_KT) for part in parts)
 
-    def _supervise_blocks(self, pack: Pack, anchors: Sequence[int]) -> DflashSupervision:
+    def _supervise_blocks(self, pack: Pack, anchors: Sequence[int], chance_KT: Tensor) -> DflashSupervision:
         token_S, read = first_tokens(pack, self._read(pack, anchors))
         blocks = supervised_blocks(np.searchsorted(token_S.numpy(), anchors).tolist(), read, self.num_positions)
         block_N, slot_N = blocks.supervised_AK.nonzero(as_tuple=True)
@@ -139,6 +141,7 @@ class DflashDraft(Draft):
             position_N=position_N,
             label_N=pack.token_ids_T[position_N + 1],
             weight_N=weight_N,
+            chance_N=chance_KT[slot_N, position_N],
         )
 
     def _read(self, pack: Pack, anchors: Sequence[int]) -> list[int]:
@@ -183,29 +186,29 @@ class DflashDraft(Draft):
         out_QD = self.forward(context, teacher, supervision.read, blocks)
         # Any supervision includes a slot 1, whose weight is 1, so the clamp changes only a denominator of 0.
         weights_N = (supervision.weight_N / denominator.clamp(min=1.0)).to(torch.float32)
-        result = vocab_parallel_soft_ce(
+        mask_KA = blocks.supervised_AK.t()
+        num_depths, num_blocks = mask_KA.shape
+        loss, result = draft_loss(
+            self.config.loss_type,
             out_QD[block_N * blocks.num_slots + slot_N + 1][None],
             teacher.hidden_TD[supervision.position_N],
             teacher.output_weight_vD,
             weights_N[None],
+            (slot_N * num_blocks + block_N)[None],
+            (num_depths, num_blocks),
             vocab_size=self.vocab_size,
-            temperature=self.temperature,
+            **self.sampling._asdict(),
             chunk_size=self.config.loss_chunk_size,
             group=self.parallel.tp_group,
-            loss_type=term_type(self.config.loss_type),
             topk=self.config.loss_topk,
             labels_T=supervision.label_N,
             fp32_logits=self.fp32_logits,
         )
-        mask_KA = blocks.supervised_AK.t()
-        num_depths, num_blocks = mask_KA.shape
-        place_N = slot_N * num_blocks + block_N
-        loss = sum_over_chains(self.config.loss_type, result.loss_KT[0], weights_N, place_N, num_depths, num_blocks)
         top1_KA, hit_KA = mask_KA.new_zeros((2, *mask_KA.shape))
         accept_prob_KA = torch.zeros(mask_KA.shape, dtype=torch.float64, device=mask_KA.device)
         accept_prob_KA[slot_N, block_N] = result.accept_prob_KT[0].double()
         top1_KA[slot_N, block_N] = result.top1_KT[0]
-        hit_KA[slot_N, block_N] = result.argmax_KT[0] == supervision.label_N
+        hit_KA[slot_N, block_N] = result.accept_label_KT[0] > supervision.chance_N
         # A block whose last slot is supervised is supervised throughout.
         is_complete_A = mask_KA[-1]
         sums = DraftSums(

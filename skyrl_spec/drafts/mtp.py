@@ -31,12 +31,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from skyrl_spec.drafts.align import chain_mask, followed_acceptance, shift_right
-from skyrl_spec.drafts.base import Draft, DraftSums, Supervision, Teacher
+from skyrl_spec.drafts.base import Draft, DraftSums, RolloutSampling, Supervision, Teacher
 from skyrl_spec.drafts.chain_attention import ChainAttention, ChainKeys
 from skyrl_spec.drafts.shares import StepRandom, draw_windows
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.losses.chains import sum_over_chains, term_type
-from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
+from skyrl_spec.losses.draft_loss import draft_loss
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
@@ -85,6 +84,8 @@ class MtpSupervision(Supervision):
     mask_KN: Tensor
     # The sampled token behind each target position.
     label_N: Tensor
+    # Drafted tokens that are accepted this probably are taken as accepted (``Draft.chances``).
+    chance_KN: Tensor
 
 
 class MtpDraft(Draft):
@@ -101,7 +102,7 @@ class MtpDraft(Draft):
         spec: ModelSpec,
         trunk: TransformerConfig,
         parallel: Parallel,
-        temperature: float,
+        sampling: RolloutSampling,
         seed: int,
     ):
         if spec.num_mtp_layers < 1:
@@ -109,7 +110,7 @@ class MtpDraft(Draft):
                 f"trainer.mtp.enabled=true: {spec.path} has no MTP head (num_nextn_predict_layers is 0); "
                 "use a model that has one or set trainer.mtp.enabled=false"
             )
-        self.config, self.spec, self.parallel, self.temperature = config, spec, parallel, temperature
+        self.config, self.spec, self.parallel, self.sampling = config, spec, parallel, sampling
         self.num_positions = config.unroll_steps or config.num_speculative_tokens
         self.module = _build_block(trunk, parallel)
         self.rules = mtp_rules(spec)
@@ -190,6 +191,7 @@ class MtpDraft(Draft):
             chain_KN=number_T[(position_N - depth_K1).clamp(min=0)],
             mask_KN=mask_KN,
             label_N=pack.token_ids_T[position_N + 1],
+            chance_KN=self.chances(pack, rows)[:, position_N],
         )
         return (supervision,)
 
@@ -215,35 +217,29 @@ class MtpDraft(Draft):
         out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, supervision.chains)
         position_N, mask_KN = supervision.position_N, supervision.mask_KN
         weights_KN = mask_KN / denominator.clamp(min=1.0).to(torch.float32)
-        result = vocab_parallel_soft_ce(
+        num_depths, num_chains = out_KCD.shape[:2]
+        depth_K1 = torch.arange(num_depths, device=mask_KN.device)[:, None]
+        loss, result = draft_loss(
+            self.config.loss_type,
             out_KCD.gather(1, supervision.chain_KN[..., None].expand(-1, -1, out_KCD.shape[2])),
             teacher.hidden_TD[position_N],
             teacher.output_weight_vD,
             weights_KN,
+            depth_K1 * num_chains + supervision.chain_KN,
+            (num_depths, num_chains),
             vocab_size=self.spec.vocab_size,
-            temperature=self.temperature,
+            **self.sampling._asdict(),
             chunk_size=self.config.loss_chunk_size,
             group=self.parallel.tp_group,
-            loss_type=term_type(self.config.loss_type),
             topk=self.config.loss_topk,
             labels_T=supervision.label_N,
             fp32_logits=self.fp32_logits,
-        )
-        num_depths, num_chains = out_KCD.shape[:2]
-        depth_K1 = torch.arange(num_depths, device=mask_KN.device)[:, None]
-        loss = sum_over_chains(
-            self.config.loss_type,
-            result.loss_KT.flatten(),
-            weights_KN.flatten(),
-            (depth_K1 * num_chains + supervision.chain_KN).flatten(),
-            num_depths,
-            num_chains,
         )
         mask_KT = supervision.mask_KT
         accept_prob_KT = torch.zeros(mask_KT.shape, dtype=torch.float64, device=mask_KT.device)
         accept_prob_KT[:, position_N] = result.accept_prob_KT.double()
         hit_KT = torch.zeros_like(mask_KT)
-        hit_KT[:, position_N] = result.argmax_KT == supervision.label_N
+        hit_KT[:, position_N] = result.accept_label_KT > supervision.chance_KN
         accepted_K, num_followed = followed_acceptance(accept_prob_KT, hit_KT, mask_KT, supervision.is_counted_T)
         sums = DraftSums(
             loss=loss.detach().double(),

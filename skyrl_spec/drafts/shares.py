@@ -8,6 +8,7 @@ Numpy only, on the host. Shapes: B rows of the mini-batch, S tokens of its longe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,14 @@ class StepRandom:
     def seed_of(self, row: int) -> tuple[int, int, int]:
         """Seed of what is drawn for one row in this step."""
         return self._seed, self.num_steps, row
+
+    def chances(self, rows: Sequence[int], lengths: Sequence[int], num: int) -> np.ndarray:
+        """Numbers from 0 to 1 for the tokens of rows with these lengths, end to end: float32 ``[num, T]``."""
+        parts = [
+            np.random.default_rng((*self.seed_of(row), 1)).random((num, length), np.float32)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        return np.concatenate(parts, axis=1)
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,17 @@ _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
     "enable_adaptive_verification": (False,),
 }
 # Options that hide the draft from the sync canary, and the values that show it. The recorder reads the drafter's
-# logits, which a local argmax never gathers. It takes their argmax for the drafted token: a sampled draft is another,
-# and so is one over the vocabulary that two tokenizers share. Every recorded draft must have the same length.
+# logits, which a local argmax never gathers. It takes their argmax for the drafted token, and over the vocabulary that
+# two tokenizers share that is another one.
 _VISIBLE_VALUES: dict[str, tuple[Any, ...]] = {
     "use_local_argmax_reduction": (False,),
-    "draft_sample_method": ("greedy",),
     "use_heterogeneous_vocab": (False,),
 }
-_SCHEDULE = "num_speculative_tokens_per_batch_size"
+# Options with a setting of their own.
+_OTHER_SETTINGS = {
+    "num_speculative_tokens_per_batch_size": "generator.speculation.schedule",
+    "draft_sample_method": "generator.speculation.draft_sample_method",
+}
 
 
 def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:
@@ -36,10 +39,15 @@ def require_exact_rejection(speculative_config: dict[str, Any] | None) -> None:
 
 def require_visible_draft(speculative_config: dict[str, Any] | None) -> None:
     """Raises ``ConfigError`` for an option that hides from the sync canary what the engines draft."""
-    for key, value in (speculative_config or {}).items():
-        if key.replace("-", "_") == _SCHEDULE and value is not None:
-            raise ConfigError(f"{_SETTING}.{key}={value}: set generator.speculation.schedule instead; remove the key")
     _require_values(speculative_config, _VISIBLE_VALUES, "the sync canary must see what the engines draft")
+
+
+def require_no_other_setting(speculative_config: dict[str, Any] | None) -> None:
+    """Raises ``ConfigError`` for an option of the user that has a setting of its own."""
+    for key, value in (speculative_config or {}).items():
+        setting = _OTHER_SETTINGS.get(key.replace("-", "_"))
+        if setting is not None and value is not None:
+            raise ConfigError(f"{_SETTING}.{key}={value}: set {setting} instead; remove the key")
 
 
 def require_exact_sampling(

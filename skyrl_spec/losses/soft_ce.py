@@ -11,8 +11,8 @@ The forward pass therefore finishes the gradient of every term ([c, D] of a chun
 overwrites them with the logits of the next chunk. The backward pass is one multiplication by the incoming gradient of
 each term. Nothing is computed twice, and the K drafts of a target position share the teacher's logits.
 
-One minus the total variation distance is the probability that exact rejection sampling accepts a token that the draft
-samples.
+One minus the total variation distance, ``sum_v min(p_v, q_v)``, is the probability that exact rejection sampling
+accepts a token that the draft samples. It accepts the draft's most probable token with probability p of that token.
 
 Shape suffixes: K drafts (depths), T target positions, D hidden, v this rank's shard of the vocabulary, c tokens of one
 chunk, R ranks.
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from skyrl_spec.losses.truncation import keep_most_probable_, keep_nucleus_, keep_top_k_
 from skyrl_spec.losses.vocab_parallel import (
     ChunkLogits,
     Normaliser,
@@ -35,6 +36,7 @@ from skyrl_spec.losses.vocab_parallel import (
     all_gather_columns,
     counted_chunks,
     exp_minus_max_,
+    row_blocks,
     row_dot,
     softmax_,
     vocab_shard,
@@ -52,11 +54,13 @@ class DraftLoss(NamedTuple):
     loss: Tensor
     # Before weighting.
     loss_KT: Tensor
-    # Teacher's probability of the draft's argmax: how probably exact rejection sampling accepts a greedy draft.
+    # How probably exact rejection sampling accepts the drafted token.
     accept_prob_KT: Tensor
+    # The same, given that the token that is then sampled is labels_T: 0 or 1 for a greedy draft. Zeros without labels.
+    accept_label_KT: Tensor
     # Bool: the draft's argmax is the teacher's.
     top1_KT: Tensor
-    # Draft's most probable token, int64: the token that an engine drafts.
+    # Draft's most probable token, int64: the one that an engine drafts if it does not sample.
     argmax_KT: Tensor
 
 
@@ -74,10 +78,14 @@ def vocab_parallel_soft_ce(
     topk: int = 32,
     labels_T: Tensor | None = None,
     fp32_logits: bool = False,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    samples_drafts: bool = False,
 ) -> DraftLoss:
     """``sum_{k,t} weights_KT * loss_KT`` with ``q = softmax(draft_hidden W^T / temperature)``.
 
-    The terms, by ``loss_type``, with ``p = softmax(teacher_hidden W^T / temperature)``:
+    The terms, by ``loss_type``, with ``p = softmax(teacher_hidden W^T / temperature)``, truncated by ``top_k`` and
+    ``top_p`` (``losses.truncation``):
 
     - ``soft_ce``: cross-entropy against p
     - ``topk_soft_ce``: cross-entropy against p, restricted to its ``topk`` most probable tokens and renormalised.
@@ -102,6 +110,9 @@ def vocab_parallel_soft_ce(
         topk: for ``topk_soft_ce``.
         labels_T: token ids, for ``hard_ce``.
         fp32_logits: with a 16-bit weight, float32 logits that are never rounded to 16 bits (``ChunkLogits``).
+        top_k: the engines sample from this many tokens. -1: all.
+        top_p: the engines sample from a nucleus of this probability. 1: all tokens.
+        samples_drafts: the engines sample drafted tokens from q. False: they draft its most probable token.
 
     Raises:
         ValueError: an unknown loss type, or ``hard_ce`` without labels.
@@ -113,8 +124,10 @@ def vocab_parallel_soft_ce(
         counts_T = weights_KT.ne(0).any(0)
         chunks = counted_chunks(counts_T, chunk_size)
         logits = ChunkLogits(shard, min(len(counts_T), chunk_size), temperature)
-        teacher = _TeacherChunks(teacher_hidden_TD, counts_T, logits, loss_type, topk, labels_T)
-        terms, grad_KTD = _terms_and_grad(draft_hidden_KTD, weights_KT != 0, chunks, teacher, logits, with_grad)
+        teacher = _TeacherChunks(teacher_hidden_TD, counts_T, logits, loss_type, topk, labels_T, top_k, top_p)
+        terms, grad_KTD = _terms_and_grad(
+            draft_hidden_KTD, weights_KT != 0, chunks, teacher, logits, with_grad, samples_drafts
+        )
     loss_KT = terms.loss_KT
     if with_grad:
         loss_KT = _KnownGradient.apply(draft_hidden_KTD, loss_KT, grad_KTD)
@@ -151,9 +164,10 @@ def _terms_and_grad(
     teacher: _TeacherChunks,
     logits: ChunkLogits,
     with_grad: bool,
+    samples_drafts: bool,
 ) -> tuple[DraftLoss, Tensor | None]:
     """Terms of the loss, and the gradient of each with respect to its hidden state. ``loss`` is left at 0."""
-    loss_KT, accept_prob_KT = (torch.zeros_like(counts_KT, dtype=logits.dtype) for _ in range(2))
+    loss_KT, accept_prob_KT, accept_label_KT = (torch.zeros_like(counts_KT, dtype=logits.dtype) for _ in range(3))
     top1_KT, argmax_KT = torch.zeros_like(counts_KT), torch.full_like(counts_KT, -1, dtype=torch.int64)
     grad_KTD = torch.zeros_like(draft_hidden_KTD) if with_grad else None
     buffer = logits.buffer()
@@ -166,6 +180,10 @@ def _terms_and_grad(
             draft_cv = logits.write(hidden_cD, buffer)
             loss_KT[here], accept_prob_KT[here], argmax_c = _compare_(draft_cv, targets, logits.shard)
             top1_KT[here], argmax_KT[here] = argmax_c == targets.teacher_argmax_c, argmax_c.long()
+            if samples_drafts:
+                accept_prob_KT[here], accept_label_KT[here] = _acceptance_of_samples(draft_cv, targets, logits.shard)
+            elif targets.label_c is not None:
+                accept_label_KT[here] = (argmax_c == targets.label_c).to(logits.dtype)
             if teacher.loss_type == "tv":
                 loss_KT[here] = _total_variation_(draft_cv, targets.teacher_cv, logits.shard)
             elif grad_KTD is not None:
@@ -178,17 +196,23 @@ def _terms_and_grad(
         dist.all_reduce(grad_KTD, group=logits.shard.group)
     argmax_KT.masked_fill_(~counts_KT, -1)
     terms = DraftLoss(
-        loss_KT.new_zeros(()), loss_KT * counts_KT, accept_prob_KT * counts_KT, top1_KT & counts_KT, argmax_KT
+        loss_KT.new_zeros(()),
+        loss_KT * counts_KT,
+        accept_prob_KT * counts_KT,
+        accept_label_KT * counts_KT,
+        top1_KT & counts_KT,
+        argmax_KT,
     )
     return terms, grad_KTD
 
 
 class _ChunkTargets(NamedTuple):
-    """Target distribution of the cross-entropy, and teacher distribution for the metrics, of one chunk."""
+    """Target distribution of the cross-entropy, teacher distribution for the metrics, and labels, of one chunk."""
 
     target_cv: Tensor
     teacher_cv: Tensor
     teacher_argmax_c: Tensor
+    label_c: Tensor | None
 
 
 def _compare_(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,17 +234,36 @@ def _compare_(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tu
     return loss_c, normaliser.of_winner(accept_prob_Rc), normaliser.of_winner(argmax_Rc)
 
 
+def _acceptance_of_samples(draft_cv: Tensor, targets: _ChunkTargets, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Probabilities that a token sampled from the draft's probabilities q is accepted. One collective.
+
+    The first is ``sum_v min(p_v, q_v)``, the other ``min(1, q_x / p_x)`` for the label x: among all times that x is
+    sampled, it is an accepted draft that often. Zeros without labels.
+    """
+    overlap_c = _overlap(draft_cv, targets.teacher_cv)
+    if targets.label_c is None:
+        overlap_c = all_gather_columns([overlap_c], shard.group)[0].sum(0)
+        return overlap_c, torch.zeros_like(overlap_c)
+    column_c, is_local_c = shard.to_local(targets.label_c)
+    q_c, p_c = (probs_cv.gather(1, column_c[:, None])[:, 0] * is_local_c for probs_cv in (draft_cv, targets.teacher_cv))
+    overlap_c, q_c, p_c = (values_Rc.sum(0) for values_Rc in all_gather_columns([overlap_c, q_c, p_c], shard.group))
+    return overlap_c, (q_c / p_c.clamp(min=torch.finfo(p_c.dtype).tiny)).clamp(max=1.0)
+
+
+def _overlap(draft_cv: Tensor, teacher_cv: Tensor) -> Tensor:
+    """This rank's part of ``sum_v min(p_v, q_v)``, ``[c]``."""
+    return torch.cat([torch.minimum(q, p).sum(-1) for q, p in row_blocks(draft_cv, teacher_cv)])
+
+
 def _total_variation_(draft_cv: Tensor, teacher_cv: Tensor, shard: VocabShard) -> Tensor:
     """Total variation distance of each token. One collective.
 
     Overwrites the draft's probabilities with the gradient with respect to its logits, at temperature 1.
     """
-    blocks = list(zip(draft_cv.chunk(8), teacher_cv.chunk(8), strict=True))
-    # Sums over the tokens that the draft finds less probable than the teacher: of q there, and of min(p, q) everywhere.
-    below_c = torch.cat([(q * (q < p)).sum(-1) for q, p in blocks])
-    overlap_c = torch.cat([torch.minimum(q, p).sum(-1) for q, p in blocks])
-    below_Rc, overlap_Rc = all_gather_columns([below_c, overlap_c], shard.group)
-    for (q, p), below_b1 in zip(blocks, below_Rc.sum(0)[:, None].chunk(8), strict=True):
+    # Sum of q over the tokens that the draft finds less probable than the teacher.
+    below_c = torch.cat([(q * (q < p)).sum(-1) for q, p in row_blocks(draft_cv, teacher_cv)])
+    below_Rc, overlap_Rc = all_gather_columns([below_c, _overlap(draft_cv, teacher_cv)], shard.group)
+    for q, p, below_b1 in row_blocks(draft_cv, teacher_cv, below_Rc.sum(0)[:, None]):
         q.mul_(below_b1 - (q < p).to(q.dtype))
     return 1 - overlap_Rc.sum(0)
 
@@ -236,35 +279,40 @@ class _TeacherChunks:
         loss_type: str,
         topk: int,
         labels_T: Tensor | None,
+        top_k: int,
+        top_p: float,
     ) -> None:
         self.hidden_TD, self.counts_T, self.logits, self.loss_type = hidden_TD, counts_T, logits, loss_type
-        self.topk, self.labels_T = topk, labels_T
+        self.topk, self.labels_T, self.top_k, self.top_p = topk, labels_T, top_k, top_p
         self.buffer = logits.buffer()
         self.target_buffer = self.buffer if loss_type in ("soft_ce", "tv") else logits.buffer()
 
     def targets(self, positions_c: Tensor | slice) -> _ChunkTargets:
-        """Targets of the positions, valid until the next call. One collective; three for ``topk_soft_ce``."""
+        """Targets of the positions, valid until the next call.
+
+        One collective; two more for ``topk_soft_ce``, and those of ``losses.truncation``.
+        """
         shard = self.logits.shard
         # A position that does not count may be NaN, and 0 * NaN is NaN.
         hidden_cD = self.hidden_TD[positions_c].masked_fill(~self.counts_T[positions_c, None], 0)
         teacher_cv = self.logits.write(hidden_cD, self.buffer)
+        argmax_c = self._to_probabilities_(teacher_cv)
+        label_c = None if self.labels_T is None else self.labels_T[positions_c]
+        # For soft_ce and tv, teacher and target are the same tensor.
         target_cv = self.target_buffer[: len(teacher_cv)]
         if self.loss_type == "topk_soft_ce":
-            _mask_below_topk_(target_cv.copy_(teacher_cv), self.topk, shard)
-            softmax_(target_cv, shard)
-        elif self.labels_T is not None and self.loss_type == "hard_ce":
-            column_c, is_local_c = shard.to_local(self.labels_T[positions_c])
+            keep_most_probable_(target_cv.copy_(teacher_cv), self.topk, shard)
+        elif label_c is not None and self.loss_type == "hard_ce":
+            column_c, is_local_c = shard.to_local(label_c)
             target_cv.zero_().scatter_(1, column_c[:, None], is_local_c[:, None].to(target_cv.dtype))
-        # For soft_ce and tv, teacher and target are the same tensor.
-        return _ChunkTargets(target_cv, teacher_cv, softmax_(teacher_cv, shard))
+        return _ChunkTargets(target_cv, teacher_cv, argmax_c, label_c)
 
-
-def _mask_below_topk_(logits_cv: Tensor, topk: int, shard: VocabShard) -> None:
-    """Masks the logits below the ``topk``-th largest over all ranks. One collective."""
-    lowest = torch.finfo(logits_cv.dtype).min
-    candidates_cn = logits_cv.new_full((len(logits_cv), topk), lowest)
-    num_local = min(topk, logits_cv.shape[1])
-    candidates_cn[:, :num_local] = logits_cv.topk(num_local, sorted=False).values
-    (candidates_Rcn,) = all_gather_columns([candidates_cn], shard.group)
-    threshold_c = candidates_Rcn.transpose(0, 1).flatten(1).topk(topk).values[:, -1]
-    logits_cv.masked_fill_(logits_cv < threshold_c[:, None], lowest)
+    def _to_probabilities_(self, logits_cv: Tensor) -> Tensor:
+        """Overwrites the logits with what the engines sample from; returns the most probable tokens ``[c]``."""
+        shard = self.logits.shard
+        if self.top_k > 0:
+            keep_top_k_(logits_cv, self.top_k, shard)
+        argmax_c = softmax_(logits_cv, shard)
+        if self.top_p < 1:
+            keep_nucleus_(logits_cv, self.top_p, shard)
+        return argmax_c

@@ -9,6 +9,7 @@ the group, N numbers exchanged per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -218,7 +219,12 @@ def row_dot(a_cv: Tensor, b_cv: Tensor) -> Tensor:
 
     Neither a temporary as large as the chunk nor a matrix product, which may use TF32.
     """
-    return torch.cat([(a * b).sum(-1) for a, b in zip(a_cv.chunk(8), b_cv.chunk(8), strict=True)])
+    return torch.cat([(a * b).sum(-1) for a, b in row_blocks(a_cv, b_cv)])
+
+
+def row_blocks(*chunks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Eighths of tensors with as many rows, so that a temporary is an eighth of a chunk."""
+    return zip(*(chunk.chunk(8) for chunk in chunks), strict=True)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ HEADLINES = (
     Headline("train_reward", "reward in training", names.AVG_RAW_REWARD, 3),
     Headline("eval_acceptance_length", "acceptance length on held-out prompts", names.acceptance_length("eval"), 2),
     Headline("train_acceptance_length", "acceptance length in training", names.acceptance_length("train"), 2),
+    Headline("predicted_acceptance_length", "predicted acceptance length", names.PREDICTED_ACCEPTANCE_LENGTH, 2),
     Headline("frozen_acceptance_length", "the same, draft never trained", names.scored_acceptance_length(FROZEN), 2),
     Headline("rollout_tok_s", "rollout tokens/s", names.THROUGHPUT, 0),
 )

@@ -139,7 +139,7 @@ def trained_draft_shapes(config: Config, spec: ModelSpec) -> Shapes:
 
 def _served_draft(config: Config, spec: ModelSpec) -> DraftShapes:
     """Shapes of the draft in the engines, trained or not. EAGLE-3 and n-gram drafts count as 0."""
-    speculative = build_speculative_config(config.trainer, config.generator.inference_engine.speculative_config) or {}
+    speculative = build_speculative_config(config) or {}
     kind = KINDS.get(speculative.get("method", ""))
     return (
         DraftShapes({}, 0)
@@ -212,7 +212,7 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
     world_size, tp, dp = parallel_sizes(config)
     trainer, engine, worker = config.trainer, config.generator.inference_engine, plan.worker
     on_cpu = trainer.placement.device == "cpu"
-    drafted = build_speculative_config(trainer, engine.speculative_config) is not None
+    drafted = build_speculative_config(config) is not None
     plain_engines = int((trainer.measure_speedup or bool(trainer.canary.lossless_interval)) and drafted)
     own_gpus = 0 if trainer.placement.colocate_all else engine.num_engines * engine.tensor_parallel_size
     shares = ", ".join(f"{name} {readable(part)}" for name, part in worker.parts.items() if part)

@@ -13,6 +13,8 @@ from skyrl_spec.settings.schedule import SETTING, check_schedule
 from skyrl_spec.settings.schema import Config
 
 _ENGINE = "generator.inference_engine"
+# vLLM's methods that draft tokens without a model.
+_WITHOUT_DISTRIBUTION = ("ngram", "ngram_gpu", "suffix")
 
 
 def validate(config: Config) -> None:
@@ -33,7 +35,7 @@ def validate(config: Config) -> None:
     require_other_engine_args(engine.engine_init_kwargs)
     if engine.speculative_config is not None:
         _check_user_speculation(config, engine.speculative_config)
-    speculative = build_speculative_config(config.trainer, engine.speculative_config)
+    speculative = build_speculative_config(config)
     schedule = config.generator.speculation.schedule
     check_schedule(schedule, None if speculative is None else speculative.get("num_speculative_tokens"))
     require(
@@ -41,6 +43,14 @@ def validate(config: Config) -> None:
         SETTING,
         schedule,
         "needs a draft; turn one on (trainer.mtp.enabled, trainer.dflash.enabled), or set it to fixed",
+    )
+    method = config.generator.speculation.draft_sample_method
+    require(
+        method == "greedy" or (speculative is not None and speculative.get("method") not in _WITHOUT_DISTRIBUTION),
+        "generator.speculation.draft_sample_method",
+        method,
+        "needs a draft that is a model; set it to greedy, or turn such a draft on (trainer.mtp.enabled, "
+        "trainer.dflash.enabled)",
     )
     for setting in SAMPLINGS:
         require_exact_sampling(get_setting(config, setting), speculative, setting)

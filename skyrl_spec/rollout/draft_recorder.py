@@ -15,12 +15,15 @@ class DraftRecorder:
     def start_recording_drafts(self) -> None:
         """Starts to record drafted tokens and their log-probs under the draft. Requests must run one at a time.
 
-        A draft without a model (n-gram) has no logits, and nothing is recorded.
+        Drafts are greedy meanwhile: a sampled one says nothing more about the draft's weights. A draft without a model
+        (n-gram) has no logits, and nothing is recorded.
         """
         self._drafts: list[torch.Tensor] = []
         self._model = getattr(self.model_runner.drafter, "model", None)
         if self._model is None:
             return
+        self._samples = self.model_runner.drafter._enable_probabilistic_draft_probs
+        self.model_runner.drafter._enable_probabilistic_draft_probs = False
         compute_logits = self._model.compute_logits
 
         def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -44,3 +47,4 @@ class DraftRecorder:
         """Ends the recording; the drafter is as it was before."""
         if self._model is not None:
             self._model.compute_logits = self._compute_logits
+            self.model_runner.drafter._enable_probabilistic_draft_probs = self._samples

@@ -14,6 +14,8 @@ from torch import Tensor
 from skyrl_spec.rollout.step_times import OFF
 
 WEIGHT_ENGINE = "ray"
+# Temperatures below this are greedy, as in vLLM's samplers.
+_GREEDY_BELOW = 1e-5
 
 _registered = False
 
@@ -215,10 +217,40 @@ def let_a_drafter_be_off() -> None:
 
     def propose(self: Any, num_speculative_tokens: int, **inputs: Any) -> Tensor:
         if num_speculative_tokens == OFF:
+            self._last_draft_probs = None
             return inputs["next_token_ids"].new_empty(inputs["common_attn_metadata"].batch_size(), 0, dtype=torch.int64)
         return upstream(self, num_speculative_tokens, **inputs)
 
     drafter_class.propose = propose
+
+
+def let_drafts_follow_the_seed() -> None:
+    """Samples drafted tokens (``draft_sample_method=probabilistic``) with the generators of their requests.
+
+    vLLM samples them with the generator of the process. A request's tokens would then depend on all other requests
+    before it, seed or not.
+    """
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    drafter_class: Any = SpecDecodeBaseProposer
+    _require(drafter_class, "_sample_from_logits", let_drafts_follow_the_seed)
+    upstream = drafter_class._sample_from_logits
+
+    # [R, V] logits: one row of each request, or, of a draft that drafts all at once, all rows of a request in a row.
+    def _sample_from_logits(self: Any, logits: Tensor, metadata: Any) -> tuple[Tensor, Tensor | None]:
+        if not self._enable_probabilistic_draft_probs or metadata.all_greedy:
+            return upstream(self, logits, metadata)
+        num_rows = len(logits) // len(metadata.temperature)
+        temperature_R = metadata.temperature.repeat_interleave(num_rows)
+        is_greedy_R = temperature_R < _GREEDY_BELOW
+        probs = (logits / temperature_R.masked_fill(is_greedy_R, 1.0)[:, None]).softmax(dim=-1, dtype=torch.float32)
+        noise = torch.empty_like(probs).exponential_()
+        for index, generator in metadata.generators.items():
+            noise[index * num_rows :][:num_rows].exponential_(generator=generator)
+        sampled_R = (probs / noise).argmax(dim=-1)
+        return torch.where(is_greedy_R, probs.argmax(dim=-1), sampled_R), probs
+
+    drafter_class._sample_from_logits = _sample_from_logits
 
 
 def let_speculation_be_called() -> None:
@@ -233,7 +265,11 @@ def let_speculation_be_called() -> None:
 
 
 FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
-ADDITIONS: tuple[Callable[[], None], ...] = (let_a_drafter_be_off, let_speculation_be_called)
+ADDITIONS: tuple[Callable[[], None], ...] = (
+    let_a_drafter_be_off,
+    let_drafts_follow_the_seed,
+    let_speculation_be_called,
+)
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,
     fix_top_k_of_no_tokens,

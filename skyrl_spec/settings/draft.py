@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyrl_spec.settings.allowed import FROM_ONE, LOSS_TYPES, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from skyrl_spec.settings.allowed import FROM_ONE, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from skyrl_spec.settings.field import setting
 
 _LOSS_TYPE_DOC = (
     "The draft's loss. soft_ce: cross-entropy against the policy's distribution. topk_soft_ce: against its loss_topk "
     "most probable tokens. hard_ce: against the sampled token. tv: total variation distance from the policy's "
     "distribution, which is the share of sampled drafts that are rejected. accept: share of drafted tokens that are "
-    "rejected, each only if all before it were accepted."
+    "rejected, each only if all before it were accepted. Or a sum of them with weights, as in 0.7*soft_ce+0.3*accept."
 )
 
 
@@ -53,7 +53,7 @@ class MtpConfig:
         "before. null: num_speculative_tokens.",
         FROM_ONE,
     )
-    loss_type: str = setting("soft_ce", _LOSS_TYPE_DOC, LOSS_TYPES)
+    loss_type: str = setting("soft_ce", _LOSS_TYPE_DOC)
     loss_topk: int = setting(32, "Number of tokens that topk_soft_ce keeps of the policy's distribution.", FROM_ONE)
     loss_chunk_size: int = setting(
         1024, "Tokens whose logits the draft's loss holds in memory at the same time.", FROM_ONE
@@ -108,7 +108,7 @@ class DflashConfig:
         "token.",
         FROM_ONE,
     )
-    loss_type: str = setting("soft_ce", _LOSS_TYPE_DOC, LOSS_TYPES)
+    loss_type: str = setting("soft_ce", _LOSS_TYPE_DOC)
     loss_topk: int = setting(32, "Number of tokens that topk_soft_ce keeps of the policy's distribution.", FROM_ONE)
     loss_decay_gamma: float | None = setting(
         None,

@@ -14,6 +14,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, RECOMPUTE_MODULES, Allowed, Range
 from skyrl_spec.settings.derived import parallel_sizes, sync_backend, training_interval
 from skyrl_spec.settings.describe import sections
+from skyrl_spec.settings.loss_type import check_loss_type
 from skyrl_spec.settings.schema import Config
 
 _ENGINE = "generator.inference_engine"
@@ -45,6 +46,8 @@ def check_rules(config: Config) -> None:
     )
     _check_sequence_parallel(config)
     _check_draft_training(config)
+    check_loss_type("trainer.mtp.loss_type", config.trainer.mtp.loss_type)
+    check_loss_type("trainer.dflash.loss_type", config.trainer.dflash.loss_type)
     _check_batches(config)
     _check_lengths(config)
     _check_colocation(config)

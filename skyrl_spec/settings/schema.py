@@ -13,6 +13,7 @@ from typing import Any
 
 from skyrl_spec.settings.allowed import (
     DEVICES,
+    DRAFT_SAMPLE_METHODS,
     DTYPES,
     FROM_ONE,
     LEVEL,
@@ -371,6 +372,13 @@ class SpeculationConfig:
         "num_speculative_tokens. auto: the number from 0 to num_speculative_tokens that gives most tokens/s, by step "
         "times and acceptance measured in the engine; runs are then not repeatable bit by bit. A table: rows "
         "[first, last, tokens], as in [[1,8,7],[9,64,3],[65,256,0]].",
+    )
+    draft_sample_method: str = setting(
+        "greedy",
+        "How the engines draft a token. greedy: the draft's most probable one. probabilistic: one sampled from the "
+        "draft's distribution at the sampling temperature, which is accepted more often where the policy is undecided "
+        "and the draft agrees with it, and needs memory for a distribution of each drafted token.",
+        DRAFT_SAMPLE_METHODS,
     )
 
 

@@ -41,7 +41,13 @@ def shard_of(weight_VD: Tensor, rank: int) -> Tensor:
 
 
 def check_soft_ce(
-    rank: int, vocab_size: int, padded_size: int, num_tokens: int, loss_type: str, dtype: torch.dtype
+    rank: int,
+    vocab_size: int,
+    padded_size: int,
+    num_tokens: int,
+    loss_type: str,
+    dtype: torch.dtype,
+    **rollouts: Any,
 ) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     draft_KTD = torch.randn(K, num_tokens, D, generator=generator).to(dtype)
@@ -55,7 +61,7 @@ def check_soft_ce(
         hidden_KTD = draft_KTD.clone().requires_grad_()
         result = vocab_parallel_soft_ce(
             hidden_KTD, teacher_TD, weight_vD, weights_KT, vocab_size=vocab_size, temperature=0.7, chunk_size=4,
-            group=group, loss_type=loss_type, topk=5, labels_T=labels_T,
+            group=group, loss_type=loss_type, topk=5, labels_T=labels_T, **rollouts,
         )  # fmt: skip
         result.loss.backward()
         assert hidden_KTD.grad is not None
@@ -95,6 +101,9 @@ def check_all_cases(rank: int) -> None:
             check_logprobs(rank, vocab_size, padded_size, num_tokens, torch.float32)
             for loss_type in ("soft_ce", "topk_soft_ce", "hard_ce", "tv"):
                 check_soft_ce(rank, vocab_size, padded_size, num_tokens, loss_type, torch.float32)
+        for loss_type, top_k, top_p in (("soft_ce", 5, 1.0), ("tv", -1, 0.9), ("topk_soft_ce", 30, 0.8)):
+            rollouts = {"top_k": top_k, "top_p": top_p, "samples_drafts": True}
+            check_soft_ce(rank, vocab_size, padded_size, 13, loss_type, torch.float32, **rollouts)
     check_logprobs(rank, 101, 104, 13, torch.bfloat16)
     check_soft_ce(rank, 101, 104, 13, "hard_ce", torch.bfloat16)
 

@@ -35,6 +35,7 @@ from skyrl_spec.training.trainer import PolicyTrainer
 # fp32 against float64; of gradients: norm of the difference over norm of the gradient.
 TOLERANCE = 1e-5
 TEMPERATURE = 0.7
+MIXTURE = "0.7*soft_ce + 0.3*accept"
 NUM_DRAFTED, GAMMA = 3, 2.0
 PREFIX = "model.mtp_layers.0."
 
@@ -51,6 +52,8 @@ class Drafted:
     before: Drafted | None
 
     def loss(self, loss_type: str) -> Tensor:
+        if loss_type == MIXTURE:
+            return 0.7 * self.loss("soft_ce") + 0.3 * self.loss("accept")
         if loss_type == "accept":
             return 1 - self.accepted()
         logprobs_V = (self.draft_V / TEMPERATURE).log_softmax(-1)
@@ -179,7 +182,7 @@ def _train(_rank: int, path: Path, draft: str, loss_type: str, out: Path) -> Non
     torch.save({"metrics": metrics, "gradients": gradients, "captured": captured_rows}, out)
 
 
-@pytest.mark.parametrize("loss_type", ["soft_ce", "hard_ce", "tv", "accept"])
+@pytest.mark.parametrize("loss_type", ["soft_ce", "hard_ce", "tv", "accept", MIXTURE])
 @pytest.mark.parametrize("draft", REFERENCES)
 def test_loss_and_gradients_equal_the_definition(tmp_path: Path, draft: str, loss_type: str) -> None:
     path, out = write_model(tmp_path / "model", draft), tmp_path / "out.pt"

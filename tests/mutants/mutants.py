@@ -91,8 +91,13 @@ LOSSES = [
         ("total variation of another normalisation", "(q * (q < p)).sum(-1)", "(p * (q < p)).sum(-1)"),
         ("NaN of an unsupervised token kept", ".masked_fill(~counts_KT[here][:, None], 0)", ""),
         ("NaN of a position without weight kept", ".masked_fill(~self.counts_T[positions_c, None], 0)", ""),
-        ("top-k keeps the first alone", ".topk(topk).values[:, -1]", ".topk(topk).values[:, 0]"),
-        ("acceptance under the target, not the policy", "targets.teacher_cv.gather(", "targets.target_cv.gather("),
+        (
+            "acceptance under the target, not the policy",
+            "accept_prob_c = targets.teacher_cv",
+            "accept_prob_c = targets.target_cv",
+        ),
+        ("labels hit too often", "clamp(min=torch.finfo(p_c.dtype).tiny)).clamp(max=1.0)", "clamp(min=1.0))"),
+        ("top-p before top-k alone", "if self.top_k > 0:", "if False:"),
         ("teacher not detached", "with torch.no_grad():", "with torch.enable_grad():"),
     ),
     *of(
@@ -100,6 +105,22 @@ LOSSES = [
         [SHARDED],
         ("draft's gradient not all-reduced", "dist.all_reduce(grad_KTD, group=logits.shard.group)", "pass"),
         ("overlap of one rank's tokens", "1 - overlap_Rc.sum(0)", "1 - overlap_Rc[shard.rank]"),
+    ),
+    *of(
+        "losses/truncation.py",
+        [SOFT_CE],
+        ("top-k keeps the first alone", ".topk(k).values[:, -1]", ".topk(k).values[:, 0]"),
+        ("a nucleus of what is left out", ">= top_p", "<= top_p"),
+        ("a nucleus that is not renormalised", "probs_cv.div_(", "probs_cv.mul("),
+    ),
+    *of(
+        "losses/truncation.py",
+        [SHARDED],
+        (
+            "a nucleus of one rank",
+            "for probs, least in blocks]), shard).sum(0)",
+            "for probs, least in blocks]), shard)[shard.rank]",
+        ),
     ),
     *of(
         "losses/chains.py",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from skyrl_spec.drafts.speculation import require_exact_rejection, require_exact
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_args
 from skyrl_spec.settings.draft import MtpConfig
-from skyrl_spec.settings.schema import SamplingConfig, TrainerConfig
+from skyrl_spec.settings.schema import Config, SamplingConfig, TrainerConfig
 
 LOSSY = {
     "rejection_sample_method": "synthetic",
@@ -21,11 +22,17 @@ LOSSY = {
 }
 
 
+def config_of(mtp: MtpConfig | None = None, user: dict[str, Any] | None = None) -> Config:
+    config = Config(trainer=TrainerConfig(mtp=mtp or MtpConfig()))
+    config.generator.inference_engine.speculative_config = user
+    return config
+
+
 @pytest.mark.parametrize("key", LOSSY)
 def test_lossy_acceptance_is_refused(key: str) -> None:
     lossy = {"method": "mtp", "num_speculative_tokens": 3, key: LOSSY[key]}
     with pytest.raises(ConfigError, match=rf"generator\.inference_engine\.speculative_config\.{key}=.*remove the key"):
-        build_speculative_config(TrainerConfig(), lossy)
+        build_speculative_config(config_of(user=lossy))
     with pytest.raises(ConfigError, match=key):
         engine_args(EngineSettings("model", speculative_config=lossy))
 
@@ -43,14 +50,20 @@ def test_exact_values_are_accepted() -> None:
 
 def test_speculative_config_of_the_user_is_left_alone() -> None:
     user = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
-    assert build_speculative_config(TrainerConfig(mtp=MtpConfig(enabled=True)), user) == user
+    assert build_speculative_config(config_of(MtpConfig(enabled=True), user)) == user
     assert user == {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 
 
 def test_speculative_config_follows_the_mtp_head() -> None:
-    trainer = TrainerConfig(mtp=MtpConfig(enabled=True, num_speculative_tokens=2))
-    assert build_speculative_config(trainer, None) == {"method": "mtp", "num_speculative_tokens": 2}
-    assert build_speculative_config(TrainerConfig(), None) is None
+    config = config_of(MtpConfig(enabled=True, num_speculative_tokens=2))
+    assert build_speculative_config(config) == {"method": "mtp", "num_speculative_tokens": 2}
+    config.generator.speculation.draft_sample_method = "probabilistic"
+    assert build_speculative_config(config) == {
+        "method": "mtp",
+        "num_speculative_tokens": 2,
+        "draft_sample_method": "probabilistic",
+    }
+    assert build_speculative_config(config_of()) is None
 
 
 def test_min_p_is_refused_with_a_draft_alone() -> None:
@@ -91,7 +104,6 @@ def test_engine_arguments_at_their_defaults_are_accepted() -> None:
 
 HIDING = {
     "use_local_argmax_reduction": True,
-    "draft_sample_method": "probabilistic",
     "use_heterogeneous_vocab": True,
 }
 

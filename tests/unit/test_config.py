@@ -203,7 +203,11 @@ RULES = {
     "trainer.resume_mode=newest": "trainer.resume_mode=newest: must be latest or from_path",
     "trainer.mtp.num_speculative_tokens=0": "trainer.mtp.num_speculative_tokens=0: must be at least 1",
     "trainer.mtp.unroll_steps=0": "trainer.mtp.unroll_steps=0",
-    "trainer.mtp.loss_type=mse": "trainer.mtp.loss_type=mse: must be soft_ce or topk_soft_ce or hard_ce",
+    **{
+        f"trainer.mtp.loss_type={text}": f"trainer.mtp.loss_type={text}: must be soft_ce or topk_soft_ce or hard_ce or "
+        "tv or accept, or a sum of them with weights above 0, as in 0.7*soft_ce+0.3*accept; change it"
+        for text in ("mse", "soft_ce+mse", "0*soft_ce", "-1*tv+soft_ce", "x*tv", "tv+tv", "soft_ce+", "inf*tv", "2*")
+    },
     "trainer.mtp.optimizer_config.scheduler=step": "trainer.mtp.optimizer_config.scheduler=step",
     "trainer.policy.optimizer_config.lr=-1": "trainer.policy.optimizer_config.lr=-1",
     "trainer.policy.optimizer_config.lr=nan": "trainer.policy.optimizer_config.lr=nan",
@@ -293,7 +297,18 @@ RULES = {
         f"{ENGINE}.speculative_config.use_local_argmax_reduction=True: the sync canary must see what the engines draft"
     ),
     f"{ENGINE}.speculative_config={{method: mtp, draft_sample_method: probabilistic}}": (
-        f"{ENGINE}.speculative_config.draft_sample_method='probabilistic': the sync canary must see"
+        f"{ENGINE}.speculative_config.draft_sample_method=probabilistic: set "
+        "generator.speculation.draft_sample_method instead; remove the key"
+    ),
+    "generator.speculation.draft_sample_method=sampled": (
+        "generator.speculation.draft_sample_method=sampled: must be greedy or probabilistic; set one of these"
+    ),
+    "generator.speculation.draft_sample_method=probabilistic": (
+        "generator.speculation.draft_sample_method=probabilistic: needs a draft that is a model"
+    ),
+    f"{ENGINE}.speculative_config={{method: ngram, num_speculative_tokens: 3}} "
+    "generator.speculation.draft_sample_method=probabilistic": (
+        "generator.speculation.draft_sample_method=probabilistic: needs a draft that is a model; set it to greedy"
     ),
     f"{ENGINE}.speculative_config={{method: mtp, use_heterogeneous_vocab: true}}": (
         f"{ENGINE}.speculative_config.use_heterogeneous_vocab=True: the sync canary must see"

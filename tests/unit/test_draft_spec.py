@@ -135,12 +135,14 @@ def test_a_published_drafts_config_json_is_read(tmp_path: Path) -> None:
 
 
 def test_engines_draft_what_is_trained() -> None:
-    trainer = load_config(["experiment=cpu_dflash_grpo", "trainer.dflash.num_speculative_tokens=7"]).trainer
+    config = load_config(["experiment=cpu_dflash_grpo", "trainer.dflash.num_speculative_tokens=7"])
+    trainer = config.trainer
     assert trained_kind(trainer) is KINDS["dflash"]
     expected = {"method": "dflash", "model": trainer.dflash.path, "num_speculative_tokens": 7}
-    assert build_speculative_config(trainer, None) == expected
+    assert build_speculative_config(config) == expected
     user = {"method": "dflash", "disable_padded_drafter_batch": True}
-    assert build_speculative_config(trainer, user) == user | expected
+    config.generator.inference_engine.speculative_config = user
+    assert build_speculative_config(config) == user | expected
 
 
 def test_a_warm_up_is_a_run_of_its_own() -> None:

@@ -64,10 +64,12 @@ def reference(
     labels_T: Tensor,
     loss_type: str,
     temperature: float,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    samples_drafts: bool = False,
 ) -> DraftLoss:
     weight_VD = weight_VD[:VOCAB_SIZE].double()
-    teacher_logits_TV = teacher_TD.double() @ weight_VD.t() / temperature
-    p_TV = teacher_logits_TV.softmax(-1)
+    p_TV = truncated(teacher_TD.double() @ weight_VD.t() / temperature, top_k, top_p)
     logq_KTV = (draft_KTD.double() @ weight_VD.t() / temperature).log_softmax(-1)
     if loss_type == "soft_ce":
         target_TV = p_TV
@@ -81,14 +83,30 @@ def reference(
         loss_KT = (p_TV - logq_KTV.exp()).abs().sum(-1) / 2
     argmax_KT = logq_KTV.argmax(-1)
     accept_prob_KT = p_TV.expand_as(logq_KTV).gather(2, argmax_KT[..., None])[..., 0]
+    accept_label_KT = (argmax_KT == labels_T).double()
+    if samples_drafts:
+        overlap_KTV = torch.minimum(logq_KTV.exp(), p_TV)
+        accept_prob_KT = overlap_KTV.sum(-1)
+        label_KT1 = labels_T.expand(len(logq_KTV), -1)[..., None]
+        accept_label_KT = overlap_KTV.gather(2, label_KT1)[..., 0] / p_TV.gather(1, labels_T[:, None])[:, 0]
     counts_KT = weights_KT != 0
     return DraftLoss(
         (weights_KT * loss_KT).sum(),
         counts_KT * loss_KT,
         counts_KT * accept_prob_KT,
+        counts_KT * accept_label_KT,
         counts_KT & (argmax_KT == p_TV.argmax(-1)),
         argmax_KT.where(counts_KT, -1),
     )
+
+
+def truncated(logits_TV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Probabilities of vLLM's sampler: top-k, then the fewest tokens that reach top-p, renormalised."""
+    if top_k > 0:
+        logits_TV = logits_TV.masked_fill(logits_TV < logits_TV.topk(top_k).values[:, -1:], -torch.inf)
+    p_TV, order_TV = logits_TV.softmax(-1).sort(descending=True)
+    p_TV = p_TV.masked_fill(p_TV.cumsum(-1) - p_TV >= top_p, 0.0)
+    return torch.zeros_like(p_TV).scatter(1, order_TV, p_TV / p_TV.sum(-1, keepdim=True))
 
 
 def run(inputs: tuple[Tensor, ...], loss_type: str = "soft_ce", **kwargs: Any) -> DraftLoss:
@@ -118,13 +136,47 @@ def test_forward_and_backward_equal_the_full_vocabulary_formula(
     inputs = make_inputs(num_drafts, num_tokens, padded_size, dtype)
     expected = reference(*inputs, loss_type, temperature)
     result = run(inputs, loss_type, temperature=temperature, chunk_size=chunk_size)
-    for got, wanted in zip(result[:3], expected[:3], strict=True):
+    for got, wanted in zip(result[:4], expected[:4], strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert torch.equal(result.top1_KT, expected.top1_KT)
     assert torch.equal(result.argmax_KT, expected.argmax_KT)
     torch.testing.assert_close(
         grad_of(result, inputs[0]), grad_of(expected, inputs[0]), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
+
+
+@pytest.mark.parametrize("samples_drafts", [False, True])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(-1, 1.0), (3, 1.0), (-1, 0.5), (-1, 0.95), (20, 0.8), (1, 1.0), (7, 1e-6)]
+)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_truncated_rollouts_and_sampled_drafts_equal_the_formula(
+    dtype: torch.dtype, loss_type: str, top_k: int, top_p: float, samples_drafts: bool
+) -> None:
+    *inputs, _ = make_inputs(2, 29, 104, dtype)
+    rollouts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "samples_drafts": samples_drafts}
+    # Labels are sampled from what is left.
+    p_TV = truncated(inputs[1].double() @ inputs[2][:VOCAB_SIZE].double().t() / 0.7, top_k, top_p)
+    labels_T = torch.multinomial(p_TV, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    expected = reference(*inputs, labels_T, loss_type, 0.7, **rollouts)
+    result = run((*inputs, labels_T), loss_type, **rollouts)
+    for got, wanted in zip(result[:4], expected[:4], strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        grad_of(result, inputs[0]), grad_of(expected, inputs[0]), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+def test_labels_that_are_accepted_drafts_are_as_many_as_accepted_drafts() -> None:
+    """``sum_x p_x min(1, q_x / p_x)`` is the probability that a sampled draft is accepted."""
+    draft_KTD, teacher_TD, weight_VD, _, _ = make_inputs(1, 5, 101, torch.float64)
+    p_TV = (teacher_TD @ weight_VD.t() / 0.7).softmax(-1)
+    # All labels, at the same positions.
+    repeated = draft_KTD.repeat_interleave(VOCAB_SIZE, 1), teacher_TD.repeat_interleave(VOCAB_SIZE, 0), weight_VD
+    result = run((*repeated, torch.ones(1, 5 * VOCAB_SIZE), torch.arange(VOCAB_SIZE).repeat(5)), samples_drafts=True)
+    of_labels_T = (result.accept_label_KT.view(5, VOCAB_SIZE) * p_TV).sum(-1)
+    torch.testing.assert_close(of_labels_T, result.accept_prob_KT.view(5, VOCAB_SIZE)[:, 0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss_type", ["soft_ce", "hard_ce"])

@@ -155,11 +155,12 @@ class DflashKind(DraftKind):
         return (config.get("architectures") or ["none"])[0] == DRAFT_ARCHITECTURE
 
     def build(self, config: Config, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel) -> Draft:
+        from skyrl_spec.drafts.base import RolloutSampling
         from skyrl_spec.drafts.dflash import DflashDraft
 
-        trainer, temperature = config.trainer, config.generator.sampling_params.temperature
+        trainer, sampling = config.trainer, RolloutSampling.of(config.generator)
         return DflashDraft(
-            trainer.dflash, spec, trunk, parallel, temperature, trainer.seed, trainer.max_tokens_per_microbatch
+            trainer.dflash, spec, trunk, parallel, sampling, trainer.seed, trainer.max_tokens_per_microbatch
         )
 
     def rules(self, trainer: TrainerConfig, spec: ModelSpec) -> list[Rule]:

@@ -106,10 +106,11 @@ class MtpKind(DraftKind):
         return bool(config.get("num_nextn_predict_layers"))
 
     def build(self, config: Config, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel) -> Draft:
+        from skyrl_spec.drafts.base import RolloutSampling
         from skyrl_spec.drafts.mtp import MtpDraft
 
-        trainer, temperature = config.trainer, config.generator.sampling_params.temperature
-        return MtpDraft(trainer.mtp, spec, trunk, parallel, temperature, trainer.seed)
+        trainer, sampling = config.trainer, RolloutSampling.of(config.generator)
+        return MtpDraft(trainer.mtp, spec, trunk, parallel, sampling, trainer.seed)
 
     def rules(self, trainer: TrainerConfig, spec: ModelSpec) -> list[Rule]:
         from skyrl_spec.models.conversion import mtp_rules
