@@ -209,7 +209,7 @@ class AutoLengths:
     def _rates(self) -> np.ndarray:
         """``[B, L]``: tokens per second of a request."""
         tokens_K = np.concatenate([[1.0], 1.0 + np.cumsum(self.acceptance.rates())])
-        return tokens_K[np.maximum(self._lengths_L, 0)] / self.times.seconds(self._batch_sizes)
+        return tokens_K[np.maximum(self._lengths_L, 0)] / self.times.convex_seconds(self._batch_sizes)
 
     def _best(self) -> np.ndarray:
         """``[B]``: index of the length to use at each batch size."""

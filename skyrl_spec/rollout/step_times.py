@@ -3,6 +3,10 @@
     calibration   a few steps of some lengths at every power of four, taken in turns; others by linear interpolation
     running steps keep the level at the machine's present speed, and trial steps keep the ratios between lengths
 
+A few steps are a noisy measurement, and the length that seems cheapest by chance would be chosen. But a step takes
+longer the more it drafts, and every further token costs at least as much as the one before: the policy verifies it, and
+a head runs once more for it. ``convex`` holds the times to that.
+
 Only ratios decide which length pays. Shared machines change their speed all the time, and a step of the length in use
 cannot tell a slower machine from a slower length. So it moves all lengths together. A step of another length, in
 between steps of the one in use, moves that length alone.
@@ -14,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 # Not even the first pass of the drafter runs. Nothing is drafted, and the draft lacks the keys of these tokens later.
 OFF = -1
@@ -72,6 +77,20 @@ def between(lengths: Sequence[int], measured: Sequence[int], seconds_SM: np.ndar
     return np.stack([np.interp(lengths, measured, seconds_M) for seconds_M in seconds_SM])
 
 
+def convex(lengths: Sequence[int], seconds_L: np.ndarray) -> np.ndarray:
+    """``[L]``: the times nearest to ``seconds_L`` that rise from length 1 on, and by no less for each further token.
+
+    Nearest by the squares of relative differences. Times of lengths below 1 stay as they are.
+    """
+    drafted = np.array([length for length in lengths if length >= 1], float)
+    seconds_N = np.asarray(seconds_L, float)[-len(drafted) :]
+    # A positive sum of the fixed time and of times that begin to rise at one of the lengths.
+    rises_NN = np.maximum(drafted[:, None] - drafted[None, :-1], 0.0)
+    parts_NN = np.concatenate([np.ones((len(drafted), 1)), rises_NN], axis=1)
+    weights_N, _ = nnls(parts_NN / seconds_N[:, None], np.ones(len(drafted)))
+    return np.concatenate([seconds_L[: -len(drafted)], parts_NN @ weights_N])
+
+
 class StepTimes:
     """Seconds of a step for ``sizes`` of a batch and ``lengths`` of a draft; linear between two sizes."""
 
@@ -79,10 +98,17 @@ class StepTimes:
         self.sizes, self.lengths = np.array(sizes), list(lengths)
         self._log_SL = np.log(seconds_SL)
 
+    def convex_seconds(self, batch_sizes: np.ndarray) -> np.ndarray:
+        """``seconds``, of times that are ``convex`` at every measured size."""
+        rows = [convex(self.lengths, seconds_L) for seconds_L in np.exp(self._log_SL)]
+        return self._between_sizes(np.stack(rows), batch_sizes)
+
     def seconds(self, batch_sizes: np.ndarray) -> np.ndarray:
         """``[B, L]``: seconds of a step at each batch size, for each length."""
+        return self._between_sizes(np.exp(self._log_SL), batch_sizes)
+
+    def _between_sizes(self, seconds_SL: np.ndarray, batch_sizes: np.ndarray) -> np.ndarray:
         low_B, weight_B = self._place(batch_sizes)
-        seconds_SL = np.exp(self._log_SL)
         high_B = np.minimum(low_B + 1, len(self.sizes) - 1)
         return (1 - weight_B)[:, None] * seconds_SL[low_B] + weight_B[:, None] * seconds_SL[high_B]
 

@@ -35,6 +35,7 @@ GRADIENTS = "tests/megatron/test_policy_gradients.py::test_gradients_equal_autog
 LAYOUTS = "tests/megatron/test_parallel_training.py::test_every_layout_gives_the_same_losses_gradients_and_weights"
 COPIES = "tests/megatron/test_draft_copies.py::test_copies_are_scored_beside_the_training"
 DRAFT_TRAINING = "tests/unit/test_draft_training.py"
+LENGTHS = "tests/unit/test_lengths.py"
 UPDATES = "tests/megatron/test_optimizer_step.py::test_updates_are_those_of_adamw"
 REFERENCE = "tests/megatron/test_optimizer_step.py::test_the_reference_stays_where_the_policy_started"
 SKIPPED = "tests/megatron/test_skipped_updates.py::test_a_bad_gradient_of_the_policy[False-1]"
@@ -529,6 +530,11 @@ TRAINING = [
         [f"{COPIES}[mtp-2-1-bf16]"],
         # An fp32 module's weights are the optimizer's own.
         ("the optimizer is not told", "self._trainable.optimizer.reload_model_params()", "pass"),
+    ),
+    *of(
+        "rollout/step_times.py",
+        [LENGTHS],
+        ("times that are cheap by chance", "rows = [convex(self.lengths, seconds_L)", "rows = [seconds_L"),
     ),
     *of(
         "controller/draft_training.py",
