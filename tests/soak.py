@@ -34,6 +34,8 @@ OVERRIDES = (
     "trainer.eval_interval=20",
     "trainer.ckpt_interval=20",
     "trainer.canary.interval=5",
+    "generator.speculation.schedule=fixed",
+    "trainer.draft.train=every_step",
     "trainer.measure_speedup=false",
 )
 # oneDNN keeps what it compiled for each shape of a batch, 1024 of them: the engine of the example gains 200 MiB by that

@@ -125,14 +125,16 @@ def _reward(runs: Sequence[RunData]) -> Chart | None:
 
 
 def _num_positions(run: RunData) -> int:
-    """Number of draft positions that the run has metrics of."""
-    return max(len(run.numbered(names.acceptance_rate_pos(mode, 0)[:-1])) for mode in ("train", "eval"))
+    """Number of draft positions that the run has metrics of, measured or predicted."""
+    positions = (*(names.acceptance_rate_pos(mode, 0) for mode in ("train", "eval")), names.predicted_acceptance_pos(0))
+    return max(len(run.numbered(position[:-1])) for position in positions)
 
 
 def _acceptance(runs: Sequence[RunData]) -> Chart | None:
     axes = _axes("Draft acceptance length", "tokens per forward pass")
     texts = _lines(axes, runs, names.acceptance_length("train"), ", training")
     texts += _lines(axes, runs, names.acceptance_length("eval"), ", held-out", own_marker=True, linewidth=0.9)
+    texts += _lines(axes, runs, names.PREDICTED_ACCEPTANCE_LENGTH, ", predicted", linewidth=0.9, linestyle="--")
     texts += _lines(axes, runs, names.scored_acceptance_length(FROZEN), ", never trained", linewidth=0.9, linestyle=":")
     for most in sorted({1 + k for run in runs if (k := _num_positions(run))}):
         axes.axhline(most, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)))
@@ -140,8 +142,9 @@ def _acceptance(runs: Sequence[RunData]) -> Chart | None:
     return _finished(
         axes,
         "acceptance_length",
-        "1 + accepted tokens / drafts, measured by vLLM: tokens per forward pass of the policy. Dotted: the draft of "
-        "the start, never trained, as the trainer predicts it.",
+        "1 + accepted tokens / drafts, measured by vLLM: tokens per forward pass of the policy. Dashed: as the trainer "
+        "predicts it, of all tokens that the draft is trained to draft. Dotted: the same of the draft of the start, "
+        "never trained.",
         texts,
     )
 

@@ -35,6 +35,9 @@ SMALL = [
     "trainer.eval_interval=2",
     "trainer.measure_speedup=false",
     "generator.inference_engine.cpu_kvcache_space=0.25",
+    # Repeatable bit by bit.
+    "generator.speculation.schedule=fixed",
+    "trainer.draft.train=every_step",
 ]
 WHOLE = ["experiment=cpu_mtp_grpo", *SMALL, "trainer.max_training_steps=5", "trainer.eval_interval=5"]
 WHOLE += ["trainer.mtp.num_speculative_tokens=3", "trainer.mtp.positions_per_step=1.0"]

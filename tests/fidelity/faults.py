@@ -38,6 +38,8 @@ OVERRIDES = (
     "generator.n_samples_per_prompt=4",
     "generator.inference_engine.cpu_kvcache_space=0.25",
     "generator.inference_engine.max_num_seqs=64",
+    "generator.speculation.schedule=fixed",
+    "trainer.draft.train=every_step",
     # The prefix cache keeps a prompt of more than two blocks of 128 tokens.
     "trainer.max_prompt_length=300",
     "trainer.canary.interval=1",
