@@ -33,10 +33,12 @@ class LoadedPrompts:
     num_skipped: int
 
 
-def read_rows(path: str | Path, *, setting: str = "data.train_data") -> Iterator[Row]:
+def read_rows(path: str | Path, *, setting: str = "data.train_data", takes_turns: bool = False) -> Iterator[Row]:
     """Rows of a ``.parquet`` or ``.jsonl`` file as plain Python values.
 
-    Fields that are None are removed, because parquet gives every row the fields of all rows.
+    Fields that are None are removed, because parquet gives every row the fields of all rows. With ``takes_turns``, a
+    row may have ``turns`` in place of a prompt, a list of the user's texts, as in MT-Bench and SPEED-Bench. The first
+    becomes the prompt.
 
     Raises:
         ConfigError: the file is missing, empty, of another type, or cannot be read; or the ``prompt`` of a row is
@@ -51,6 +53,8 @@ def read_rows(path: str | Path, *, setting: str = "data.train_data") -> Iterator
     for number, raw in _READERS[path.suffix](path, setting):
         is_empty = False
         row = _without_none(raw)
+        if takes_turns and "prompt" not in row and isinstance(row.get("turns"), list):
+            row["prompt"] = [{"role": "user", "content": text} for text in row["turns"][:1]]
         _check_prompt(row, f"{setting}={path}: row {number}")
         yield row
     if is_empty:

@@ -61,7 +61,7 @@ def run(options: EvalDraftOptions, watch: SignalWatch, *, verbose: bool) -> None
             print(f"{name:<10}{value}")
         results = _measure(options, settings, target, prompts, watch, verbose=verbose)
     # Imported late: it imports Ray and torch.
-    from skyrl_spec.evaluation.result import as_json, recommendation_lines
+    from skyrl_spec.evaluation.result import as_json, category_lines, recommendation_lines, schedule_line
 
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,9 +70,13 @@ def run(options: EvalDraftOptions, watch: SignalWatch, *, verbose: bool) -> None
         "rounds": options.rounds,
     }
     settings.out.write_text(json.dumps(as_json(target, results, settings.sampling, about), indent=2) + "\n")
+    if lines := category_lines(results):
+        print("\nby category", *lines, sep="\n")
     print("\nrecommended number of draft tokens (k)")
     for line in recommendation_lines(results):
         print(f"  {line}")
+    if len(options.batch_sizes) > 1:
+        print(f"  for every batch    {schedule_line(results)}")
     print(f"  written to {settings.out}")
 
 

@@ -14,6 +14,7 @@ import ray
 
 from skyrl_spec.controller.actors import EngineGroup, cause_of_death
 from skyrl_spec.errors import RunError
+from skyrl_spec.evaluation.prompts import by_category
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.settings.schema import SamplingConfig
@@ -32,6 +33,8 @@ class Measurement:
     plain_tok_s: list[float] = field(default_factory=list)
     drafted_tok_s: list[float] = field(default_factory=list)
     counters: SpecCounters = field(default_factory=SpecCounters)
+    # Of the largest batch size, where prompts have categories.
+    by_category: dict[str, SpecCounters] = field(default_factory=dict)
 
     @property
     def ratios(self) -> list[float]:
@@ -44,9 +47,12 @@ class Measurement:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of drafts accepted at least up to each position."""
-        counters = self.counters
-        return [accepted / max(1, counters.num_drafts) for accepted in counters.num_accepted_tokens_per_pos]
+        return by_position(self.counters)
+
+
+def by_position(counters: SpecCounters) -> list[float]:
+    """Share of drafts accepted at least up to each position."""
+    return [accepted / max(1, counters.num_drafts) for accepted in counters.num_accepted_tokens_per_pos]
 
 
 def measure(
@@ -61,7 +67,7 @@ def measure(
     seed: int = 0,
     on_measured: Callable[[list[Measurement]], None] = lambda _: None,
 ) -> list[Measurement]:
-    """Measurements of all combinations of ``drafts`` and ``batch_sizes``.
+    """Measurements of all combinations of ``drafts`` and ``batch_sizes``, and acceptance by category.
 
     One engine without a draft stays up; engines with a draft are started one after the other. Only one engine generates
     at a time. The engine that goes first changes every round, and an additional first round warms up.
@@ -82,6 +88,9 @@ def measure(
                         num_batches = -(-min_rollouts // result.batch_size)
                         batch = list(islice(stream, num_batches * result.batch_size))
                         _measure_once(result, plain, drafted, batch, sampling, number, seed)
+                largest = max(measured, key=lambda result: result.batch_size)
+                for category, chosen in by_category(prompts).items():
+                    largest.by_category[category] = _acceptance(drafted, chosen, largest.batch_size, sampling, seed)
             on_measured(measured)
             results += measured
     return results
@@ -105,6 +114,15 @@ def _measure_once(
         result.plain_tok_s.append(speed[id(plain)])
         result.drafted_tok_s.append(speed[id(drafted)])
         result.counters += drafted.spec_counters() - before
+
+
+def _acceptance(
+    drafted: EngineGroup, prompts: list[Prompt], batch_size: int, sampling: SamplingConfig, seed: int
+) -> SpecCounters:
+    """Counters of one response to each prompt."""
+    before = drafted.spec_counters()
+    _tokens_per_second(drafted, prompts, batch_size, sampling, seed)
+    return drafted.spec_counters() - before
 
 
 def _tokens_per_second(

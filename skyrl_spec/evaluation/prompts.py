@@ -11,34 +11,46 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.types import Prompt
 
 Messages = list[dict[str, str]]
+# Field of a row that says what kind of task it is.
+CATEGORY = "category"
 
 
 def load(paths: Sequence[str], tokenizer: Any, max_prompt_length: int) -> list[Prompt]:
     """Prompts of at most ``max_prompt_length`` tokens, formatted with the tokenizer's chat template if it has one.
+
+    The category of a row is in the prompt's ``extras``.
 
     Raises:
         ConfigError: ``paths`` is empty, a file cannot be read, or all prompts are too long.
     """
     if not paths:
         raise ConfigError("prompts=[]: must name at least one .parquet, .jsonl or .txt file; write prompts=FILE")
-    all_messages = [messages for path in paths for messages in _read(path)]
+    rows = [row for path in paths for row in _read(path)]
     prompts = []
-    for number, messages in enumerate(all_messages, start=1):
+    for number, (messages, category) in enumerate(rows, start=1):
         token_ids = _tokenize(tokenizer, messages)
         if 0 < len(token_ids) <= max_prompt_length:
-            prompts.append(Prompt(str(number), token_ids, messages, "", {}))
+            prompts.append(
+                Prompt(str(number), token_ids, messages, "", {} if category is None else {CATEGORY: category})
+            )
     if not prompts:
         raise ConfigError(
-            f"max_prompt_length={max_prompt_length}: all {len(all_messages)} prompts of {', '.join(paths)} are longer; "
-            "raise it"
+            f"max_prompt_length={max_prompt_length}: all {len(rows)} prompts of {', '.join(paths)} are longer; raise it"
         )
     return prompts
 
 
-def _read(path: str) -> Iterator[Messages]:
+def by_category(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts that have a category, by category in alphabetical order."""
+    categories = sorted({prompt.extras[CATEGORY] for prompt in prompts if CATEGORY in prompt.extras})
+    return {name: [prompt for prompt in prompts if prompt.extras.get(CATEGORY) == name] for name in categories}
+
+
+def _read(path: str) -> Iterator[tuple[Messages, str | None]]:
+    """Messages and category."""
     if not path.endswith(".txt"):
-        for row in read_rows(path, setting="prompts"):
-            yield row["prompt"]
+        for row in read_rows(path, setting="prompts", takes_turns=True):
+            yield row["prompt"], None if (category := row.get(CATEGORY)) is None else str(category)
         return
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -49,7 +61,7 @@ def _read(path: str) -> Iterator[Messages]:
         raise ConfigError(f"prompts={path}: has no text; write one prompt per line")
     for line in lines:
         if line.strip():
-            yield [{"role": "user", "content": line}]
+            yield [{"role": "user", "content": line}], None
 
 
 def _tokenize(tokenizer: Any, messages: Messages) -> list[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from skyrl_spec.evaluation.measure import Measurement
+from skyrl_spec.evaluation.measure import Measurement, by_position
 from skyrl_spec.evaluation.target import Target
 from skyrl_spec.settings.schema import SamplingConfig
 
@@ -41,6 +43,43 @@ def recommended(results: Sequence[Measurement]) -> dict[int, int]:
         if fastest is None or measured.speedup > fastest.speedup:
             best[measured.batch_size] = measured
     return {size: measured.num_tokens if measured.speedup > 1 else 0 for size, measured in best.items()}
+
+
+def schedule(results: Sequence[Measurement]) -> list[list[int]]:
+    """The recommended numbers as rows [first, last, tokens] of ``generator.speculation.schedule``.
+
+    Between two measured batch sizes, the row ends at their geometric mean. Behind the last, its number goes on.
+    """
+    numbers = sorted(recommended(results).items())
+    rows: list[list[int]] = []
+    for index, (size, num_tokens) in enumerate(numbers):
+        is_last = index + 1 == len(numbers)
+        end = size if is_last else math.isqrt(size * numbers[index + 1][0])
+        if rows and rows[-1][2] == num_tokens:
+            rows[-1][1] = end
+        else:
+            rows.append([rows[-1][1] + 1 if rows else 1, end, num_tokens])
+    return rows
+
+
+def schedule_line(results: Sequence[Measurement]) -> str:
+    """``schedule`` as a setting, without spaces, ready to paste."""
+    return f"generator.speculation.schedule={json.dumps(schedule(results), separators=(',', ':'))}"
+
+
+def category_lines(results: Sequence[Measurement]) -> list[str]:
+    """Acceptance by category and number of tokens, with a header. Empty without categories."""
+    rows = [
+        (measured, category, counters) for measured in results for category, counters in measured.by_category.items()
+    ]
+    if not rows:
+        return []
+    width = max(len("category"), *(len(category) for _, category, _ in rows))
+    lines = [f"{'k':>3}  {'category':<{width}}{'accept':>8}  by position"]
+    for measured, category, counters in rows:
+        shares = " ".join(f"{share:.2f}".removeprefix("0") for share in by_position(counters))
+        lines.append(f"{measured.num_tokens:>3}  {category:<{width}}{counters.mean_acceptance_length:>8.2f}  {shares}")
+    return lines
 
 
 def recommendation_lines(results: Sequence[Measurement]) -> list[str]:
@@ -78,8 +117,17 @@ def as_json(
                 "mean_acceptance_length": measured.counters.mean_acceptance_length,
                 "acceptance_rate_by_position": measured.acceptance_by_position,
                 "num_drafts": measured.counters.num_drafts,
+                "by_category": {
+                    category: {
+                        "mean_acceptance_length": counters.mean_acceptance_length,
+                        "acceptance_rate_by_position": by_position(counters),
+                        "num_drafts": counters.num_drafts,
+                    }
+                    for category, counters in measured.by_category.items()
+                },
             }
             for measured in results
         ],
+        "recommended_schedule": schedule(results),
         "recommended_num_speculative_tokens": {str(size): count for size, count in recommended(results).items()},
     }

@@ -51,8 +51,9 @@ class EvalDraftOptions:
     )
     prompts: list[str] | None = setting(
         None,
-        "Files of prompts: dataset rows (.parquet, .jsonl) or one prompt per line (.txt). null: the run's held-out "
-        "prompts; without a run it is required.",
+        "Files of prompts: dataset rows (.parquet, .jsonl), questions of MT-Bench or SPEED-Bench, whose first turns are "
+        "taken, or one prompt per line (.txt). Rows with a category are reported by category, too. null: the run's "
+        "held-out prompts; without a run it is required.",
     )
     num_speculative_tokens: list[int] | None = setting(
         None, "Numbers of draft tokens to try, each at least 1. null: 1, 2, 3, 5 and 7, as far as the draft allows."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from skyrl_spec.cli import main
@@ -12,9 +14,21 @@ from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.evaluation import prompts
 from skyrl_spec.evaluation.measure import Measurement
-from skyrl_spec.evaluation.result import recommendation_lines, recommended, table_header, table_row
+from skyrl_spec.evaluation.result import (
+    as_json,
+    category_lines,
+    recommendation_lines,
+    recommended,
+    schedule,
+    schedule_line,
+    table_header,
+    table_row,
+)
 from skyrl_spec.evaluation.target import Target, open_target
+from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.options import EvalDraftOptions
+from skyrl_spec.settings.schedule import check_schedule
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import SpecCounters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +55,57 @@ def test_the_fastest_in_the_median_is_recommended() -> None:
     ]
     results[0].drafted_tok_s[0] = 195.0
     assert recommendation_lines(results)[0] == "batch 1     k=3 (1.90x; k=1 is as fast within the range)"
+
+
+def test_the_recommendation_is_a_schedule_to_paste() -> None:
+    results = [measurement(5, 1, 2.0), measurement(3, 16, 1.5), measurement(3, 36, 1.4), measurement(3, 100, 0.9)]
+    assert schedule(results) == [[1, 4, 5], [5, 60, 3], [61, 100, 0]]
+    assert schedule_line(results) == "generator.speculation.schedule=[[1,4,5],[5,60,3],[61,100,0]]"
+    check_schedule(schedule(results), 5)
+    assert load_config(["experiment=cpu_mtp_grpo", schedule_line(results)]).generator.speculation.schedule == schedule(
+        results
+    )
+    assert schedule([measurement(3, 8, 1.5), measurement(3, 9, 1.5)]) == [[1, 9, 3]]
+    assert as_json(opened(target=str(MIMO)), results, SamplingConfig(), {})["recommended_schedule"] == schedule(results)
+
+
+def test_acceptance_by_category() -> None:
+    first, second = measurement(3, 16, 1.5), measurement(1, 16, 1.5)
+    assert category_lines([first]) == []
+    for item in (first, second):
+        item.by_category = {"math": SpecCounters(10, 30, 15, (9, 6)), "long story": SpecCounters(10, 30, 5, (5, 0))}
+    assert category_lines([first, second]) == [
+        "  k  category    accept  by position",
+        "  3  math          2.50  .90 .60",
+        "  3  long story    1.50  .50 .00",
+        "  1  math          2.50  .90 .60",
+        "  1  long story    1.50  .50 .00",
+    ]
+    found = as_json(opened(target=str(MIMO)), [first], SamplingConfig(), {})["measurements"][0]["by_category"]
+    assert found["math"] == {"mean_acceptance_length": 2.5, "acceptance_rate_by_position": [0.9, 0.6], "num_drafts": 10}
+
+
+def test_rows_of_benchmarks_are_read_as_they_are(tmp_path: Path) -> None:
+    """MT-Bench's question.jsonl, and SPEED-Bench's parquet."""
+    mt_bench = tmp_path / "question.jsonl"
+    mt_bench.write_text(
+        '{"question_id": 81, "category": "writing", "turns": ["7+2=", "Now in other words."]}\n'
+        '{"question_id": 101, "category": "reasoning", "turns": ["3+4=", "5+6="], "reference": ["7", ""]}\n'
+    )
+    speed_bench = tmp_path / "test.parquet"
+    rows = [{"question_id": "a", "category": "math", "sub_category": "sums", "turns": ["1+1="], "src_id": None}] * 2
+    pq.write_table(pa.Table.from_pylist(rows), speed_bench)
+    tokenizer = load_tokenizer(MIMO, "target")
+    found = prompts.by_category(prompts.load([str(mt_bench), str(speed_bench)], tokenizer, 64))
+    assert {name: [prompt.messages for prompt in group] for name, group in found.items()} == {
+        "math": [[{"role": "user", "content": "1+1="}]] * 2,
+        "reasoning": [[{"role": "user", "content": "3+4="}]],
+        "writing": [[{"role": "user", "content": "7+2="}]],
+    }
+    for turns in ("[]", "[3]", '"7+2="'):
+        mt_bench.write_text(f'{{"turns": {turns}}}\n')
+        with pytest.raises(ConfigError, match=r"^prompts=.*question.jsonl: row 1.* prompt"):
+            prompts.load([str(mt_bench)], tokenizer, 64)
 
 
 def test_a_row_stands_under_its_header() -> None:
