@@ -30,9 +30,8 @@ def load(paths: Sequence[str], tokenizer: Any, max_prompt_length: int) -> list[P
     for number, (messages, category) in enumerate(rows, start=1):
         token_ids = _tokenize(tokenizer, messages)
         if 0 < len(token_ids) <= max_prompt_length:
-            prompts.append(
-                Prompt(str(number), token_ids, messages, "", {} if category is None else {CATEGORY: category})
-            )
+            extras = {} if category is None else {CATEGORY: category}
+            prompts.append(Prompt(str(number), token_ids, messages, "", extras))
     if not prompts:
         raise ConfigError(
             f"max_prompt_length={max_prompt_length}: all {len(rows)} prompts of {', '.join(paths)} are longer; raise it"

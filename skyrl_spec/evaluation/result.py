@@ -69,16 +69,14 @@ def schedule_line(results: Sequence[Measurement]) -> str:
 
 def category_lines(results: Sequence[Measurement]) -> list[str]:
     """Acceptance by category and number of tokens, with a header. Empty without categories."""
-    rows = [
-        (measured, category, counters) for measured in results for category, counters in measured.by_category.items()
-    ]
+    rows = [(measured.num_tokens, *item) for measured in results for item in measured.by_category.items()]
     if not rows:
         return []
     width = max(len("category"), *(len(category) for _, category, _ in rows))
     lines = [f"{'k':>3}  {'category':<{width}}{'accept':>8}  by position"]
-    for measured, category, counters in rows:
+    for num_tokens, category, counters in rows:
         shares = " ".join(f"{share:.2f}".removeprefix("0") for share in by_position(counters))
-        lines.append(f"{measured.num_tokens:>3}  {category:<{width}}{counters.mean_acceptance_length:>8.2f}  {shares}")
+        lines.append(f"{num_tokens:>3}  {category:<{width}}{counters.mean_acceptance_length:>8.2f}  {shares}")
     return lines
 
 

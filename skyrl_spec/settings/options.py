@@ -51,8 +51,8 @@ class EvalDraftOptions:
     )
     prompts: list[str] | None = setting(
         None,
-        "Files of prompts: dataset rows (.parquet, .jsonl), questions of MT-Bench or SPEED-Bench, whose first turns are "
-        "taken, or one prompt per line (.txt). Rows with a category are reported by category, too. null: the run's "
+        "Files of prompts: dataset rows (.parquet, .jsonl), questions of MT-Bench or SPEED-Bench (their first turns), "
+        "or one prompt per line (.txt). Rows with a category are reported by category, too. null: the run's "
         "held-out prompts; without a run it is required.",
     )
     num_speculative_tokens: list[int] | None = setting(

@@ -62,9 +62,8 @@ def test_the_recommendation_is_a_schedule_to_paste() -> None:
     assert schedule(results) == [[1, 4, 5], [5, 60, 3], [61, 100, 0]]
     assert schedule_line(results) == "generator.speculation.schedule=[[1,4,5],[5,60,3],[61,100,0]]"
     check_schedule(schedule(results), 5)
-    assert load_config(["experiment=cpu_mtp_grpo", schedule_line(results)]).generator.speculation.schedule == schedule(
-        results
-    )
+    pasted = load_config(["experiment=cpu_mtp_grpo", schedule_line(results)])
+    assert pasted.generator.speculation.schedule == schedule(results)
     assert schedule([measurement(3, 8, 1.5), measurement(3, 9, 1.5)]) == [[1, 9, 3]]
     assert as_json(opened(target=str(MIMO)), results, SamplingConfig(), {})["recommended_schedule"] == schedule(results)
 
