@@ -40,7 +40,7 @@ from skyrl_spec.specs.model import load_spec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMPTS = EXAMPLES / "arithmetic_mtp" / "data" / "validation.jsonl"
-MOST, LARGEST, LONGEST, DECAYING = 7, 256, 80, 256
+MOST, LARGEST, LONGEST, DECAYING = 7, 256, 200, 256
 SAMPLING = SamplingConfig(max_generate_length=LONGEST)
 AUTO, NONE = "auto", "none"
 # Least number of requests in a measurement.

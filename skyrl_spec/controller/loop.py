@@ -311,7 +311,7 @@ class DraftWarmup(TrainingLoop):
         return _report_values(reports)
 
 
-def measure_speedup(trainer: TrainingLoop, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 3) -> float:
+def measure_speedup(trainer: TrainingLoop, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 7) -> float:
     """Ratio of rollout tokens/s with the draft to tokens/s without, on the same prompts: the median of ``rounds``."""
     sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain.updated())
     ratios = []

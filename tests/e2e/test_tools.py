@@ -29,23 +29,40 @@ def tool(*words: str, timeout_s: float = 420) -> str:
 
 
 def test_eval_draft_of_a_run(whole: Whole, tmp_path: Path) -> None:
-    """Evaluates the newest checkpoint with its training's sampling settings and prompts."""
-    out = tmp_path / "out.json"
-    small = ["num_speculative_tokens=[1,3]", "batch_sizes=[8]", "rounds=2", "max_generate_length=40"]
-    lines = tool("eval-draft", f"target={whole[0]}", f"out={out}", *small).splitlines()
+    """Evaluates the newest checkpoint with its training's sampling settings, on questions with a category."""
+    out, questions = tmp_path / "out.json", tmp_path / "question.jsonl"
+    rows_of = {"short": ["7-2=", "1+1=", "3+5="], "long": ["7-2+9=", "3+8-4+6="]}
+    lines = [json.dumps({"category": name, "turns": [sum_]}) for name, sums in rows_of.items() for sum_ in sums]
+    questions.write_text("\n".join(lines))
+    small = [
+        "num_speculative_tokens=[1,3]",
+        "batch_sizes=[2,8]",
+        "rounds=2",
+        "max_generate_length=40",
+        "min_rollouts=8",
+    ]
+    lines = tool("eval-draft", f"target={whole[0]}", f"out={out}", f"prompts=[{questions}]", *small).splitlines()
     assert lines[0].split() == ["target", str(whole[0] / "checkpoints" / "step_5")]
     rows = [line.split() for line in lines if line.split()[:2] in (["1", "8"], ["3", "8"])]
     assert len(rows) == 2
     found = json.loads(out.read_text())
     assert found["method"] == "mtp"
     assert found["sampling"]["temperature"] == 1.0
-    by_count = {item["num_speculative_tokens"]: item for item in found["measurements"]}
+    by_count = {item["num_speculative_tokens"]: item for item in found["measurements"] if item["batch_size"] == 8}
     # The head is trained: most first tokens are accepted, and further ones besides.
     assert 1.5 < by_count[1]["mean_acceptance_length"] <= 2
     assert by_count[1]["mean_acceptance_length"] < by_count[3]["mean_acceptance_length"] <= 4
     assert len(by_count[3]["acceptance_rate_by_position"]) == 3
     assert all(len(item["plain_tok_s"]) == len(item["drafted_tok_s"]) == 2 for item in by_count.values())
-    assert set(found["recommended_num_speculative_tokens"]) == {"8"}
+    assert set(found["recommended_num_speculative_tokens"]) == {"2", "8"}
+    assert f"  for every batch    {json.dumps(found['recommended_schedule'], separators=(',', ':'))}" in "\n".join(
+        line.replace("generator.speculation.schedule=", "") for line in lines
+    )
+    assert all(item["by_category"].keys() == rows_of.keys() for item in by_count.values())
+    assert all(counts["num_drafts"] > 0 for item in by_count.values() for counts in item["by_category"].values())
+    assert [line.split()[:2] for line in lines if line.split()[1:2] in (["short"], ["long"])] == [
+        [count, name] for count in ("1", "3") for name in ("long", "short")
+    ]
 
 
 def test_a_report_of_a_run(whole: Whole, tmp_path: Path) -> None:
