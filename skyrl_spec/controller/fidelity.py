@@ -10,6 +10,7 @@ import numpy as np
 
 from skyrl_spec.errors import RunError
 from skyrl_spec.metrics import names
+from skyrl_spec.metrics.acceptance import comparable_lengths
 from skyrl_spec.settings.schema import CanaryConfig
 from skyrl_spec.types import Rollout, TrainBatch, Versions
 
@@ -52,14 +53,8 @@ def logprob_agreement(batch: TrainBatch) -> dict[str, float]:
 
 def acceptance_gap(values: Mapping[str, float]) -> dict[str, float]:
     """Predicted minus measured acceptance length, over the draft positions with both numbers; empty without any."""
-    gaps, position = [], 1
-    while (predicted := values.get(names.predicted_acceptance_pos(position))) is not None:
-        measured = values.get(names.acceptance_rate_pos("train", position))
-        if measured is None:
-            break
-        gaps.append(predicted - measured)
-        position += 1
-    return {names.ACCEPTANCE_GAP: sum(gaps)} if gaps else {}
+    lengths = comparable_lengths(values)
+    return {} if lengths is None else {names.ACCEPTANCE_GAP: lengths[0] - lengths[1]}
 
 
 def _prediction_error(values: Mapping[str, float]) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from skyrl_spec.metrics import names
 from skyrl_spec.types import SpecCounters
 
 # Positions that fewer drafts have get no rate: a schedule tries long drafts now and then, and a handful tells nothing.
@@ -29,3 +32,19 @@ def acceptance_metrics(counters: SpecCounters, prefix: str) -> dict[str, float]:
         if drafts >= _LEAST_SHARE * counters.num_drafts:
             metrics[f"acceptance_rate_pos_{position}"] = accepted / drafts
     return {f"{prefix}/draft_{name}": value for name, value in metrics.items()}
+
+
+def comparable_lengths(values: Mapping[str, float]) -> tuple[float, float] | None:
+    """Predicted and measured acceptance length of a training step, over the first draft positions with both rates.
+
+    Engines that choose their drafts' lengths draft shorter ones than the trainer predicts. None: no position has both.
+    """
+    predicted = measured = position = 1
+    while True:
+        pair = (
+            values.get(names.predicted_acceptance_pos(position)),
+            values.get(names.acceptance_rate_pos("train", position)),
+        )
+        if pair[0] is None or pair[1] is None:
+            return (predicted, measured) if position > 1 else None
+        predicted, measured, position = predicted + pair[0], measured + pair[1], position + 1

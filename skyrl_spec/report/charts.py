@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from skyrl_spec.metrics import names
+from skyrl_spec.metrics.acceptance import comparable_lengths
 from skyrl_spec.report.read import RunData
 from skyrl_spec.types import FROZEN
 
@@ -154,11 +155,7 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
     axes.set_xlabel("predicted by the trainer")
     limits: list[float] = []
     for index, run in enumerate(runs):
-        pairs = [
-            (record[names.PREDICTED_ACCEPTANCE_LENGTH], record[names.acceptance_length("train")])
-            for record in run.records
-            if record.get(names.PREDICTED_ACCEPTANCE_LENGTH) and record.get(names.acceptance_length("train"))
-        ]
+        pairs = [lengths for record in run.records if (lengths := comparable_lengths(record)) is not None]
         if pairs:
             predicted, measured = [list(values) for values in zip(*pairs, strict=True)]
             axes.scatter(
@@ -175,7 +172,8 @@ def _predicted(runs: Sequence[RunData]) -> Chart | None:
     return _finished(
         axes,
         "predicted_measured",
-        "One point per step. Points far below the line: the engines do not draft as the trainer's draft does.",
+        "One point per step, over the draft positions that the engines drafted often. Points far below the line: the "
+        "engines do not draft as the trainer's draft does.",
         texts,
     )
 
