@@ -14,6 +14,14 @@ each term. Nothing is computed twice, and the K drafts of a target position shar
 One minus the total variation distance, ``sum_v min(p_v, q_v)``, is the probability that exact rejection sampling
 accepts a token that the draft samples. It accepts the draft's most probable token with probability p of that token.
 
+The distances from the policy's distribution p, by ``loss_type``:
+
+- ``soft_ce``: cross-entropy against p
+- ``topk_soft_ce``: cross-entropy against p, restricted to its ``topk`` most probable tokens and renormalised. Tokens
+  that tie for the last place are all kept.
+- ``hard_ce``: cross-entropy against the sampled token
+- ``tv``: total variation distance from p
+
 Shape suffixes: K drafts (depths), T target positions, D hidden, v this rank's shard of the vocabulary, c tokens of one
 chunk, R ranks.
 """
@@ -84,14 +92,8 @@ def vocab_parallel_soft_ce(
 ) -> DraftLoss:
     """``sum_{k,t} weights_KT * loss_KT`` with ``q = softmax(draft_hidden W^T / temperature)``.
 
-    The terms, by ``loss_type``, with ``p = softmax(teacher_hidden W^T / temperature)``, truncated by ``top_k`` and
-    ``top_p`` (``losses.truncation``):
-
-    - ``soft_ce``: cross-entropy against p
-    - ``topk_soft_ce``: cross-entropy against p, restricted to its ``topk`` most probable tokens and renormalised.
-      Tokens that tie for the last place are all kept.
-    - ``hard_ce``: cross-entropy against the token ``labels_T``
-    - ``tv``: total variation distance from p
+    The terms are distances from ``p = softmax(teacher_hidden W^T / temperature)``, truncated by ``top_k`` and ``top_p``
+    (``losses.truncation``). The head of this file lists them.
 
     Gradient reaches only ``draft_hidden_KTD``: output weight, teacher and token weights are constants. One all-reduce
     over ``group`` makes it complete on every rank. An entry of weight 0 adds nothing, even if its hidden state is NaN.
@@ -106,12 +108,10 @@ def vocab_parallel_soft_ce(
         chunk_size: number of target positions whose logits exist at a time: two float32 tensors [chunk_size, v] for
             ``soft_ce`` and ``tv``, else three, and one more in the dtype of the weight if that is 16 bits wide.
         group: tensor-parallel ranks; None if the weight is whole. All ranks hold the same hidden states and weights.
-        loss_type: see above.
-        topk: for ``topk_soft_ce``.
+        loss_type: which distance. ``topk`` is for ``topk_soft_ce``.
         labels_T: token ids, for ``hard_ce``.
         fp32_logits: with a 16-bit weight, float32 logits that are never rounded to 16 bits (``ChunkLogits``).
-        top_k: the engines sample from this many tokens. -1: all.
-        top_p: the engines sample from a nucleus of this probability. 1: all tokens.
+        top_k: the engines sample from this many tokens, and with ``top_p`` from a nucleus. -1 and 1: from all.
         samples_drafts: the engines sample drafted tokens from q. False: they draft its most probable token.
 
     Raises:

@@ -39,12 +39,10 @@ def comparable_lengths(values: Mapping[str, float]) -> tuple[float, float] | Non
 
     Engines that choose their drafts' lengths draft shorter ones than the trainer predicts. None: no position has both.
     """
-    predicted = measured = position = 1
+    predicted, measured, position = 1.0, 1.0, 1
     while True:
-        pair = (
-            values.get(names.predicted_acceptance_pos(position)),
-            values.get(names.acceptance_rate_pos("train", position)),
-        )
-        if pair[0] is None or pair[1] is None:
+        more_predicted = values.get(names.predicted_acceptance_pos(position))
+        more_measured = values.get(names.acceptance_rate_pos("train", position))
+        if more_predicted is None or more_measured is None:
             return (predicted, measured) if position > 1 else None
-        predicted, measured, position = predicted + pair[0], measured + pair[1], position + 1
+        predicted, measured, position = predicted + more_predicted, measured + more_measured, position + 1
