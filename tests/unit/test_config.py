@@ -303,11 +303,7 @@ RULES = {
     "generator.speculation.draft_sample_method=sampled": (
         "generator.speculation.draft_sample_method=sampled: must be greedy or probabilistic; set one of these"
     ),
-    "generator.speculation.draft_sample_method=probabilistic": (
-        "generator.speculation.draft_sample_method=probabilistic: needs a draft that is a model"
-    ),
-    f"{ENGINE}.speculative_config={{method: ngram, num_speculative_tokens: 3}} "
-    "generator.speculation.draft_sample_method=probabilistic": (
+    "trainer.mtp.enabled=false generator.speculation.draft_sample_method=probabilistic": (
         "generator.speculation.draft_sample_method=probabilistic: needs a draft that is a model; set it to greedy"
     ),
     f"{ENGINE}.speculative_config={{method: mtp, use_heterogeneous_vocab: true}}": (
@@ -366,6 +362,14 @@ def test_rules(overrides: str) -> None:
         validate(config)
     assert str(error.value).startswith(RULES[overrides])
     assert "\n" not in str(error.value)
+
+
+def test_drafts_without_a_model_cannot_be_sampled() -> None:
+    config = load_config([CPU, "trainer.mtp.enabled=false", f"{ENGINE}.speculative_config={{method: ngram}}"])
+    validate(config)
+    config.generator.speculation.draft_sample_method = "probabilistic"
+    with pytest.raises(ConfigError, match=r"^generator\.speculation\.draft_sample_method=probabilistic: needs a draft"):
+        validate(config)
 
 
 @pytest.mark.parametrize(
