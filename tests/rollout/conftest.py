@@ -35,6 +35,18 @@ def dflash_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=["mtp", "dflash"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Runs a test with each kind of draft."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def target(kind: str, models_dir: Path, dflash_dir: Path) -> Path:
+    """The model of a draft of this kind."""
+    return models_dir / "w0" if kind == "mtp" else dflash_dir / "t0"
+
+
 @pytest.fixture(scope="session")
 def base_settings(models_dir: Path) -> EngineSettings:
     return EngineSettings(

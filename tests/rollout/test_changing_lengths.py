@@ -21,16 +21,6 @@ EVERY_LENGTH = lengths_to_try(3, has_model=True)
 MEASURED = lengths_to_measure(EVERY_LENGTH)
 
 
-@pytest.fixture(scope="module", params=["mtp", "dflash"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def target(kind: str, models_dir: Path, dflash_dir: Path) -> Path:
-    return models_dir / "w0" if kind == "mtp" else dflash_dir / "t0"
-
-
 @pytest.fixture(scope="module")
 def changing(kind: str, target: Path, dflash_dir: Path, start_engine: Callable[..., EngineProcess]) -> EngineProcess:
     draft = MTP if kind == "mtp" else dflash(dflash_dir / "d0")

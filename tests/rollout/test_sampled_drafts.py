@@ -19,16 +19,6 @@ EVERY_LENGTH = lengths_to_try(3, has_model=True)
 SAMPLED = {"draft_sample_method": "probabilistic"}
 
 
-@pytest.fixture(scope="module", params=["mtp", "dflash"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def target(kind: str, models_dir: Path, dflash_dir: Path) -> Path:
-    return models_dir / "w0" if kind == "mtp" else dflash_dir / "t0"
-
-
 @pytest.fixture(scope="module")
 def sampling_drafts(
     kind: str, target: Path, dflash_dir: Path, start_engine: Callable[..., EngineProcess]
