@@ -133,7 +133,8 @@ def flex_block_attention(blocks: Blocks, num_tokens: int) -> BlockAttention:
         value = torch.cat([keys.token_value_TGd, keys.slot_value_QGd])
         query, key, value = (x.transpose(0, 1)[None] for x in (query_QHd, key, value))
         kernel = _compiled_flex_attention() if query.is_cuda else flex_attention
-        return kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+        out = kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=_KERNEL)
+        return out[0].transpose(0, 1)
 
     return attend
 
@@ -192,6 +193,10 @@ def _visible_mod(blocks: Blocks, num_tokens: int):  # type: ignore[no-untyped-de
         return torch.where(k < num_tokens, before, (k - num_tokens) // num_slots == q // num_slots)
 
     return mod
+
+
+# For fewer than 128 queries, torch chooses a kernel for decoding. torch 2.11 cannot compile it for lengths that change.
+_KERNEL: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 @cache

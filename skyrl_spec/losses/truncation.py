@@ -8,13 +8,17 @@ Shape suffixes: c tokens of one chunk, v this rank's tokens of the vocabulary, R
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from skyrl_spec.losses.vocab_parallel import VocabShard, all_gather_columns, row_blocks
 
-# Halvings of the range in which a nucleus's least probability is looked for: to 1e-12 of the largest probability.
-_HALVINGS = 40
+# The least probability of a nucleus is looked for between the largest probability and 2^-32 of it, by halvings of the
+# ratio: to 32 / 2^24 of an octave, 1e-6 of itself.
+_OCTAVES, _HALVINGS = 32.0, 24
 
 
 def kth_largest(values_cv: Tensor, k: int, shard: VocabShard) -> Tensor:
@@ -40,14 +44,15 @@ def keep_nucleus_(probs_cv: Tensor, top_p: float, shard: VocabShard) -> None:
     Tokens that tie for the last place are all kept. The least probability that is kept is found by halving, so no rank
     sorts its vocabulary. One collective for each halving.
     """
-    low_c, high_c = probs_cv.new_zeros(len(probs_cv)), _over_ranks(probs_cv.max(-1).values, shard).max(0).values
-    # Tokens of the largest probability are always kept: high_c may be it.
+    largest_c = _over_ranks(probs_cv.max(-1).values, shard).max(0).values
+    # A nucleus that needs still less probable tokens has all.
+    least_c, octaves_c, step = torch.zeros_like(largest_c), torch.full_like(largest_c, -_OCTAVES), _OCTAVES
     for _ in range(_HALVINGS):
-        middle_c = (low_c + high_c) / 2
-        has_enough_c = _mass_from(probs_cv, middle_c, shard) >= top_p
-        low_c, high_c = torch.where(has_enough_c, middle_c, low_c), torch.where(has_enough_c, high_c, middle_c)
-    # At the largest probability itself, or up to the last halving below the least that is kept.
-    probs_cv.masked_fill_(probs_cv < low_c[:, None], 0.0)
+        step /= 2
+        trial_c = largest_c * (octaves_c + step).exp2()
+        has_enough_c = _mass_from(probs_cv, trial_c, shard) >= top_p
+        least_c, octaves_c = torch.where(has_enough_c, trial_c, least_c), octaves_c + step * has_enough_c
+    probs_cv.masked_fill_(probs_cv < least_c[:, None], 0.0)
     renormalise_(probs_cv, shard)
 
 
@@ -64,8 +69,21 @@ def renormalise_(probs_cv: Tensor, shard: VocabShard) -> None:
 
 def _mass_from(probs_cv: Tensor, least_c: Tensor, shard: VocabShard) -> Tensor:
     """Total probability of the tokens that have at least ``least_c`` each, ``[c]``. One collective."""
-    blocks = row_blocks(probs_cv, least_c[:, None])
-    return _over_ranks(torch.cat([(probs * (probs >= least)).sum(-1) for probs, least in blocks]), shard).sum(0)
+    if probs_cv.is_cuda:
+        mass_c = _compiled_mass()(probs_cv, least_c[:, None])
+    else:
+        mass_c = torch.cat([_local_mass(*block) for block in row_blocks(probs_cv, least_c[:, None])])
+    return _over_ranks(mass_c, shard).sum(0)
+
+
+def _local_mass(probs_cv: Tensor, least_c1: Tensor) -> Tensor:
+    return torch.where(probs_cv >= least_c1, probs_cv, 0.0).sum(-1)
+
+
+@cache
+def _compiled_mass() -> Any:
+    """One pass over the probabilities, without temporaries. Only a draft's training depends on its rounding."""
+    return torch.compile(_local_mass)
 
 
 def _over_ranks(values_c: Tensor, shard: VocabShard) -> Tensor:

@@ -63,7 +63,7 @@ def forward(
         documents: documents of the keys.
         queries: documents of the queries. Those of a document are its last tokens: all of them, or fewer.
     """
-    if query_QHd.is_cuda:
+    if _has_flash_kernel(query_QHd):
         out_QHd, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(
             query_QHd, key_TGd, value_TGd, *_cuda_bounds(queries, documents), 0.0, True, False, scale=scale
         )
@@ -72,9 +72,9 @@ def forward(
     lse_dtype = torch.float64 if query_QHd.dtype == torch.float64 else torch.float32
     lse_HQ = query_QHd.new_empty(query_QHd.shape[1], len(query_QHd), dtype=lse_dtype)
     for rows, before, own in _parts(queries, documents):
-        attended = _cpu_forward(query_QHd[rows], key_TGd[own], value_TGd[own], scale, is_causal=True)
+        attended = _forward_of_one(query_QHd[rows], key_TGd[own], value_TGd[own], scale, is_causal=True)
         if before.start < before.stop:
-            earlier = _cpu_forward(query_QHd[rows], key_TGd[before], value_TGd[before], scale, is_causal=False)
+            earlier = _forward_of_one(query_QHd[rows], key_TGd[before], value_TGd[before], scale, is_causal=False)
             attended = _merged(attended, earlier)
         out_QHd[rows], lse_HQ[:, rows] = attended
     return Attended(out_QHd, lse_HQ)
@@ -94,7 +94,7 @@ def backward(
 
     ``attended`` may be over more keys than these. The gradients are then those of the part that these keys have in it.
     """
-    if query_QHd.is_cuda:
+    if _has_flash_kernel(query_QHd):
         # Without dropout no random state is read.
         unused = torch.empty(2, dtype=torch.uint64, device=query_QHd.device)
         return torch.ops.aten._flash_attention_backward(
@@ -118,11 +118,11 @@ def backward(
     for rows, before, own in _parts(queries, documents):
         some = grad_QHd[rows], query_QHd[rows]
         merged = Attended(attended.out_THd[rows], attended.lse_HT[:, rows].contiguous())
-        query_grad[rows], key_grad[own], value_grad[own] = _cpu_backward(
+        query_grad[rows], key_grad[own], value_grad[own] = _backward_of_one(
             *some, key_TGd[own], value_TGd[own], merged, scale, is_causal=True
         )
         if before.start < before.stop:
-            earlier, key_grad[before], value_grad[before] = _cpu_backward(
+            earlier, key_grad[before], value_grad[before] = _backward_of_one(
                 *some, key_TGd[before], value_TGd[before], merged, scale, is_causal=False
             )
             query_grad[rows] += earlier
@@ -169,6 +169,11 @@ class _DocumentsAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _has_flash_kernel(tensor: Tensor) -> bool:
+    """A kernel takes all documents at once. Without one, in float32 or on a CPU, they go one after the other."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
 def _cuda_bounds(queries: Documents, documents: Documents) -> tuple[Tensor, Tensor, int, int]:
     return queries.start_N, documents.start_N, queries.longest, documents.longest
 
@@ -181,14 +186,18 @@ def _parts(queries: Documents, documents: Documents) -> Iterator[tuple[slice, sl
             yield slice(first, last), slice(start, middle), slice(middle, end)
 
 
-def _cpu_forward(query_QHd: Tensor, key_NGd: Tensor, value_NGd: Tensor, scale: float, *, is_causal: bool) -> Attended:
+def _forward_of_one(
+    query_QHd: Tensor, key_NGd: Tensor, value_NGd: Tensor, scale: float, *, is_causal: bool
+) -> Attended:
+    if query_QHd.is_cuda:
+        return _float32_forward(query_QHd, key_NGd, value_NGd, scale, is_causal=is_causal)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(_heads_first(x) for x in (query_QHd, key_NGd, value_NGd)), 0.0, is_causal, scale=scale
     )
     return Attended(_tokens_first(out), lse[0])
 
 
-def _cpu_backward(
+def _backward_of_one(
     grad_QHd: Tensor,
     query_QHd: Tensor,
     key_NGd: Tensor,
@@ -198,6 +207,8 @@ def _cpu_backward(
     *,
     is_causal: bool,
 ) -> tuple[Tensor, ...]:
+    if query_QHd.is_cuda:
+        return _float32_backward(grad_QHd, query_QHd, key_NGd, value_NGd, attended, scale, is_causal=is_causal)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_heads_first(x) for x in (grad_QHd, query_QHd, key_NGd, value_NGd, attended.out_THd)),
         attended.lse_HT[None],
@@ -208,11 +219,57 @@ def _cpu_backward(
     return tuple(_tokens_first(grad) for grad in grads)
 
 
+def _float32_forward(
+    query_QHd: Tensor, key_NGd: Tensor, value_NGd: Tensor, scale: float, *, is_causal: bool
+) -> Attended:
+    """On CUDA, where flash attention has no float32."""
+    key_NHd, value_NHd = (_for_every_head(x, query_QHd) for x in (key_NGd, value_NGd))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        *(_heads_first(x) for x in (query_QHd, key_NHd, value_NHd)), None, True, 0.0, is_causal, scale=scale
+    )
+    return Attended(_tokens_first(out), lse[0, :, : len(query_QHd)])
+
+
+def _float32_backward(
+    grad_QHd: Tensor,
+    query_QHd: Tensor,
+    key_NGd: Tensor,
+    value_NGd: Tensor,
+    attended: Attended,
+    scale: float,
+    *,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    key_NHd, value_NHd = (_for_every_head(x, query_QHd) for x in (key_NGd, value_NGd))
+    # As the forward kernel pads it.
+    lse_HP = torch.nn.functional.pad(attended.lse_HT, (0, -len(query_QHd) % 32), value=torch.inf)
+    # Without dropout no random state is read.
+    unused = torch.zeros((), dtype=torch.int64)
+    query_grad, *grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        *(_heads_first(x) for x in (grad_QHd, query_QHd, key_NHd, value_NHd)),
+        None,
+        _heads_first(attended.out_THd),
+        lse_HP[None],
+        unused,
+        unused,
+        0.0,
+        [True, True, True, False],
+        is_causal,
+        scale=scale,
+    )[:3]
+    num_key_heads = key_NGd.shape[1]
+    return _tokens_first(query_grad), *(_tokens_first(x).unflatten(1, (num_key_heads, -1)).sum(2) for x in grads)
+
+
+def _for_every_head(x_NGd: Tensor, query_QHd: Tensor) -> Tensor:
+    return x_NGd.repeat_interleave(query_QHd.shape[1] // x_NGd.shape[1], dim=1)
+
+
 def _merged(a: Attended, b: Attended) -> Attended:
     """Attention over both sets of keys."""
     lse_HT = torch.logaddexp(a.lse_HT, b.lse_HT)
     shares = ((part.lse_HT - lse_HT).exp().t()[..., None] * part.out_THd for part in (a, b))
-    return Attended(sum(shares, torch.zeros((), dtype=lse_HT.dtype)).to(a.out_THd.dtype), lse_HT)
+    return Attended(sum(shares, lse_HT.new_zeros(())).to(a.out_THd.dtype), lse_HT)
 
 
 def _heads_first(x_THd: Tensor) -> Tensor:

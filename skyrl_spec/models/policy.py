@@ -63,8 +63,9 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
         # Token weights carry the global denominator, so Megatron must not divide again.
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        # Compiled by torch.
+        bias_activation_fusion=device.type == "cuda",
+        bias_dropout_fusion=device.type == "cuda",
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

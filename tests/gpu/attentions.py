@@ -22,6 +22,7 @@ from skyrl_spec.models.upload import upload
 
 # Scores, probabilities and output are rounded to 2^-9 of themselves, one after the other.
 LIMIT = 1e-2
+FLOAT32_LIMIT = 1e-5
 NUM_DEPTHS = 3
 # Query heads, key heads and head size of Qwen3-8B and MiMo-7B.
 HEADS, GROUPS, HEAD_DIM = 32, 8, 128
@@ -41,15 +42,22 @@ def masked_attention(query_QHd: Tensor, key_NGd: Tensor, value_NGd: Tensor, seen
 
 
 def compare(
-    attend: Attend, reference: Attend, inputs: list[Tensor], *, has_backward: bool = True, **details: object
+    attend: Attend,
+    reference: Attend,
+    inputs: list[Tensor],
+    *,
+    has_backward: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    **details: object,
 ) -> Figure:
-    """The largest relative error of output and gradients; ``attend`` gets bf16, ``reference`` the same in float64."""
-    rounded = [x.bfloat16() for x in inputs]
+    """The largest relative error of output and gradients; ``reference`` gets the inputs of ``attend`` in float64."""
+    rounded = [x.to(dtype) for x in inputs]
     got = _with_gradients(attend, rounded) if has_backward else [attend(*rounded)]
     # Without a backward pass, only the first is compared.
     wanted = _with_gradients(reference, [x.double() for x in rounded])[: len(got)]
     errors = [relative_error(mine, theirs) for mine, theirs in zip(got, wanted, strict=True)]
-    return Figure(max(errors), LIMIT, "relative", details={"output": errors[0], "gradients": errors[1:], **details})
+    limit = LIMIT if dtype == torch.bfloat16 else FLOAT32_LIMIT
+    return Figure(max(errors), limit, "relative", details={"output": errors[0], "gradients": errors[1:], **details})
 
 
 def _with_gradients(attend: Attend, inputs: list[Tensor]) -> list[Tensor]:
@@ -74,7 +82,7 @@ def causal(device: torch.device, _folder: Path, depth: int) -> Figure:
     return _compare_chain(device, pack, attend, depth)
 
 
-def windows(device: torch.device, _folder: Path, depth: int) -> Figure:
+def windows(device: torch.device, _folder: Path, depth: int, dtype: torch.dtype = torch.bfloat16) -> Figure:
     """The MTP head's from the last third of each document, which is how a share of the positions is trained."""
     pack = _pack(device)
     starts, lengths = pack.documents.starts, [-(-length // 3) for length in pack.documents.lengths]
@@ -86,7 +94,7 @@ def windows(device: torch.device, _folder: Path, depth: int) -> Figure:
         keys, values = ([x[0], *(own[rows] for own in x[1:])] for x in (rest[:depth], rest[depth:]))
         return chain_attention(query[rows], keys, values, pack.documents, SCALE, queries)
 
-    return _compare_chain(device, pack, attend, depth, rows)
+    return _compare_chain(device, pack, attend, depth, rows, dtype)
 
 
 def varlen(device: torch.device, _folder: Path) -> Figure:
@@ -106,7 +114,12 @@ def varlen(device: torch.device, _folder: Path) -> Figure:
 
 
 def _compare_chain(
-    device: torch.device, pack: Pack, attend: Attend, depth: int, rows: Tensor | slice = slice(None)
+    device: torch.device,
+    pack: Pack,
+    attend: Attend,
+    depth: int,
+    rows: Tensor | slice = slice(None),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Figure:
     """``attend`` against one softmax over the keys of all depths side by side: a query sees its own deeper keys.
 
@@ -122,7 +135,8 @@ def _compare_chain(
         return masked_attention(query, torch.cat(rest[:depth]), torch.cat(rest[depth:]), seen_TN)[rows]
 
     shapes = [(num_tokens, HEADS, HEAD_DIM), *[(num_tokens, GROUPS, HEAD_DIM)] * (2 * depth)]
-    return compare(attend, reference, _randn(device, *shapes), documents=pack.documents.lengths, depth=depth)
+    inputs = _randn(device, *shapes)
+    return compare(attend, reference, inputs, dtype=dtype, documents=pack.documents.lengths, depth=depth)
 
 
 def flex(device: torch.device, _folder: Path, num_anchors: int) -> Figure:
@@ -154,6 +168,7 @@ def _pack(device: torch.device) -> Pack:
 
 ATTENTIONS = [
     Check("flex attention", "DFlash's block attention, forward and backward", partial(flex, num_anchors=32)),
+    Check("short flex attention", "the same with fewer than 128 slots", partial(flex, num_anchors=2)),
     Check("dense flex attention", "the same with every response token an anchor", partial(flex, num_anchors=1000)),
     Check("causal attention", "attention of the trunk, forward and backward", partial(causal, depth=1)),
     Check("chain attention", "attention of the MTP head's third depth, likewise", partial(causal, depth=NUM_DEPTHS)),
@@ -166,6 +181,11 @@ ATTENTIONS = [
         "window chain attention",
         "the same of the MTP head's third depth",
         partial(windows, depth=NUM_DEPTHS),
+    ),
+    Check(
+        "float32 attention",
+        "window chain attention in float32",
+        partial(windows, depth=NUM_DEPTHS, dtype=torch.float32),
     ),
     Check(
         "varlen attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attentions import ATTENTIONS
 from gpu_check import Check
-from measures import MEMORY, PACKING, PLANS, SPEED, SYNC
+from measures import FUSIONS, MEMORY, PACKING, PLANS, SPEED, SYNC
 from training import DISTRIBUTED, ISOLATION, LONG_ROWS, RECOMPUTE, STEPS
 from vocabularies import LOGPROBS, LOSSES
 
@@ -22,4 +22,5 @@ CHECKS: list[Check] = [
     *PLANS,
     *LONG_ROWS,
     *DISTRIBUTED,
+    *FUSIONS,
 ]

@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import soft_ce
 import torch
-from gpu_check import KEEP, Check, Figure, apart, seconds, synchronize
+from gpu_check import KEEP, Check, Figure, apart, relative_error, seconds, synchronize
 from real_shapes import MODELS, build_trainer, make_rows, num_parameters, planned_bytes, write_configs
 from tiny_checkpoints import batch_of_lengths
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.losses import soft_ce as loss_module
+from skyrl_spec.losses.draft_loss import draft_loss as draft_loss_of
 from skyrl_spec.planning.memory import plan_memory
 from skyrl_spec.specs.flops import policy_training
+from skyrl_spec.training import trainer as trainer_module
 from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import TrainBatch
 
@@ -70,6 +73,71 @@ def _peak_extra(device: torch.device, run: Any) -> float:
     run()
     synchronize(device)
     return float(torch.cuda.max_memory_allocated() - before)
+
+
+def loss_kinds(device: torch.device, _folder: Path) -> Figure:
+    """Time of the draft's loss and its gradient by ``loss_type`` and truncation, against ``soft_ce``."""
+    on_cuda = device.type == "cuda"
+    num_tokens, hidden_size, vocab_size, chunk_size = (8192, 4096, 152_064, 1024) if on_cuda else (256, 64, 1520, 32)
+    inputs = soft_ce.make_inputs(device.type, torch.bfloat16, 1, num_tokens, hidden_size, vocab_size)
+    place_KT = torch.arange(num_tokens, device=device)[None]
+    common = {"vocab_size": vocab_size, "temperature": 0.8, "chunk_size": chunk_size, "group": None}
+
+    def run(loss_type: str, **options: Any) -> None:
+        loss, _ = draft_loss_of(loss_type, *inputs, place_KT, (1, num_tokens), **common, **options)
+        torch.autograd.grad(loss, inputs[0])
+
+    kinds: dict[str, Any] = {
+        "soft_ce": partial(run, "soft_ce"),
+        "accept, sampled": partial(run, "accept", samples_drafts=True),
+        "0.7*soft_ce+0.3*accept": partial(run, "0.7*soft_ce+0.3*accept"),
+        "soft_ce, top_k 50": partial(run, "soft_ce", top_k=50),
+        "soft_ce, top_p 0.95": partial(run, "soft_ce", top_p=0.95),
+        "soft_ce, top_k 50, top_p 0.95": partial(run, "soft_ce", top_k=50, top_p=0.95),
+    }
+    times = {name: seconds(device, kind, repeats=3) for name, kind in kinds.items()}
+    return Figure(max(times.values()) / times["soft_ce"], unit="x the time of soft_ce", details={"s": times})
+
+
+def compiled_losses(device: torch.device, _folder: Path) -> Figure:
+    """Time of the draft's loss with its passes over a chunk's logits compiled, against as they are."""
+    inputs = soft_ce.make_inputs(device.type, torch.bfloat16, 1, 8192, 4096, 152_064)
+    run = partial(soft_ce.loss_and_grad, "ours", inputs, 1024)
+    plain_s, gradient = seconds(device, run, repeats=3), run()
+    for name in ("softmax_", "_compare_"):
+        setattr(loss_module, name, torch.compile(getattr(loss_module, name)))
+    start = time.perf_counter()
+    error = relative_error(run(), gradient)
+    compile_s = time.perf_counter() - start
+    compiled_s = seconds(device, run, repeats=3)
+    details = {"s": {"as they are": plain_s, "compiled": compiled_s}, "compile s": compile_s, "error": error}
+    return Figure(compiled_s / plain_s, unit="of the time as they are", details=details)
+
+
+def fused_layers(device: torch.device, folder: Path) -> Figure:
+    """Time of a training step on eight layers with Megatron's compiled SwiGLU and bias-dropout-add, against without."""
+    plain = {"bias_activation_fusion": False, "bias_dropout_fusion": False}
+    # By turns: the card's clock changes.
+    turns = [apart(_step_with, device, folder / f"{turn}", {} if turn % 2 else plain) for turn in range(4)]
+    without, with_fusions = ([step_s for step_s, _ in turns[start::2]] for start in (0, 1))
+    details = {"s without": without, "s with": with_fusions, "GiB without, with": [gib for _, gib in turns[:2]]}
+    return Figure(sum(with_fusions) / sum(without), unit="of the time without", details=details)
+
+
+def _step_with(device: torch.device, folder: Path, fusions: dict[str, bool]) -> tuple[float, float]:
+    """Median seconds of a mini-batch on eight layers of Qwen3-8B, and peak memory in GiB."""
+    plain = trainer_module.transformer_config
+
+    def with_fusions(*args: Any) -> Any:
+        config = plain(*args)
+        for name, value in fusions.items():
+            setattr(config, name, value)
+        return config
+
+    trainer_module.transformer_config = with_fusions
+    trainer, batch = _trainer_and_batch(device, "qwen3_8b", 8, folder)
+    step_s = seconds(device, lambda: trainer.train_mini_batch(batch), repeats=3)
+    return step_s, torch.cuda.max_memory_allocated() / GIB
 
 
 def training_step(device: torch.device, folder: Path, model: str) -> Figure:
@@ -285,7 +353,25 @@ def _sum(tensor: Tensor) -> int:
     return int(tensor.sum(dtype=torch.int64))
 
 
-MEMORY = [Check("loss memory", "peak memory of the draft's loss at [8192, 4096] x 152,064", draft_loss)]
+MEMORY = [
+    Check("loss memory", "peak memory of the draft's loss at [8192, 4096] x 152,064", draft_loss),
+    Check("loss kinds", "time of the draft's losses there, and with top-k and top-p", loss_kinds),
+]
+FUSIONS = [
+    Check(
+        "compiled losses",
+        "time of the draft's loss there with its softmax passes compiled, which is not done",
+        compiled_losses,
+        waits_for="CUDA: it is a question about kernels",
+    ),
+    Check(
+        "fused layers",
+        "time of a training step with Megatron's compiled SwiGLU and bias-dropout-add",
+        fused_layers,
+        180.0,
+        waits_for="CUDA: likewise",
+    ),
+]
 SPEED = [
     Check(f"training step {model}", f"a training step on layers of {model}", partial(training_step, model=model), 200.0)
     for model in MODELS

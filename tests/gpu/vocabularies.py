@@ -22,6 +22,8 @@ NUM_DRAFTS, NUM_TOKENS, HIDDEN_SIZE, CHUNK_SIZE = 3, 200, 1024, 64
 GRADIENT_LIMIT, LOSS_LIMIT, LOGPROB_LIMIT = 2e-2, 2e-3, 6e-2
 # float32 sums of 1,024 products of numbers of order 1.
 FP32_LIMIT = 2e-4
+# Truncation of the rollouts, and the error of a probability from float32 logits.
+TOP_K, TOP_P, ACCEPT_LIMIT = 100, 0.9, 1e-4
 
 
 def sizes(device: torch.device, vocabulary: str) -> tuple[int, int]:
@@ -81,6 +83,52 @@ def _plain(draft_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, weights_KT:
     return total, torch.cat(gradients, dim=1)
 
 
+def sampled_drafts(device: torch.device, _folder: Path, vocabulary: str) -> Figure:
+    """The gradient of the distance that sampled drafts are trained with, where rollouts use top-k and top-p."""
+    vocab_size, num_rows = sizes(device, vocabulary)
+    draft_KTD, teacher_TD, weight_VD, weights_KT = make_inputs(device, vocab_size, num_rows)
+    draft_KTD.requires_grad_()
+    result = vocab_parallel_soft_ce(
+        draft_KTD,
+        teacher_TD,
+        weight_VD,
+        weights_KT,
+        vocab_size=vocab_size,
+        temperature=TEMPERATURE,
+        chunk_size=CHUNK_SIZE,
+        group=None,
+        loss_type="tv",
+        # Rounding to bf16 would turn the sign of many differences of the two distributions.
+        fp32_logits=True,
+        top_k=TOP_K,
+        top_p=TOP_P,
+        samples_drafts=True,
+    )
+    (gradient_KTD,) = torch.autograd.grad(result.loss, draft_KTD)
+    wide_KTD, weight_VD = draft_KTD.detach().double().requires_grad_(), weight_VD[:vocab_size].double()
+    teacher_TV = _truncated(teacher_TD.double() @ weight_VD.t() / TEMPERATURE)
+    accept_KT = torch.stack(
+        [
+            torch.minimum((draft_TD @ weight_VD.t() / TEMPERATURE).softmax(-1), teacher_TV).sum(-1)
+            for draft_TD in wide_KTD
+        ]
+    )
+    (wanted_KTD,) = torch.autograd.grad(-(weights_KT.double() * accept_KT).sum(), wide_KTD)
+    error = float((result.accept_prob_KT - accept_KT).abs().max())
+    assert error < ACCEPT_LIMIT, f"a probability of acceptance differs by {error:.1e}"
+    return Figure(relative_error(gradient_KTD, wanted_KTD), GRADIENT_LIMIT, "relative", details={"acceptance": error})
+
+
+def _truncated(logits_TV: Tensor) -> Tensor:
+    """Probabilities after top-k, then top-p, by sorting."""
+    sorted_TV, order_TV = logits_TV.sort(-1, descending=True)
+    sorted_TV[:, TOP_K:] = -torch.inf
+    probs_TV = sorted_TV.softmax(-1)
+    # A token stays if those before it have less than TOP_P together.
+    probs_TV = probs_TV.masked_fill(probs_TV.cumsum(-1) - probs_TV >= TOP_P, 0.0)
+    return torch.zeros_like(probs_TV).scatter(-1, order_TV, probs_TV / probs_TV.sum(-1, keepdim=True))
+
+
 def logprobs(device: torch.device, _folder: Path, vocabulary: str, fp32_logits: bool, limit: float) -> Figure:
     """The policy's log-probs and their gradient."""
     vocab_size, num_rows = sizes(device, vocabulary)
@@ -112,6 +160,13 @@ LOSSES = [
     )
     for vocabulary, (num_tokens, _) in VOCABULARIES.items()
 ]
+LOSSES.append(
+    Check(
+        "sampled drafts 152k",
+        "loss_type tv, its gradient and acceptance, with top-k and top-p at 151,936 tokens",
+        partial(sampled_drafts, vocabulary="152k"),
+    )
+)
 LOGPROBS = [
     Check(
         "fp32 head",

@@ -112,6 +112,7 @@ LOSSES = [
         [SOFT_CE],
         ("top-k keeps the first alone", ".topk(k).values[:, -1]", ".topk(k).values[:, 0]"),
         ("a nucleus of what is left out", ">= top_p", "<= top_p"),
+        ("a nucleus of half the octaves", "octaves_c + step * has_enough_c", "octaves_c + step"),
         ("a nucleus that is not renormalised", "probs_cv.div_(", "probs_cv.mul("),
     ),
     *of(
@@ -119,8 +120,8 @@ LOSSES = [
         [SHARDED],
         (
             "a nucleus of one rank",
-            "for probs, least in blocks]), shard).sum(0)",
-            "for probs, least in blocks]), shard)[shard.rank]",
+            "_over_ranks(mass_c, shard).sum(0)",
+            "_over_ranks(mass_c, shard)[shard.rank]",
         ),
     ),
     *of(
