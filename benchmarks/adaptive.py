@@ -2,6 +2,7 @@
 
     python benchmarks/adaptive.py                          # on two quiet cores, about 40 minutes
     python benchmarks/adaptive.py --examples mtp --sizes 1 16 --rounds 2
+    python benchmarks/adaptive.py --examples mtp --mtp-model runs/cpu_mtp_grpo/model       # after make train
 
 Examples: the MTP and the DFlash example's models with their drafts, and the MTP example's with a draft of random
 weights. Batches:
@@ -94,12 +95,12 @@ class Rates:
         return statistics.median(a / b for a, b in zip(self.tok_s[AUTO], self.tok_s[other], strict=True))
 
 
-def example(name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+def example(name: str, folder: Path, mtp_model: Path) -> tuple[Path, dict[str, Any]]:
     """Model and speculative_config."""
     if name == "dflash":
         home = EXAMPLES / "arithmetic_dflash"
         return home / "model", {"method": "dflash", "model": str(home / "draft"), "num_speculative_tokens": MOST}
-    model = EXAMPLES / "arithmetic_mtp" / "model"
+    model = mtp_model
     if name == "random":
         write_fresh_mtp(load_spec(str(model)), folder, "fp32", seed=0)
         model = folder
@@ -127,10 +128,10 @@ def load_prompts(model: Path) -> list[list[int]]:
     return [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows]
 
 
-def compare(name: str, sizes: list[int], rounds: int) -> None:
+def compare(name: str, sizes: list[int], rounds: int, mtp_model: Path) -> None:
     """Prints the rows of an example."""
     with tempfile.TemporaryDirectory() as folder:
-        model, speculative = example(name, Path(folder))
+        model, speculative = example(name, Path(folder), mtp_model)
         prompts = load_prompts(model)
         with engine(model, None) as plain, engine(model, speculative) as drafting:
             start = time.perf_counter()
@@ -170,13 +171,14 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[2**power for power in range(8)])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mtp-model", type=Path, default=EXAMPLES / "arithmetic_mtp" / "model")
     args = parser.parse_args()
     ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     heads = ["draft, batch", NONE, *(f"k={length}" for length in range(1, MOST + 1)), AUTO]
     heads += ["auto / best fixed", "auto / best", "auto / none"]
     print(f"Tokens/s.\n\n| {' | '.join(heads)} |\n|{'---:|' * len(heads)}", flush=True)
     for name in args.examples:
-        compare(name, args.sizes, args.rounds)
+        compare(name, args.sizes, args.rounds, args.mtp_model)
 
 
 if __name__ == "__main__":

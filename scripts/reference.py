@@ -18,6 +18,7 @@ from skyrl_spec.settings.schema import Config
 DIRECTORY = Path(__file__).parents[1] / "docs" / "reference"
 USAGES = dict.fromkeys(RUNS, "experiment=NAME [KEY=VALUE ...]") | {
     "compare": "experiment=NAME [arms=[ARM,...]] [seeds=N] [KEY=VALUE ...]",
+    "doctor": "[target=RUN|DIR|MODEL] [draft=DIR] [experiment=NAME] [KEY=VALUE ...]",
     "eval-draft": "target=RUN|DIR|MODEL [KEY=VALUE ...]",
     "report": "RUN [RUN ...] [out=DIR]",
     "export": "checkpoint=RUN|DIR out=DIR [KEY=VALUE ...]",

@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import textwrap
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from shlex import quote
+from typing import Any, NoReturn, TypeVar
 
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.describe import describe
-from skyrl_spec.settings.options import CompareOptions, EvalDraftOptions, ExportOptions, ReportOptions
+from skyrl_spec.settings.options import CompareOptions, DoctorOptions, EvalDraftOptions, ExportOptions, ReportOptions
 from skyrl_spec.settings.schema import Config
+
+Options = TypeVar("Options")
 
 EXIT_OK = 0
 EXIT_RUN = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+# Plus the number of the signal.
+EXIT_SIGNAL = 128
 
 # Summary and description of the commands that take a configuration, and of those that take options of their own.
 RUNS = {
@@ -44,6 +52,12 @@ TOOLS = {
         "Measure acceptance length and tokens/s with and without the draft, by number of draft tokens and batch size, "
         "and recommend a number of draft tokens.",
     ),
+    "doctor": (
+        "find what is wrong with a model, a draft or a configuration",
+        "Check files, tokenizer, and real engines and workers in a few minutes: trainer, engines and transformers "
+        "compute the same policy and draft, with and without the draft, before and after a training step and its sync. "
+        "Settings may follow. The exit code is 1 if a check failed.",
+    ),
     "report": (
         "draw charts of runs",
         "Write one self-contained HTML page of charts, and each chart as a PNG file. Several runs share the charts.",
@@ -63,6 +77,11 @@ EXAMPLES = {
     "warmup-draft": ["experiment=cpu_dflash_grpo"],
     "compare": ["experiment=cpu_mtp_grpo", "experiment=cpu_dflash_grpo arms=[trained,auto,every:4,frozen] seeds=3"],
     "eval-draft": ["target=runs/cpu_mtp_grpo"],
+    "doctor": [
+        "target=examples/arithmetic_mtp/model",
+        "target=examples/arithmetic_dflash/model draft=examples/arithmetic_dflash/draft",
+        "experiment=cpu_mtp_grpo",
+    ],
     "report": ["runs/cpu_mtp_grpo"],
     "export": ["checkpoint=runs/cpu_mtp_grpo out=exported"],
 }
@@ -70,6 +89,7 @@ EXAMPLES = {
 SCHEMAS = {
     "compare": CompareOptions,
     "eval-draft": EvalDraftOptions,
+    "doctor": DoctorOptions,
     "report": ReportOptions,
     "export": ExportOptions,
 }
@@ -84,11 +104,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
     words = [*args.words, *rest]
+    received: list[int] = []
     try:
-        if args.command in RUNS:
-            return _run(args.command, words, show_config=args.cfg is not None, verbose=args.verbose)
-        tool = {"eval-draft": _eval_draft, "report": _report, "export": _export}[args.command]
-        return tool(words, args.verbose)
+        with _interrupted_by_signals(received):
+            if args.command in RUNS:
+                return _run(args.command, words, show_config=args.cfg is not None, verbose=args.verbose)
+            tool = {"eval-draft": _eval_draft, "doctor": _doctor, "report": _report, "export": _export}[args.command]
+            return tool(words, args.verbose)
     except RunError as error:
         print(f"skyrl-spec: error: {error}", file=sys.stderr)
         return EXIT_RUN
@@ -96,11 +118,34 @@ def main(argv: list[str] | None = None) -> int:
         print(f"skyrl-spec: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        number = received[0] if received else signal.SIGINT
+        print(f"skyrl-spec: {signal.Signals(number).name}: stopped", file=sys.stderr)
+        return EXIT_SIGNAL + number
     except BrokenPipeError:
         # The reader of the output (head, less) has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+
+
+@contextmanager
+def _interrupted_by_signals(received: list[int]) -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, until a run installs its own handlers. Notes them in ``received``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        # A run that a signal has ended keeps its own handlers.
+        for number, handler in previous.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,7 +238,7 @@ def _export(words: list[str], verbose: bool) -> int:
 
     source = bundle.read_source(Path(options.checkpoint), model=options.model, draft=options.draft)
     target = bundle.export_bundle(source, out)
-    print(f"exported {source.directory} to {target}\nserve it   cd {target} && {bundle.serve_line(source)}")
+    print(f"exported {source.directory} to {target}\nserve it   cd {quote(str(target))} && {bundle.serve_line(source)}")
     return EXIT_OK
 
 
@@ -206,6 +251,17 @@ def _eval_draft(words: list[str], verbose: bool) -> int:
     from skyrl_spec.evaluation.command import run
 
     return ended_by_signal(lambda watch: run(options, watch, verbose=verbose))
+
+
+def _doctor(words: list[str], verbose: bool) -> int:
+    options, settings = _options(DoctorOptions, "doctor", words)
+    if not options.target and not settings:
+        raise ConfigError("target='': must name a model, run or bundle; write target=DIR, or experiment=NAME")
+    _quiet(verbose)
+    from skyrl_spec.controller.signals import ended_by_signal
+    from skyrl_spec.doctor.command import run
+
+    return ended_by_signal(lambda watch: run(options, settings, watch, verbose=verbose))
 
 
 def _report(words: list[str], verbose: bool) -> int:
@@ -240,7 +296,7 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
 
     options = CompareOptions()
     if command == "compare":
-        options, words = _compare_options(words)
+        options, words = _options(CompareOptions, "compare", words)
     config = load_config(words)
     validate(config)
     is_warmup = command == "warmup-draft"
@@ -269,13 +325,13 @@ def _run(command: str, words: list[str], *, show_config: bool, verbose: bool) ->
     return run_training(config, verbose=verbose)
 
 
-def _compare_options(words: list[str]) -> tuple[CompareOptions, list[str]]:
-    """The options of ``compare``, and the words that are settings."""
+def _options(schema: type[Options], command: str, words: list[str]) -> tuple[Options, list[str]]:
+    """The options of a command that takes settings too, and the words that are settings."""
     from skyrl_spec.settings.compose import read_options
 
-    keys = [setting.name for setting in describe(CompareOptions)]
+    keys = [setting.name for setting in describe(schema)]
     own = [word for word in words if word.partition("=")[0] in keys]
-    return read_options(CompareOptions, own, "compare"), [word for word in words if word not in own]
+    return read_options(schema, own, command), [word for word in words if word not in own]
 
 
 def _dry_run(command: str, config: Config, options: CompareOptions) -> int:

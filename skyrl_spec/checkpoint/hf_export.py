@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,15 @@ from skyrl_spec.errors import RunError
 from skyrl_spec.models.conversion import HfTensors
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.specs.files import read_config
-from skyrl_spec.specs.model import ModelSpec
+from skyrl_spec.specs.model import EMBEDDING, ModelSpec
 from skyrl_spec.types import Component
 
 # All files but weights and config.json are copied: tokenizer, chat template, generation config.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+# A tied head that is stored, and the embedding and head that some checkpoints repeat in their MTP layers.
+_COPIES = re.compile(r"(^|\.)(embed_tokens|lm_head|shared_head\.head)\.weight$")
 
 
 class ExportedTrainer(Protocol):
@@ -71,11 +76,13 @@ def save_draft(trainer: ExportedTrainer, run_dir: Path) -> None:
 def write_model(weights: dict[str, Tensor], source: Path, dtype: torch.dtype, target: Path) -> None:
     """Writes the checkpoint ``source``, with ``weights`` in place of its own, in ``dtype`` to ``target``.
 
-    Tensors that ``weights`` does not have (further MTP layers, a frozen trunk) stay as they are in ``source``.
+    Tensors that ``weights`` does not have (further MTP layers, a frozen trunk) stay as they are in ``source``, but not
+    copies of a trained embedding or output head.
     """
-    untouched = HfTensors(source)
-    weights = weights | {name: untouched[name].to(dtype) for name in untouched.names() if name not in weights}
-    config = read_config(source)
+    untouched, config = HfTensors(source), read_config(source)
+    is_copy = _COPIES.search if EMBEDDING in weights else lambda name: None
+    kept = [name for name in untouched.names() if name not in weights and not is_copy(name)]
+    weights = weights | {name: untouched[name].to(dtype) for name in kept}
     name = str(dtype).removeprefix("torch.")
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
     with complete(target) as directory:

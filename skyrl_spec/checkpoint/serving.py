@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError, version
+from shlex import quote
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.settings.schema import TrainerConfig
@@ -30,9 +31,9 @@ def serve_command(trainer: TrainerConfig, policy: str, draft: str, command: str 
         draft: directory of a draft that has its own.
         command: server to start. None: that of the installed vLLM.
     """
-    line = f"{command or command_here()} {policy}"
+    line = f"{command or command_here()} {quote(policy)}"
     kind = trained_kind(trainer)
     if kind is None:
         return line
     speculative = kind.speculative_config(kind.with_path(trainer, draft))
-    return f"{line} --speculative-config '{json.dumps(speculative)}'"
+    return f"{line} --speculative-config {quote(json.dumps(speculative))}"

@@ -13,6 +13,7 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.errors import ConfigError, RestartableError, RunError
 from skyrl_spec.settings.compose import to_yaml
 from skyrl_spec.settings.schema import Config
+from skyrl_spec.settings.words import setting_word
 from skyrl_spec.specs.files import require_shapes
 from skyrl_spec.specs.model import load_spec, tensor_shapes
 from skyrl_spec.types import Component
@@ -87,7 +88,8 @@ def begin(config: Config, resume_from: Path | None) -> None:
     if earlier is not None:
         print(
             f"skyrl-spec: the checkpoints of an earlier run are in {earlier} now (to go on from them: "
-            f"trainer.resume_mode=from_path trainer.resume_path={earlier}/step_N); remove it if it is of no use",
+            f"trainer.resume_mode=from_path {setting_word('trainer.resume_path', earlier / 'step_N')}); remove it if "
+            "it is of no use",
             file=sys.stderr,
         )
 

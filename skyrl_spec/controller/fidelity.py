@@ -71,8 +71,9 @@ def _prediction_error(values: Mapping[str, float]) -> float:
 class Watch:
     """Prints a warning, once each, when a step's metrics are beyond their limits."""
 
-    def __init__(self, config: CanaryConfig, *, dtype: str, temperature: float):
-        self._config, self._temperature = config, temperature
+    def __init__(self, config: CanaryConfig, *, dtype: str, temperature: float, missing_positions: int = 0):
+        """``missing_positions``: those that drafts lack behind the longest sequence (``drafts.speculation``)."""
+        self._config, self._temperature, self._missing_positions = config, temperature, missing_positions
         limit = config.max_logprobs_diff
         self._logprobs_limit = LOGPROBS_LIMIT[dtype] if limit is None else limit
         self._printed: set[str] = set()
@@ -97,6 +98,11 @@ class Watch:
                 else "the trainer's draft gets other inputs than the engines' (layers, norms), or the engines sample "
                 f"at another temperature than {self._temperature:g}"
             )
+            if gap > 0 and self._missing_positions:
+                causes = (
+                    "sequences reach the model's last positions, where nothing is drafted: lower "
+                    f"generator.sampling_params.max_generate_length by {self._missing_positions}. Else {causes}"
+                )
             self._say(
                 names.ACCEPTANCE_GAP,
                 f"the trainer predicts an acceptance length of {measured + gap:.2f}, the engines measure "

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,15 @@ from skyrl_spec.controller.lossless import LosslessCanary, PlainEngine
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
 from skyrl_spec.data.packing import build_train_batch, mini_batches
 from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.drafts.speculation import missing_positions
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import merge
 from skyrl_spec.metrics.values import values as metric_values
+from skyrl_spec.metrics.writers import write_evaluation
 from skyrl_spec.settings.derived import coarser_dtype
 from skyrl_spec.settings.schema import Config
+from skyrl_spec.specs.model import load_spec
 from skyrl_spec.sync.canary import SyncCanary
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.types import SERVED, DraftedResponse, Prompt, Rollout, StepReport, TrainBatch, Versions
@@ -78,7 +83,12 @@ class TrainingLoop:
         self.canary, self.lossless = canary, lossless
         self.draft_training = build_draft_training(config.trainer.draft.train, has_draft="draft" in sync.components)
         sampling = config.generator.sampling_params
-        self._watch = Watch(config.trainer.canary, dtype=coarser_dtype(config), temperature=sampling.temperature)
+        self._watch = Watch(
+            config.trainer.canary,
+            dtype=coarser_dtype(config),
+            temperature=sampling.temperature,
+            missing_positions=_missing_positions(config),
+        )
         self._said_short_batch = False
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
@@ -96,7 +106,7 @@ class TrainingLoop:
             self.canary.check(self.sync.versions)
             self.canary.require_agreement()
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
-            on_step(0, self.evaluate(), [], self.sampler.sample_with_drafts(self.eval_prompts))
+            on_step(0, self.evaluate(0), [], self.sampler.sample_with_drafts(self.eval_prompts))
         for step in range(steps_done + 1, num_steps + 1):
             if self.stream.epoch >= trainer.epochs:
                 break
@@ -108,7 +118,7 @@ class TrainingLoop:
                 is_last = step == num_steps or self.stream.epoch >= trainer.epochs
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
                 if due and self.eval_prompts:
-                    values |= self.evaluate()
+                    values |= self.evaluate(step)
                     drafted = self.sampler.sample_with_drafts(self.eval_prompts)
                 on_step(step, values, sampled.rollouts, drafted)
             self.canary.require_agreement()
@@ -127,8 +137,10 @@ class TrainingLoop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores ``state_dict``, and syncs the engines with the weights that the workers have loaded."""
-        self.stream.load_state_dict(state["stream"])
+        """Restores ``state_dict``, and syncs the engines with the weights that the workers have loaded.
+
+        The stream of prompts stays as it is: whoever made it has restored it (``task.load_task``).
+        """
         self.sampler.num_train_calls = state["num_train_calls"]
         self.sync.restore(Versions(**state["versions"]))
         self.canary.load_state_dict(state["canary"])
@@ -164,17 +176,20 @@ class TrainingLoop:
         timings["step"] = sampled.seconds + time.perf_counter() - start
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
-    def evaluate(self) -> dict[str, float]:
-        """Mean reward on the held-out prompts, sampled with ``generator.eval_sampling_params``."""
-        size = self.config.trainer.eval_batch_size
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean reward on the held-out prompts, sampled with ``generator.eval_sampling_params``, after ``step``."""
+        trainer, size = self.config.trainer, self.config.trainer.eval_batch_size
         speculation = SpeculationMeter(self.engines, "eval")
-        rewards = [
-            rollout.reward
+        rollouts = [
+            rollout
             for start in range(0, len(self.eval_prompts), size)
             for group in self.sampler.sample_for_evaluation(self.eval_prompts[start : start + size])
             for rollout in group
         ]
-        return {names.EVAL_SCORE: float(np.mean(rewards))} | speculation.metrics()
+        values = {names.EVAL_SCORE: float(np.mean([rollout.reward for rollout in rollouts]))} | speculation.metrics()
+        if trainer.dump_eval_results:
+            write_evaluation(Path(trainer.run_dir) / "dumped_evals" / f"step_{step}.jsonl", step, rollouts)
+        return values
 
     def _calibrate(self) -> None:
         """Measures steps in engines that choose the lengths of their drafts. Prints how long it took."""
@@ -309,6 +324,15 @@ class DraftWarmup(TrainingLoop):
         reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
         timings["draft_train"] = sum(report.draft_train_s for report in reports)
         return _report_values(reports)
+
+
+def _missing_positions(config: Config) -> int:
+    """Positions that drafts lack behind the longest sequence."""
+    kind = trained_kind(config.trainer)
+    if kind is None:
+        return 0
+    count = kind.speculative_config(config.trainer)["num_speculative_tokens"]
+    return missing_positions(config, load_spec(config.trainer.policy.model.path).max_position_embeddings, count)
 
 
 def measure_speedup(trainer: TrainingLoop, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 7) -> float:

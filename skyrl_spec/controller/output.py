@@ -69,7 +69,16 @@ def open_output(task: Task) -> Iterator[Output]:
             writers.append(TensorBoardWriter(run_dir / "tensorboard", task.steps_done))
         if "wandb" in trainer.logger:
             settings: Any = OmegaConf.to_container(OmegaConf.structured(task.config))
-            writers.append(WandbWriter(run_dir, trainer.project_name, trainer.run_name, settings))
+            writers.append(
+                WandbWriter(
+                    run_dir,
+                    trainer.project_name,
+                    trainer.run_name,
+                    settings,
+                    tags=trainer.tags,
+                    resumes=task.resume_from is not None,
+                )
+            )
         console.start(facts_of(task))
         _warn_of_truncation(task.config)
         console.note("starting engines and workers (-v shows what they print)")
@@ -127,12 +136,12 @@ def _resume_fact(task: Task) -> dict[str, str]:
 
 
 def _warn_of_truncation(config: Config) -> None:
-    """Warns that the trainer's distributions are not truncated as the engines' are."""
+    """Warns that the trainer's log-probs are not truncated as the engines' sampling is."""
     sampling = config.generator.sampling_params
     if sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0:
         print(
             f"skyrl-spec: generator.sampling_params truncates (top_p={sampling.top_p}, top_k={sampling.top_k}, "
-            f"min_p={sampling.min_p}): log-probs and the draft's teacher are of the whole distribution, so "
-            "policy/rollout_train_logprobs_abs_diff_mean has a floor and acceptance may be lower",
+            f"min_p={sampling.min_p}): the trainer's log-probs are of the whole distribution, so "
+            "policy/rollout_train_logprobs_abs_diff_mean has a floor",
             file=sys.stderr,
         )

@@ -24,11 +24,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
 from skyrl_spec.controller.lossless import PlainEngine
-from skyrl_spec.controller.processes import kill_all, open_tree
-from skyrl_spec.controller.signals import sigterm_kept_from_children
+from skyrl_spec.controller.processes import kill_all, open_tree, servers_in_own_sessions
+from skyrl_spec.controller.signals import signals_kept_from_children
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.drafts.kinds.served import build_speculative_config
-from skyrl_spec.errors import RunError
+from skyrl_spec.errors import ConfigError, RunError
+from skyrl_spec.planning.environment import cluster_address, use_short_tmpdir
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend, workers_per_node
@@ -44,15 +45,19 @@ _GPU_SHARE = 0.5
 def ray_session(verbose: bool) -> Iterator[None]:
     """Starts Ray, or joins the cluster of ``RAY_ADDRESS``, for the time of the context.
 
-    A local Ray keeps its files in a folder that is removed at the end, and its processes ignore SIGTERM.
+    A local Ray keeps its files in a folder that is removed at the end. Signals to this process, or to its group, do not
+    end its processes.
+
+    Raises:
+        ConfigError: the cluster cannot be joined, or the folder for temporary files does not serve.
     """
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING if verbose else logging.ERROR}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Even without log_to_driver, Ray prints a paragraph for every process that dies. The run prints a line instead.
     ray._private.worker._worker_logs_enabled = verbose
-    if os.environ.get("RAY_ADDRESS"):
-        with sigterm_kept_from_children():
-            ray.init(**options)
+    use_short_tmpdir()
+    if cluster_address() is not None:
+        _join_cluster(options)
         try:
             yield
         finally:
@@ -61,12 +66,25 @@ def ray_session(verbose: bool) -> Iterator[None]:
     # The prefix is short: sockets below it must stay within 107 characters.
     directory = tempfile.mkdtemp(prefix="skyrl-")
     try:
-        with sigterm_kept_from_children():
+        with signals_kept_from_children(), servers_in_own_sessions():
             ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
         yield
     finally:
         _end_local_ray()
         _remove(directory)
+
+
+def _join_cluster(options: dict[str, Any]) -> None:
+    try:
+        with signals_kept_from_children():
+            ray.init(**options)
+    # Another version of Ray or Python there, or none that RAY_ADDRESS=auto could find.
+    except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"RAY_ADDRESS={cluster_address()}: the cluster cannot be joined ({reason}); correct it, or unset it for a "
+            "Ray of its own"
+        ) from error
 
 
 def _end_local_ray() -> None:

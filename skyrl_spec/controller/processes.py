@@ -7,9 +7,29 @@ import select
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from ray._private import services
+
+
+@contextmanager
+def servers_in_own_sessions() -> Iterator[None]:
+    """Gives each of Ray's servers that starts in this context a session of its own, out of this process's group.
+
+    A terminal, ``timeout`` and schedulers signal the whole group. The kernel still ends the servers with this process.
+    """
+    # Ray has no option for it.
+    module: Any = services
+    popen = module.ConsolePopen
+    module.ConsolePopen = partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        module.ConsolePopen = popen
 
 
 def open_tree(roots: Iterable[int]) -> list[int]:

@@ -14,6 +14,7 @@ from skyrl_spec.algorithms.filters import Group
 from skyrl_spec.controller.actors import EngineGroup
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.envs.grader import Grader
+from skyrl_spec.envs.rewards import EnvResult
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.metrics.lengths import length_metrics
@@ -57,7 +58,7 @@ class RolloutSampler:
         if not self._has_draft:
             return []
         sampling = self._config.generator.sampling_params
-        sampling = replace(sampling, max_generate_length=min(sampling.max_generate_length, _LONGEST_SHOWN))
+        sampling = replace(sampling, max_generate_length=min(sampling.max_generate_length, _LONGEST_SHOWN), stop=[])
         shown = list(prompts[:_NUM_SHOWN])
         answers = self._engines.propose_on_one([prompt.token_ids for prompt in shown], sampling, seed=0)
         return [
@@ -86,11 +87,17 @@ class RolloutSampler:
         results = self._grader.score_all([prompt for prompt, _ in flat], texts)
         _print_failures([result.error for result in results if result.error is not None])
         rollouts = [
-            Rollout(prompt, generation, text, result.reward, [1] * len(generation.token_ids), result.error)
+            self._rollout(prompt, generation, text, result)
             for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
         ]
         ends = np.cumsum([len(group) for group in generations])
         return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
+
+    def _rollout(self, prompt: Prompt, generation: Generation, text: str, result: EnvResult) -> Rollout:
+        generator, is_cut = self._config.generator, generation.finish_reason != "stop"
+        reward = 0.0 if is_cut and generator.zero_reward_on_non_stop else result.reward
+        is_trained_on = int(not (is_cut and generator.apply_overlong_filtering))
+        return Rollout(prompt, generation, text, reward, [is_trained_on] * len(generation.token_ids), result.error)
 
 
 def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from skyrl_spec.checkpoint.serving import serve_command
+from skyrl_spec.controller.folder_lock import locked
 from skyrl_spec.controller.output import Output, open_output
 from skyrl_spec.controller.signals import SIGNAL_EXIT, SignalWatch
 from skyrl_spec.controller.task import Task, load_task
@@ -26,6 +28,7 @@ from skyrl_spec.errors import (
 )
 from skyrl_spec.settings.derived import sync_backend
 from skyrl_spec.settings.schema import Config
+from skyrl_spec.settings.words import setting_word
 from skyrl_spec.types import Component, DraftedResponse, Rollout
 
 if TYPE_CHECKING:
@@ -118,8 +121,15 @@ def with_restarts(
 ) -> None:
     """Calls ``attempt``; after an error that a restart can cure, calls it again from the last checkpoint.
 
-    ``trainer.max_restarts`` limits the restarts.
+    ``trainer.max_restarts`` limits the restarts. The run's folder is locked meanwhile.
     """
+    with locked(Path(config.trainer.run_dir)):
+        _with_restarts(config, trained, watch, attempt)
+
+
+def _with_restarts(
+    config: Config, trained: Component, watch: SignalWatch, attempt: Callable[[Path | None], None]
+) -> None:
     from skyrl_spec.controller.checkpoints import find
 
     resume_from, restarts_left = find(config, trained), config.trainer.max_restarts
@@ -286,16 +296,17 @@ def _prefill_tokens(config: Config) -> int:
 
 def _next_commands(config: Config, run_dir: Path) -> list[str]:
     """Commands that the closing lines suggest."""
-    commands, kind = [f"skyrl-spec report {run_dir}"], trained_kind(config.trainer)
+    commands, kind = [f"skyrl-spec report {quote(str(run_dir))}"], trained_kind(config.trainer)
     if config.trainer.ckpt_interval > 0:
-        commands.append(f"skyrl-spec export checkpoint={run_dir} out={run_dir}/bundle")
+        words = setting_word("checkpoint", run_dir), setting_word("out", run_dir / "bundle")
+        commands.append(f"skyrl-spec export {' '.join(words)}")
         if kind is not None:
-            commands.append(f"skyrl-spec eval-draft target={run_dir}")
+            commands.append(f"skyrl-spec eval-draft {setting_word('target', run_dir)}")
     if config.trainer.save_final_model:
         policy, draft = f"{run_dir}/model", f"{run_dir}/draft"
-        go_on = f"skyrl-spec train ... trainer.policy.model.path={policy}"
+        go_on = f"skyrl-spec train ... {setting_word('trainer.policy.model.path', policy)}"
         if kind is not None and kind.has_own_directory:
-            go_on += f" trainer.{kind.method}.path={draft}"
+            go_on += f" {setting_word(f'trainer.{kind.method}.path', draft)}"
         commands += [serve_command(config.trainer, policy, draft), f"{go_on}   (goes on from these weights)"]
     return commands
 

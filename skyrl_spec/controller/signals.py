@@ -72,15 +72,15 @@ class SignalWatch:
 
 
 @contextmanager
-def sigterm_kept_from_children() -> Iterator[None]:
-    """Blocks SIGTERM for processes that are started in this context, and for their descendants.
+def signals_kept_from_children() -> Iterator[None]:
+    """Blocks SIGINT and SIGTERM for processes that are started in this context, and for their descendants.
 
     They inherit the signal mask. A scheduler sends SIGTERM to every process of a job, and the driver needs them to
     save.
-    If the driver gets a SIGTERM inside the context, it handles it at the end, with the handlers it had before.
+    If the driver gets a signal inside the context, it handles it at the end, with the handlers it had before.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, set(handlers))
     try:
         yield
     finally:
@@ -89,13 +89,12 @@ def sigterm_kept_from_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def ended_by_signal(job: Callable[[SignalWatch], None]) -> int:
-    """Runs ``job(watch)`` until it ends or a signal stops it; returns the process's exit code."""
+def ended_by_signal(job: Callable[[SignalWatch], int | None]) -> int:
+    """Runs ``job(watch)`` until it ends or a signal stops it; returns the process's exit code, 0 for None."""
     watch = SignalWatch()
     try:
         with watch.installed():
-            job(watch)
-        return 0
+            return job(watch) or 0
     except Exception:
         if watch.received is None:
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from skyrl_spec.checkpoint.serving import serve_command
 from skyrl_spec.controller.output import Output, open_output
@@ -18,6 +19,7 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.draft import DraftTrainingConfig
 from skyrl_spec.settings.schema import Config
+from skyrl_spec.settings.words import setting_word
 
 
 def warmup_config(config: Config) -> Config:
@@ -96,9 +98,9 @@ def _next_commands(config: Config, run_dir: Path) -> list[str]:
     assert kind is not None
     policy, draft = config.trainer.policy.model.path, f"{run_dir}/draft"
     if kind.has_own_directory:
-        start = f"trainer.{kind.method}.path={draft}"
+        start = setting_word(f"trainer.{kind.method}.path", draft)
     else:
         policy = f"{run_dir}/model"
-        start = f"trainer.policy.model.path={policy}"
+        start = setting_word("trainer.policy.model.path", policy)
     serve = serve_command(config.trainer, policy, draft)
-    return [f"skyrl-spec train ... {start}", serve, f"skyrl-spec report {run_dir}"]
+    return [f"skyrl-spec train ... {start}", serve, f"skyrl-spec report {quote(str(run_dir))}"]

@@ -7,12 +7,11 @@ reads (``reward_spec``, ``extra_info``, ``data_source``, ...).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -41,8 +40,9 @@ def read_rows(path: str | Path, *, setting: str = "data.train_data", takes_turns
     becomes the prompt.
 
     Raises:
-        ConfigError: the file is missing, empty, of another type, or cannot be read; or the ``prompt`` of a row is
-            missing or not a list of ``{role, content}``. The line names ``setting``, the file, and the row from 1.
+        ConfigError: the file is missing, empty, of another type, or cannot be read; the ``prompt`` of a row is missing
+            or not a list of ``{role, content}``; or a text is no Unicode. The line names ``setting``, the file, the row
+            from 1 and the field.
     """
     path = Path(path)
     if path.suffix not in _READERS:
@@ -52,13 +52,22 @@ def read_rows(path: str | Path, *, setting: str = "data.train_data", takes_turns
     is_empty = True
     for number, raw in _READERS[path.suffix](path, setting):
         is_empty = False
-        row = _without_none(raw)
-        if takes_turns and "prompt" not in row and isinstance(row.get("turns"), list):
-            row["prompt"] = [{"role": "user", "content": text} for text in row["turns"][:1]]
-        _check_prompt(row, f"{setting}={path}: row {number}")
-        yield row
+        where = f"{setting}={path}: row {number}"
+        try:
+            yield _checked(raw, where, takes_turns=takes_turns)
+        except RecursionError:
+            raise ConfigError(f"{where}: is nested too deeply; rewrite it") from None
     if is_empty:
         raise ConfigError(f"{setting}={path}: has no rows; give a file with at least one row")
+
+
+def _checked(raw: Row, where: str, *, takes_turns: bool) -> Row:
+    row = _without_none(raw)
+    if takes_turns and "prompt" not in row and isinstance(row.get("turns"), list):
+        row["prompt"] = [{"role": "user", "content": text} for text in row["turns"][:1]]
+    _check_texts(row, where)
+    _check_prompt(row, where)
+    return row
 
 
 def load_prompts(
@@ -68,8 +77,11 @@ def load_prompts(
     max_prompt_length: int,
     default_env_class: str,
     setting: str,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> LoadedPrompts:
     """All rows of ``paths`` as prompts, tokenized with the chat template and its generation prompt.
+
+    ``template_kwargs`` are further arguments of the template.
 
     Prompts of more than ``max_prompt_length`` tokens are skipped and counted. The uid of a prompt is the row's
     ``extra_info.index``, or ``file:row`` without one. A repeated uid gets ``#`` and the row's number among all rows.
@@ -92,7 +104,9 @@ def load_prompts(
     for path in paths:
         for index_in_file, row in enumerate(read_rows(path, setting=setting), start=1):
             num_rows += 1
-            token_ids = _tokenize(tokenizer, row["prompt"], f"{setting}={path}: row {index_in_file}")
+            token_ids = _tokenize(
+                tokenizer, row["prompt"], f"{setting}={path}: row {index_in_file}", template_kwargs or {}
+            )
             if len(token_ids) > max_prompt_length:
                 continue
             uid = row_id(row) or f"{path}:{index_in_file}"
@@ -118,12 +132,17 @@ def row_id(row: Row) -> str | None:
     return None if index is None else str(index)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> list[int]:
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str, template_kwargs: Mapping[str, Any]
+) -> list[int]:
     try:
-        token_ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except jinja2.TemplateError as error:
-        # A template raises to refuse messages, such as a system message that the model was not trained on.
-        reason = str(error).splitlines()[0]
+        token_ids: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **template_kwargs
+        )
+    # A template raises to refuse messages, such as a system message that the model was not trained on. It may stumble
+    # over messages of a form that it was not written for, with any exception.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where}: the model's chat template refuses the prompt ({reason}); fix the row") from error
     return token_ids
 
@@ -135,8 +154,8 @@ def _read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                # Either invalid JSON or invalid UTF-8.
+            # Invalid JSON, invalid UTF-8, or lists in lists without end.
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(
                     f"{setting}={path}: row {number} is not JSON in UTF-8 ({error}); fix the row"
                 ) from error
@@ -175,10 +194,40 @@ def _check_prompt(row: Row, where: str) -> None:
     if "prompt" not in row:
         raise ConfigError(f"{where} has no field prompt (fields: {', '.join(row) or 'none'}); add the chat messages")
     prompt = row["prompt"]
-    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+    if not isinstance(prompt, list) or not prompt:
         shown = repr(prompt)[:60]
         raise ConfigError(f"{where}: prompt must be a list of {{role, content}} texts, but is {shown}; rewrite it")
+    for number, message in enumerate(prompt):
+        if not isinstance(message, dict):
+            raise _wrong(f"{where}: prompt[{number}]", "an object {role, content}", message)
+        # A turn that calls tools may have no text.
+        fields = ("role",) if "content" not in message and message.get("tool_calls") else ("role", "content")
+        for field in fields:
+            if not isinstance(message.get(field), str):
+                raise _wrong(f"{where}: prompt[{number}].{field}", "text", message.get(field))
+    if not isinstance(row.get("env_class", ""), str):
+        raise _wrong(f"{where}: env_class", "the name of an environment", row["env_class"])
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _check_texts(value: Any, where: str, field: str = "") -> None:
+    """Refuses texts that cannot be written as UTF-8. JSON can hold half of a pair of code units."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(name, where, "the name of a field")
+            _check_texts(item, where, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_texts(item, where, f"{field}[{number}]")
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{where}: {field} has a lone surrogate, \\u{ord(value[error.start]):04x}, at character "
+                f"{error.start}; rewrite it"
+            ) from None
+
+
+def _wrong(where: str, allowed: str, value: Any) -> ConfigError:
+    shown = "missing" if value is None else ascii(value)[:60]
+    return ConfigError(f"{where} must be {allowed}, but is {shown}; rewrite it")

@@ -17,7 +17,7 @@ from torch import Tensor
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.models.dtypes import DTYPES
 from skyrl_spec.specs.dflash import DflashSpec, dflash_hf_config, dflash_tensor_shapes
-from skyrl_spec.specs.files import Shapes, read_config
+from skyrl_spec.specs.files import POLICY_PATH, Shapes, read_config, weight_files
 from skyrl_spec.specs.model import ModelSpec
 from skyrl_spec.specs.mtp import MTP_ARCHITECTURES, mtp_tensor_shapes
 
@@ -48,7 +48,7 @@ def write_fresh_mtp(spec: ModelSpec, directory: Path, dtype: str, seed: int) -> 
     shutil.rmtree(directory, ignore_errors=True)
     ignored = shutil.ignore_patterns("*.safetensors", "*.index.json", "config.json")
     shutil.copytree(spec.path, directory, ignore=ignored)
-    files = {file.name: load_file(file) for file in sorted(spec.path.glob("*.safetensors"))}
+    files = {file.name: load_file(file) for file in weight_files(spec.path, POLICY_PATH)}
     kept = {
         name: {key: tensor for key, tensor in tensors.items() if ".mtp_layers." not in key}
         for name, tensors in files.items()

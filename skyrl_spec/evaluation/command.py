@@ -15,6 +15,7 @@ from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.evaluation import prompts as prompt_files
 from skyrl_spec.evaluation.target import Target, open_target
+from skyrl_spec.planning.environment import check_cluster, cluster_address
 from skyrl_spec.planning.preflight import num_gpus
 from skyrl_spec.settings.describe import describe
 from skyrl_spec.settings.options import EvalDraftOptions
@@ -134,7 +135,7 @@ def _eval_settings(options: EvalDraftOptions, target: Target) -> EvalSettings:
     engine, trained_in = run.generator.inference_engine, run.trainer.policy.megatron_config.dtype
     dtype = None if target.run is None else engine.dtype or trained_in
     tp = _first(options.tensor_parallel_size, engine.tensor_parallel_size)
-    _check_gpus(device, tp)
+    _check_machine(device, tp)
     sampling = run.generator.sampling_params
     settings = EvalSettings(
         device=device,
@@ -167,9 +168,10 @@ def _within_positions(options: EvalDraftOptions, settings: EvalSettings, positio
     )
 
 
-def _check_gpus(device: str, tensor_parallel_size: int) -> None:
+def _check_machine(device: str, tensor_parallel_size: int) -> None:
+    check_cluster()
     # With RAY_ADDRESS set the GPUs may be on other machines.
-    if device != "cuda" or "RAY_ADDRESS" in os.environ:
+    if device != "cuda" or cluster_address() is not None:
         return
     needed, found = (1 if tensor_parallel_size == 1 else 2 * tensor_parallel_size), num_gpus()
     if found < needed:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.controller.checkpoints import begin
+from skyrl_spec.controller.folder_lock import locked
 from skyrl_spec.controller.run import run_job, train
 from skyrl_spec.controller.signals import SignalWatch
 from skyrl_spec.evaluation.arms import FROZEN, Arm, arms
@@ -63,7 +64,8 @@ def run_comparison(config: Config, options: CompareOptions, *, verbose: bool = F
     runs = checked_arms(config, options)
 
     def job(config: Config, verbose: bool, watch: SignalWatch) -> None:
-        _compare(config, runs, verbose, watch)
+        with locked(Path(config.trainer.run_dir)):
+            _compare(config, runs, verbose, watch)
 
     return run_job(job, config, verbose=verbose)
 

@@ -65,5 +65,5 @@ def _read(path: str) -> Iterator[tuple[Messages, str | None]]:
 
 def _tokenize(tokenizer: Any, messages: Messages) -> list[int]:
     if tokenizer.chat_template is None:
-        return tokenizer.encode("\n".join(message["content"] for message in messages))
+        return tokenizer.encode("\n".join(message.get("content", "") for message in messages))
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from skyrl_spec.checkpoint.folders import RECORD, latest, read_record
 from skyrl_spec.drafts.kinds import KINDS, trained_kind
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.planning.environment import cluster_address
 from skyrl_spec.settings.options import EvalDraftOptions
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.files import model_directory, read_config
@@ -73,7 +73,7 @@ def open_target(options: EvalDraftOptions) -> Iterator[Target]:
     checkpoint = latest(path / "checkpoints") or latest(path)
     if checkpoint is not None or (path / RECORD).is_file():
         # Engines on other machines can read the run's file system, but not the temporary folder of this machine.
-        shared = (checkpoint or path).absolute().parent if "RAY_ADDRESS" in os.environ else None
+        shared = (checkpoint or path).absolute().parent if cluster_address() is not None else None
         with TemporaryDirectory(prefix="skyrl-eval-", dir=shared) as folder:
             yield _exported(checkpoint or path, Path(folder) / "bundle", options)
     elif (path / "model" / "config.json").is_file():

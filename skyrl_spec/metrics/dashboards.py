@@ -14,27 +14,52 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.writers import Sample, Writer
 
+# File with the id of the folder's wandb run.
+WANDB_ID = "wandb_id"
 _SAMPLE_COLUMNS = ("step", "prompt", "response", "reward", "policy_version", "draft_version")
 
 
 class WandbWriter(Writer):
     """A wandb run with its files in ``run_dir``. ``WANDB_MODE=offline`` needs no account.
 
+    ``resumes``: the wandb run in whose folder this is goes on. wandb ignores values of steps that it has.
+
     Raises:
         ConfigError: wandb has no key, or the server cannot be reached or refuses the key.
     """
 
-    def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        *,
+        tags: Sequence[str] = (),
+        resumes: bool = False,
+    ) -> None:
         import wandb
 
         check_wandb()
         # If the folder does not exist, wandb silently writes to another place.
         run_dir.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(silent=True, init_timeout=60)
+        settings, id_file = wandb.Settings(silent=True, init_timeout=60), run_dir / WANDB_ID
+        earlier: dict[str, Any] = {}
+        if resumes and id_file.is_file():
+            earlier = {"id": id_file.read_text().strip(), "resume": "allow"}
         try:
-            self._run = wandb.init(project=project, name=name, dir=run_dir, config=dict(config), settings=settings)
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                tags=list(tags),
+                dir=run_dir,
+                config=dict(config),
+                settings=settings,
+                **earlier,
+            )
         except wandb.errors.Error as error:
             raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
+        id_file.write_text(f"{self._run.id}\n")
         # All charts use the run's own step as their x axis.
         self._run.define_metric(names.STEP)
         self._run.define_metric("*", step_metric=names.STEP)

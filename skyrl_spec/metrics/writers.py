@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,13 @@ class SummaryWriter(Writer):
         self._path.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def write_evaluation(path: Path, step: int, rollouts: Iterable[Rollout]) -> None:
+    """Writes every rollout of an evaluation, with its reward, in the form of ``samples.jsonl``."""
+    file = JsonlFile(path, "step")
+    file.append(*(_scored(step, rollout) for rollout in rollouts))
+    file.close()
+
+
 def pick_samples(
     step: int, rollouts: Sequence[Rollout], drafted: Sequence[DraftedResponse] = (), num: int = 4
 ) -> list[Sample]:
@@ -138,7 +145,8 @@ def _base(step: int, prompt: Prompt, generation: Generation, text: str) -> Sampl
     return {
         "step": step,
         "uid": prompt.uid,
-        "prompt": "\n".join(message["content"] for message in prompt.messages),
+        # A turn that calls tools may have no text.
+        "prompt": "\n".join(message.get("content", "") for message in prompt.messages),
         "response": text,
         "finish_reason": generation.finish_reason,
         "policy_version": generation.versions.policy,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.specs.files import weight_files
 from skyrl_spec.specs.model import ModelSpec
 
 
@@ -158,11 +159,9 @@ class HfTensors:
     def __init__(self, directory: Path, setting: str = "trainer.policy.model.path"):
         self.directory, self.setting = directory, setting
         self._files: dict[str, Path] = {}
-        for file in sorted(directory.glob("*.safetensors")):
+        for file in weight_files(directory, setting):
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
-        if not self._files:
-            raise ConfigError(f"{setting}={directory}: has no *.safetensors; convert the checkpoint to safetensors")
 
     def names(self) -> list[str]:
         return list(self._files)

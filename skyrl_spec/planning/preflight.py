@@ -18,10 +18,12 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.envs.registry import check_env_class, register_custom
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics.dashboards import check_wandb
+from skyrl_spec.planning.environment import check_cluster, cluster_address
 from skyrl_spec.settings.derived import parallel_sizes
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.specs.files import POLICY_PATH, read_config_only, require_tensors
-from skyrl_spec.specs.model import ModelSpec, parse_spec, tensor_shapes
+from skyrl_spec.specs.entries import Entries
+from skyrl_spec.specs.files import INDEX, POLICY_PATH, read_config, read_config_only, require_tensors, stray_files
+from skyrl_spec.specs.model import ModelSpec, parse_spec, require_tied_head, tensor_shapes
 
 # vLLM's attention on CPU needs a multiple of this.
 CPU_HEAD_DIM_MULTIPLE = 32
@@ -40,6 +42,8 @@ def preflight(config: Config, *, draft_from_scratch: bool = False) -> None:
     _check_parallel_sizes(config, spec)
     _check_lengths(config, spec)
     require_tensors(path, POLICY_PATH, tensor_shapes(spec))
+    require_tied_head(path, spec)
+    _say_what_is_odd(path)
     kind = trained_kind(config.trainer)
     if kind is not None:
         kind.preflight(config, spec, from_scratch=draft_from_scratch)
@@ -52,6 +56,18 @@ def preflight(config: Config, *, draft_from_scratch: bool = False) -> None:
                     f"{setting}={file}: is named twice; name it once, and raise trainer.epochs to repeat it"
                 )
             _check_rows(setting, file, config.environment.custom)
+
+
+def _say_what_is_odd(path: str) -> None:
+    """Names entries of config.json that contradict each other, and files of weights that nothing reads."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return
+    lines = Entries(read_config(directory), "").contradictions()
+    if strays := stray_files(directory, POLICY_PATH):
+        lines.append(f"{', '.join(strays)}: not in {INDEX}, so not a part of the model")
+    for line in lines:
+        print(f"skyrl-spec: {POLICY_PATH}={path}: {line}", file=sys.stderr)
 
 
 def _check_run_dir(run_dir: str) -> None:
@@ -74,9 +90,9 @@ def _check_run_dir(run_dir: str) -> None:
 
 
 def _check_machine(config: Config) -> None:
-    """Checks account and devices. In a dry run problems are warnings: the run may be meant for another machine."""
+    """Checks account, cluster and devices. In a dry run problems are warnings: it may be meant for another machine."""
     checks: list[Callable[[], None]] = [check_wandb] if "wandb" in config.trainer.logger else []
-    for check in [*checks, lambda: _check_device(config)]:
+    for check in [*checks, check_cluster, lambda: _check_device(config)]:
         try:
             check()
         except ConfigError as error:
@@ -87,7 +103,7 @@ def _check_machine(config: Config) -> None:
 
 def _check_device(config: Config) -> None:
     """Checks the number of GPUs. With RAY_ADDRESS they may be on other machines, and Ray's placement checks them."""
-    if config.trainer.placement.device != "cuda" or "RAY_ADDRESS" in os.environ:
+    if config.trainer.placement.device != "cuda" or cluster_address() is not None:
         return
     found, engine = num_gpus(), config.generator.inference_engine
     if found == 0:

@@ -243,7 +243,8 @@ class RolloutEngine:
                 min_p=sampling.min_p,
                 max_tokens=min(sampling.max_generate_length, self._settings.max_model_len - len(ids)),
                 logprobs=0,
-                detokenize=False,
+                stop=list(sampling.stop) or None,
+                detokenize=bool(sampling.stop),
             )
             for ids, prompt_seed in zip(prompts, seeds, strict=True)
         ]
@@ -288,7 +289,9 @@ class RolloutEngine:
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request with {completion.finish_reason!r}")
         token_ids = list(completion.token_ids)
-        logprobs = [position[token].logprob for token, position in zip(token_ids, completion.logprobs, strict=True)]
+        # vLLM cuts the tokens, but not the log-probs, behind a text that ends the response.
+        positions = completion.logprobs[: len(token_ids)]
+        logprobs = [position[token].logprob for token, position in zip(token_ids, positions, strict=True)]
         return Generation(token_ids, logprobs, completion.finish_reason, self._versions)
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:

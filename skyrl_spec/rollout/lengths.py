@@ -23,6 +23,8 @@ _FIRST_GUESS, _GUESS_WEIGHT = 0.7, 8.0
 _HYSTERESIS = 0.02
 # Share of the time that trials may cost, and how many steps' time is saved up for them at most.
 _TRIAL_SHARE, _MOST_CREDIT = 0.01, 16.0
+# Share of what is known about the batches of rollouts that each new rollout leaves.
+_KEPT_OF_ROLLOUTS = 0.7
 # Steps of a trial. The first still verifies drafts of the length in use, and only the others are timed.
 _TRIAL_STEPS = 4
 _STEPS_BETWEEN_PLANS, _STEPS_BETWEEN_TRIALS = 8, 24
@@ -132,10 +134,11 @@ class Acceptance:
 class AutoLengths:
     """Lengths chosen by measured step times and acceptance.
 
-    ``times`` has the length 0 and others, and ``OFF`` for a draft with a model. Where no draft pays, but one does at a
-    smaller batch, the drafter still runs its first pass (length 0): otherwise the draft would lack the keys of these
-    tokens. Where none pays at a smaller batch either, the drafter is ``OFF`` until the engine is idle. Now and then the
-    beginning of a rollout is a probe, which shows whether drafts pay again.
+    ``times`` has the length 0 and others, and ``OFF`` for a draft with a model. At a batch where no draft pays, the
+    drafter still runs its first pass (length 0): otherwise the draft would lack the keys of these tokens once the batch
+    is smaller. That has its price. If rollouts as the last few were would be faster without any draft, the drafter is
+    ``OFF`` until the engine is idle. Now and then the beginning of a rollout is a probe, which shows whether drafts pay
+    again.
     """
 
     def __init__(self, times: StepTimes, largest: int):
@@ -146,6 +149,8 @@ class AutoLengths:
         self._num_steps, self._next_trial = 0, _STEPS_BETWEEN_TRIALS
         self._trial_length, self._trial_left, self._probe_left = OFF, 0, 0
         self._lacks_keys = False
+        # Tokens of a request that rollouts generated at each batch size, mostly of the last few.
+        self._tokens_B = np.ones(largest)
         # Number of steps at the last trial of each length.
         self._tried_L = np.zeros(len(times.lengths))
         # Index of the length in use at each batch size.
@@ -155,6 +160,7 @@ class AutoLengths:
 
     def begin(self) -> None:
         self._lacks_keys, self._probe_left = False, 0
+        self._tokens_B = 1 + _KEPT_OF_ROLLOUTS * (self._tokens_B - 1)
         is_off = self._lengths_L[self._plan_B[-1]] == OFF
         if is_off and self._credit_s >= _PROBE_STEPS * _LOST_IN_A_PROBE * self._mean_step_s:
             self._probe_left = _PROBE_STEPS
@@ -178,6 +184,7 @@ class AutoLengths:
         if step.seconds is None:
             return
         self._pay(step.batch_size, step.drafted, step.seconds)
+        self._tokens_B[step.batch_size - 1] += 1 + step.accepted_per_pos.sum() / step.batch_size
         is_planned = step.drafted == self._planned(step.batch_size)
         if step.is_steady:
             self.times.observe(step.batch_size, step.drafted, step.seconds, is_trial=not is_planned)
@@ -216,9 +223,14 @@ class AutoLengths:
         in_use_BL = np.arange(len(self._lengths_L)) == self._plan_B[:, None]
         rates_BL = self._rates_BL * np.where(in_use_BL, 1 + _HYSTERESIS, 1)
         is_off_L = self._lengths_L == OFF
-        is_off_B = np.logical_and.accumulate(is_off_L[rates_BL.argmax(axis=1)])
         best_B = np.where(is_off_L, -np.inf, rates_BL).argmax(axis=1)
-        return np.where(is_off_B, is_off_L.argmax(), best_B)
+        off_B = np.full_like(best_B, is_off_L.argmax())
+        # Over a whole rollout: keys that are missing cannot be made up for.
+        on_s, off_s = (
+            (self._tokens_B / np.take_along_axis(rates_BL, index_B[:, None], 1)[:, 0]).sum()
+            for index_B in (best_B, off_B)
+        )
+        return off_B if is_off_L.any() and off_s < on_s else best_B
 
     def _pay(self, batch_size: int, length: int, seconds: float) -> None:
         """Adds a step's share to what trials may cost, and subtracts what it lost to the length in use."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
@@ -26,6 +25,8 @@ from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from skyrl_spec.specs.files import read_shapes
+from skyrl_spec.specs.model import OUTPUT_HEAD
 from skyrl_spec.sync.payload import unpack_weights
 
 Manifest = dict[str, tuple[int, ...]]
@@ -113,6 +114,9 @@ class RayWeightTransferEngine(WeightTransferEngine[RayInitInfo, RayUpdateInfo]):
         target = self._default_model_config
         is_draft = self.model is not self._default_model
         tensors = checkpoint_manifest(self.model_config.model, self.model_config.revision)
+        # A tied head is the embedding, also if the checkpoint stores it.
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            tensors.pop(OUTPUT_HEAD, None)
         if is_draft and self.model_config.model != target.model:
             return tensors
         mapper = self._default_model.hf_to_vllm_mapper
@@ -128,13 +132,7 @@ def checkpoint_manifest(model: str, revision: str | None = None) -> Manifest:
     directory = Path(model)
     if not directory.is_dir():
         directory = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    manifest: Manifest = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            manifest |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if not manifest:
-        raise ValueError(f"{directory}: no safetensors file to take the tensors' names and shapes from")
-    return manifest
+    return read_shapes(directory, "model")
 
 
 def _some(names: list[str]) -> str:

@@ -91,6 +91,18 @@ class EvalDraftOptions:
 
 
 @dataclass
+class DoctorOptions:
+    """``skyrl-spec doctor``: checks a pair of model and draft, or a configuration, on this machine."""
+
+    target: str = setting(
+        "",
+        "Model, run (its newest checkpoint), checkpoint or exported bundle. Empty: the settings name model and draft.",
+    )
+    draft: str | None = setting(None, "Directory of a DFlash draft. null: the target's own, such as its MTP head.")
+    out: str = setting("doctor.json", "Output file.")
+
+
+@dataclass
 class ReportOptions:
     """``skyrl-spec report RUN [RUN ...]``: writes a page of charts and each chart as a PNG file."""
 

@@ -277,6 +277,11 @@ class TrainerConfig:
         ("latest", "from_path"),
     )
     resume_path: str | None = setting(None, "Checkpoint for resume_mode=from_path, such as RUN/checkpoints/step_N.")
+    resume_with_new_data: bool = setting(
+        False,
+        "Resume although data.train_data is not the data of the checkpoint. The new data begins at its first epoch. "
+        "false: such a resumption is refused.",
+    )
     max_restarts: int = setting(
         0,
         "How often a run restarts by itself when a worker fails, engines can no longer be restarted, or the sync "
@@ -293,6 +298,10 @@ class TrainerConfig:
     )
     project_name: str = setting("skyrl_spec", "Project in wandb.")
     run_name: str = setting("default", "Name of the run in wandb and in exports.")
+    tags: list[str] = setting(list, "Tags of the run in wandb.")
+    dump_eval_results: bool = setting(
+        True, "Write every response of an evaluation, with its reward, to run_dir/dumped_evals/step_N.jsonl."
+    )
 
 
 @dataclass
@@ -312,6 +321,9 @@ class SamplingConfig:
         "Do not sample tokens whose probability is below min_p times that of the most probable token. Must be 0 with a "
         "draft.",
         PROBABILITY,
+    )
+    stop: list[str] = setting(
+        list, "Texts that end a response, such as [</answer>]. A response keeps the one it ends at."
     )
 
 
@@ -394,6 +406,15 @@ class GeneratorConfig:
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
     eval_sampling_params: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     eval_n_samples_per_prompt: int = setting(1, "Responses to each held-out prompt.", FROM_ONE)
+    chat_template_kwargs: dict[str, Any] = setting(
+        dict, "Further arguments of the model's chat template, such as {enable_thinking: false}."
+    )
+    zero_reward_on_non_stop: bool = setting(
+        False, "Reward 0 for a response that ended at max_generate_length, not at an end token. In evaluations too."
+    )
+    apply_overlong_filtering: bool = setting(
+        False, "Do not train on responses that ended at max_generate_length. Advantages of their group count them."
+    )
 
 
 @dataclass

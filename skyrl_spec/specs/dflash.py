@@ -12,6 +12,7 @@ from typing import Any
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.draft import DflashConfig
+from skyrl_spec.specs.entries import Entries
 from skyrl_spec.specs.files import model_directory, read_config, read_config_only
 from skyrl_spec.specs.model import ModelSpec, layer_tensor_shapes
 
@@ -72,42 +73,40 @@ def parse_dflash_spec(directory: Path, config: dict[str, Any]) -> DflashSpec:
         ConfigError: it describes another kind of model, an entry is missing, or an entry is not supported.
     """
     setting = f"{DFLASH_PATH}={directory}"
-    architecture = (config.get("architectures") or ["none"])[0]
+    entries = Entries(config, setting)
+    architecture = entries.architecture()
     if architecture != DRAFT_ARCHITECTURE:
         raise ConfigError(
             f"{setting}: is a {architecture}, but must be a {DRAFT_ARCHITECTURE}; give the directory of a DFlash draft"
         )
-    dflash = config.get("dflash_config") or {}
+    dflash = entries.section("dflash_config")
+    own = Entries(dflash, f"{setting}: dflash_config")
     _refuse_unsupported(setting, config, dflash)
-    try:
-        rope = config.get("rope_parameters") or {}
-        return DflashSpec(
-            layers=ModelSpec(
-                path=directory,
-                architecture=architecture,
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                ffn_hidden_size=config["intermediate_size"],
-                num_layers=config["num_hidden_layers"],
-                num_heads=config["num_attention_heads"],
-                num_kv_heads=config["num_key_value_heads"],
-                head_dim=config["head_dim"],
-                rms_norm_eps=config["rms_norm_eps"],
-                # 1e6 is vLLM's default.
-                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 1e6),
-                max_position_embeddings=config["max_position_embeddings"],
-                tie_word_embeddings=False,
-                qkv_bias=False,
-                qk_norm=True,
-                num_mtp_layers=0,
-            ),
-            block_size=config["block_size"],
-            target_layer_ids=tuple(dflash["target_layer_ids"]),
-            mask_token_id=dflash["mask_token_id"],
-            num_target_layers=config["num_target_layers"],
-        )
-    except KeyError as error:
-        raise ConfigError(f"{setting}: config.json has no entry {error}; add it") from None
+    return DflashSpec(
+        layers=ModelSpec(
+            path=directory,
+            architecture=architecture,
+            vocab_size=entries.integer("vocab_size"),
+            hidden_size=entries.integer("hidden_size"),
+            ffn_hidden_size=entries.integer("intermediate_size"),
+            num_layers=entries.integer("num_hidden_layers"),
+            num_heads=entries.integer("num_attention_heads"),
+            num_kv_heads=entries.integer("num_key_value_heads"),
+            head_dim=entries.integer("head_dim"),
+            rms_norm_eps=entries.number("rms_norm_eps"),
+            # 1e6 is vLLM's default.
+            rope_theta=entries.rope_theta(1e6),
+            max_position_embeddings=entries.integer("max_position_embeddings"),
+            tie_word_embeddings=False,
+            qkv_bias=False,
+            qk_norm=True,
+            num_mtp_layers=0,
+        ),
+        block_size=entries.integer("block_size"),
+        target_layer_ids=own.integers("target_layer_ids"),
+        mask_token_id=own.integer("mask_token_id", least=0),
+        num_target_layers=entries.integer("num_target_layers"),
+    )
 
 
 def _refuse_unsupported(setting: str, config: dict[str, Any], dflash: dict[str, Any]) -> None:
@@ -116,17 +115,20 @@ def _refuse_unsupported(setting: str, config: dict[str, Any], dflash: dict[str, 
         "dflash_config.causal": dflash.get("causal", False),
         "dflash_config.use_swa": dflash.get("use_swa", False),
         "attention_bias": config.get("attention_bias", False),
-        "layer_types": any(kind != "full_attention" for kind in config.get("layer_types") or ()),
+        "layer_types": any(kind != "full_attention" for kind in _layer_types(config)),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "draft_vocab_size": config.get("draft_vocab_size") not in (None, config.get("vocab_size")),
         "rope_scaling": bool(config.get("rope_scaling")),
-        # transformers 5 writes the scaling here.
-        "rope_parameters.rope_type": (config.get("rope_parameters") or {}).get("rope_type", "default") != "default",
         "target_hidden_size": config.get("target_hidden_size") not in (None, config.get("hidden_size")),
     }
     for name, is_set in unsupported.items():
         if is_set:
             raise ConfigError(f"{setting}: {name} in config.json is not supported; use a draft without it")
+
+
+def _layer_types(config: dict[str, Any]) -> list[Any]:
+    types = config.get("layer_types") or []
+    return types if isinstance(types, list) else [types]
 
 
 def fresh_dflash_spec(dflash: DflashConfig, target: ModelSpec, mask_token_id: int) -> DflashSpec:

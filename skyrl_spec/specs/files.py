@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from skyrl_spec.errors import ConfigError
@@ -18,6 +19,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 POLICY_PATH = "trainer.policy.model.path"
 HUB_TIMEOUT_S = 5.0
+# The file of a checkpoint in one piece, and the table of one in several.
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 # Entries of config.json that must be positive integers.
 _SIZES = (
@@ -93,17 +96,61 @@ def read_config(directory: Path, setting: str = POLICY_PATH) -> dict[str, Any]:
     return config
 
 
-def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in the ``*.safetensors`` files of ``directory``, read from their headers.
+def weight_files(directory: Path, setting: str) -> list[Path]:
+    """The ``*.safetensors`` files that make up the checkpoint, as transformers and vLLM see it.
+
+    They are those of the index or, without one, the only file. ``stray_files`` has what is there beside them.
 
     Raises:
-        ConfigError: there is no such file, or one cannot be read.
+        ConfigError: there is none, one of the index is missing, or transformers and vLLM would load different ones.
     """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{setting}={directory}: has no *.safetensors; give a complete checkpoint directory")
+    found, where = sorted(directory.glob("*.safetensors")), f"{setting}={directory}"
+    if not found:
+        raise ConfigError(f"{where}: has no *.safetensors; give a complete checkpoint directory")
+    names = [file.name for file in found]
+    if not (directory / INDEX).is_file():
+        if len(found) > 1:
+            other = next(name for name in names if name != WEIGHTS)
+            raise ConfigError(
+                f"{where}: has {len(found)} *.safetensors and no {INDEX}, so vLLM would load {other} too; "
+                + (f"move all but {WEIGHTS} away" if WEIGHTS in names else "copy the index of the checkpoint, too")
+            )
+        return found
+    listed = _listed_files(directory, where)
+    for name in listed:
+        if name not in names:
+            raise ConfigError(f"{where}: {name}, which {INDEX} lists, is missing; copy it again")
+    if WEIGHTS in names and WEIGHTS not in listed:
+        raise ConfigError(
+            f"{where}: has {WEIGHTS}, which transformers would load, and an {INDEX} of other files, which vLLM would "
+            "load; remove one of the two"
+        )
+    return [directory / name for name in listed]
+
+
+def stray_files(directory: Path, setting: str) -> list[str]:
+    """Names of files of weights beside ``weight_files``."""
+    used = weight_files(directory, setting)
+    return [file.name for file in sorted(directory.glob("*.safetensors")) if file not in used]
+
+
+def _listed_files(directory: Path, where: str) -> list[str]:
+    """File names in the index of a checkpoint."""
+    try:
+        listed = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+        return sorted(name for name in listed if name == Path(name).name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: {INDEX} cannot be read ({error!r:.80}); copy it again") from None
+
+
+def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of the checkpoint in ``directory``, read from the headers of its files.
+
+    Raises:
+        ConfigError: ``weight_files`` finds none, or one cannot be read.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in weight_files(directory, setting):
         try:
             with safe_open(file, framework="numpy") as tensors:
                 # ``tensors`` is not a dictionary and cannot be iterated.
@@ -111,6 +158,21 @@ def read_shapes(directory: Path, setting: str) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{setting}={directory}: {file.name} cannot be read ({error}); copy it again") from error
     return shapes
+
+
+def has_same_bytes(directory: Path, setting: str, name: str, other: str) -> bool:
+    """Whether two tensors of the checkpoint hold the same bytes, or the first one is missing."""
+    found = {}
+    for file in weight_files(directory, setting):
+        with file.open("rb") as opened:
+            header_size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(header_size))
+        for tensor in header.keys() & {name, other}:
+            start, end = header[tensor]["data_offsets"]
+            found[tensor] = np.memmap(file, np.uint8, "r", 8 + header_size + start, (end - start,))
+    if name not in found:
+        return True
+    return other in found and np.array_equal(found[name], found[other])
 
 
 def require_tensors(path: str, setting: str, expected: Shapes) -> None:
@@ -146,7 +208,7 @@ def require_shapes(saved: dict[str, list[int]], expected: Shapes, setting: str, 
 def _check_sizes(directory: Path, config: dict[str, Any], setting: str) -> None:
     for name in _SIZES:
         size = config.get(name)
-        if size is not None and (not isinstance(size, int) or size < 1):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigError(
                 f"{setting}={directory}: {name}={size!r} in config.json must be an integer of at least 1; copy it again"
             )

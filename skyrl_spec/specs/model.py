@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.specs.files import POLICY_PATH, model_directory, read_config
+from skyrl_spec.specs.entries import Entries
+from skyrl_spec.specs.files import POLICY_PATH, has_same_bytes, model_directory, read_config
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
+EMBEDDING, OUTPUT_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The trainer pads the rows of embedding and output head to a multiple of this times the tensor-parallel size.
 _VOCAB_MULTIPLE = 64
 
@@ -42,39 +44,35 @@ def parse_spec(directory: Path, config: dict[str, Any]) -> ModelSpec:
     Raises:
         ConfigError: the architecture or an entry is not supported, or an entry is missing.
     """
-    architecture = (config.get("architectures") or ["none"])[0]
+    entries = Entries(config, f"{POLICY_PATH}={directory}")
+    architecture = entries.architecture()
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ConfigError(
             f"{POLICY_PATH}={directory}: architecture {architecture} is not supported; "
             f"use one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    try:
-        _refuse_unsupported(directory, config, architecture)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(
-                f"{POLICY_PATH}={directory}: RoPE scaling {rope} is not supported; use a model with plain RoPE"
-            )
-        return ModelSpec(
-            path=directory,
-            architecture=architecture,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=float(config.get("rope_theta") or rope["rope_theta"]),
-            max_position_embeddings=config["max_position_embeddings"],
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=config.get("attention_bias", architecture != "Qwen3ForCausalLM"),
-            qk_norm=architecture == "Qwen3ForCausalLM",
-            num_mtp_layers=config.get("num_nextn_predict_layers") or 0,
-        )
-    except KeyError as error:
-        raise ConfigError(f"{POLICY_PATH}={directory}: config.json has no entry {error}; add it") from None
+    _refuse_unsupported(directory, config, architecture)
+    is_qwen3 = architecture == "Qwen3ForCausalLM"
+    hidden_size, num_heads = entries.integer("hidden_size"), entries.integer("num_attention_heads")
+    return ModelSpec(
+        path=directory,
+        architecture=architecture,
+        vocab_size=entries.integer("vocab_size"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=entries.integer("intermediate_size"),
+        num_layers=entries.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        # transformers has another default for a missing entry than for null.
+        num_kv_heads=entries.integer("num_key_value_heads", num_heads if "num_key_value_heads" in config else None),
+        head_dim=entries.integer("head_dim", 128 if is_qwen3 else hidden_size // num_heads),
+        rms_norm_eps=entries.number("rms_norm_eps"),
+        rope_theta=entries.rope_theta(),
+        max_position_embeddings=entries.integer("max_position_embeddings"),
+        tie_word_embeddings=entries.flag("tie_word_embeddings", False),
+        qkv_bias=entries.flag("attention_bias", not is_qwen3),
+        qk_norm=is_qwen3,
+        num_mtp_layers=entries.integer("num_nextn_predict_layers", 0, least=0),
+    )
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -86,10 +84,10 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a model's checkpoint, without those of its MTP head."""
     embeddings = (spec.vocab_size, spec.hidden_size)
-    shapes = {"model.embed_tokens.weight": embeddings, "model.norm.weight": (spec.hidden_size,)}
+    shapes = {EMBEDDING: embeddings, "model.norm.weight": (spec.hidden_size,)}
     for layer in range(spec.num_layers):
         shapes |= layer_tensor_shapes(spec, f"model.layers.{layer}.")
-    return shapes if spec.tie_word_embeddings else shapes | {"lm_head.weight": embeddings}
+    return shapes if spec.tie_word_embeddings else shapes | {OUTPUT_HEAD: embeddings}
 
 
 def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -112,6 +110,22 @@ def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ..
     if spec.qk_norm:
         shapes |= {f"self_attn.{name}_norm.weight": (spec.head_dim,) for name in "qk"}
     return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def require_tied_head(path: str, spec: ModelSpec) -> None:
+    """Checks that a tied output head, if a local checkpoint stores it, is the embedding. Reads both tensors.
+
+    Raises:
+        ConfigError: it differs. vLLM and transformers would not use it, but another program may.
+    """
+    directory = Path(path)
+    if not spec.tie_word_embeddings or not directory.is_dir():
+        return
+    if not has_same_bytes(directory, POLICY_PATH, OUTPUT_HEAD, EMBEDDING):
+        raise ConfigError(
+            f"{POLICY_PATH}={path}: config.json ties the output head to the embedding, but {OUTPUT_HEAD} differs from "
+            f"{EMBEDDING}; set tie_word_embeddings to false there, or remove that tensor"
+        )
 
 
 def _refuse_unsupported(directory: Path, config: dict[str, Any], architecture: str) -> None:

@@ -26,7 +26,7 @@ from skyrl_spec.types import Component, Proposals, ProposalScores, Versions
 
 # Largest allowed number of a check, by the coarser dtype of trainer and engine: for the loaded engine, and the least
 # limit after a sync.
-_LOADED_LIMIT = {"fp32": 1e-4, "bf16": 0.2}
+LOADED_LIMIT = {"fp32": 1e-4, "bf16": 0.2}
 _SYNCED_FLOOR = {"fp32": 2e-5, "bf16": 0.02}
 # vLLM prefills at most this many tokens in a step by default. It drafts again after each part of a longer prompt.
 _LONGEST_PROMPT = 1024
@@ -212,7 +212,7 @@ class SyncCanary:
 
     def _limit(self, component: Component) -> float:
         baselines = [value for item in self._baselines if (value := item.of(component)) is not None]
-        return noise_limit(baselines, _SYNCED_FLOOR[self._dtype]) if baselines else _LOADED_LIMIT[self._dtype]
+        return noise_limit(baselines, _SYNCED_FLOOR[self._dtype]) if baselines else LOADED_LIMIT[self._dtype]
 
     def _report(self, problems: list[str]) -> None:
         line = "; ".join(problems)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import metric_keys
+import numpy as np
 import pytest
 import torch
 from runs import ASKED, ROOT, SMALL, WARMUP, WHOLE, finish, stopped
@@ -17,6 +18,7 @@ from transformers import Qwen2ForCausalLM
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.metrics import names
+from skyrl_spec.metrics.writers import read_jsonl
 from skyrl_spec.settings.compose import load_config, to_yaml
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import CANDIDATE, EARLIER, FROZEN, SERVED
@@ -233,3 +235,27 @@ def test_a_warm_up_trains_the_draft_alone(tmp_path: Path) -> None:
     assert all(not torch.equal(started[name], trained[name]) for name in started), "a tensor was not trained"
     checkpoints = tmp_path / "whole" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_2", "step_3"]
+
+
+def test_responses_that_were_cut_earn_nothing_and_train_nothing(tmp_path: Path) -> None:
+    """No response ends within six tokens."""
+    overrides = [
+        "experiment=cpu_mtp_grpo",
+        *SMALL,
+        "trainer.max_training_steps=1",
+        "generator.sampling_params.max_generate_length=6",
+        "generator.zero_reward_on_non_stop=true",
+        "generator.apply_overlong_filtering=true",
+        "trainer.mtp.num_speculative_tokens=3",
+    ]
+    run_dir = tmp_path / "run"
+    _, records = finish(run_dir, *overrides)
+    assert records[-1][names.AVG_RAW_REWARD] == 0
+    assert records[-1]["policy/grad_norm"] == records[-1]["draft/grad_norm"] == 0
+    for step in (0, 1):
+        dumped = read_jsonl(run_dir / "dumped_evals" / f"step_{step}.jsonl")
+        assert len(dumped) == 128
+        assert all(sample["step"] == step for sample in dumped)
+        # These are not cut.
+        score = records[step][names.EVAL_SCORE]
+        assert np.mean([sample["reward"] for sample in dumped]) == pytest.approx(score)

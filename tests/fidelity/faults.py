@@ -313,9 +313,10 @@ def _checks(line: str) -> Iterator[str]:
 
 
 @contextmanager
-def rig(draft: str, run_dir: Path) -> Iterator[Rig]:
+def rig(draft: str, run_dir: Path, *overrides: str) -> Iterator[Rig]:
     """Actors of a run with ``draft``. Ray must be running."""
-    task = load_task(load_config([f"experiment={EXPERIMENTS[draft]}", *OVERRIDES, f"trainer.run_dir={run_dir}"]))
+    words = [f"experiment={EXPERIMENTS[draft]}", *OVERRIDES, *overrides, f"trainer.run_dir={run_dir}"]
+    task = load_task(load_config(words))
     assert trained_kind(task.config.trainer) is not None
     classes = (placement.RolloutActor, placement.PolicyWorker)
     placement.RolloutActor, placement.PolicyWorker = FaultyEngine, FaultyWorker  # type: ignore[misc,assignment]

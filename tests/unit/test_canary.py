@@ -325,6 +325,14 @@ def test_the_watch_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> N
     assert "another temperature than 0.7" in second
 
 
+def test_a_gap_where_drafts_lack_room_names_the_length(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(CanaryConfig(), dtype="fp32", temperature=1.0, missing_positions=6)
+    watch.look({names.ACCEPTANCE_GAP: 2.0, names.acceptance_length("train"): 3.0})
+    assert (
+        "lower generator.sampling_params.max_generate_length by 6. Else the engines' draft" in capsys.readouterr().err
+    )
+
+
 def test_a_gap_that_few_drafts_explain_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
     rates = {names.predicted_acceptance_pos(position): 0.5 for position in (1, 2, 3)}
     step = rates | {names.ACCEPTANCE_GAP: 1.6, names.acceptance_length("train"): 2.5}

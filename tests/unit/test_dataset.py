@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from skyrl_spec.data.dataset import LoadedPrompts, load_prompts, read_rows
@@ -121,7 +124,11 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no prompt": ("a.parquet", lambda path: write(path, [{"question": "1+1"}]), "row 1 has no field prompt"),
     "null prompt": ("a.jsonl", lambda path: write(path, [row(), {"prompt": None}]), "row 2 has no field prompt"),
     "text prompt": ("a.jsonl", lambda path: write(path, [{"prompt": "1+1"}]), "must be a list of {role, content}"),
-    "no role": ("a.jsonl", lambda path: write(path, [{"prompt": [{"content": "1"}]}]), "list of {role, content}"),
+    "no role": (
+        "a.jsonl",
+        lambda path: write(path, [{"prompt": [{"content": "1"}]}]),
+        "prompt[0].role must be text, but is missing",
+    ),
     "no message": ("a.jsonl", lambda path: write(path, [{"prompt": []}]), "must be a list of {role, content}"),
 }
 
@@ -170,3 +177,112 @@ def test_example_splits_share_no_problem(tokenizer: PreTrainedTokenizerFast) -> 
     ]
     assert [len(split) for split in texts] == [4096, 128]
     assert not texts[0] & texts[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ({"prompt": [{"role": "user", "content": "a\ud800b"}]}, "prompt[0].content has a lone surrogate, \\ud800, at"),
+        (row() | {"extra_info": {"tags": ["ok", "\udfff"]}}, "extra_info.tags[1] has a lone surrogate, \\udfff, at"),
+        (row() | {"\ud800": 1}, "the name of a field has a lone surrogate"),
+        (row(env_class=3), "env_class must be the name of an environment, but is 3"),
+        (row(env_class=["gsm8k"]), "env_class must be the name of an environment, but is ['gsm8k']"),
+        (
+            {"prompt": [{"role": "user", "content": "1"}, None]},
+            "prompt[1] must be an object {role, content}, but is missing",
+        ),
+        (
+            {"prompt": [*row()["prompt"], {"role": "user", "content": None}]},
+            "prompt[1].content must be text, but is missing",
+        ),
+        ({"prompt": [{"role": 1, "content": "1"}]}, "prompt[0].role must be text, but is 1"),
+        ({"prompt": [{"role": "user", "content": ["1"]}]}, "prompt[0].content must be text, but is ['1']"),
+        ({"prompt": [{"content": "1"}]}, "prompt[0].role must be text, but is missing"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_the_line_names_the_message_and_the_field(content: dict[str, Any], place: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [row(), content])
+    with pytest.raises(ConfigError) as caught:
+        list(read_rows(path))
+    assert str(caught.value).startswith(f"data.train_data={path}: row 2: {place}")
+    str(caught.value).encode()
+
+
+def test_a_turn_that_calls_tools_needs_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    path = write(tmp_path / "rows.jsonl", [{"prompt": [*row()["prompt"], call, {"role": "tool", "content": "3"}]}])
+    (found,) = read_rows(path)
+    assert found["prompt"][1] == {name: value for name, value in call.items() if value is not None}
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content or m.tool_calls[0].function.name }}{% endfor %}"
+    (prompt,) = load(tokenizer, path).prompts
+    assert tokenizer.decode(prompt.token_ids) == "1+2=add3"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", "{{ messages[9].x.y }}", "{{ raise('no') }}"])
+def test_a_template_that_stumbles_is_named_with_the_row(
+    template: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=r"row 1: the model's chat template refuses the prompt \(.+\); fix the row"):
+        load(tokenizer, write(tmp_path / "rows.jsonl", [row()]))
+
+
+def test_a_row_nested_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for depth in (300, 900, 100_000):
+        path.write_text('{"prompt": ' + "[" * depth + "]" * depth + "}\n")
+        with pytest.raises(ConfigError, match="row 1"):
+            list(read_rows(path))
+
+
+def test_arguments_reach_the_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is false %}0{% endif %}"
+    path = write(tmp_path / "rows.jsonl", [row("1")])
+    texts = []
+    for arguments in ({}, {"enable_thinking": False}):
+        loaded = load_prompts(
+            [path],
+            tokenizer,
+            max_prompt_length=9,
+            default_env_class="gsm8k",
+            setting="data.train_data",
+            template_kwargs=arguments,
+        )
+        texts.append(tokenizer.decode(loaded.prompts[0].token_ids))
+    assert texts == ["1", "10"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "tool_calls", "index", "ground_truth"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]) | VALUES, "content": st.text() | VALUES})
+    | VALUES,
+    max_size=3,
+)
+FIELDS = {"env_class": VALUES, "extra_info": VALUES, "reward_spec": VALUES, "data_source": VALUES, "turns": VALUES}
+
+
+@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries({}, optional={"prompt": MESSAGES | VALUES, **FIELDS}))
+def test_no_row_gives_a_traceback(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(content) + "\n")
+    line = ""
+    try:
+        load(tokenizer, path, max_prompt_length=10**6)
+    except ConfigError as error:
+        line = str(error)
+    assert not line or line.startswith(f"data.train_data={path}: ")
+    assert len(line.splitlines()) <= 1

@@ -222,6 +222,33 @@ def test_keys_are_kept_where_a_smaller_batch_drafts() -> None:
     assert lengths.planned()[-1] == 0
 
 
+@pytest.mark.parametrize(("tail", "drafts"), [(2, False), (400, True)])
+def test_the_drafter_is_off_where_small_batches_are_too_rare(tail: int, drafts: bool) -> None:
+    """Keys for the end of a rollout cost a first pass in every step before it."""
+    engine = SimulatedEngine(lambda position: 0.7, times=TIMES | {"token": 0.05}, noise=0.02)
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+
+    def rollout(lengths: AutoLengths | LengthTable) -> None:
+        lengths.begin()
+        engine.last = OFF
+        for batch_size, num_tokens in ((128, 100), (2, tail)):
+            end = engine.tokens + num_tokens
+            while engine.tokens < end:
+                engine.step(lengths, batch_size)
+
+    def seconds(lengths: AutoLengths | LengthTable) -> float:
+        engine.seconds = 0.0
+        for _ in range(5):
+            rollout(lengths)
+        return engine.seconds
+
+    seconds(lengths)
+    assert (lengths.planned()[1] > 0, lengths.planned()[-1]) == ((True, 0) if drafts else (False, OFF))
+    length = engine.best_rate(2, list(range(MOST + 1)))[1]
+    others = [LengthTable([OFF] * LARGEST), LengthTable([length] * 64 + [0] * 64)]
+    assert seconds(lengths) < 1.03 * min(seconds(other) for other in others)
+
+
 def test_acceptance_of_positions_that_were_not_drafted_is_that_of_the_last_one() -> None:
     acceptance = Acceptance(4)
     for _ in range(1000):

@@ -157,7 +157,7 @@ from pathlib import Path
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics.dashboards import WandbWriter
 try:
-    writer = WandbWriter(Path(sys.argv[1]), "project", "name", {"a": 1})
+    writer = WandbWriter(Path(sys.argv[1]), "project", "name", {"a": 1}, tags=["x"], resumes="resumes" in sys.argv)
 except ConfigError as error:
     sys.exit(f"config error: {error}")
 writer.write(1, {"reward/a": 0.5})
@@ -199,6 +199,23 @@ def test_wandb_offline_needs_no_account(tmp_path: Path) -> None:
     assert summary["headline/steps"] == 2
     assert [row[1] for table in tables for row in table["data"]].count("told") >= 1
     assert {table["columns"][2] for table in tables} == {"response"}
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path) -> None:
+    """The third run begins anew in the same folder."""
+    ids, tags = [], []
+    for number, words in enumerate(([], ["resumes"], [])):
+        command = [sys.executable, "-c", WANDB_SCRIPT, str(tmp_path / "run"), *words]
+        environment = wandb_environment(tmp_path, WANDB_MODE="offline")
+        subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=True)
+        files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+        assert len(files) == number + 1
+        (run,) = (record.run for record in wandb_records(files[-1]) if record.HasField("run"))
+        ids.append(run.run_id)
+        tags.append(list(run.tags))
+    assert ids[0] == ids[1] != ids[2]
+    assert (tmp_path / "run" / "wandb_id").read_text() == f"{ids[2]}\n"
+    assert tags == [["x"]] * 3
 
 
 def wandb_records(file: Path) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -95,5 +96,54 @@ def test_errors_name_the_setting() -> None:
         "data.shuffle": PromptStream(prompts(5), 2, seed=0, shuffle=False),
     }
     for setting, stream in changed.items():
-        with pytest.raises(ConfigError, match=f"^{setting}: "):
+        with pytest.raises(ConfigError, match=f"^{setting}[:=]"):
             stream.load_state_dict(state)
+
+
+def changed_prompts(change: str) -> list[Prompt]:
+    """As many prompts as ``prompts(4)``, one of them another."""
+    first, *rest = prompts(4)
+    first = {
+        "token": replace(first, token_ids=[7]),
+        "answer": replace(first, extras={"reward_spec": {"ground_truth": "7"}}),
+        "environment": replace(first, env_class="multiply"),
+    }.get(change, first)
+    return [*rest, first] if change == "order" else [first, *rest]
+
+
+@pytest.mark.parametrize("change", ["token", "answer", "environment", "order"])
+def test_other_data_with_as_many_rows_is_refused(change: str) -> None:
+    state = PromptStream(prompts(4), 2, seed=0, shuffle=True, source="a.jsonl").state_dict()
+    other = PromptStream(changed_prompts(change), 2, seed=0, shuffle=True, source="b.jsonl")
+    with pytest.raises(ConfigError, match=r"^data\.train_data=b\.jsonl: its 4 prompts are not .* \(4 of a\.jsonl\)"):
+        other.load_state_dict(state)
+
+
+def test_the_same_data_under_another_name_is_accepted() -> None:
+    state = PromptStream(prompts(4), 2, seed=0, shuffle=True, source="a.jsonl").state_dict()
+    moved = PromptStream(prompts(4), 2, seed=0, shuffle=True, source="b.jsonl")
+    moved.load_state_dict(state)
+    assert uids(moved, 2) == uids(PromptStream(prompts(4), 2, seed=0, shuffle=True), 2)
+
+
+def test_a_state_of_an_earlier_version_tells_the_number_of_prompts_only() -> None:
+    state = {"epoch": 1, "position": 2, "num_prompts": 4, "seed": 0, "shuffle": True}
+    PromptStream(prompts(4), 2, seed=0, shuffle=True).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"5 prompts are not those of the checkpoint \(4 of other files\)"):
+        PromptStream(prompts(5), 2, seed=0, shuffle=True).load_state_dict(state)
+
+
+@given(count=st.integers(1, 12), data=st.data(), num_before=st.integers(0, 20), epochs=st.integers(1, 4))
+def test_the_number_of_batches_is_what_can_be_taken(
+    count: int, data: st.DataObject, num_before: int, epochs: int
+) -> None:
+    """Also after a resumption with another batch size."""
+    before, after = (data.draw(st.integers(1, count)) for _ in range(2))
+    stream = PromptStream(prompts(count), before, seed=0, shuffle=True)
+    uids(stream, num_before)
+    resumed = PromptStream(prompts(count), after, seed=0, shuffle=True)
+    resumed.load_state_dict(stream.state_dict())
+    expected = resumed.num_batches(epochs)
+    while resumed.epoch < epochs:
+        resumed.next_batch()
+    assert resumed.num_taken == expected

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_spec.controller.signals import Interrupted, SignalWatch, sigterm_kept_from_children
+from skyrl_spec.controller.signals import Interrupted, SignalWatch, signals_kept_from_children
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def check_that_a_child_never_gets_the_sigterm() -> None:
     children, watch = [], SignalWatch()
 
     def start_child() -> None:
-        with sigterm_kept_from_children():
+        with signals_kept_from_children():
             child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             children.append(child)
             assert child.stdout is not None
