@@ -23,10 +23,25 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 def locked(run_dir: Path) -> Iterator[None]:
     """Holds the folder, which is made if it is missing. The kernel releases the lock when the process dies.
 
+    Folders that were made for it, and are empty at the end, are removed: nothing was written, because of a mistake.
+
     Raises:
         ConfigError: another process holds it.
     """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with _held(run_dir):
+            yield
+    finally:
+        if made and [path.name for path in run_dir.iterdir()] == [LOCK]:
+            (run_dir / LOCK).unlink()
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
     with (run_dir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ from skyrl_spec.evaluation.target import open_target
 from skyrl_spec.planning.preflight import num_gpus
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.options import DoctorOptions, EvalDraftOptions
-from skyrl_spec.settings.schema import Config
+from skyrl_spec.settings.schema import Config, GeneratorConfig, TrainerConfig
 from skyrl_spec.specs.files import model_directory, read_config
 
 # Lengths of the checks, where the configuration has longer ones.
@@ -75,46 +75,50 @@ def _config(options: DoctorOptions, words: list[str], stack: ExitStack) -> Confi
     """The configuration to check, with short steps and a temporary folder."""
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="skyrl-doctor-")))
     config = load_config([*_target_words(options, folder, stack), *words])
-    trainer, generator = config.trainer, config.generator
+    return replace(
+        config, trainer=_short_trainer(config.trainer, folder / "run"), generator=_short_generator(config.generator)
+    )
+
+
+def _short_trainer(trainer: TrainerConfig, run_dir: Path) -> TrainerConfig:
     kind = trained_kind(trainer)
     if kind is not None:
         optimizer = replace(kind.settings(trainer).optimizer_config, lr=_DRAFT_LR, num_warmup_steps=0)
         trainer = kind.with_settings(trainer, optimizer_config=optimizer)
     on_cpu = trainer.placement.device == "cpu"
-    length = min(generator.sampling_params.max_generate_length, _RESPONSE_LENGTH)
-    policy = trainer.policy
+    model = replace(trainer.policy.model, path=str(model_directory(trainer.policy.model.path)))
+    optimizer = replace(trainer.policy.optimizer_config, lr=_POLICY_LR, num_warmup_steps=0)
     return replace(
-        config,
-        trainer=replace(
-            trainer,
-            run_dir=str(folder / "run"),
-            logger=[],
-            resume_mode=None,
-            resume_path=None,
-            train_batch_size=_NUM_PROMPTS,
-            policy_mini_batch_size=_NUM_PROMPTS,
-            epochs=1,
-            max_training_steps=1,
-            eval_interval=0,
-            eval_before_train=False,
-            measure_speedup=False,
-            ckpt_interval=0,
-            hf_save_interval=0,
-            policy=replace(
-                policy, optimizer_config=replace(policy.optimizer_config, lr=_POLICY_LR, num_warmup_steps=0)
-            ),
-            canary=replace(
-                trainer.canary, enabled=True, interval=1, on_mismatch="error", lossless_interval=1 if on_cpu else 0
-            ),
+        trainer,
+        run_dir=str(run_dir),
+        logger=[],
+        resume_mode=None,
+        resume_path=None,
+        train_batch_size=_NUM_PROMPTS,
+        policy_mini_batch_size=_NUM_PROMPTS,
+        epochs=1,
+        max_training_steps=1,
+        eval_interval=0,
+        eval_before_train=False,
+        measure_speedup=False,
+        ckpt_interval=0,
+        hf_save_interval=0,
+        policy=replace(trainer.policy, model=model, optimizer_config=optimizer),
+        canary=replace(
+            trainer.canary, enabled=True, interval=1, on_mismatch="error", lossless_interval=1 if on_cpu else 0
         ),
-        generator=replace(
-            generator,
-            n_samples_per_prompt=_NUM_SAMPLES,
-            speculation=replace(generator.speculation, schedule="fixed"),
-            sampling_params=replace(generator.sampling_params, max_generate_length=length),
-            # Not used, but checked.
-            eval_sampling_params=replace(generator.eval_sampling_params, max_generate_length=length),
-        ),
+    )
+
+
+def _short_generator(generator: GeneratorConfig) -> GeneratorConfig:
+    length = min(generator.sampling_params.max_generate_length, _RESPONSE_LENGTH)
+    return replace(
+        generator,
+        n_samples_per_prompt=_NUM_SAMPLES,
+        speculation=replace(generator.speculation, schedule="fixed"),
+        sampling_params=replace(generator.sampling_params, max_generate_length=length),
+        # Not used, but checked.
+        eval_sampling_params=replace(generator.eval_sampling_params, max_generate_length=length),
     )
 
 

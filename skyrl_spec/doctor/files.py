@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_spec.data.tokenizer import load_tokenizer
-from skyrl_spec.doctor.finding import OK, SKIPPED, WARN, Finding, look
+from skyrl_spec.doctor.finding import OK, WARN, Finding, look
 from skyrl_spec.drafts.kinds import describe_draft, trained_kind
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.planning.preflight import preflight
@@ -137,11 +137,6 @@ def _chat_template(directory: Path) -> Finding:
             "train single turns only, or use a template that keeps them",
         )
     return Finding("chat template", OK, "a prompt's tokens stay when its answer is a turn")
-
-
-def skipped(check: str, why: str) -> Finding:
-    """A check that does not apply."""
-    return Finding(check, SKIPPED, why)
 
 
 def _spec(directory: Path) -> ModelSpec:

@@ -41,6 +41,11 @@ def look(check: str, see: Callable[[], str]) -> Finding:
         return Finding(check, FAIL, problem or fix, fix if problem else "")
 
 
+def skipped(check: str, why: str) -> Finding:
+    """A check that does not apply."""
+    return Finding(check, SKIPPED, why)
+
+
 def write_findings(path: Path, findings: Sequence[Finding]) -> None:
     """Writes the findings as a list of JSON objects."""
     path.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")

@@ -11,8 +11,7 @@ import numpy as np
 
 from skyrl_spec.controller.run import Running
 from skyrl_spec.controller.task import Task
-from skyrl_spec.doctor.files import skipped
-from skyrl_spec.doctor.finding import FAIL, OK, Finding, look
+from skyrl_spec.doctor.finding import FAIL, OK, Finding, look, skipped
 from skyrl_spec.doctor.reference import is_small, reference_logprobs
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.metrics import names

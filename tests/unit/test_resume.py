@@ -174,3 +174,12 @@ def test_a_folder_has_one_run_at_a_time_and_a_dead_one_does_not_count(tmp_path: 
         pass
     with locked(tmp_path):
         pass
+
+
+def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mistake"), locked(tmp_path / "a" / "run"):
+        raise ConfigError("mistake")
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a" / "run"):
+        (tmp_path / "a" / "run" / "metrics.jsonl").touch()
+    assert sorted(path.name for path in (tmp_path / "a" / "run").iterdir()) == [LOCK, "metrics.jsonl"]
