@@ -40,9 +40,12 @@ def logprob_agreement(batch: TrainBatch) -> dict[str, float]:
     """Agreement of trainer and engines on the rollouts, before an update: mean and largest |log-prob difference|, KL.
 
     KL(engine || trainer) is estimated on the engine's samples as ``exp(d) - 1 - d`` with ``d`` the log-prob of the
-    trainer minus that of the engine (k3 of "Approximating KL Divergence", Schulman 2020). It is never negative.
+    trainer minus that of the engine (k3 of "Approximating KL Divergence", Schulman 2020). It is never negative. Empty if
+    no token is trained on.
     """
     assert batch.policy_logprobs is not None
+    if not batch.loss_mask.any():
+        return {}
     difference = (batch.policy_logprobs - batch.rollout_logprobs)[batch.loss_mask].astype(np.float64)
     return {
         names.LOGPROBS_DIFF: float(np.abs(difference).mean()),

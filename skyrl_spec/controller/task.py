@@ -17,7 +17,7 @@ from skyrl_spec.envs.registry import register_custom
 from skyrl_spec.envs.rewards import check_environments
 from skyrl_spec.settings.schedule import check_schedule
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.specs.model import ModelSpec, load_spec
+from skyrl_spec.specs.model import ModelSpec, load_spec, require_tied_head
 from skyrl_spec.types import Prompt
 
 
@@ -59,6 +59,9 @@ def load_task(config: Config, resume_from: Path | None = None, *, may_write: boo
     """
     # A plan needs no weights of a model on the hub.
     spec = load_spec(config.trainer.policy.model.path, weights=may_write)
+    if may_write:
+        # Of a hub name, preflight has not seen the weights.
+        require_tied_head(str(spec.path), spec)
     tokenizer = load_tokenizer(spec.path, "trainer.policy.model.path", spec.vocab_size)
     kind = trained_kind(config.trainer)
     if kind is not None:

@@ -170,6 +170,19 @@ def fix_reload_of_context_buffers() -> None:
     reload.finalize_layerwise_reload = finalize_layerwise_reload
 
 
+def keep_tied_heads_tied() -> None:
+    """Ties the output head to the embedding where config.json says so, also if the checkpoint stores a head.
+
+    vLLM would load such a head, and tie it only if it is the model's single one. A weight sync sends the embedding
+    alone. That the stored head equals it was checked before (``specs.model.require_tied_head``).
+    """
+    from vllm.config import ModelConfig
+
+    config_class: Any = ModelConfig
+    _require(config_class, "maybe_untie_word_embeddings", keep_tied_heads_tied)
+    config_class.maybe_untie_word_embeddings = lambda self: None
+
+
 def fix_rewinding_of_generators() -> None:
     """Restores a request's random state when vLLM discards a token sampled after a partial prefill.
 
@@ -266,6 +279,7 @@ def let_speculation_be_called() -> None:
 
 FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
 ADDITIONS: tuple[Callable[[], None], ...] = (
+    keep_tied_heads_tied,
     let_a_drafter_be_off,
     let_drafts_follow_the_seed,
     let_speculation_be_called,
