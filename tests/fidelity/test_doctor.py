@@ -84,10 +84,9 @@ def test_the_doctor_finds_every_planted_fault(draft: str, tmp_path: Path, ray_cl
     assert (missed, false_alarms) == ([], [])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "pair", ["mtp", pytest.param("dflash", marks=pytest.mark.slow), pytest.param("no draft", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("pair", PAIRS)
 def test_the_doctor_is_silent_on_the_shipped_models(pair: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "skyrl_spec", "doctor", *PAIRS[pair], f"out={tmp_path / 'doctor.json'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
