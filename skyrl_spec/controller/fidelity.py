@@ -40,8 +40,9 @@ def logprob_agreement(batch: TrainBatch) -> dict[str, float]:
     """Agreement of trainer and engines on the rollouts, before an update: mean and largest |log-prob difference|, KL.
 
     KL(engine || trainer) is estimated on the engine's samples as ``exp(d) - 1 - d`` with ``d`` the log-prob of the
-    trainer minus that of the engine (k3 of "Approximating KL Divergence", Schulman 2020). It is never negative. Empty if
-    no token is trained on.
+    trainer minus that of the engine (k3 of "Approximating KL Divergence", Schulman 2020). It is never negative.
+
+    Empty if no token is trained on.
     """
     assert batch.policy_logprobs is not None
     if not batch.loss_mask.any():
