@@ -11,7 +11,7 @@ from gpu_check import Check, Figure, relative_error
 from torch import Tensor
 
 from skyrl_spec.losses.logprobs import vocab_parallel_logprobs
-from skyrl_spec.losses.soft_ce import vocab_parallel_soft_ce
+from skyrl_spec.losses.soft_ce import DraftLoss, vocab_parallel_soft_ce
 
 TEMPERATURE = 0.8
 # Tokens and padded rows of Qwen3 and Qwen3.5.
@@ -48,21 +48,17 @@ def make_inputs(device: torch.device, vocab_size: int, num_rows: int) -> tuple[T
     return draft_KTD.bfloat16(), teacher_TD.bfloat16(), weight_VD.bfloat16(), weights_KT
 
 
+def _loss_of(inputs: tuple[Tensor, Tensor, Tensor, Tensor], vocab_size: int, **options: Any) -> DraftLoss:
+    shape: dict[str, Any] = {"temperature": TEMPERATURE, "chunk_size": CHUNK_SIZE, "group": None}
+    return vocab_parallel_soft_ce(*inputs, vocab_size=vocab_size, **shape, **options)
+
+
 def soft_ce(device: torch.device, _folder: Path, vocabulary: str) -> Figure:
     """The draft's loss and its gradient."""
     vocab_size, num_rows = sizes(device, vocabulary)
     draft_KTD, teacher_TD, weight_VD, weights_KT = make_inputs(device, vocab_size, num_rows)
     draft_KTD.requires_grad_()
-    result = vocab_parallel_soft_ce(
-        draft_KTD,
-        teacher_TD,
-        weight_VD,
-        weights_KT,
-        vocab_size=vocab_size,
-        temperature=TEMPERATURE,
-        chunk_size=CHUNK_SIZE,
-        group=None,
-    )
+    result = _loss_of((draft_KTD, teacher_TD, weight_VD, weights_KT), vocab_size)
     (gradient_KTD,) = torch.autograd.grad(result.loss, draft_KTD)
     loss, wanted_KTD = _plain(draft_KTD, teacher_TD, weight_VD[:vocab_size], weights_KT)
     loss_error = abs(float(result.loss) / loss - 1)
@@ -88,15 +84,9 @@ def sampled_drafts(device: torch.device, _folder: Path, vocabulary: str) -> Figu
     vocab_size, num_rows = sizes(device, vocabulary)
     draft_KTD, teacher_TD, weight_VD, weights_KT = make_inputs(device, vocab_size, num_rows)
     draft_KTD.requires_grad_()
-    result = vocab_parallel_soft_ce(
-        draft_KTD,
-        teacher_TD,
-        weight_VD,
-        weights_KT,
-        vocab_size=vocab_size,
-        temperature=TEMPERATURE,
-        chunk_size=CHUNK_SIZE,
-        group=None,
+    result = _loss_of(
+        (draft_KTD, teacher_TD, weight_VD, weights_KT),
+        vocab_size,
         loss_type="tv",
         # Rounding to bf16 would turn the sign of many differences of the two distributions.
         fp32_logits=True,

@@ -266,3 +266,7 @@ def test_bytes_are_compared_wherever_they_are(tmp_path: Path) -> None:
     weight_map = {"a": "m-1.safetensors", "b": "m-2.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     require_tied_head(str(tmp_path), parse_spec(tmp_path, QWEN3 | {"tie_word_embeddings": True}))
+    embedding[2, 3] += 1
+    save_file({"b": torch.ones(7), OUTPUT_HEAD: embedding, "y": torch.ones(2)}, tmp_path / "m-2.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
+        require_tied_head(str(tmp_path), parse_spec(tmp_path, QWEN3 | {"tie_word_embeddings": True}))
