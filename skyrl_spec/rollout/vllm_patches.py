@@ -46,23 +46,6 @@ def fix_sampling_parameter_expansion() -> None:
     cpu_triton_utils._expand_kernel_impl = expand
 
 
-def fix_top_k_of_no_tokens() -> None:
-    """Skips top-k for logits without rows.
-
-    vLLM takes the maximum of k over the rows. A step without drafts has no rows of drafted tokens, and max() fails.
-    Remove when tests/rollout/test_vllm_patches.py::test_top_k_fails_without_the_fix fails.
-    """
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    _require(topk_topp_sampler, "apply_top_k_only", fix_top_k_of_no_tokens)
-    upstream = topk_topp_sampler.apply_top_k_only
-
-    def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
-        return upstream(logits, k) if len(logits) else logits
-
-    topk_topp_sampler.apply_top_k_only = apply_top_k_only
-
-
 def fix_reload_of_tied_output_weights() -> None:
     """Packs tied output weights again at the end of a weight update.
 
@@ -222,19 +205,47 @@ def let_a_drafter_be_off() -> None:
     With a draft of 0 tokens vLLM still runs the drafter's first pass, which fills in the draft's keys. Where a draft
     does not pay at all, this pass is a loss.
     """
-    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    drafter_class: Any = SpecDecodeBaseProposer
-    _require(drafter_class, "propose", let_a_drafter_be_off)
-    upstream = drafter_class.propose
+    runner_class: Any = GPUModelRunner
+    for name in ("propose_draft_token_ids", "_copy_valid_sampled_token_count"):
+        _require(runner_class, name, let_a_drafter_be_off)
+    upstream = runner_class.propose_draft_token_ids
 
-    def propose(self: Any, num_speculative_tokens: int, **inputs: Any) -> Tensor:
-        if num_speculative_tokens == OFF:
-            self._last_draft_probs = None
-            return inputs["next_token_ids"].new_empty(inputs["common_attn_metadata"].batch_size(), 0, dtype=torch.int64)
-        return upstream(self, num_speculative_tokens, **inputs)
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *inputs: Any) -> Any:
+        if scheduler_output.num_spec_tokens_to_schedule != OFF:
+            return upstream(self, scheduler_output, sampled_token_ids, *inputs)
+        self._draft_probs = self._draft_prob_req_ids = None
+        # The next step of an engine that schedules ahead reads the sampled tokens and their numbers on the GPU.
+        if self.valid_sampled_token_count_event is not None:
+            self._copy_valid_sampled_token_count(
+                *self.drafter.prepare_next_token_ids_padded(
+                    sampled_token_ids, self.requests, self.input_batch, self.discard_request_mask.gpu
+                )
+            )
+        return torch.empty(self.input_batch.num_reqs, 0, dtype=torch.int64, device=self.device)
 
-    drafter_class.propose = propose
+    runner_class.propose_draft_token_ids = propose_draft_token_ids
+
+
+def sample_plainly_without_drafts() -> None:
+    """Samples a step that verifies no drafts as an engine without a draft does.
+
+    vLLM runs its rejection sampler in every step of an engine that has a draft. Without drafted tokens the result is
+    the same and takes several times as long, and top-k fails on CPU: it takes a maximum over no rows.
+    """
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    sampler_class: Any = RejectionSampler
+    _require(sampler_class, "forward", sample_plainly_without_drafts)
+    upstream = sampler_class.forward
+
+    def forward(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
+        if any(metadata.num_draft_tokens):
+            return upstream(self, metadata, draft_probs, logits, sampling_metadata)
+        return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+
+    sampler_class.forward = forward
 
 
 def let_drafts_follow_the_seed() -> None:
@@ -281,12 +292,12 @@ FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
 ADDITIONS: tuple[Callable[[], None], ...] = (
     keep_tied_heads_tied,
     let_a_drafter_be_off,
+    sample_plainly_without_drafts,
     let_drafts_follow_the_seed,
     let_speculation_be_called,
 )
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,
-    fix_top_k_of_no_tokens,
     fix_reload_of_tied_output_weights,
     fix_rewinding_of_generators,
     fix_context_keys_of_later_layers,

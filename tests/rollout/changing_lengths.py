@@ -48,6 +48,15 @@ class Draft:
     logprobs: list[float]
 
 
+@dataclass
+class VerifiedBy:
+    """A response, and how many drafted tokens each call of vLLM's rejection sampler verified."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    numbers: list[int]
+
+
 class ChangingLengths(RolloutEngine):
     """An engine with a schedule whose lengths a test gives. ``among``: draw them from these."""
 
@@ -68,6 +77,24 @@ class ChangingLengths(RolloutEngine):
         finally:
             self._llm.collective_rpc("stop_recording_drafts")
         return _split(response.token_ids, *drafted, lengths)
+
+    def verified_by(self, prompt: list[int], sampling: SamplingConfig, lengths: Sequence[int]) -> VerifiedBy:
+        """Samples a response with these lengths."""
+        from vllm.v1.sample import rejection_sampler
+
+        upstream, numbers = rejection_sampler.rejection_sample, []
+
+        def rejection_sample(draft_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            numbers.append(len(draft_token_ids))
+            return upstream(draft_token_ids, *args, **kwargs)
+
+        self._speculation()._lengths = GivenLengths(lengths)
+        rejection_sampler.rejection_sample = rejection_sample
+        try:
+            ((response,),) = self.generate([prompt], sampling, 1, 7)
+        finally:
+            rejection_sampler.rejection_sample = upstream
+        return VerifiedBy(response.token_ids, response.logprobs, numbers)
 
     def _speculation(self) -> Any:
         core: Any = self._llm.llm_engine.engine_core

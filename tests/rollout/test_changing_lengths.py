@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,22 @@ def test_drafts_after_steps_without_one_are_those_of_an_engine_that_always_draft
     assert difference([0] * 6) < 1e-4
     assert difference([2, 0, 1, 0, 0, 3, 1]) < 1e-4
     assert difference([OFF] * 6) > 1e-3
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLING, SamplingConfig(top_k=8)])
+def test_steps_without_drafts_sample_like_an_engine_that_has_none(
+    changing: EngineProcess, target: Path, start_engine: Callable[..., EngineProcess], sampling: SamplingConfig
+) -> None:
+    sampling = replace(sampling, max_generate_length=30)
+    plain = start_engine(model_path=str(target), speculative_config=None)
+    ((expected,),) = generate(plain, [PROMPT], sampling, seed=7)
+    for length in (OFF, 0):
+        response = changing.verified_by(PROMPT, sampling, [length])
+        assert (response.tokens, response.logprobs) == (expected.token_ids, expected.logprobs)
+        # Nothing was verified, so the rejection sampler had no work.
+        assert response.numbers == []
+    # With drafts it is called, and only for steps that have some.
+    assert set(changing.verified_by(PROMPT, sampling, [2, 0, OFF, 3, 1]).numbers) == {1, 2, 3}
 
 
 def test_an_engine_calibrates_itself_and_then_chooses(
