@@ -36,7 +36,7 @@ def recipe(name: str, folder: Path) -> Config:
     if config.trainer.dflash.enabled:
         config.trainer.dflash.path = None
         spec = fresh_dflash_spec(config.trainer.dflash, load_spec(config.trainer.policy.model.path, weights=False), 0)
-        config.trainer.dflash.path = _write(folder / f"{name}_draft", dflash_hf_config(spec, "bfloat16", None))
+        config.trainer.dflash.path = _write(folder / f"{name}_draft", dflash_hf_config(spec, "bfloat16"))
     return config
 
 

@@ -80,7 +80,7 @@ EXAMPLES = {
     "doctor": [
         "target=examples/arithmetic_mtp/model",
         "target=examples/arithmetic_dflash/model draft=examples/arithmetic_dflash/draft",
-        "experiment=cpu_mtp_grpo",
+        "experiment=cpu_mtp_grpo --thorough",
     ],
     "report": ["runs/cpu_mtp_grpo"],
     "export": ["checkpoint=runs/cpu_mtp_grpo out=exported"],
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
-    words = [*args.words, *rest]
+    words = [*args.words, *rest, *(["thorough=true"] if getattr(args, "thorough", False) else [])]
     received: list[int] = []
     try:
         with _interrupted_by_signals(received):
@@ -179,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar, words_help = (
             ("RUN | KEY=VALUE", "directories of runs") if name == "report" else ("KEY=VALUE", "see below")
         )
-        _add(commands, name, metavar, words_help, f"{_options_help(name)}\n\n{_examples(name)}")
+        command = _add(commands, name, metavar, words_help, f"{_options_help(name)}\n\n{_examples(name)}")
+        if name == "doctor":
+            command.add_argument("--thorough", action="store_true", help="the same as thorough=true")
     return parser
 
 

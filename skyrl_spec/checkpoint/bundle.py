@@ -135,6 +135,12 @@ def readme(source: Source) -> str:
         serve_line(source, CPU_COMMAND),
         "```",
     ]
+    if has_directory:
+        lines += [
+            "",
+            "`draft/config.json` also names the policy and the number of drafted tokens, in the form of the library",
+            f"speculators. So `{COMMAND} ./draft` in this folder serves both, too.",
+        ]
     return "\n".join([*lines, *_acceptance_lines(source.metrics)]) + "\n"
 
 

@@ -38,7 +38,7 @@ def run(options: DoctorOptions, words: list[str], watch: SignalWatch, *, verbose
     found: list[Finding] = []
     with ExitStack() as stack:
         config = _config(options, words, stack)
-        for finding in _findings(config, watch, verbose=verbose):
+        for finding in _findings(config, watch, thorough=options.thorough, verbose=verbose):
             found.append(finding)
             print("\n".join(finding.lines()), flush=True)
     write_findings(Path(options.out), found)
@@ -46,7 +46,7 @@ def run(options: DoctorOptions, words: list[str], watch: SignalWatch, *, verbose
     return 1 if any(finding.state == FAIL for finding in found) else 0
 
 
-def _findings(config: Config, watch: SignalWatch, *, verbose: bool) -> Iterator[Finding]:
+def _findings(config: Config, watch: SignalWatch, *, thorough: bool, verbose: bool) -> Iterator[Finding]:
     failed = False
     for finding in file_findings(config):
         failed |= finding.state == FAIL
@@ -55,16 +55,22 @@ def _findings(config: Config, watch: SignalWatch, *, verbose: bool) -> Iterator[
         return
     # Imported late: Ray and torch are not needed for the checks above.
     from skyrl_spec.controller.loop import TrainingLoop
+    from skyrl_spec.controller.placement import ray_session
     from skyrl_spec.controller.run import on_cluster
     from skyrl_spec.controller.task import load_task
     from skyrl_spec.doctor.live import Patient
+    from skyrl_spec.doctor.reload import reloaded
 
     print("starting engines and workers (-v shows what they print)", file=sys.stderr, flush=True)
     components: Any = ["policy", "draft"] if trained_kind(config.trainer) is not None else ["policy"]
     try:
         task = load_task(config)
         with on_cluster(task, TrainingLoop, components, watch, verbose) as running, watch.installed():
-            yield from Patient(running, task).findings()
+            patient = Patient(running, task)
+            yield from patient.findings(thorough=thorough)
+        if patient.exported is not None:
+            with ray_session(verbose), watch.installed():
+                yield reloaded(task.config, patient.exported, patient.limit)
     except (ConfigError, RunError) as error:
         if watch.received is not None:
             raise

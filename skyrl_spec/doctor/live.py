@@ -11,8 +11,10 @@ import numpy as np
 
 from skyrl_spec.controller.run import Running
 from skyrl_spec.controller.task import Task
+from skyrl_spec.doctor.exactness import NUM_RESPONSES, chi_square, sliced_sampling
 from skyrl_spec.doctor.finding import FAIL, OK, Finding, look, skipped
 from skyrl_spec.doctor.reference import is_small, reference_logprobs
+from skyrl_spec.doctor.reload import Exported
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.metrics import names
 from skyrl_spec.settings.derived import coarser_dtype
@@ -22,7 +24,7 @@ from skyrl_spec.specs.model import parse_spec, tensor_shapes
 from skyrl_spec.sync.canary import LOADED_LIMIT
 from skyrl_spec.types import Prompt, Proposals, ProposalScores
 
-_NUM_FROZEN_SYNCS = 10
+_NUM_FROZEN_SYNCS, _SEED = 10, 0
 
 
 class Patient:
@@ -33,8 +35,10 @@ class Patient:
         self.has_draft = "draft" in self.trainer.sync.components
         self.temperature = task.config.generator.sampling_params.temperature
         self.limit = LOADED_LIMIT[coarser_dtype(task.config)]
+        # Set by the last check.
+        self.exported: Exported | None = None
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self, *, thorough: bool = False) -> Iterator[Finding]:
         """All checks, one after the other. Training comes last, because it changes the weights."""
         proposals, scores = self.proposed()
         yield self.canary("engine as loaded")
@@ -42,6 +46,8 @@ class Patient:
             yield depths(proposals, scores, self.limit)
         yield self.transformers("policy", Path(self.task.config.trainer.policy.model.path), proposals, scores)
         yield self.losslessness()
+        if thorough:
+            yield self.exact_sampling()
         yield self.prefix_cache()
         yield self.last_position()
         moved = self.step()
@@ -59,8 +65,7 @@ class Patient:
     def proposed(self) -> tuple[list[Proposals], ProposalScores]:
         """Short responses of one engine with its draft's proposals, and the trainer's scores of them."""
         prompts = [prompt.token_ids for prompt in self.task.stream.prompts[:4]]
-        sampling = SamplingConfig(max_generate_length=32, temperature=self.temperature)
-        proposals = self.running.engines.propose_on_one(prompts, sampling, seed=0)
+        proposals = self.running.engines.propose_on_one(prompts, self._short_sampling(), seed=_SEED)
         return proposals, self.running.policy.score_proposals(proposals)
 
     def canary(self, check: str) -> Finding:
@@ -103,6 +108,18 @@ class Patient:
             )
 
         return look(check, see)
+
+    def exact_sampling(self) -> Finding:
+        """Many short responses on a few tokens, against the probabilities that engines report for them."""
+        check, level = "exact sampling", self.task.config.trainer.canary.lossless_level
+        # Hot, so that many sequences occur.
+        sampling = sliced_sampling(temperature=2.0)
+        (responses,) = self.running.engines.generate(self.task.stream.prompts[:1], sampling, NUM_RESPONSES, seed=4)
+        p_value, num_bins = chi_square(responses)
+        seen = f"chi-square of {len(responses)} responses over {num_bins} sequences: p = {p_value:.2g}"
+        if p_value >= level:
+            return Finding(check, OK, seen)
+        return Finding(check, FAIL, f"{seen}, below {level:g}", "the engine accepts drafts too often or too seldom")
 
     def prefix_cache(self) -> Finding:
         """Greedy responses to the same prompts, the second time from the prefix cache."""
@@ -161,7 +178,12 @@ class Patient:
             require_tensors(str(folder / "model"), "export", tensor_shapes(spec))
         except ConfigError as error:
             return Finding("export = transformers", FAIL, str(error), "report it")
-        return self.transformers("export", folder / "model", *self.proposed())
+        proposals, scores = self.proposed()
+        self.exported = Exported(folder, proposals, self._short_sampling(), _SEED)
+        return self.transformers("export", folder / "model", proposals, scores)
+
+    def _short_sampling(self) -> SamplingConfig:
+        return SamplingConfig(max_generate_length=32, temperature=self.temperature)
 
     def _greedy(self, prompts: list[Prompt], length: int) -> list[list[int]]:
         sampling = SamplingConfig(max_generate_length=length, temperature=0.0)

@@ -58,7 +58,7 @@ from skyrl_spec.models.pack import Pack, first_tokens, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import DflashConfig
-from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, dflash_hf_config, read_dflash_spec
+from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, exported_dflash_config, read_dflash_spec
 from skyrl_spec.specs.model import ModelSpec
 
 
@@ -221,7 +221,7 @@ class DflashDraft(Draft):
         return loss, sums
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
-        return dflash_hf_config(self.spec, str(dtype).removeprefix("torch."), self.config.export_rope_scaling)
+        return exported_dflash_config(self.spec, str(dtype).removeprefix("torch."), self.config)
 
     def _slot_embeddings(self, teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
         """Embeddings of the slots, ``[Q, D]``: in each block the anchor's token, then mask tokens."""

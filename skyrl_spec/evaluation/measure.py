@@ -77,9 +77,9 @@ def measure(
         on_measured: called with the measurements of each draft when they are complete.
     """
     results = []
-    with _engine(replace(settings, speculative_config=None)) as plain:
+    with lone_engine(replace(settings, speculative_config=None)) as plain:
         for num_tokens, draft in drafts.items():
-            with _engine(replace(settings, speculative_config=draft)) as drafted:
+            with lone_engine(replace(settings, speculative_config=draft)) as drafted:
                 measured = [Measurement(num_tokens, size) for size in batch_sizes]
                 stream = cycle(prompts)
                 for number in range(-1, rounds):
@@ -137,7 +137,7 @@ def _tokens_per_second(
 
 
 @contextmanager
-def _engine(settings: EngineSettings) -> Iterator[EngineGroup]:
+def lone_engine(settings: EngineSettings) -> Iterator[EngineGroup]:
     """An engine that lives as long as the context.
 
     Raises:

@@ -137,16 +137,21 @@ class TensorBoardWriter(Writer):
         self._events.close()
 
 
-def check_wandb() -> None:
-    """Raises ``ConfigError`` if ``wandb.init`` would have to ask for a key on the terminal."""
+def check_wandb() -> str | None:
+    """Address of wandb's server. None if nothing is sent (``WANDB_MODE``).
+
+    Raises:
+        ConfigError: ``wandb.init`` would have to ask for a key on the terminal.
+    """
     import wandb
     from wandb.sdk.lib import wbauth
 
     try:
         settings = wandb.setup().settings
         if settings.mode in ("offline", "dryrun", "disabled"):
-            return
-        credentials = wbauth.authenticate_session(host=settings.base_url, source="skyrl_spec", prompt=False)
+            return None
+        address = str(settings.base_url)
+        credentials = wbauth.authenticate_session(host=address, source="skyrl_spec", prompt=False)
     except wandb.errors.Error as error:
         raise ConfigError(_wandb_line(" ".join(str(error).split()))) from error
     finally:
@@ -154,6 +159,7 @@ def check_wandb() -> None:
         wandb.teardown()
     if credentials is None:
         raise ConfigError(_wandb_line("wandb has no key"))
+    return address
 
 
 def _wandb_line(problem: str) -> str:

@@ -29,12 +29,14 @@ def copied(item: Item, device: torch.device) -> Item:
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, tensor in zip(buffer.split(sizes), tensors, strict=True):
-        part[: tensor.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        _as(part, tensor).copy_(tensor)
     parts = buffer.to(device, non_blocking=True).split(sizes)
-    copies = (
-        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)
-    )
-    return _with_tensors(item, copies)
+    return _with_tensors(item, map(_as, parts, tensors))
+
+
+def _as(part: Tensor, tensor: Tensor) -> Tensor:
+    """The bytes ``part`` seen as a tensor of the dtype and shape of ``tensor``."""
+    return part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""What a run takes from the environment: the address of a Ray cluster, and the folder for temporary files."""
+"""What a run takes from the environment: addresses of a Ray cluster and of proxies, the folder for temporary files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import socket
 import sys
 import tempfile
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from skyrl_spec.errors import ConfigError
 
@@ -51,6 +53,28 @@ def check_cluster() -> None:
         raise ConfigError(f"{where}: no Ray cluster answers there ({reason}); {fix}") from None
     if len(reply) < 4 or reply[3] != _SETTINGS_FRAME:
         raise ConfigError(f"{where}: what answers there is not a Ray cluster; {fix}")
+
+
+def check_server(url: str, user: str, fix: str) -> None:
+    """Checks that something accepts connections at ``url``, or at the proxy that the environment names for it.
+
+    ``user``: setting or part that needs the server, for the error. ``fix``: what to do without it.
+
+    Raises:
+        ConfigError: nothing does, or the address cannot be one.
+    """
+    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
+    proxy = None if host is None or proxy_bypass(host) else getproxies().get(scheme)
+    # A proxy may be given without a scheme.
+    asked = urlsplit(url if proxy is None else proxy if "//" in proxy else f"//{proxy}")
+    # Without a password.
+    where = url if proxy is None else f"{scheme}_proxy={asked.netloc.rpartition('@')[2]}"
+    try:
+        port = asked.port or (443 if asked.scheme == "https" else 80)
+        socket.create_connection((asked.hostname or "", port), timeout=_PATIENCE_S).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{user}: {where}: no server answers there ({reason}); {fix}") from None
 
 
 def use_short_tmpdir() -> None:

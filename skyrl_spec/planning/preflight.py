@@ -18,7 +18,7 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.envs.registry import check_env_class, register_custom
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics.dashboards import check_wandb
-from skyrl_spec.planning.environment import check_cluster, cluster_address
+from skyrl_spec.planning.environment import check_cluster, check_server, cluster_address
 from skyrl_spec.settings.derived import parallel_sizes
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.entries import Entries
@@ -91,7 +91,7 @@ def _check_run_dir(run_dir: str) -> None:
 
 def _check_machine(config: Config) -> None:
     """Checks account, cluster and devices. In a dry run problems are warnings: it may be meant for another machine."""
-    checks: list[Callable[[], None]] = [check_wandb] if "wandb" in config.trainer.logger else []
+    checks: list[Callable[[], None]] = [_check_wandb] if "wandb" in config.trainer.logger else []
     for check in [*checks, check_cluster, lambda: _check_device(config)]:
         try:
             check()
@@ -99,6 +99,13 @@ def _check_machine(config: Config) -> None:
             if not config.trainer.dry_run:
                 raise
             print(f"skyrl-spec: warning: this machine cannot start the run: {error}", file=sys.stderr)
+
+
+def _check_wandb() -> None:
+    address = check_wandb()
+    if address is not None:
+        fix = "set WANDB_MODE=offline to log without a server, or remove wandb from trainer.logger"
+        check_server(address, "trainer.logger=[wandb]", fix)
 
 
 def _check_device(config: Config) -> None:

@@ -99,6 +99,9 @@ class DoctorOptions:
         "Model, run (its newest checkpoint), checkpoint or exported bundle. Empty: the settings name model and draft.",
     )
     draft: str | None = setting(None, "Directory of a DFlash draft. null: the target's own, such as its MTP head.")
+    thorough: bool = setting(
+        False, "Also test by chi-square that sampled responses have their exact distribution (--thorough)."
+    )
     out: str = setting("doctor.json", "Output file.")
 
 

@@ -161,10 +161,40 @@ def dflash_tensor_shapes(spec: DflashSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def dflash_hf_config(spec: DflashSpec, dtype: str, rope_scaling: dict[str, Any] | None = None) -> dict[str, Any]:
+def exported_dflash_config(spec: DflashSpec, dtype: str, dflash: DflashConfig) -> dict[str, Any]:
+    """``config.json`` of an exported draft, which lies beside the directory ``model`` of its policy.
+
+    It has the form of DFlash and that of the library speculators, by which ``vllm serve ./draft`` finds the policy.
+    """
+    config = dflash_hf_config(spec, dtype)
+    if dflash.export_rope_scaling is not None:
+        config["rope_scaling"] = dflash.export_rope_scaling
+    return config | _speculators_entries(spec, config, dflash.num_speculative_tokens or spec.block_size - 1)
+
+
+def _speculators_entries(spec: DflashSpec, config: dict[str, Any], num_speculative_tokens: int) -> dict[str, Any]:
+    of_layers = set(config) - {"architectures", "block_size", "num_target_layers", "dflash_config"}
+    return {
+        "speculators_model_type": "dflash",
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_speculative_tokens}],
+            # Relative to where the server is started, as every path is to vLLM.
+            "verifier": {"name_or_path": "./model", "architectures": []},
+        },
+        "transformer_layer_config": {name: config[name] for name in sorted(of_layers)},
+        "draft_vocab_size": spec.layers.vocab_size,
+        "mask_token_id": spec.mask_token_id,
+        # Index of a hidden state: 0 is the embedding, so layer i ends in i + 1.
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in spec.target_layer_ids],
+    }
+
+
+def dflash_hf_config(spec: DflashSpec, dtype: str) -> dict[str, Any]:
     """``config.json`` of a draft in the form that vLLM reads. ``dtype`` is torch's name, such as "float32"."""
     layers = spec.layers
-    config: dict[str, Any] = {
+    return {
         "architectures": [DRAFT_ARCHITECTURE],
         "model_type": "qwen3",
         "attention_bias": False,
@@ -190,6 +220,3 @@ def dflash_hf_config(spec: DflashSpec, dtype: str, rope_scaling: dict[str, Any] 
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if rope_scaling is not None:
-        config["rope_scaling"] = rope_scaling
-    return config

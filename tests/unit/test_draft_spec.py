@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
 
 from skyrl_spec.controller.warmup import warmup_config
 from skyrl_spec.drafts.kinds import KINDS, trained_kind
@@ -20,6 +22,7 @@ from skyrl_spec.specs.dflash import (
     decay_gamma,
     default_target_layers,
     dflash_hf_config,
+    exported_dflash_config,
     parse_dflash_spec,
     read_dflash_spec,
 )
@@ -82,7 +85,8 @@ def test_a_fresh_draft_has_its_targets_width_and_survives_its_config_json(tmp_pa
 
 def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
     spec = read_dflash_spec(str(EXAMPLE / "draft"))
-    exported = dflash_hf_config(spec, "bfloat16", {"rope_type": "yarn", "factor": 4.0})
+    dflash = DflashConfig(export_rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    exported = exported_dflash_config(spec, "bfloat16", dflash)
     assert exported["rope_scaling"]["factor"] == 4.0
     assert exported["rope_theta"] == spec.layers.rope_theta
     with pytest.raises(ConfigError, match=r"rope_scaling in config\.json is not supported"):
@@ -93,6 +97,22 @@ def test_rope_scaling_is_for_export_and_not_trained_on(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"RoPE scaling .* is not supported"):
         parse_dflash_spec(tmp_path, written_by_transformers_5)
+
+
+def test_an_exported_draft_has_both_forms(tmp_path: Path) -> None:
+    """DFlash's own, which is read here, and that of speculators, as vLLM understands it."""
+    spec = read_dflash_spec(str(EXAMPLE / "draft"))
+    config = exported_dflash_config(spec, "float32", DflashConfig(num_speculative_tokens=4))
+    assert replace(parse_dflash_spec(tmp_path, config), layers=spec.layers) == spec
+    assert SpeculatorsConfig.extract_vllm_speculative_config(config) == {
+        "method": "dflash",
+        "num_speculative_tokens": 4,
+    }
+    layers = SpeculatorsConfig.extract_transformers_pre_trained_config(copy.deepcopy(config))
+    assert layers["dflash_config"] | {"causal": False} == config["dflash_config"] | {"sample_from_anchor": False}
+    same = ("architectures", "hidden_size", "num_hidden_layers", "num_key_value_heads", "rope_theta", "vocab_size")
+    assert all(layers[name] == config[name] for name in same)
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "./model"
 
 
 def test_a_published_drafts_config_json_is_read(tmp_path: Path) -> None:

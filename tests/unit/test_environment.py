@@ -1,4 +1,4 @@
-"""RAY_ADDRESS and TMPDIR: what does not serve is said within seconds."""
+"""RAY_ADDRESS, servers, proxies and TMPDIR: what does not serve is said within seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.planning.environment import check_cluster, cluster_address, use_short_tmpdir
+from skyrl_spec.planning.environment import check_cluster, check_server, cluster_address, use_short_tmpdir
 
 
 @contextmanager
@@ -94,6 +94,46 @@ def test_without_an_address_a_run_has_its_own_ray(address: str | None, monkeypat
         monkeypatch.setenv("RAY_ADDRESS", address)
     check_cluster()
     assert cluster_address() is None
+
+
+def unreachable(url: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_server(url, "trainer.logger=[wandb]", "set WANDB_MODE=offline")
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:{port}", "https://no-such-host.invalid", "http://127.0.0.1:99999"]
+)
+def test_a_server_that_does_not_answer(address: str, no_proxies: None) -> None:
+    url = address.format(port=unused_port())
+    line = unreachable(url)
+    assert line.startswith(f"trainer.logger=[wandb]: {url}: no server answers there (")
+    assert line.endswith("); set WANDB_MODE=offline")
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://user:word@127.0.0.1:{port}/"])
+def test_a_proxy_that_does_not_answer(form: str, no_proxies: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = unused_port()
+    proxy = form.format(port=port)
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with server(None) as address:
+        assert f": https_proxy=127.0.0.1:{port}: no server answers" in unreachable(f"https://{address}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        check_server(f"https://{address}", "trainer.logger=[wandb]", "")
+
+
+def test_a_proxy_is_asked_for_a_server_that_only_it_reaches(no_proxies: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(None) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://{proxy}")
+        check_server("https://no-such-host.invalid", "trainer.logger=[wandb]", "")
 
 
 @pytest.mark.parametrize("length", [20, 28, 29, 84, 200])

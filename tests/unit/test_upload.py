@@ -26,6 +26,8 @@ class Item:
 def make_item() -> Item:
     pack = pack_documents(np.arange(7), np.arange(7) > 2, [3, 4])
     parts = (torch.zeros(0), torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor(2.5, dtype=torch.float64))
+    # Contiguous, with a stride of 0.
+    parts += (torch.tensor(7).expand(1),)
     # Three bytes, so that the next tensor does not begin where this one ends.
     return Item(pack, torch.tensor([True, False, True]), parts, None, (4, 5))
 

@@ -19,8 +19,8 @@ from skyrl_spec.specs.dflash import (
     DFLASH_TARGETS,
     DRAFT_ARCHITECTURE,
     DflashSpec,
-    dflash_hf_config,
     dflash_tensor_shapes,
+    exported_dflash_config,
     fresh_dflash_spec,
     read_dflash_config,
     read_dflash_spec,
@@ -172,7 +172,7 @@ class DflashKind(DraftKind):
     def hf_config(self, trainer: TrainerConfig, torch_dtype: str) -> dict[str, Any]:
         dflash = trainer.dflash
         assert dflash.path is not None
-        return dflash_hf_config(read_dflash_spec(dflash.path), torch_dtype, dflash.export_rope_scaling)
+        return exported_dflash_config(read_dflash_spec(dflash.path), torch_dtype, dflash)
 
 
 def plan_dflash(
