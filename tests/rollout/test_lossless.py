@@ -16,6 +16,7 @@ from faulty_engines import LossyEngine, UnpatchedEngine
 from tiny_models import LONG_PROMPT, PROMPT
 
 from skyrl_spec.controller.lossless import two_sample_p_value
+from skyrl_spec.doctor.exactness import NUM_RESPONSES, chi_square, sliced_sampling
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation
 
@@ -53,6 +54,19 @@ def test_a_lossy_sampler_and_an_unpatched_one_are_caught_by_it(
 ) -> None:
     for candidate in (lossy, start_engine(UnpatchedEngine)):
         assert sequence_p_value(candidate, models_dir / "w0", SAMPLING, NUM_TOKENS) < CAUGHT
+
+
+def test_the_doctor_tells_a_lossy_sampler_from_a_good_one(
+    engine: EngineProcess, plain: EngineProcess, lossy: EngineProcess
+) -> None:
+    def p_value(candidate: EngineProcess) -> float:
+        (responses,) = generate(candidate, [PROMPT], sliced_sampling(2.0), n=NUM_RESPONSES, seed=4)
+        value, num_bins = chi_square(responses)
+        assert num_bins > 50
+        return value
+
+    assert min(p_value(engine), p_value(plain)) > LEVEL
+    assert p_value(lossy) < CAUGHT
 
 
 def test_the_canary_tells_a_lossy_sampler_from_a_good_one(

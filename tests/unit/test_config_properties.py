@@ -1,18 +1,23 @@
-"""Random words on the command line give a configuration or an error of one line."""
+"""Random words on the command line, and random mistakes in an experiment's file, give a configuration or one line."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields, is_dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skyrl_spec.controller.warmup import warmup_config
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.planning.validation import validate
-from skyrl_spec.settings.compose import load_config, to_yaml
+from skyrl_spec.settings import compose
+from skyrl_spec.settings.compose import config_dir, load_config, to_yaml
 from skyrl_spec.settings.derived import parallel_sizes
 from skyrl_spec.settings.schema import Config
 
@@ -87,3 +92,48 @@ def test_settings_of_any_value(arguments: list[str]) -> None:
 @given(st.lists(st.one_of(words, st.tuples(words, words).map("=".join)), min_size=1, max_size=2))
 def test_words_of_any_kind(arguments: list[str]) -> None:
     check(arguments)
+
+
+LINES = (config_dir() / "experiment" / "cpu_mtp_grpo.yaml").read_text().splitlines()
+ODD_LINES = st.one_of(
+    words,
+    st.tuples(words, plain.map(str)).map(": ".join),
+    st.tuples(st.sampled_from(NAMES).map(lambda name: name.rsplit(".", 1)[-1]), values).map(": ".join),
+    st.sampled_from(
+        ["trainer:", "- a", "  - b: [", "{", "a: *b", "a: &b", "<<: *a", "!!python/none x", "%YAML 9", "---", "\t",
+         "defaults: [x]", "defaults:\n- experiment: cpu_mtp_grpo", "trainer: null", "data: []", "generator: 7", "1: 2",
+         "null: 1", "[1, 2]: 3", "a: |", "a: 2026-01-01", "a: ${b}", "a: ${oc.env:NO_SUCH}", "? x",
+         "# @package x", "trainer.epochs: 2"]
+    ),
+)  # fmt: skip
+changes = st.tuples(
+    st.sampled_from(["replace", "insert", "delete", "indent"]),
+    st.integers(0, len(LINES) - 1),
+    st.integers(0, 8),
+    ODD_LINES,
+)
+
+
+def changed(lines: list[str], change: tuple[str, int, int, str]) -> list[str]:
+    kind, index, indent, odd = change
+    new = {
+        "replace": [" " * indent + odd],
+        "insert": [lines[index % len(lines)], " " * indent + odd],
+        "delete": [],
+        "indent": [" " * indent + lines[index % len(lines)].strip()],
+    }[kind]
+    index %= len(lines)
+    return [*lines[:index], *new, *lines[index + 1 :]] or [""]
+
+
+@settings(parent=FEW, max_examples=150)
+@given(st.lists(changes, min_size=1, max_size=3))
+def test_an_experiment_of_a_user_with_mistakes(some: list[tuple[str, int, int, str]]) -> None:
+    lines = LINES
+    for change in some:
+        lines = changed(lines, change)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        shutil.copytree(config_dir(), folder, dirs_exist_ok=True)
+        (Path(folder) / "experiment" / "mine.yaml").write_text("\n".join(lines))
+        patch.setattr(compose, "config_dir", lambda: Path(folder))
+        check(["experiment=mine"])
