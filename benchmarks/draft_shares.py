@@ -91,7 +91,7 @@ def make_arms_trainer(names: list[str], first_scored: int) -> type:
     class ArmsTrainer(PolicyTrainer):
         def __init__(self, config: Config, spec: Any, parallel: Any, total_optimizer_steps: int, **options: Any):
             super().__init__(config, spec, parallel, total_optimizer_steps, **options)
-            assert parallel.world_size == 1, "the arms are trained on one rank"
+            assert parallel.tp_size * parallel.dp_size == 1, "the arms are trained on one rank"
             loaded = (load_draft(config, spec, self._trunk_config, parallel, total_optimizer_steps) for _ in names)
             self._arms = [Arm(name, draft) for name, draft in zip(names, loaded, strict=True)]
             self._num_updates = 0
