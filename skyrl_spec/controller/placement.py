@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import ray
@@ -39,6 +41,8 @@ from skyrl_spec.training.worker import PolicyWorker
 # Share of a GPU that a worker and an engine each reserve with colocate_all. Ray only counts these shares;
 # gpu_memory_utilization divides the memory.
 _GPU_SHARE = 0.5
+# Tries to start Ray, and its error if its servers are too slow.
+_RAY_STARTS, _TIMED_OUT = 3, "timed out during startup"
 
 
 @contextmanager
@@ -63,15 +67,38 @@ def ray_session(verbose: bool) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    # The prefix is short: sockets below it must stay within 107 characters.
-    directory = tempfile.mkdtemp(prefix="skyrl-")
+    directory, servers = _start_local_ray(options)
     try:
-        with signals_kept_from_children(), servers_in_own_sessions():
-            ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
         yield
     finally:
-        _end_local_ray()
+        _end_local_ray(servers)
         _remove(directory)
+
+
+def _start_local_ray(options: dict[str, Any]) -> tuple[str, list[Popen[bytes]]]:
+    """Starts Ray, and returns its folder and its servers. Ray gives up after half a minute, so it is tried again.
+
+    Raises:
+        RunError: it did not start.
+    """
+    for attempt in range(1, _RAY_STARTS + 1):
+        # The prefix is short: sockets below it must stay within 107 characters.
+        directory = tempfile.mkdtemp(prefix="skyrl-")
+        with signals_kept_from_children(), servers_in_own_sessions() as servers:
+            try:
+                ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
+                return directory, servers
+            except BaseException as error:
+                _end_local_ray(servers)
+                _remove(directory)
+                if _TIMED_OUT not in str(error):
+                    raise
+        if attempt < _RAY_STARTS:
+            print("skyrl-spec: warning: Ray's servers did not start in time; trying again", file=sys.stderr)
+    raise RunError(
+        f"Ray's servers did not start in {_RAY_STARTS} tries of half a minute; other programs may take all cores or "
+        f"memory of this machine: end some of them"
+    )
 
 
 def _join_cluster(options: dict[str, Any]) -> None:
@@ -87,16 +114,17 @@ def _join_cluster(options: dict[str, Any]) -> None:
         ) from error
 
 
-def _end_local_ray() -> None:
-    """Ends Ray's processes and their descendants. SIGTERM would end none of them."""
-    node: Any = ray._private.worker._global_node
-    servers = [] if node is None else [info.process for infos in node.all_processes.values() for info in infos]
+def _end_local_ray(servers: list[Popen[bytes]]) -> None:
+    """Ends Ray's servers and their descendants. SIGTERM would end none of them."""
     for process in servers:
         # Ray sends SIGTERM, and waits a second for each.
-        process.terminate = process.kill
+        process.terminate = process.kill  # type: ignore[method-assign]
     pidfds = open_tree(process.pid for process in servers)
     ray.shutdown()
     kill_all(pidfds)
+    for process in servers:
+        # Takes note of its end.
+        process.poll()
 
 
 def _remove(directory: str, patience_s: float = 5.0) -> None:

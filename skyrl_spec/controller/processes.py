@@ -9,25 +9,31 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from ray._private import services
 
 
 @contextmanager
-def servers_in_own_sessions() -> Iterator[None]:
+def servers_in_own_sessions() -> Iterator[list[Popen[bytes]]]:
     """Gives each of Ray's servers that starts in this context a session of its own, out of this process's group.
 
     A terminal, ``timeout`` and schedulers signal the whole group. The kernel still ends the servers with this process.
+    The list grows by each server.
     """
     # Ray has no option for it.
     module: Any = services
-    popen = module.ConsolePopen
-    module.ConsolePopen = partial(popen, start_new_session=True)
+    popen, servers = module.ConsolePopen, list[Popen[bytes]]()
+
+    def start(*args: Any, **options: Any) -> Popen[bytes]:
+        servers.append(popen(*args, start_new_session=True, **options))
+        return servers[-1]
+
+    module.ConsolePopen = start
     try:
-        yield
+        yield servers
     finally:
         module.ConsolePopen = popen
 

@@ -157,6 +157,55 @@ with ray_session(verbose=False):
 """
 
 
+SLOW_RAY = """
+import os, sys
+from pathlib import Path
+import ray
+from skyrl_spec.controller.placement import ray_session
+from skyrl_spec.errors import RunError
+
+start, late = ray.init, int(sys.argv[1])
+is_only_once = late == 1
+
+def init(*args, **options):
+    global late
+    if is_only_once:
+        start(*args, **options)
+    late -= 1
+    if late >= 0:
+        raise Exception("The current node timed out during startup.")
+
+def servers():
+    names = [path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm") if parent(path) == os.getpid()]
+    return sorted(name for name in names if name in ("gcs_server", "raylet"))
+
+def parent(path):
+    return int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+
+ray.init = init
+try:
+    with ray_session(verbose=False):
+        print(servers(), ray.get(ray.remote(lambda: 7).remote()))
+except RunError as error:
+    print(error)
+print(servers())
+"""
+
+
+@pytest.mark.parametrize("num_late", [1, 3])
+def test_ray_is_started_again_if_its_servers_are_slow(num_late: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_RAY, str(num_late)], capture_output=True, text=True, timeout=300, check=False
+    )
+    first, last = done.stdout.splitlines()
+    if num_late == 1:
+        assert first == "['gcs_server', 'raylet'] 7", done.stderr
+    else:
+        assert first.startswith("Ray's servers did not start in 3 tries of half a minute; ")
+    assert last == "[]"
+    assert done.stderr.count("did not start in time; trying again") == min(num_late, 2)
+
+
 def test_ray_starts_with_a_long_tmpdir(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 84)
     folder.mkdir()
