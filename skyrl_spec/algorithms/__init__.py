@@ -1,5 +1,6 @@
 """The reinforcement-learning algorithm, one file per part.
 
 ``filters`` chooses the groups to train on (DAPO's dynamic sampling). ``advantages`` turns rewards into advantages
-(GRPO, the overlong penalty). ``clipped_surrogate`` is the policy objective and ``kl`` its penalty, token by token.
+(GRPO, RLOO, REINFORCE++, the overlong penalty). ``policy_loss`` names the policy objectives, one in each of
+``clipped_surrogate``, ``gspo`` and ``cispo``. ``kl`` is the penalty. All are computed token by token.
 """

@@ -12,7 +12,8 @@ from skyrl_spec.settings.schema import AlgorithmConfig
 # Avoids a division by zero in a group of equal rewards.
 STD_EPSILON = 1e-6
 
-Estimator = Callable[[np.ndarray], np.ndarray]
+# From rewards and response lengths, [P, G] each.
+Estimator = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def group_advantages(rewards_PG: np.ndarray, norm_by_std: bool) -> np.ndarray:
@@ -32,6 +33,31 @@ def group_advantages(rewards_PG: np.ndarray, norm_by_std: bool) -> np.ndarray:
     return centred_PG / (rewards_PG.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON)
 
 
+def leave_one_out_advantages(rewards_PG: np.ndarray) -> np.ndarray:
+    """Advantages of RLOO: a reward minus the mean of the other rewards of its group, float64 ``[P, G]``, G >= 2.
+
+    Source: "Back to Basics" (arXiv:2402.14740), equation 5.
+    """
+    rewards_PG = np.asarray(rewards_PG, np.float64)
+    num_others = rewards_PG.shape[1] - 1
+    assert num_others > 0, "a group of one has no others"
+    return rewards_PG - (rewards_PG.sum(axis=1, keepdims=True) - rewards_PG) / num_others
+
+
+def batch_advantages(rewards_PG: np.ndarray, lengths_PG: np.ndarray) -> np.ndarray:
+    """Advantages of REINFORCE++: ``(r - mean) / (std + 1e-6)`` over all tokens of the batch, float64 ``[P, G]``.
+
+    Each response counts by its tokens. The KL penalty is not part of the reward here (``use_kl_loss``), so all tokens
+    of a response have one advantage.
+
+    Source: REINFORCE++ (arXiv:2501.03262), equation 10, without a discount.
+    """
+    rewards_PG, lengths_PG = np.asarray(rewards_PG, np.float64), np.asarray(lengths_PG, np.float64)
+    weights_PG = lengths_PG / max(lengths_PG.sum(), 1.0)
+    centred_PG = rewards_PG - (weights_PG * rewards_PG).sum()
+    return centred_PG / (np.sqrt((weights_PG * centred_PG**2).sum()) + STD_EPSILON)
+
+
 def overlong_penalty(
     response_lengths: np.ndarray, max_generate_length: int, buffer_len: int, penalty_factor: float
 ) -> np.ndarray:
@@ -48,9 +74,11 @@ def overlong_penalty(
     return penalty_factor * np.clip((max_generate_length - buffer_len - lengths) / buffer_len, -1.0, 0.0)
 
 
-# Builders by trainer.algorithm.advantage_estimator. An estimator maps rewards [P, G] to advantages [P, G].
+# Builders by trainer.algorithm.advantage_estimator.
 ESTIMATORS: dict[str, Callable[[AlgorithmConfig], Estimator]] = {
-    "grpo": lambda algorithm: lambda rewards_PG: group_advantages(rewards_PG, algorithm.grpo_norm_by_std),
+    "grpo": lambda algorithm: lambda rewards_PG, _: group_advantages(rewards_PG, algorithm.grpo_norm_by_std),
+    "rloo": lambda _: lambda rewards_PG, _: leave_one_out_advantages(rewards_PG),
+    "reinforce++": lambda _: batch_advantages,
 }
 
 

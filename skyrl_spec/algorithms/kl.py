@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# exp(20) and exp(-20) are far outside every clip and well inside the range of float32.
-MAX_LOG_RATIO = 20.0
+from skyrl_spec.algorithms.token_loss import MAX_LOG_RATIO
 
 
 def kl_k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

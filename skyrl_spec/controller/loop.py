@@ -272,7 +272,7 @@ class TrainingLoop:
         )
         return build_train_batch(
             [rollout for group in groups for rollout in group],
-            self.estimate_advantages(rewards_PG).reshape(-1),
+            self.estimate_advantages(rewards_PG, lengths_PG).reshape(-1),
             pad_token_id=self.pad_token_id,
             loss_reduction=algorithm.loss_reduction,
             max_response_length=sampling.max_generate_length,

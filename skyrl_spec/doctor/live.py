@@ -114,7 +114,7 @@ class Patient:
         check, level = "exact sampling", self.task.config.trainer.canary.lossless_level
         # Hot, so that many sequences occur.
         sampling = sliced_sampling(temperature=2.0)
-        (responses,) = self.running.engines.generate(self.task.stream.prompts[:1], sampling, NUM_RESPONSES, seed=4)
+        (responses,) = self.running.engines.generate([self.task.stream.prompts[0]], sampling, NUM_RESPONSES, seed=4)
         p_value, num_bins = chi_square(responses)
         seen = f"chi-square of {len(responses)} responses over {num_bins} sequences: p = {p_value:.2g}"
         if p_value >= level:

@@ -54,6 +54,8 @@ DTYPES = ("fp32", "bf16")
 # Distances of a drafted token's distribution from the policy's, and the loss of whole chains that is made of one.
 TERM_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce", "tv")
 LOSS_TYPES = (*TERM_TYPES, "accept")
+POLICY_LOSS_TYPES = ("regular", "gspo", "cispo")
+ADVANTAGE_ESTIMATORS = ("grpo", "rloo", "reinforce++")
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 LOGGERS = ("console", "wandb", "tensorboard")

@@ -174,11 +174,18 @@ def _check_batches(config: Config) -> None:
         trainer.train_batch_size,
         f"must be a multiple of trainer.policy_mini_batch_size={mini}; change one of them",
     )
+    estimator = trainer.algorithm.advantage_estimator
     require(
-        trainer.algorithm.advantage_estimator != "grpo" or samples >= 2,
+        estimator not in ("grpo", "rloo") or samples >= 2,
         "generator.n_samples_per_prompt",
         samples,
-        "must be at least 2, because grpo compares the responses to a prompt; raise it",
+        f"must be at least 2, because {estimator} compares the responses to a prompt; raise it",
+    )
+    require(
+        trainer.algorithm.policy_loss_type == "regular" or trainer.algorithm.clip_ratio_c is None,
+        "trainer.algorithm.clip_ratio_c",
+        trainer.algorithm.clip_ratio_c,
+        "is the dual clip of trainer.algorithm.policy_loss_type=regular; set it to null",
     )
     dp = parallel_sizes(config).dp
     require(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyrl_spec.settings.allowed import (
+    ADVANTAGE_ESTIMATORS,
     DEVICES,
     DRAFT_SAMPLE_METHODS,
     DTYPES,
@@ -20,6 +21,7 @@ from skyrl_spec.settings.allowed import (
     LOSS_REDUCTIONS,
     NOT_NEGATIVE,
     ON_FAILURE,
+    POLICY_LOSS_TYPES,
     POSITIVE,
     PROBABILITY,
     SEEDS,
@@ -102,13 +104,25 @@ class OverlongConfig:
 class AlgorithmConfig:
     """Advantages and policy objective. GRPO is DAPO with eps_clip_low = eps_clip_high and no dynamic sampling."""
 
+    policy_loss_type: str = setting(
+        "regular",
+        "Objective of the policy. regular: the clipped surrogate of PPO, GRPO and DAPO. gspo: the same with one ratio "
+        "for a whole response. cispo: the policy gradient of every token, weighted with its clipped ratio.",
+        POLICY_LOSS_TYPES,
+    )
     advantage_estimator: str = setting(
-        "grpo", "grpo: a response's reward minus the mean reward of all responses to its prompt.", ("grpo",)
+        "grpo",
+        "grpo: a response's reward minus the mean reward of all responses to its prompt. rloo: minus the mean reward "
+        "of the other responses. reinforce++: minus the mean over all tokens of the batch, divided by the standard "
+        "deviation over them.",
+        ADVANTAGE_ESTIMATORS,
     )
     grpo_norm_by_std: bool = setting(
-        True, "Divide advantages by the standard deviation of the rewards of the prompt. false: Dr. GRPO."
+        True, "Divide grpo's advantages by the standard deviation of the rewards of the prompt. false: Dr. GRPO."
     )
-    eps_clip_low: float = setting(0.2, "Clip the ratio of new to old probability below 1 - eps_clip_low.", LEVEL)
+    eps_clip_low: float = setting(
+        0.2, "Clip the ratio of new to old probability below 1 - eps_clip_low. 1: no lower bound.", SHARE
+    )
     eps_clip_high: float = setting(
         0.2,
         "Clip the ratio of new to old probability above 1 + eps_clip_high. Larger than eps_clip_low: DAPO's "

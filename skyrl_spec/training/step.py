@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl_spec.algorithms.clipped_surrogate import policy_token_loss
 from skyrl_spec.algorithms.kl import kl_k3
+from skyrl_spec.algorithms.policy_loss import POLICY_LOSSES, ResponseTokens
+from skyrl_spec.algorithms.token_loss import truncated_importance
 from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_logprobs
 from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.settings.schema import AlgorithmConfig
@@ -30,6 +31,9 @@ class Micro:
     # Index of the position before each response token, and the token.
     position_N: Tensor
     target_N: Tensor
+    # Index of each response token's row in ``rows``, and the number of response tokens of each row.
+    response_N: Tensor
+    lengths_R: Tensor
     loss_weights_N: Tensor
     advantages_N: Tensor
     rollout_logprobs_N: Tensor
@@ -46,6 +50,7 @@ def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
     loss_mask_T = batch.loss_mask[rows][is_token_BS]
     pack = pack_documents(batch.token_ids[rows][is_token_BS], loss_mask_T, lengths.tolist())
     index_N = np.flatnonzero(loss_mask_T)
+    lengths_R = (batch.loss_mask[rows] & is_token_BS).sum(axis=1)
 
     def of_responses(values_BS: np.ndarray) -> Tensor:
         return torch.from_numpy(values_BS[rows][batch.loss_mask[rows] & is_token_BS])
@@ -55,6 +60,8 @@ def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
         pack=pack,
         position_N=torch.from_numpy(index_N - 1),
         target_N=pack.token_ids_T[index_N],
+        response_N=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths_R)),
+        lengths_R=torch.from_numpy(lengths_R),
         loss_weights_N=of_responses(batch.loss_weights),
         advantages_N=of_responses(batch.advantages),
         rollout_logprobs_N=of_responses(batch.rollout_logprobs),
@@ -64,9 +71,9 @@ def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
 
 
 def _nothing() -> Micro:
-    no_index, no_value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    index, value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     pack = pack_documents(np.zeros(1, np.int64), np.zeros(1, bool), [1])
-    return Micro((), pack, no_index, no_index, no_value, no_value, no_value, no_value, no_value)
+    return Micro((), pack, index, index, index, index, value, value, value, value, value)
 
 
 def response_logprobs(
@@ -118,17 +125,11 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
         in the order of ``POLICY_SUMS``, then the number of tokens.
     """
     old_N = tokens.logprobs_T.detach() if micro.policy_logprobs_N is None else micro.policy_logprobs_N
-    surrogate = policy_token_loss(
-        tokens.logprobs_T,
-        old_N,
-        micro.advantages_N,
-        eps_clip_low=algorithm.eps_clip_low,
-        eps_clip_high=algorithm.eps_clip_high,
-        clip_ratio_c=algorithm.clip_ratio_c,
-        rollout_logprobs=micro.rollout_logprobs_N if algorithm.use_tis else None,
-        tis_imp_ratio_cap=algorithm.tis_imp_ratio_cap if algorithm.use_tis else None,
-    )
-    loss_N, kl_N = surrogate.loss, torch.zeros_like(surrogate.loss)
+    responses = ResponseTokens(tokens.logprobs_T, old_N, micro.advantages_N, micro.response_N, micro.lengths_R)
+    loss_N, clipped_N = POLICY_LOSSES[algorithm.policy_loss_type](responses, algorithm)
+    if algorithm.use_tis:
+        loss_N = loss_N * truncated_importance(old_N, micro.rollout_logprobs_N, algorithm.tis_imp_ratio_cap)
+    kl_N = torch.zeros_like(loss_N)
     if micro.ref_logprobs_N is not None:
         kl_N = kl_k3(tokens.logprobs_T, micro.ref_logprobs_N)
         loss_N = loss_N + algorithm.kl_loss_coef * kl_N
@@ -137,7 +138,7 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
         [
             loss.detach().double(),
             tokens.entropy_T.double().sum(),
-            surrogate.clipped.double().sum(),
+            clipped_N.double().sum(),
             kl_N.detach().double().sum(),
             torch.full_like(loss.detach(), len(loss_N), dtype=torch.float64),
         ]

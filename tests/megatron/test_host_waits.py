@@ -12,13 +12,14 @@ from host_waits import HostWaits
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 
-from skyrl_spec.algorithms import clipped_surrogate
+from skyrl_spec.algorithms.policy_loss import POLICY_LOSSES, ResponseTokens
 from skyrl_spec.drafts import block_attention, dflash, mtp
 from skyrl_spec.losses import vocab_parallel
 from skyrl_spec.models import parallel
 from skyrl_spec.models import upload as uploads
+from skyrl_spec.settings.schema import AlgorithmConfig
 from skyrl_spec.specs.model import load_spec
-from skyrl_spec.training import step, trainer
+from skyrl_spec.training import trainer
 from skyrl_spec.training.trainer import PolicyTrainer
 
 Waits = Counter[str]
@@ -68,13 +69,13 @@ def _check(_rank: int, path: Path, draft: str | None, tp: int) -> None:
 
 def _check_planted(_rank: int, path: Path, draft: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        surrogate = clipped_surrogate.policy_token_loss
+        regular = POLICY_LOSSES["regular"]
 
-        def reads_a_number(logprobs: Any, *args: Any, **kwargs: Any) -> Any:
-            assert logprobs.sum() <= 0
-            return surrogate(logprobs, *args, **kwargs)
+        def reads_a_number(tokens: ResponseTokens, algorithm: AlgorithmConfig) -> Any:
+            assert tokens.policy_logprobs_N.sum() <= 0
+            return regular(tokens, algorithm)
 
-        patch.setattr(step, "policy_token_loss", reads_a_number)
+        patch.setitem(POLICY_LOSSES, "regular", reads_a_number)
         waits = _per_micro_batch(path, draft, 1)
         assert waits.total() == 4, waits
 

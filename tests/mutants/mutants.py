@@ -145,18 +145,35 @@ LOSSES = [
 
 ALGORITHMS = [
     *of(
-        "algorithms/clipped_surrogate.py",
+        "algorithms/token_loss.py",
         [SURROGATE],
         ("swapped clips", "1 - eps_clip_low, 1 + eps_clip_high", "1 - eps_clip_high, 1 + eps_clip_low"),
         ("optimistic clip", "-torch.minimum(surrogate,", "-torch.maximum(surrogate,"),
-        ("dual clip on gains", "(advantages < 0) & (loss > bound)", "(advantages > 0) & (loss > bound)"),
-        ("old log-probs not detached", "old_logprobs = old_logprobs.detach()", "old_logprobs = +old_logprobs"),
         (
             "importance ratio upside down",
-            "_exp_log_ratio(old_logprobs, rollout_logprobs.detach())",
-            "_exp_log_ratio(rollout_logprobs.detach(), old_logprobs)",
+            "exp_log_ratio(old_logprobs.detach(), rollout_logprobs.detach())",
+            "exp_log_ratio(rollout_logprobs.detach(), old_logprobs.detach())",
         ),
-        ("importance ratio without its cap", ".clamp(max=tis_imp_ratio_cap)", ""),
+        ("importance ratio without its cap", ".clamp(max=cap)", ""),
+    ),
+    *of(
+        "algorithms/clipped_surrogate.py",
+        [SURROGATE],
+        ("dual clip on gains", "(advantages < 0) & (loss > bound)", "(advantages > 0) & (loss > bound)"),
+        ("old log-probs not detached", "old_logprobs = old_logprobs.detach()", "old_logprobs = +old_logprobs"),
+    ),
+    *of(
+        "algorithms/gspo.py",
+        [SURROGATE],
+        ("sum in place of the mean", '"mean", lengths', '"sum", lengths'),
+        ("ratio of another response", "mean_R[response_N]", "mean_R[response_N.flip(0)]"),
+        ("no gradient", "policy_logprobs - policy_logprobs.detach()", "policy_logprobs.detach() * 0"),
+    ),
+    *of(
+        "algorithms/cispo.py",
+        [SURROGATE],
+        ("weight with a gradient", "exp_log_ratio(policy_logprobs.detach(),", "exp_log_ratio(policy_logprobs,"),
+        ("weight without its clip", "ratio.clamp(1 - eps_clip_low, 1 + eps_clip_high)", "ratio"),
     ),
     *of(
         "algorithms/kl.py",
@@ -497,7 +514,11 @@ TRAINING = [
             "is None else micro.rollout_logprobs_N",
         ),
         ("sign of the KL term", "loss_N + algorithm.kl_loss_coef", "loss_N - algorithm.kl_loss_coef"),
-        ("importance ratio omitted", "micro.rollout_logprobs_N if algorithm", "micro.policy_logprobs_N if algorithm"),
+        (
+            "importance ratio omitted",
+            "truncated_importance(old_N, micro.rollout",
+            "truncated_importance(old_N, micro.policy",
+        ),
     ),
     *of(
         "training/trainer.py",

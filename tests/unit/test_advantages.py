@@ -1,4 +1,4 @@
-"""GRPO's advantages and DAPO's overlong punishment against values computed by hand and by a plain loop."""
+"""Advantages and DAPO's overlong punishment against values computed by hand and by a plain loop."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import statistics
 import numpy as np
 import pytest
 
-from skyrl_spec.algorithms.advantages import build_estimator, group_advantages, overlong_penalty
+from skyrl_spec.algorithms.advantages import (
+    ESTIMATORS,
+    batch_advantages,
+    build_estimator,
+    group_advantages,
+    leave_one_out_advantages,
+    overlong_penalty,
+)
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.allowed import ADVANTAGE_ESTIMATORS
 from skyrl_spec.settings.schema import AlgorithmConfig
 
 
@@ -41,6 +49,28 @@ def test_equal_rewards_and_groups_of_one() -> None:
     np.testing.assert_array_equal(group_advantages(rewards_P1, norm_by_std=True), rewards_P1)
 
 
+def test_leave_one_out_against_a_plain_loop() -> None:
+    rewards_PG = np.random.default_rng(1).normal(size=(6, 4))
+    expected = [
+        [reward - statistics.fmean(group[:index] + group[index + 1 :]) for index, reward in enumerate(group)]
+        for group in rewards_PG.tolist()
+    ]
+    np.testing.assert_allclose(leave_one_out_advantages(rewards_PG), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(leave_one_out_advantages(np.array([[1.0, 0.0]])), [[1.0, -1.0]])
+
+
+def test_batch_advantages_against_a_list_of_all_tokens() -> None:
+    rng = np.random.default_rng(2)
+    rewards_PG, lengths_PG = rng.normal(size=(5, 3)), rng.integers(0, 40, (5, 3))
+    tokens = [r for r, length in zip(rewards_PG.flat, lengths_PG.flat, strict=True) for _ in range(length)]
+    mean, std = statistics.fmean(tokens), statistics.pstdev(tokens)
+    np.testing.assert_allclose(
+        batch_advantages(rewards_PG, lengths_PG), (rewards_PG - mean) / (std + 1e-6), rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_array_equal(batch_advantages(np.ones((2, 2)), np.full((2, 2), 4)), np.zeros((2, 2)))
+    np.testing.assert_array_equal(batch_advantages(np.zeros((2, 2)), np.zeros((2, 2), int)), np.zeros((2, 2)))
+
+
 def test_overlong_penalty_by_hand() -> None:
     lengths = np.array([1, 80, 85, 90, 100, 120])
     np.testing.assert_allclose(
@@ -55,6 +85,8 @@ def test_estimators_are_built_by_name() -> None:
     rewards_PG = np.array([[0.0, 2.0]])
     for norm_by_std in (True, False):
         estimate = build_estimator(AlgorithmConfig(grpo_norm_by_std=norm_by_std))
-        np.testing.assert_array_equal(estimate(rewards_PG), group_advantages(rewards_PG, norm_by_std))
-    with pytest.raises(ConfigError, match=r"^trainer\.algorithm\.advantage_estimator=gae: must be grpo"):
+        found = estimate(rewards_PG, np.ones((1, 2), int))
+        np.testing.assert_array_equal(found, group_advantages(rewards_PG, norm_by_std))
+    assert tuple(ESTIMATORS) == ADVANTAGE_ESTIMATORS
+    with pytest.raises(ConfigError, match=r"^trainer\.algorithm\.advantage_estimator=gae: must be grpo or rloo"):
         build_estimator(AlgorithmConfig(advantage_estimator="gae"))
