@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.schema import AlgorithmConfig
+from skyrl_spec.settings.algorithm import AlgorithmConfig
 
 # Avoids a division by zero in a group of equal rewards.
 STD_EPSILON = 1e-6

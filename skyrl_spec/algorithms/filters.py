@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from skyrl_spec.settings.schema import DynamicSamplingConfig
+from skyrl_spec.settings.algorithm import DynamicSamplingConfig
 from skyrl_spec.types import Rollout
 
 Group = list[Rollout]

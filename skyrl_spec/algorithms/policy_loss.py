@@ -11,7 +11,7 @@ from skyrl_spec.algorithms.cispo import cispo
 from skyrl_spec.algorithms.clipped_surrogate import clipped_surrogate
 from skyrl_spec.algorithms.gspo import gspo
 from skyrl_spec.algorithms.token_loss import PolicyTokenLoss
-from skyrl_spec.settings.schema import AlgorithmConfig
+from skyrl_spec.settings.algorithm import AlgorithmConfig
 
 
 @dataclass(frozen=True)

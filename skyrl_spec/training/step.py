@@ -17,7 +17,7 @@ from skyrl_spec.algorithms.policy_loss import POLICY_LOSSES, ResponseTokens
 from skyrl_spec.algorithms.token_loss import truncated_importance
 from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_logprobs
 from skyrl_spec.models.pack import Pack, pack_documents
-from skyrl_spec.settings.schema import AlgorithmConfig
+from skyrl_spec.settings.algorithm import AlgorithmConfig
 from skyrl_spec.types import TrainBatch
 
 

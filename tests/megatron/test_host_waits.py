@@ -17,7 +17,7 @@ from skyrl_spec.drafts import block_attention, dflash, mtp
 from skyrl_spec.losses import vocab_parallel
 from skyrl_spec.models import parallel
 from skyrl_spec.models import upload as uploads
-from skyrl_spec.settings.schema import AlgorithmConfig
+from skyrl_spec.settings.algorithm import AlgorithmConfig
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training import trainer
 from skyrl_spec.training.trainer import PolicyTrainer

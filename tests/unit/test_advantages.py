@@ -16,8 +16,8 @@ from skyrl_spec.algorithms.advantages import (
     overlong_penalty,
 )
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.algorithm import AlgorithmConfig
 from skyrl_spec.settings.allowed import ADVANTAGE_ESTIMATORS
-from skyrl_spec.settings.schema import AlgorithmConfig
 
 
 def test_group_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from skyrl_spec.algorithms.filters import Group, collect_groups, keep_informative
-from skyrl_spec.settings.schema import DynamicSamplingConfig
+from skyrl_spec.settings.algorithm import DynamicSamplingConfig
 from skyrl_spec.types import Generation, Prompt, Rollout, Versions
 
 FILTER = DynamicSamplingConfig(type="filter", max_sample_batches=3)

@@ -17,8 +17,8 @@ from skyrl_spec.algorithms.policy_loss import POLICY_LOSSES, ResponseTokens
 from skyrl_spec.algorithms.token_loss import truncated_importance
 from skyrl_spec.losses.logprobs import TokenLogprobs
 from skyrl_spec.losses.reduce import token_weights
+from skyrl_spec.settings.algorithm import AlgorithmConfig
 from skyrl_spec.settings.allowed import POLICY_LOSS_TYPES
-from skyrl_spec.settings.schema import AlgorithmConfig
 from skyrl_spec.training.step import build_micro, policy_loss
 from skyrl_spec.types import TrainBatch
 
