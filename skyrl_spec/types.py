@@ -15,13 +15,17 @@ Component = Literal["policy", "draft"]
 CANDIDATE, SERVED, EARLIER, FROZEN = "candidate", "served", "earlier", "frozen"
 
 
+# A message of a conversation: role and content.
+Message = dict[str, str]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenized row of a dataset. ``uid`` is unique within the dataset; ``extras`` is what the environment reads."""
 
     uid: str
     token_ids: list[int]
-    messages: list[dict[str, str]]
+    messages: list[Message]
     env_class: str
     extras: dict[str, Any]
 
@@ -91,7 +95,9 @@ class ProposalScores:
 class Rollout:
     """A prompt, one response and its reward. ``loss_mask`` has one entry per response token; 1 means trained on.
 
-    ``error`` says why the response could not be scored. Such a response counts as failed and has reward 0.
+    A response of several turns has the environment's answers between them, as tokens that nobody sampled. Their
+    log-probs are 0, and they are not trained on. ``error`` says why the response could not be scored. Such a response
+    counts as failed and has reward 0.
     """
 
     prompt: Prompt
@@ -100,6 +106,7 @@ class Rollout:
     reward: float
     loss_mask: list[int]
     error: str | None = None
+    num_turns: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from skyrl_spec.settings.algorithm import AlgorithmConfig
 # Avoids a division by zero in a group of equal rewards.
 STD_EPSILON = 1e-6
 
-# From rewards and response lengths, [P, G] each.
+# From rewards and numbers of trained tokens, [P, G] each.
 Estimator = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -45,7 +45,7 @@ def leave_one_out_advantages(rewards_PG: np.ndarray) -> np.ndarray:
 
 
 def batch_advantages(rewards_PG: np.ndarray, lengths_PG: np.ndarray) -> np.ndarray:
-    """Advantages of REINFORCE++: ``(r - mean) / (std + 1e-6)`` over all tokens of the batch, float64 ``[P, G]``.
+    """Advantages of REINFORCE++: ``(r - mean) / (std + 1e-6)`` over all trained tokens of the batch, ``[P, G]``.
 
     Each response counts by its tokens. The KL penalty is not part of the reward here (``use_kl_loss``), so all tokens
     of a response have one advantage.

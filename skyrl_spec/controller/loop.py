@@ -35,7 +35,7 @@ from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import merge
 from skyrl_spec.metrics.values import values as metric_values
 from skyrl_spec.metrics.writers import write_evaluation
-from skyrl_spec.settings.derived import coarser_dtype
+from skyrl_spec.settings.derived import coarser_dtype, longest_response
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.sync.canary import SyncCanary
@@ -267,15 +267,16 @@ class TrainingLoop:
         algorithm, sampling = self.config.trainer.algorithm, self.config.generator.sampling_params
         rewards_PG = np.array([[rollout.reward for rollout in group] for group in groups])
         lengths_PG = np.array([[len(rollout.generation.token_ids) for rollout in group] for group in groups])
+        num_trained_PG = np.array([[sum(rollout.loss_mask) for rollout in group] for group in groups])
         rewards_PG = rewards_PG + overlong_penalty(
             lengths_PG, sampling.max_generate_length, algorithm.overlong.buffer_len, algorithm.overlong.penalty_factor
         )
         return build_train_batch(
             [rollout for group in groups for rollout in group],
-            self.estimate_advantages(rewards_PG, lengths_PG).reshape(-1),
+            self.estimate_advantages(rewards_PG, num_trained_PG).reshape(-1),
             pad_token_id=self.pad_token_id,
             loss_reduction=algorithm.loss_reduction,
-            max_response_length=sampling.max_generate_length,
+            max_response_length=longest_response(self.config),
         )
 
     def _mini_batches(self, batch: TrainBatch, num_epochs: int) -> Iterator[TrainBatch]:
@@ -284,7 +285,7 @@ class TrainingLoop:
                 batch,
                 self._rows_per_mini_batch,
                 loss_reduction=self.config.trainer.algorithm.loss_reduction,
-                max_response_length=self.config.generator.sampling_params.max_generate_length,
+                max_response_length=longest_response(self.config),
             )
 
     @property

@@ -34,7 +34,13 @@ from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.planning.environment import cluster_address, use_short_tmpdir
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
-from skyrl_spec.settings.derived import engine_dtype, parallel_sizes, sync_backend, workers_per_node
+from skyrl_spec.settings.derived import (
+    engine_dtype,
+    max_input_length,
+    parallel_sizes,
+    sync_backend,
+    workers_per_node,
+)
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.training.worker import PolicyWorker
 
@@ -147,7 +153,7 @@ def engine_settings(config: Config) -> EngineSettings:
         dtype=engine_dtype(config),
         device=device,
         tensor_parallel_size=engine.tensor_parallel_size,
-        max_model_len=config.trainer.max_prompt_length + longest,
+        max_model_len=max_input_length(config) + longest,
         max_num_seqs=engine.max_num_seqs,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         cpu_kvcache_space=engine.cpu_kvcache_space,

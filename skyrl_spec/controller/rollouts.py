@@ -12,12 +12,14 @@ import numpy as np
 
 from skyrl_spec.algorithms.filters import Group
 from skyrl_spec.controller.actors import EngineGroup
+from skyrl_spec.controller.conversation import Conversation
+from skyrl_spec.data.turns import TurnTemplate
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.envs.grader import Grader
-from skyrl_spec.envs.rewards import EnvResult
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.metrics.lengths import length_metrics
+from skyrl_spec.settings.derived import max_input_length
 from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, Rollout
 
@@ -33,6 +35,9 @@ class RolloutSampler:
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
         self._grader = Grader(config.environment)
+        generator = config.generator
+        self._template = TurnTemplate(tokenizer, generator.chat_template_kwargs) if generator.max_turns > 1 else None
+        self._num_episodes = 0
         self._has_draft = build_speculative_config(config) is not None
         self.num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
@@ -73,31 +78,57 @@ class RolloutSampler:
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
         """``n`` scored rollouts of each prompt. Adds to ``num_tokens`` and ``generate_s``."""
+        groups = [[self._begin(prompt) for _ in range(n)] for prompt in prompts]
+        going_on = [conversation for group in groups for conversation in group]
+        generations = self._generate(prompts, sampling, n, seed)
+        self._play(going_on, [generation for group in generations for generation in group])
+        turn = 1
+        while going_on := [conversation for conversation in going_on if conversation.is_open]:
+            inputs = [replace(conversation.prompt, token_ids=conversation.input_ids) for conversation in going_on]
+            answers = self._generate(inputs, sampling, 1, _seed_of_turn(seed, turn))
+            self._play(going_on, [answer for (answer,) in answers])
+            turn += 1
+        rollouts = [[self._rollout(conversation) for conversation in group] for group in groups]
+        _print_failures([rollout.error for group in rollouts for rollout in group if rollout.error is not None])
+        return rollouts
+
+    def _begin(self, prompt: Prompt) -> Conversation:
+        self._num_episodes += 1
+        return Conversation(self._num_episodes, prompt)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int
+    ) -> list[list[Generation]]:
         start = time.perf_counter()
         generations = self._engines.generate(list(prompts), sampling, n, seed)
         self.generate_s += time.perf_counter() - start
         self.num_tokens += sum(len(g.token_ids) for group in generations for g in group)
-        return self._score(prompts, generations)
+        return generations
 
-    def _score(self, prompts: Sequence[Prompt], generations: list[list[Generation]]) -> list[Group]:
-        flat = [
-            (prompt, generation) for prompt, group in zip(prompts, generations, strict=True) for generation in group
-        ]
-        texts = self._tokenizer.batch_decode([g.token_ids for _, g in flat], skip_special_tokens=True)
-        results = self._grader.score_all([prompt for prompt, _ in flat], texts)
-        _print_failures([result.error for result in results if result.error is not None])
-        rollouts = [
-            self._rollout(prompt, generation, text, result)
-            for (prompt, generation), text, result in zip(flat, texts, results, strict=True)
-        ]
-        ends = np.cumsum([len(group) for group in generations])
-        return [rollouts[end - len(group) : end] for end, group in zip(ends, generations, strict=True)]
+    def _play(self, conversations: Sequence[Conversation], generations: Sequence[Generation]) -> None:
+        """Plays a turn of each conversation, and appends what their environments answer."""
+        generator = self._config.generator
+        texts = self._tokenizer.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
+        for conversation, generation, text in zip(conversations, generations, texts, strict=True):
+            conversation.add_turn(generation, text)
+        results = self._grader.play_all([conversation.turn(generator.max_turns) for conversation in conversations])
+        for conversation, generation, result in zip(conversations, generations, results, strict=True):
+            conversation.take(result, generator.max_turns)
+            if conversation.is_open:
+                assert self._template is not None
+                answer = self._template.between(generation.token_ids, result.observations)
+                conversation.go_on_with(answer, max_input_length(self._config))
 
-    def _rollout(self, prompt: Prompt, generation: Generation, text: str, result: EnvResult) -> Rollout:
-        generator, is_cut = self._config.generator, generation.finish_reason != "stop"
-        reward = 0.0 if is_cut and generator.zero_reward_on_non_stop else result.reward
-        is_trained_on = int(not (is_cut and generator.apply_overlong_filtering))
-        return Rollout(prompt, generation, text, reward, [is_trained_on] * len(generation.token_ids), result.error)
+    def _rollout(self, conversation: Conversation) -> Rollout:
+        text = conversation.texts[0]
+        if len(conversation.texts) > 1:
+            text = self._tokenizer.decode(conversation.token_ids, skip_special_tokens=True)
+        return conversation.rollout(self._config.generator, text)
+
+
+def _seed_of_turn(seed: int, turn: int) -> int:
+    """Seed of a later turn, unlike that of any first one."""
+    return int(np.random.SeedSequence((seed, turn)).generate_state(1, np.uint64)[0] >> 2)
 
 
 def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
@@ -122,12 +153,13 @@ def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float
     """Mean reward, share of prompts with at least one rewarded response, and number of responses without a score."""
     rewards = [rollout.reward for group in groups for rollout in group]
     num_failed = sum(rollout.error is not None for group in groups for rollout in group)
+    turns = [rollout.num_turns for group in groups for rollout in group]
     solved = [any(rollout.reward > 0 for rollout in group) for group in groups]
     return {
         names.AVG_RAW_REWARD: float(np.mean(rewards)),
         names.pass_at(num_samples): float(np.mean(solved)),
         names.NUM_FAILED: num_failed,
-    }
+    } | ({names.NUM_TURNS: float(np.mean(turns))} if max(turns) > 1 else {})
 
 
 class SpeculationMeter:

@@ -11,10 +11,11 @@ from skyrl_spec.checkpoint.folders import read_record
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.data.tokenizer import load_tokenizer
+from skyrl_spec.data.turns import TurnTemplate
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.drafts.speculation import missing_positions
+from skyrl_spec.envs.episodes import check_environments
 from skyrl_spec.envs.registry import register_custom
-from skyrl_spec.envs.rewards import check_environments
 from skyrl_spec.settings.schedule import check_schedule
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import ModelSpec, load_spec, require_tied_head
@@ -73,6 +74,8 @@ def load_task(config: Config, resume_from: Path | None = None, *, may_write: boo
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
     check_environments([*train, *validation], config.environment)
+    if config.generator.max_turns > 1:
+        TurnTemplate(tokenizer, config.generator.chat_template_kwargs)
     stream = PromptStream(
         train,
         config.trainer.train_batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
+from skyrl_spec.settings.derived import longest_sequence
 from skyrl_spec.settings.schema import Config, SamplingConfig
 
 _SETTING = "generator.inference_engine.speculative_config"
@@ -72,9 +73,8 @@ def drafts_under_way(device: str) -> int:
 
 def missing_positions(config: Config, max_positions: int, num_draft_tokens: int) -> int:
     """Positions that drafts lack behind the longest sequence, because the model has no more. 0: none."""
-    longest = config.trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
     room = drafts_under_way(config.trainer.placement.device) * num_draft_tokens
-    return min(max(longest + room - max_positions, 0), room)
+    return min(max(longest_sequence(config) + room - max_positions, 0), room)
 
 
 def _require_values(config: dict[str, Any] | None, values: dict[str, tuple[Any, ...]], reason: str) -> None:

@@ -1,4 +1,5 @@
 """Environments and rewards.
 
-``registry``: environments by name. ``rewards``: scores one response. ``grader``: scores many in a separate process.
+``registry``: environments by name. ``episodes``: plays and scores a turn. ``grader``: does so for many in a separate
+process.
 """

@@ -1,4 +1,4 @@
-"""Scoring in a separate process: a reward function that raises, hangs or dies costs one response, not the run."""
+"""Environments in a separate process: one that raises, hangs or dies costs one response, not the run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from skyrl_spec.envs.episodes import EnvResult, Episodes, Turn, failed
 from skyrl_spec.envs.registry import register_custom
-from skyrl_spec.envs.rewards import EnvResult, failed, score
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.schema import EnvironmentConfig
-from skyrl_spec.types import Prompt
 
 _PR_SET_PDEATHSIG = 1
 # Longest time for the process to import its modules.
@@ -26,7 +25,7 @@ _START_S = 120.0
 
 
 class Grader:
-    """Scores responses one after the other, in the main thread of a separate process.
+    """Plays turns one after the other, in the main thread of a separate process.
 
     The main thread, because reward functions often limit their time with a signal, which Python delivers only there.
     """
@@ -35,19 +34,18 @@ class Grader:
         self._environment = environment
         self._start()
 
-    def score_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[EnvResult]:
-        """Results in order. A response that could not be scored has an ``error``.
+    def play_all(self, turns: Sequence[Turn]) -> list[EnvResult]:
+        """Results in order. A turn that could not be played has an ``error``. Other episodes than these are over.
 
         Raises:
-            ConfigError: the environment cannot be used at all (``rewards.score``).
-            RunError: more than ``environment.max_failed_share`` of the responses could not be scored.
+            ConfigError: the environment cannot be used at all (``Episodes.play``).
+            RunError: more than ``environment.max_failed_share`` of the turns could not be played.
         """
-        pairs = list(zip(prompts, texts, strict=True))
         results: list[EnvResult] = []
-        while len(results) < len(pairs):
-            results += self._score(pairs[len(results) :])
+        while len(results) < len(turns):
+            results += self._play(turns[len(results) :])
             # Not only at the end, because every response that hangs costs timeout_s.
-            self._require_few([result.error for result in results if result.error is not None], len(pairs))
+            self._require_few([result.error for result in results if result.error is not None], len(turns))
         return results
 
     def close(self) -> None:
@@ -62,14 +60,14 @@ class Grader:
                 f"scored, the last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
             )
 
-    def _score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[EnvResult]:
-        """Results up to the first response that the process hangs or dies on; that one's result says so."""
+    def _play(self, turns: Sequence[Turn]) -> list[EnvResult]:
+        """Results up to the first turn that the process hangs or dies on; that one's result says so."""
         results: list[EnvResult] = []
         problem = "the process that scored it died"
         self._wait_for_start()
         try:
-            self._connection.send(pairs)
-            for _ in pairs:
+            self._connection.send(turns)
+            for _ in turns:
                 if not self._connection.poll(self._environment.timeout_s):
                     problem = f"took longer than environment.timeout_s={self._environment.timeout_s:g}"
                     break
@@ -79,10 +77,10 @@ class Grader:
                 results.append(answer)
         except (EOFError, ConnectionError):
             pass
-        if len(results) < len(pairs):
+        if len(results) < len(turns):
             self.close()
             self._start()
-            results.append(failed(pairs[len(results)][0], problem))
+            results.append(failed(turns[len(results)], problem))
         return results
 
     def _start(self) -> None:
@@ -121,24 +119,27 @@ def _end(process: BaseProcess, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, environment: EnvironmentConfig) -> None:
-    """Main function of the process: receives batches of pairs, and sends a result for each pair."""
+    """Main function of the process: receives batches of turns, and sends a result for each."""
     os.setsid()
     _ignore_signals()
     _end_with_parent()
     register_custom(environment.custom)
     connection.send(True)
+    episodes = Episodes()
     while True:
-        for prompt, text in connection.recv():
-            connection.send(_result(prompt, text, environment))
+        turns = connection.recv()
+        episodes.keep_only({turn.episode for turn in turns})
+        for turn in turns:
+            connection.send(_result(episodes, turn, environment))
 
 
-def _result(prompt: Prompt, text: str, environment: EnvironmentConfig) -> EnvResult | ConfigError:
+def _result(episodes: Episodes, turn: Turn, environment: EnvironmentConfig) -> EnvResult | ConfigError:
     try:
-        return score(prompt, text, environment.skyrl_gym.get(prompt.env_class, {}))
+        return episodes.play(turn, environment.skyrl_gym.get(turn.prompt.env_class, {}))
     except ConfigError as error:
         return error
     except RuntimeError as error:
-        return failed(prompt, str(error))
+        return failed(turn, str(error))
 
 
 def _ignore_signals() -> None:

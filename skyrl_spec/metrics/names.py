@@ -6,6 +6,7 @@ STEP = "trainer/step"
 AVG_RAW_REWARD = "reward/avg_raw_reward"
 # Number of responses that could not be scored.
 NUM_FAILED = "reward/num_failed"
+NUM_TURNS = "reward/num_turns"
 EVAL_SCORE = "eval/all/avg_score"
 THROUGHPUT = "vllm/train/generation_throughput_tok_s"
 DRAFT_LOSS = "draft/loss"

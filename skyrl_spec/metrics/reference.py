@@ -24,6 +24,7 @@ REFERENCE = (
     Described("reward/avg_raw_reward", "", "Mean reward of all sampled responses, before any penalty."),
     Described("reward/avg_pass_at_N", "share", "Prompts with a positive reward for at least one of N responses."),
     Described("reward/num_failed", "responses", "Responses that could not be scored. Their reward is 0."),
+    Described("reward/num_turns", "turns", "Mean number of turns of a response, where environments take several."),
     Described("reward/num_sample_batches", "batches", "Dynamic sampling: batches sampled for the step."),
     Described("reward/num_kept_groups", "groups", "Dynamic sampling: sampled groups whose rewards differ."),
     Described("policy/policy_loss", "", "Clipped policy objective, averaged by trainer.algorithm.loss_reduction."),

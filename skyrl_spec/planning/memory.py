@@ -14,6 +14,7 @@ from skyrl_spec.drafts.kinds.kind import DraftShapes
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.settings.derived import (
     engine_dtype,
+    longest_sequence,
     parallel_sizes,
     sync_backend,
     uses_fp32_head,
@@ -255,11 +256,6 @@ def _training(config: Config) -> dict[str, str]:
         "draft training": f"{draft / (policy + draft):.1%} of the FLOPs of training, with positions_per_step={share:g} "
         f"and responses of {response:,} tokens"
     }
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt and response that a run may train on."""
-    return config.trainer.max_prompt_length + config.generator.sampling_params.max_generate_length
 
 
 def _cache(config: Config, plan: MemoryPlan) -> str:

@@ -19,7 +19,7 @@ from skyrl_spec.envs.registry import check_env_class, register_custom
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics.dashboards import check_wandb
 from skyrl_spec.planning.environment import check_cluster, check_server, cluster_address
-from skyrl_spec.settings.derived import parallel_sizes
+from skyrl_spec.settings.derived import max_input_length, parallel_sizes
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.entries import Entries
 from skyrl_spec.specs.files import INDEX, POLICY_PATH, read_config, read_config_only, require_tensors, stray_files
@@ -170,15 +170,16 @@ def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
 
 
 def _check_lengths(config: Config, spec: ModelSpec) -> None:
-    prompt, limit = config.trainer.max_prompt_length, spec.max_position_embeddings
+    inputs, limit = max_input_length(config), spec.max_position_embeddings
+    setting = "trainer.max_prompt_length" if config.generator.max_input_length is None else "generator.max_input_length"
     for name in ("sampling_params", "eval_sampling_params"):
         sampling = (
             config.generator.sampling_params if name == "sampling_params" else config.generator.eval_sampling_params
         )
-        if prompt + sampling.max_generate_length > limit:
+        if inputs + sampling.max_generate_length > limit:
             raise ConfigError(
                 f"generator.{name}.max_generate_length={sampling.max_generate_length}: its sum with "
-                f"trainer.max_prompt_length={prompt} must be at most {limit}, the positions of the model; lower one"
+                f"{setting}={inputs} must be at most {limit}, the positions of the model; lower one"
             )
 
 

@@ -41,6 +41,21 @@ def workers_per_node(config: Config) -> int:
     return config.trainer.policy.megatron_config.tensor_model_parallel_size if per_node is None else per_node
 
 
+def max_input_length(config: Config) -> int:
+    """Most tokens in front of a turn of the policy."""
+    return config.generator.max_input_length or config.trainer.max_prompt_length
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest sequence that a run may train on: the last turn's input, and that turn."""
+    return max_input_length(config) + config.generator.sampling_params.max_generate_length
+
+
+def longest_response(config: Config) -> int:
+    """Most tokens that the policy samples in a response."""
+    return config.generator.max_turns * config.generator.sampling_params.max_generate_length
+
+
 def sync_backend(config: Config) -> str:
     """Transport of weights to the engines: "ray", "nccl" or "ipc".
 

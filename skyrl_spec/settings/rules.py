@@ -50,6 +50,7 @@ def check_rules(config: Config) -> None:
     check_loss_type("trainer.dflash.loss_type", config.trainer.dflash.loss_type)
     _check_batches(config)
     _check_lengths(config)
+    _check_turns(config)
     _check_colocation(config)
     _check_sync_backend(config)
     _check_timeouts(config)
@@ -204,6 +205,29 @@ def _check_lengths(config: Config) -> None:
         "trainer.algorithm.overlong.buffer_len",
         buffer,
         f"must be below generator.sampling_params.max_generate_length={length}; lower it",
+    )
+
+
+def _check_turns(config: Config) -> None:
+    generator, overlong = config.generator, config.trainer.algorithm.overlong
+    require(
+        generator.max_turns == 1 or generator.max_input_length is not None,
+        "generator.max_input_length",
+        "null",
+        f"is needed with generator.max_turns={generator.max_turns}; set it to the tokens of the prompt, and of all "
+        "turns and answers but the last turn",
+    )
+    require(
+        generator.max_input_length is None or generator.max_input_length >= config.trainer.max_prompt_length,
+        "generator.max_input_length",
+        generator.max_input_length,
+        f"must be at least trainer.max_prompt_length={config.trainer.max_prompt_length}; raise it",
+    )
+    require(
+        generator.max_turns == 1 or overlong.buffer_len == 0,
+        "trainer.algorithm.overlong.buffer_len",
+        overlong.buffer_len,
+        "is a penalty on responses of one turn; set it to 0 with generator.max_turns above 1",
     )
 
 

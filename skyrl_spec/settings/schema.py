@@ -338,6 +338,17 @@ class GeneratorConfig:
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
     eval_sampling_params: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     eval_n_samples_per_prompt: int = setting(1, "Responses to each held-out prompt.", FROM_ONE)
+    max_turns: int = setting(
+        1,
+        "Most turns of a response. Between two turns the environment answers. Its tokens are not trained on.",
+        FROM_ONE,
+    )
+    max_input_length: int | None = setting(
+        None,
+        "Most tokens in front of a turn: the prompt, earlier turns and answers. A response ends if the next turn would "
+        "have more. Required for max_turns above 1. null: trainer.max_prompt_length.",
+        FROM_ONE,
+    )
     chat_template_kwargs: dict[str, Any] = setting(
         dict, "Further arguments of the model's chat template, such as {enable_thinking: false}."
     )

@@ -13,8 +13,8 @@ import pytest
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
 from skyrl_spec.data.dataset import load_prompts
+from skyrl_spec.envs.episodes import EnvResult, Episodes, Turn, check_environments
 from skyrl_spec.envs.registry import check_env_class, register_custom
-from skyrl_spec.envs.rewards import check_environments, score
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.schema import EnvironmentConfig
 from skyrl_spec.types import Prompt
@@ -47,6 +47,11 @@ class RewritingEnv(LengthEnv):
 @pytest.fixture(scope="module", autouse=True)
 def _custom() -> None:
     register_custom(CUSTOM)
+
+
+def score(prompt: Prompt, text: str, env_config: Any) -> EnvResult:
+    """Result of a response of one turn."""
+    return Episodes().play(Turn(0, prompt, (text,), max_turns=1), env_config)
 
 
 def prompt(env_class: str, **extras: Any) -> Prompt:
@@ -140,7 +145,7 @@ def test_what_a_single_turn_cannot_do_is_refused() -> None:
 def test_imports_stay_light() -> None:
     code = """
 import sys
-import skyrl_spec.data.dataset, skyrl_spec.data.packing, skyrl_spec.data.prompts, skyrl_spec.envs.rewards
+import skyrl_spec.data.dataset, skyrl_spec.data.packing, skyrl_spec.data.prompts, skyrl_spec.envs.episodes
 import skyrl_spec.metrics.console, skyrl_spec.metrics.writers
 import skyrl_spec.algorithms.advantages, skyrl_spec.algorithms.filters
 early = {"pandas", "wandb", "skyrl_gym"} & set(sys.modules)

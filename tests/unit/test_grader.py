@@ -17,6 +17,7 @@ import psutil
 import pytest
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
+from skyrl_spec.envs.episodes import EnvResult, Turn
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.schema import EnvironmentConfig
@@ -65,6 +66,12 @@ def prompts(num: int) -> list[Prompt]:
     ]
 
 
+def score_all(grader: Grader, texts: list[str]) -> list[EnvResult]:
+    """Results of responses of one turn."""
+    pairs = zip(prompts(len(texts)), texts, strict=True)
+    return grader.play_all([Turn(number, prompt, (text,), 1) for number, (prompt, text) in enumerate(pairs)])
+
+
 @pytest.fixture
 def grader() -> Iterator[Grader]:
     made = Grader(ENVIRONMENT)
@@ -74,7 +81,7 @@ def grader() -> Iterator[Grader]:
 
 def test_a_response_that_cannot_be_scored_costs_no_other_one(grader: Grader) -> None:
     texts = ["abcd", "raise", "ab", "hang", "die", "nan", "alarm", "abcdef"]
-    results = grader.score_all(prompts(len(texts)), texts)
+    results = score_all(grader, texts)
     assert [result.reward for result in results] == [2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 2.5, 3.0]
     errors = {index: result.error for index, result in enumerate(results) if result.error is not None}
     where = {index: f"row row-{index}, env_class test_env_moody: " for index in errors}
@@ -84,11 +91,11 @@ def test_a_response_that_cannot_be_scored_costs_no_other_one(grader: Grader) -> 
         4: where[4] + "the process that scored it died",
         5: where[5] + "reward is nan",
     }
-    assert [result.reward for result in grader.score_all(prompts(2), ["ab", ""])] == [1.0, 0.0]
+    assert [result.reward for result in score_all(grader, ["ab", ""])] == [1.0, 0.0]
 
 
 def test_what_an_environment_started_ends_with_it(grader: Grader) -> None:
-    assert grader.score_all(prompts(1), ["hang with a child"])[0].error is not None
+    assert score_all(grader, ["hang with a child"])[0].error is not None
     processes = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", CHILD_SLEEPS]]
     # Signals take a moment.
     assert psutil.wait_procs(processes, timeout=10)[1] == []
@@ -97,24 +104,24 @@ def test_what_an_environment_started_ends_with_it(grader: Grader) -> None:
 def test_failures_beyond_the_allowed_share_end_the_run() -> None:
     grader = Grader(replace(ENVIRONMENT, max_failed_share=0.25))
     texts = ["raise", "ab"] * 2 + ["ab"] * 4
-    assert sum(result.error is not None for result in grader.score_all(prompts(8), texts)) == 2
+    assert sum(result.error is not None for result in score_all(grader, texts)) == 2
     # It does not wait for all eight.
     with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one in row row-2, "):
-        grader.score_all(prompts(8), ["hang"] * 8)
+        score_all(grader, ["hang"] * 8)
     grader.close()
 
 
 def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
     with pytest.raises(ConfigError, match=r"^environment\.env_class=test_env_moody: wants another turn \(row row-1\)"):
-        grader.score_all(prompts(2), ["ab", "again"])
+        score_all(grader, ["ab", "again"])
 
 
 def test_signals_of_the_terminal_do_not_reach_it(grader: Grader) -> None:
-    grader.score_all(prompts(1), ["ab"])
+    score_all(grader, ["ab"])
     (process,) = scoring(psutil.Process())
     for signum in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(signum)
-    assert grader.score_all(prompts(1), ["ab"])[0].error is None
+    assert score_all(grader, ["ab"])[0].error is None
     grader.close()
     assert not process.is_running()
 
@@ -123,10 +130,10 @@ def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> 
     script = tmp_path / "scores.py"
     script.write_text(
         "from dataclasses import replace\n"
-        "from test_grader import ENVIRONMENT, prompts\n"
+        "from test_grader import ENVIRONMENT, score_all\n"
         "from skyrl_spec.envs.grader import Grader\n"
         "if __name__ == '__main__':\n"
-        "    Grader(replace(ENVIRONMENT, timeout_s=600)).score_all(prompts(1), ['hang'])\n"
+        "    score_all(Grader(replace(ENVIRONMENT, timeout_s=600)), ['hang'])\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     deadline = time.monotonic() + 120

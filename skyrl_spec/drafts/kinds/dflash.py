@@ -10,7 +10,7 @@ from skyrl_spec.drafts.kinds.kind import DraftKind, DraftShapes, require_user_sp
 from skyrl_spec.drafts.shares import mean_number
 from skyrl_spec.drafts.speculation import drafts_under_way
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.settings.derived import parallel_sizes
+from skyrl_spec.settings.derived import max_input_length, parallel_sizes
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.settings.schema import Config, TrainerConfig
 from skyrl_spec.specs import flops
@@ -266,7 +266,7 @@ def _check_fit(config: Config, spec: DflashSpec, target: ModelSpec) -> None:
     if not 0 <= spec.mask_token_id < target.vocab_size:
         _refuse("mask_token_id", spec.mask_token_id, f"must be a row of the vocabulary, below {target.vocab_size}")
     generator = config.generator
-    length = config.trainer.max_prompt_length + max(
+    length = max_input_length(config) + max(
         generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length
     )
     # vLLM silently drafts nothing if the drafts under way do not fit into the draft's positions.

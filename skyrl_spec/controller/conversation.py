@@ -1,0 +1,77 @@
+"""A response as it grows: turns of the policy, and between them answers of its environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from skyrl_spec.envs.episodes import EnvResult, Turn
+from skyrl_spec.settings.schema import GeneratorConfig
+from skyrl_spec.types import Generation, Prompt, Rollout
+
+
+@dataclass
+class Conversation:
+    """A prompt, and what followed. ``number``: of its episode, which no other has."""
+
+    number: int
+    prompt: Prompt
+    # Behind the prompt. Log-probs are 0 where the policy did not sample the token.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    is_sampled: list[bool] = field(default_factory=list)
+    # Texts of the turns, and the last one's tokens.
+    texts: list[str] = field(default_factory=list)
+    last: Generation | None = None
+    reward: float = 0.0
+    error: str | None = None
+    # Another turn may follow.
+    is_open: bool = True
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The prompt and everything behind it."""
+        return [*self.prompt.token_ids, *self.token_ids]
+
+    def add_turn(self, generation: Generation, text: str) -> None:
+        self.last = generation
+        self.texts.append(text)
+        self._extend(generation.token_ids, generation.logprobs, is_sampled=True)
+
+    def turn(self, max_turns: int) -> Turn:
+        """The last turn, for the environment."""
+        return Turn(self.number, self.prompt, tuple(self.texts), max_turns)
+
+    def take(self, result: EnvResult, max_turns: int) -> None:
+        """Takes in what the environment said to the last turn. A turn that was cut is the last one."""
+        assert self.last is not None
+        self.reward += result.reward
+        if result.error is not None:
+            self.reward, self.error = 0.0, result.error
+        is_cut = self.last.finish_reason != "stop"
+        self.is_open = not (result.is_done or is_cut or len(self.texts) == max_turns)
+
+    def go_on_with(self, token_ids: list[int], max_input_length: int) -> None:
+        """Appends these tokens of the environment, or ends here if the input of the next turn would be too long."""
+        self.is_open = len(self.prompt.token_ids) + len(self.token_ids) + len(token_ids) <= max_input_length
+        if self.is_open:
+            self._extend(token_ids, [0.0] * len(token_ids), is_sampled=False)
+
+    def rollout(self, generator: GeneratorConfig, text: str) -> Rollout:
+        """The finished response. ``text``: that of all its tokens."""
+        assert self.last is not None
+        is_cut = self.last.finish_reason != "stop"
+        is_trained_on = not (is_cut and generator.apply_overlong_filtering)
+        return Rollout(
+            self.prompt,
+            Generation(self.token_ids, self.logprobs, self.last.finish_reason, self.last.versions),
+            text,
+            reward=0.0 if is_cut and generator.zero_reward_on_non_stop else self.reward,
+            loss_mask=[int(is_trained_on and is_sampled) for is_sampled in self.is_sampled],
+            error=self.error,
+            num_turns=len(self.texts),
+        )
+
+    def _extend(self, token_ids: list[int], logprobs: list[float], *, is_sampled: bool) -> None:
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        self.is_sampled += [is_sampled] * len(token_ids)
