@@ -11,7 +11,7 @@ weights. Batches:
 - decay: 256 responses of log-normal length, as a rollout has. They all begin at once and do not end by themselves.
 
 All alternatives take turns in every round: an engine without a draft, and one engine with a draft whose length is
-pinned, or chosen. A rate is a median over rounds, a ratio the median of the ratios within a round.
+pinned, also to off, or chosen. A rate is a median over rounds, a ratio the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.drafts.fresh import write_fresh_mtp
 from skyrl_spec.rollout.actor import EngineActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.step_times import OFF
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.model import load_spec
 
@@ -43,7 +44,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMPTS = EXAMPLES / "arithmetic_mtp" / "data" / "validation.jsonl"
 MOST, LARGEST, LONGEST, DECAYING = 7, 256, 200, 256
 SAMPLING = SamplingConfig(max_generate_length=LONGEST)
-AUTO, NONE = "auto", "none"
+# An engine without a draft; one whose drafter is off in every step; one that chooses.
+NONE, PINNED_OFF, AUTO = "none", "off", "auto"
 # Least number of requests in a measurement.
 NUM_REQUESTS = 32
 
@@ -84,15 +86,17 @@ class Rates:
 
     def row(self, title: str) -> str:
         medians = {name: statistics.median(rates) for name, rates in self.tok_s.items()}
-        fixed = {name: rate for name, rate in medians.items() if name not in (AUTO, NONE)}
+        fixed = {name: rate for name, rate in medians.items() if name.isdigit()}
         best_fixed = max(fixed, key=lambda name: fixed[name])
         best = best_fixed if fixed[best_fixed] > medians[NONE] else NONE
-        cells = [title, f"{medians[NONE]:.0f}", *(f"{rate:.0f}" for rate in fixed.values()), f"{medians[AUTO]:.0f}"]
-        cells += [f"{self._ratio(best_fixed):.2f} ({best_fixed})", f"{self._ratio(best):.2f} ({best})"]
-        return f"| {' | '.join([*cells, f'{self._ratio(NONE):.2f}'])} |"
+        rates = [medians[NONE], medians[PINNED_OFF], *fixed.values(), medians[AUTO]]
+        cells = [title, *(f"{rate:.0f}" for rate in rates)]
+        cells += [f"{self._ratio(AUTO, best_fixed):.2f} ({best_fixed})", f"{self._ratio(AUTO, best):.2f} ({best})"]
+        cells += [f"{self._ratio(AUTO, NONE):.2f}", f"{self._ratio(PINNED_OFF, NONE):.2f}"]
+        return f"| {' | '.join(cells)} |"
 
-    def _ratio(self, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(self.tok_s[AUTO], self.tok_s[other], strict=True))
+    def _ratio(self, one: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(self.tok_s[one], self.tok_s[other], strict=True))
 
 
 def example(name: str, folder: Path, mtp_model: Path) -> tuple[Path, dict[str, Any]]:
@@ -137,8 +141,8 @@ def compare(name: str, sizes: list[int], rounds: int, mtp_model: Path) -> None:
             start = time.perf_counter()
             ray.get(drafting.calibrate.remote(prompts[:LARGEST], SAMPLING, LARGEST))
             print(f"<!-- {name}: calibrated in {time.perf_counter() - start:.0f} s -->", flush=True)
-            engines = {NONE: plain, **dict.fromkeys([str(length) for length in range(1, MOST + 1)], drafting)}
-            engines |= {AUTO: drafting}
+            lengths = [str(length) for length in range(1, MOST + 1)]
+            engines = {NONE: plain, **dict.fromkeys([PINNED_OFF, *lengths, AUTO], drafting)}
             stream = cycle(prompts)
             for size in [*sizes, 0]:
                 num_requests = DECAYING if size == 0 else -(-NUM_REQUESTS // size) * size
@@ -157,7 +161,8 @@ def compare(name: str, sizes: list[int], rounds: int, mtp_model: Path) -> None:
 
 
 def measure(handle: Any, alternative: str, prompts: list[list[int]], size: int, number: int) -> float:
-    ray.get(handle.pin.remote(int(alternative) if alternative.isdigit() else None))
+    pinned = int(alternative) if alternative.isdigit() else OFF if alternative == PINNED_OFF else None
+    ray.get(handle.pin.remote(pinned))
     if size > 0:
         return ray.get(handle.tokens_per_s.remote(prompts, size, 1000 * (number + 1)))
     lengths = np.random.default_rng(number + 1).lognormal(np.log(20), 0.8, len(prompts)).astype(int).clip(1, LONGEST)
@@ -174,8 +179,8 @@ def main() -> None:
     parser.add_argument("--mtp-model", type=Path, default=EXAMPLES / "arithmetic_mtp" / "model")
     args = parser.parse_args()
     ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    heads = ["draft, batch", NONE, *(f"k={length}" for length in range(1, MOST + 1)), AUTO]
-    heads += ["auto / best fixed", "auto / best", "auto / none"]
+    heads = ["draft, batch", NONE, PINNED_OFF, *(f"k={length}" for length in range(1, MOST + 1)), AUTO]
+    heads += ["auto / best fixed", "auto / best", "auto / none", "off / none"]
     print(f"Tokens/s.\n\n| {' | '.join(heads)} |\n|{'---:|' * len(heads)}", flush=True)
     for name in args.examples:
         compare(name, args.sizes, args.rounds, args.mtp_model)

@@ -32,8 +32,8 @@ def file_findings(config: Config) -> Iterator[Finding]:
         ("config.json", partial(_config_json, directory)),
         ("weights", partial(_weights, directory)),
         ("output head", partial(_output_head, directory)),
-        ("draft's files", partial(_draft, config, directory)),
         ("tokenizer", partial(_tokenizer, directory)),
+        ("draft's files", partial(_draft, config, directory)),
     ):
         finding = look(check, see)
         yield finding
@@ -73,8 +73,10 @@ def _draft(config: Config, directory: Path) -> str:
     kind = trained_kind(config.trainer)
     if kind is None:
         return "no draft"
-    kind.preflight(config, _spec(directory), from_scratch=False)
-    return describe_draft(config.trainer)
+    spec = _spec(directory)
+    kind.preflight(config, spec, from_scratch=False)
+    tokenizer = load_tokenizer(directory, POLICY_PATH, spec.vocab_size)
+    return describe_draft(kind.decide(config, spec, tokenizer, may_write=False).trainer)
 
 
 def _tokenizer(directory: Path) -> str:
