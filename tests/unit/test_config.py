@@ -260,6 +260,12 @@ RULES = {
     "data.train_data=[]": "data.train_data=[]: must name at least one .parquet or .jsonl file",
     "data.val_data=[]": "data.val_data=[]: must name a file for evaluation",
     "generator.n_samples_per_prompt=1": "generator.n_samples_per_prompt=1: must be at least 2",
+    "generator.max_turns=0": "generator.max_turns=0: must be at least 1",
+    "generator.max_turns=2": "generator.max_input_length=null: is needed with generator.max_turns=2; set it",
+    "generator.max_input_length=8": "generator.max_input_length=8: must be at least trainer.max_prompt_length=",
+    "generator.max_turns=2 generator.max_input_length=300 trainer.algorithm.overlong.buffer_len=9": (
+        "trainer.algorithm.overlong.buffer_len=9: is a penalty on responses of one turn"
+    ),
     "trainer.algorithm.advantage_estimator=rloo generator.n_samples_per_prompt=1": (
         "generator.n_samples_per_prompt=1: must be at least 2, because rloo compares the responses"
     ),
