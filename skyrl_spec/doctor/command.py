@@ -18,6 +18,7 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.evaluation.target import open_target
 from skyrl_spec.planning.preflight import num_gpus
+from skyrl_spec.settings.algorithm import DynamicSamplingConfig, OverlongConfig
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.options import DoctorOptions, EvalDraftOptions
 from skyrl_spec.settings.schema import Config, GeneratorConfig, TrainerConfig
@@ -94,6 +95,8 @@ def _short_trainer(trainer: TrainerConfig, run_dir: Path) -> TrainerConfig:
     on_cpu = trainer.placement.device == "cpu"
     model = replace(trainer.policy.model, path=str(model_directory(trainer.policy.model.path)))
     optimizer = replace(trainer.policy.optimizer_config, lr=_POLICY_LR, num_warmup_steps=0)
+    # Neither the filter nor the penalty fits few short responses.
+    algorithm = replace(trainer.algorithm, dynamic_sampling=DynamicSamplingConfig(), overlong=OverlongConfig())
     return replace(
         trainer,
         run_dir=str(run_dir),
@@ -104,6 +107,7 @@ def _short_trainer(trainer: TrainerConfig, run_dir: Path) -> TrainerConfig:
         policy_mini_batch_size=_NUM_PROMPTS,
         epochs=1,
         max_training_steps=1,
+        algorithm=algorithm,
         eval_interval=0,
         eval_before_train=False,
         measure_speedup=False,

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,10 +24,13 @@ from skyrl_spec.controller import placement
 from skyrl_spec.controller.checkpoints import Checkpointer
 from skyrl_spec.controller.loop import TrainingLoop
 from skyrl_spec.controller.run import Running, make_trainer
+from skyrl_spec.doctor.command import _config
 from skyrl_spec.doctor.files import file_findings
 from skyrl_spec.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
 from skyrl_spec.doctor.live import Patient
-from skyrl_spec.settings.compose import load_config
+from skyrl_spec.planning.validation import validate
+from skyrl_spec.settings.compose import available, load_config
+from skyrl_spec.settings.options import DoctorOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "examples"
@@ -147,6 +151,14 @@ def test_faults_of_files_are_found_before_anything_starts(
     config = load_config([*overrides, f"trainer.run_dir={tmp_path / 'run'}"])
     found = [finding for finding in file_findings(config) if finding.check == check and finding.state == state]
     assert any(words in finding.seen for finding in found), found
+
+
+@pytest.mark.parametrize("experiment", available("experiment"))
+def test_every_experiment_has_a_short_form_that_its_settings_allow(experiment: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        options = DoctorOptions()
+        words = [f"experiment={experiment}", f"trainer.policy.model.path={MODELS}/arithmetic_mtp/model"]
+        validate(_config(options, words, stack))
 
 
 def test_a_failure_ends_with_exit_code_1_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
