@@ -106,7 +106,13 @@ class Rollout:
     reward: float
     loss_mask: list[int]
     error: str | None = None
-    num_turns: int = 1
+    # Texts of the policy's turns, and of the environment's answers between them. One where there is one turn.
+    turns: tuple[str, ...] = ("",)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy."""
+        return (len(self.turns) + 1) // 2
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from skyrl_spec.envs.episodes import EnvResult, Turn
 from skyrl_spec.settings.schema import GeneratorConfig
@@ -19,8 +20,9 @@ class Conversation:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     is_sampled: list[bool] = field(default_factory=list)
-    # Texts of the turns, and the last one's tokens.
+    # Texts of the turns and of the answers behind them, and the last turn's tokens.
     texts: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     last: Generation | None = None
     reward: float = 0.0
     error: str | None = None
@@ -50,10 +52,14 @@ class Conversation:
         is_cut = self.last.finish_reason != "stop"
         self.is_open = not (result.is_done or is_cut or len(self.texts) == max_turns)
 
-    def go_on_with(self, token_ids: list[int], max_input_length: int) -> None:
-        """Appends these tokens of the environment, or ends here if the input of the next turn would be too long."""
+    def go_on_with(self, answer: str, token_ids: list[int], max_input_length: int) -> None:
+        """Appends the environment's answer, or ends here if the input of the next turn would be too long.
+
+        ``token_ids``: everything between the last turn and the next.
+        """
         self.is_open = len(self.prompt.token_ids) + len(self.token_ids) + len(token_ids) <= max_input_length
         if self.is_open:
+            self.answers.append(answer)
             self._extend(token_ids, [0.0] * len(token_ids), is_sampled=False)
 
     def rollout(self, generator: GeneratorConfig, text: str) -> Rollout:
@@ -68,7 +74,7 @@ class Conversation:
             reward=0.0 if is_cut and generator.zero_reward_on_non_stop else self.reward,
             loss_mask=[int(is_trained_on and is_sampled) for is_sampled in self.is_sampled],
             error=self.error,
-            num_turns=len(self.texts),
+            turns=tuple(text for pair in zip_longest(self.texts, self.answers) for text in pair if text is not None),
         )
 
     def _extend(self, token_ids: list[int], logprobs: list[float], *, is_sampled: bool) -> None:

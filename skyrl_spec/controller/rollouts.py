@@ -116,8 +116,9 @@ class RolloutSampler:
             conversation.take(result, generator.max_turns)
             if conversation.is_open:
                 assert self._template is not None
-                answer = self._template.between(generation.token_ids, result.observations)
-                conversation.go_on_with(answer, max_input_length(self._config))
+                answer = "\n".join(message["content"] for message in result.observations)
+                token_ids = self._template.between(generation.token_ids, result.observations)
+                conversation.go_on_with(answer, token_ids, max_input_length(self._config))
 
     def _rollout(self, conversation: Conversation) -> Rollout:
         text = conversation.texts[0]

@@ -133,6 +133,8 @@ def _json_number(value: float) -> float | int | None:
 
 def _scored(step: int, rollout: Rollout) -> Sample:
     sample = _base(step, rollout.prompt, rollout.generation, rollout.text) | {"reward": rollout.reward}
+    if rollout.num_turns > 1:
+        sample |= {"turns": list(rollout.turns)}
     return sample if rollout.error is None else sample | {"error": rollout.error}
 
 

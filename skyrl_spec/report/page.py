@@ -87,7 +87,12 @@ def _plain_samples(run: RunData, num_runs: int) -> list[dict[str, Any]]:
     plain = [sample for sample in run.samples if not sample.get("pieces")]
     chosen = plain[-max(1, _NUM_PLAIN_SAMPLES // num_runs) :]
     return [
-        sample | {"label": run.label, "response": _cut(sample["response"]), "reward": sample.get("reward", "-")}
+        sample
+        | {
+            "label": run.label,
+            "turns": [_cut(text) for text in sample.get("turns", [sample["response"]])],
+            "reward": sample.get("reward", "-"),
+        }
         for sample in chosen
     ]
 

@@ -28,6 +28,8 @@ _KEPT_OF_ROLLOUTS = 0.7
 # Steps of a trial. The first still verifies drafts of the length in use, and only the others are timed.
 _TRIAL_STEPS = 4
 _STEPS_BETWEEN_PLANS, _STEPS_BETWEEN_TRIALS = 8, 24
+# A length that was not tried for so many steps is next, and others wait until it can be paid.
+_LONG_UNTRIED = 1000
 # Steps at the beginning of a rollout that draft this many tokens, to see if drafting pays again.
 _PROBE_STEPS, _PROBE_LENGTH = 24, 2
 # Share of the time that a probe may lose, and the steps over which the mean time of a step is taken.
@@ -240,14 +242,21 @@ class AutoLengths:
         self._credit_s = min(max(self._credit_s + earned_s, 0.0), _MOST_CREDIT * self._mean_step_s)
 
     def _begin_trial(self, batch_size: int, seconds: float) -> None:
-        """Tries the length that was tried longest ago, of those that the credit allows."""
+        """Tries the length that was tried longest ago, of those that the credit allows.
+
+        Cheap trials would use up all credit, and a length that is wrongly believed to be dear would never be tried.
+        """
         rates_L, planned = self._rates_BL[batch_size - 1], self._plan_B[batch_size - 1]
         prices_L = np.array([_loss(rates_L, planned, index) for index in range(len(rates_L))]) * _TRIAL_STEPS * seconds
-        allowed_L = (prices_L <= self._credit_s) & (self._lengths_L != OFF)
-        allowed_L[planned] = False
-        if not allowed_L.any():
+        others_L = self._lengths_L != OFF
+        others_L[planned] = False
+        affordable_L = others_L & (prices_L <= self._credit_s)
+        overdue_L = others_L & (self._num_steps - self._tried_L > _LONG_UNTRIED)
+        among_L = overdue_L if overdue_L.any() else affordable_L
+        chosen = int(np.where(among_L, self._tried_L, np.inf).argmin())
+        if not affordable_L[chosen]:
+            self._next_trial = self._num_steps + _STEPS_BETWEEN_PLANS
             return
-        chosen = int(np.where(allowed_L, self._tried_L, np.inf).argmin())
         self._tried_L[chosen] = self._num_steps
         self._trial_length, self._trial_left = self.times.lengths[chosen], _TRIAL_STEPS
         self._next_trial = self._num_steps + _STEPS_BETWEEN_TRIALS

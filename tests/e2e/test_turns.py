@@ -9,6 +9,7 @@ import pytest
 from counting_environment import ANSWER
 from runs import ROOT, SMALL, records_of, start
 
+from skyrl_spec.cli import main
 from skyrl_spec.metrics import names
 from skyrl_spec.settings.compose import load_config
 
@@ -36,8 +37,13 @@ def test_a_run_with_two_turns(experiment: str, tmp_path: Path) -> None:
         assert record["policy/rollout_train_logprobs_abs_diff_mean"] < 1e-4
         assert record[names.CANARY_POLICY] < 1e-4
         assert record["draft/loss"] > 0
-    answered = [sample["response"] for sample in samples if ANSWER.format("") in sample["response"]]
-    assert answered
-    for text in answered:
-        # The environment saw the first turn as it stands there.
-        assert any(text[length:].startswith(ANSWER.format(length)) for length in range(len(text))), text
+    several = [sample for sample in samples if "turns" in sample]
+    assert several
+    for sample in several:
+        first, answer, second = sample["turns"]
+        assert answer == ANSWER.format(len(first))
+        # Special tokens and spaces do not show in the text of the whole.
+        assert sample["response"] == f"{first}{answer}{second}"
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report" / "index.html").read_text()
+    assert f'<pre class="answer">{several[-1]["turns"][1]}</pre>' in page

@@ -212,6 +212,21 @@ def test_step_times_that_were_wrong_are_put_right_by_trials() -> None:
     assert engine.rate(64, lengths.planned()[63]) > 0.97 * best
 
 
+def test_lengths_that_looked_dear_are_tried_too() -> None:
+    engine = SimulatedEngine(often, noise=0.02)
+    right = engine.step_times()
+    wrong = right.seconds(np.array(right.sizes))
+    # The calibration saw further drafted tokens at three times their cost.
+    one = right.lengths.index(1)
+    wrong[:, one:] = wrong[:, [one]] + 3.0 * (wrong[:, one:] - wrong[:, [one]])
+    lengths = AutoLengths(StepTimes(right.sizes, right.lengths, wrong), LARGEST)
+    best, _ = engine.best_rate(64, right.lengths)
+    assert engine.rate(64, lengths.planned()[63]) < 0.9 * best
+    for _ in range(6000):
+        engine.step(lengths, 64)
+    assert engine.rate(64, lengths.planned()[63]) > 0.97 * best
+
+
 def test_keys_are_kept_where_a_smaller_batch_drafts() -> None:
     """Length 0, not OFF, while the batch is too large for drafts: the rest of the rollout needs the draft's keys."""
     engine = SimulatedEngine(lambda position: 0.5, times=TIMES | {"token": 0.05})

@@ -199,7 +199,7 @@ def conversations(draw: st.DrawFn) -> tuple[Conversation, list[bool]]:
         if not conversation.is_open:
             break
         answer = draw(st.lists(st.integers(91, 99), max_size=5))
-        conversation.go_on_with(answer, max_input_length=draw(st.sampled_from([10, 1000])))
+        conversation.go_on_with("answer", answer, max_input_length=draw(st.sampled_from([10, 1000])))
         if not conversation.is_open:
             break
         sampled += [False] * len(answer)
@@ -243,12 +243,13 @@ def test_rewards_add_up_and_a_failure_takes_them_away() -> None:
     conversation = Conversation(0, Prompt("a", [1], [], "", {}))
     conversation.add_turn(generation([2, 3]), "x")
     conversation.take(EnvResult(0.25, is_done=False), max_turns=3)
-    conversation.go_on_with([4], max_input_length=100)
+    conversation.go_on_with("well?", [4], max_input_length=100)
     conversation.add_turn(generation([5]), "y")
     assert conversation.turn(3).texts == ("x", "y")
     conversation.take(EnvResult(0.5), max_turns=3)
     rollout = conversation.rollout(GeneratorConfig(), "xy")
     assert (rollout.reward, rollout.num_turns, rollout.error) == (0.75, 2, None)
+    assert rollout.turns == ("x", "well?", "y")
     assert (rollout.loss_mask, rollout.generation.token_ids) == ([1, 1, 0, 1], [2, 3, 4, 5])
     conversation.take(EnvResult(0.0, error="it broke"), max_turns=3)
     failed = conversation.rollout(GeneratorConfig(), "xy")
