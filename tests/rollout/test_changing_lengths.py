@@ -30,6 +30,11 @@ def changing(kind: str, target: Path, dflash_dir: Path, start_engine: Callable[.
     )
 
 
+@pytest.fixture(scope="module")
+def plain(target: Path, start_engine: Callable[..., EngineProcess]) -> EngineProcess:
+    return start_engine(model_path=str(target), speculative_config=None)
+
+
 def test_responses_have_their_exact_joint_distribution(changing: EngineProcess, target: Path) -> None:
     assert sequence_p_value(changing, target, SAMPLING, num_tokens=6) > LEVEL
 
@@ -39,10 +44,7 @@ def test_truncated_sampling_is_exact_too(changing: EngineProcess, target: Path) 
     assert sequence_p_value(changing, target, sampling, num_tokens=4) > LEVEL
 
 
-def test_greedy_responses_are_those_without_a_draft(
-    changing: EngineProcess, target: Path, start_engine: Callable[..., EngineProcess]
-) -> None:
-    plain = start_engine(model_path=str(target), speculative_config=None)
+def test_greedy_responses_are_those_without_a_draft(changing: EngineProcess, plain: EngineProcess) -> None:
     sampling = SamplingConfig(temperature=0.0, max_generate_length=40)
     prompts = [PROMPT, [9], [60, 61, 62], LONG_PROMPT[:200]]
     for _ in range(4):
@@ -83,10 +85,9 @@ def test_drafts_after_steps_without_one_are_those_of_an_engine_that_always_draft
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLING, SamplingConfig(top_k=8)])
 def test_steps_without_drafts_sample_like_an_engine_that_has_none(
-    changing: EngineProcess, target: Path, start_engine: Callable[..., EngineProcess], sampling: SamplingConfig
+    changing: EngineProcess, plain: EngineProcess, sampling: SamplingConfig
 ) -> None:
     sampling = replace(sampling, max_generate_length=30)
-    plain = start_engine(model_path=str(target), speculative_config=None)
     ((expected,),) = generate(plain, [PROMPT], sampling, seed=7)
     for length in (OFF, 0):
         response = changing.verified_by(PROMPT, sampling, [length])
