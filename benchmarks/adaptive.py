@@ -59,6 +59,7 @@ class BenchEngine(EngineActor):
 
     def tokens_per_s(self, prompts: list[list[int]], batch_size: int, seed: int) -> float:
         """Tokens per second over consecutive batches."""
+        self._drop_keys()
         start, num_tokens = time.perf_counter(), 0
         for first in range(0, len(prompts), batch_size):
             groups = self.generate(prompts[first : first + batch_size], SAMPLING, 1, seed + first)
@@ -67,12 +68,19 @@ class BenchEngine(EngineActor):
 
     def decaying_tokens_per_s(self, prompts: list[list[int]], lengths: list[int], seed: int) -> float:
         """Tokens per second of one batch whose responses have these lengths."""
+        self._drop_keys()
         inputs, params = self._requests(prompts, SAMPLING, 1, seed)
         for one, length in zip(params, lengths, strict=True):
             one.max_tokens, one.ignore_eos = length, True
         start = time.perf_counter()
         self._llm.generate(inputs, sampling_params=params, use_tqdm=False)
         return sum(lengths) / (time.perf_counter() - start)
+
+    def _drop_keys(self) -> None:
+        """As a weight sync does."""
+        self._llm.reset_prefix_cache()
+        if self._has_schedule:
+            self._call_speculation("cache_was_reset")
 
 
 @dataclass

@@ -28,6 +28,8 @@ class Conversation:
     error: str | None = None
     # Another turn may follow.
     is_open: bool = True
+    # It ended because it was too long.
+    is_cut: bool = False
 
     @property
     def input_ids(self) -> list[int]:
@@ -47,17 +49,22 @@ class Conversation:
         """Takes in what the environment said to the last turn. A turn that was cut is the last one."""
         assert self.last is not None
         self.reward += result.reward
+        self.is_cut = self.last.finish_reason != "stop"
+        self.is_open = not (result.is_done or self.is_cut or len(self.texts) == max_turns)
         if result.error is not None:
-            self.reward, self.error = 0.0, result.error
-        is_cut = self.last.finish_reason != "stop"
-        self.is_open = not (result.is_done or is_cut or len(self.texts) == max_turns)
+            self.fail(result.error)
+
+    def fail(self, error: str) -> None:
+        """Ends here, without a reward."""
+        self.reward, self.error, self.is_open = 0.0, error, False
 
     def go_on_with(self, answer: str, token_ids: list[int], max_input_length: int) -> None:
         """Appends the environment's answer, or ends here if the input of the next turn would be too long.
 
         ``token_ids``: everything between the last turn and the next.
         """
-        self.is_open = len(self.prompt.token_ids) + len(self.token_ids) + len(token_ids) <= max_input_length
+        self.is_cut = len(self.prompt.token_ids) + len(self.token_ids) + len(token_ids) > max_input_length
+        self.is_open = not self.is_cut
         if self.is_open:
             self.answers.append(answer)
             self._extend(token_ids, [0.0] * len(token_ids), is_sampled=False)
@@ -65,13 +72,12 @@ class Conversation:
     def rollout(self, generator: GeneratorConfig, text: str) -> Rollout:
         """The finished response. ``text``: that of all its tokens."""
         assert self.last is not None
-        is_cut = self.last.finish_reason != "stop"
-        is_trained_on = not (is_cut and generator.apply_overlong_filtering)
+        is_trained_on = not (self.is_cut and generator.apply_overlong_filtering)
         return Rollout(
             self.prompt,
-            Generation(self.token_ids, self.logprobs, self.last.finish_reason, self.last.versions),
+            Generation(self.token_ids, self.logprobs, "length" if self.is_cut else "stop", self.last.versions),
             text,
-            reward=0.0 if is_cut and generator.zero_reward_on_non_stop else self.reward,
+            reward=0.0 if self.is_cut and generator.zero_reward_on_non_stop else self.reward,
             loss_mask=[int(is_trained_on and is_sampled) for is_sampled in self.is_sampled],
             error=self.error,
             turns=tuple(text for pair in zip_longest(self.texts, self.answers) for text in pair if text is not None),

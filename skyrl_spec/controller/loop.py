@@ -154,7 +154,8 @@ class TrainingLoop:
         speculation = SpeculationMeter(self.engines, "train")
         with timed(timings, "generate"):
             collected, throughput = self._sample_groups()
-        values = reward_metrics(collected.sampled, self.config.generator.n_samples_per_prompt)
+        generator = self.config.generator
+        values = reward_metrics(collected.sampled, generator.n_samples_per_prompt, generator.max_turns)
         values |= speculation.metrics() | {names.THROUGHPUT: throughput}
         values |= self._sampling_metrics(collected)
         return Sampled(collected.groups, values, timings, time.perf_counter() - start)

@@ -16,12 +16,13 @@ from skyrl_spec.controller.conversation import Conversation
 from skyrl_spec.data.turns import TurnTemplate
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.envs.grader import Grader
+from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.metrics.lengths import length_metrics
 from skyrl_spec.settings.derived import max_input_length
 from skyrl_spec.settings.schema import Config, SamplingConfig
-from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, Rollout
+from skyrl_spec.types import DraftedResponse, Generation, Message, Prompt, Proposals, Rollout
 
 # Limits of sample_with_drafts: prompts, and tokens of each response. Responses are sampled one after the other.
 _NUM_SHOWN, _LONGEST_SHOWN = 2, 128
@@ -79,15 +80,16 @@ class RolloutSampler:
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
         """``n`` scored rollouts of each prompt. Adds to ``num_tokens`` and ``generate_s``."""
         groups = [[self._begin(prompt) for _ in range(n)] for prompt in prompts]
-        going_on = [conversation for group in groups for conversation in group]
+        everyone = going_on = [conversation for group in groups for conversation in group]
         generations = self._generate(prompts, sampling, n, seed)
-        self._play(going_on, [generation for group in generations for generation in group])
+        self._play(going_on, [generation for group in generations for generation in group], everyone)
         turn = 1
         while going_on := [conversation for conversation in going_on if conversation.is_open]:
             inputs = [replace(conversation.prompt, token_ids=conversation.input_ids) for conversation in going_on]
             answers = self._generate(inputs, sampling, 1, _seed_of_turn(seed, turn))
-            self._play(going_on, [answer for (answer,) in answers])
+            self._play(going_on, [answer for (answer,) in answers], everyone)
             turn += 1
+        self._grader.end_episodes()
         rollouts = [[self._rollout(conversation) for conversation in group] for group in groups]
         _print_failures([rollout.error for group in rollouts for rollout in group if rollout.error is not None])
         return rollouts
@@ -105,20 +107,34 @@ class RolloutSampler:
         self.num_tokens += sum(len(g.token_ids) for group in generations for g in group)
         return generations
 
-    def _play(self, conversations: Sequence[Conversation], generations: Sequence[Generation]) -> None:
-        """Plays a turn of each conversation, and appends what their environments answer."""
+    def _play(
+        self,
+        conversations: Sequence[Conversation],
+        generations: Sequence[Generation],
+        everyone: Sequence[Conversation],
+    ) -> None:
+        """Plays a turn of each conversation, and appends what their environments answer. ``everyone``: the batch."""
         generator = self._config.generator
         texts = self._tokenizer.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
         for conversation, generation, text in zip(conversations, generations, texts, strict=True):
             conversation.add_turn(generation, text)
-        results = self._grader.play_all([conversation.turn(generator.max_turns) for conversation in conversations])
+        failures = [conversation.error for conversation in everyone if conversation.error is not None]
+        turns = [conversation.turn(generator.max_turns) for conversation in conversations]
+        results = self._grader.play_all(turns, failures, len(everyone))
         for conversation, generation, result in zip(conversations, generations, results, strict=True):
             conversation.take(result, generator.max_turns)
             if conversation.is_open:
-                assert self._template is not None
-                answer = "\n".join(message["content"] for message in result.observations)
-                token_ids = self._template.between(generation.token_ids, result.observations)
-                conversation.go_on_with(answer, token_ids, max_input_length(self._config))
+                self._answer(conversation, generation, result.observations)
+
+    def _answer(self, conversation: Conversation, generation: Generation, observations: Sequence[Message]) -> None:
+        assert self._template is not None
+        answer = "\n".join(message["content"] for message in observations)
+        try:
+            token_ids = self._template.between(generation.token_ids, observations)
+        except ConfigError as error:
+            conversation.fail(f"row {conversation.prompt.uid}, turn {len(conversation.texts)}: {error}")
+        else:
+            conversation.go_on_with(answer, token_ids, max_input_length(self._config))
 
     def _rollout(self, conversation: Conversation) -> Rollout:
         text = conversation.texts[0]
@@ -150,7 +166,7 @@ def _print_failures(errors: Sequence[str]) -> None:
         print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_SHOWN} more of this batch", file=sys.stderr)
 
 
-def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float]:
+def reward_metrics(groups: Sequence[Group], num_samples: int, max_turns: int = 1) -> dict[str, float]:
     """Mean reward, share of prompts with at least one rewarded response, and number of responses without a score."""
     rewards = [rollout.reward for group in groups for rollout in group]
     num_failed = sum(rollout.error is not None for group in groups for rollout in group)
@@ -160,7 +176,7 @@ def reward_metrics(groups: Sequence[Group], num_samples: int) -> dict[str, float
         names.AVG_RAW_REWARD: float(np.mean(rewards)),
         names.pass_at(num_samples): float(np.mean(solved)),
         names.NUM_FAILED: num_failed,
-    } | ({names.NUM_TURNS: float(np.mean(turns))} if max(turns) > 1 else {})
+    } | ({names.NUM_TURNS: float(np.mean(turns))} if max_turns > 1 else {})
 
 
 class SpeculationMeter:

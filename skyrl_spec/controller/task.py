@@ -73,7 +73,7 @@ def load_task(config: Config, resume_from: Path | None = None, *, may_write: boo
     register_custom(config.environment.custom)
     train = _load_prompts(config, tokenizer, config.data.train_data, "data.train_data")
     validation = _load_prompts(config, tokenizer, config.data.val_data, "data.val_data") if config.data.val_data else []
-    check_environments([*train, *validation], config.environment)
+    check_environments([*train, *validation], config.environment, config.generator.max_turns)
     if config.generator.max_turns > 1:
         TurnTemplate(tokenizer, config.generator.chat_template_kwargs)
     stream = PromptStream(

@@ -12,7 +12,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.types import Message
 
 # Stands for any turn of the policy.
-_TURN = "ANSWER"
+_TURN = "A-TURN-OF-THE-POLICY"
 _PROBE: list[Message] = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _TURN}]
 
 
@@ -25,7 +25,7 @@ class TurnTemplate:
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any]):
         self._tokenizer, self._kwargs = tokenizer, dict(template_kwargs)
-        self._before = self._text(_PROBE, add_generation_prompt=False).rpartition(_TURN)[0] + _TURN
+        self._end = self._text(_PROBE, add_generation_prompt=False).partition(_TURN)[2]
         self.between([], [{"role": "user", "content": "2"}])
 
     def between(self, sampled: Sequence[int], observations: Sequence[Message]) -> list[int]:
@@ -37,12 +37,13 @@ class TurnTemplate:
             ConfigError: the template refuses the observations, or rewrites the turn because of them.
         """
         text = self._text([*_PROBE, *observations], add_generation_prompt=True)
-        if not text.startswith(self._before):
+        # What is in front of the turn is there already, as it was when the turn was sampled.
+        _, is_there, behind = text.partition(_TURN)
+        if not is_there or not behind.startswith(self._end):
             raise ConfigError(
                 "generator.max_turns: the model's chat template rewrites earlier turns, so that a next turn cannot "
                 "follow what was sampled; give the model another template, or set max_turns=1"
             )
-        behind = text[len(self._before) :]
         if sampled:
             behind = behind.removeprefix(self._tokenizer.decode([sampled[-1]], skip_special_tokens=False))
         return self._tokenizer.encode(behind, add_special_tokens=False)

@@ -92,6 +92,8 @@ def _short_trainer(trainer: TrainerConfig, run_dir: Path) -> TrainerConfig:
     if kind is not None:
         optimizer = replace(kind.settings(trainer).optimizer_config, lr=_DRAFT_LR, num_warmup_steps=0)
         trainer = kind.with_settings(trainer, optimizer_config=optimizer)
+    # The run's engines draft without it.
+    trainer = replace(trainer, dflash=replace(trainer.dflash, export_rope_scaling=None))
     on_cpu = trainer.placement.device == "cpu"
     model = replace(trainer.policy.model, path=str(model_directory(trainer.policy.model.path)))
     optimizer = replace(trainer.policy.optimizer_config, lr=_POLICY_LR, num_warmup_steps=0)
@@ -125,6 +127,8 @@ def _short_generator(generator: GeneratorConfig) -> GeneratorConfig:
     return replace(
         generator,
         n_samples_per_prompt=_NUM_SAMPLES,
+        zero_reward_on_non_stop=False,
+        apply_overlong_filtering=False,
         speculation=replace(generator.speculation, schedule="fixed"),
         sampling_params=replace(generator.sampling_params, max_generate_length=length),
         # Not used, but checked.

@@ -45,7 +45,7 @@ def failed(turn: Turn, error: str) -> EnvResult:
     return EnvResult(0.0, error=f"row {turn.prompt.uid}, env_class {turn.prompt.env_class}{which}: {error}")
 
 
-def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig) -> None:
+def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig, max_turns: int = 1) -> None:
     """Makes one environment of every env_class, for its first prompt, to find mistakes before a run begins.
 
     Raises:
@@ -55,7 +55,7 @@ def check_environments(prompts: Iterable[Prompt], environment: EnvironmentConfig
     for env_class, prompt in first_of.items():
         check_env_class(env_class, environment.custom, setting=f"env_class of row {prompt.uid}")
         try:
-            _make(prompt, environment.skyrl_gym.get(env_class, {})).close()
+            _make(prompt, environment.skyrl_gym.get(env_class, {}), max_turns).close()
         except Exception as error:
             raise ConfigError(
                 f"row {prompt.uid}: environment {env_class} cannot be made from its fields "
@@ -88,7 +88,7 @@ class Episodes:
                 env = _begin(turn, env_config)
             output = env.step(turn.texts[-1])
             reward, is_done = float(output["reward"]), bool(output["done"])
-            observations = tuple(_message(message) for message in output["observations"] or ())
+            observations = () if is_done else tuple(_message(item) for item in output.get("observations") or ())
         except ConfigError:
             raise
         except Exception as error:
@@ -117,7 +117,7 @@ class Episodes:
 def _begin(turn: Turn, env_config: Any) -> Any:
     """A new environment that has played all turns but the last."""
     prompt = turn.prompt
-    env = _make(prompt, env_config)
+    env = _make(prompt, env_config, turn.max_turns)
     messages, _ = env.init([dict(message) for message in prompt.messages])
     if messages != prompt.messages:
         raise ConfigError(
@@ -137,11 +137,14 @@ def _message(message: Any) -> Message:
     return {"role": role, "content": content}
 
 
-def _make(prompt: Prompt, env_config: Any) -> Any:
+def _make(prompt: Prompt, env_config: Any, max_turns: int) -> Any:
     import skyrl_gym
 
+    # skyrl-gym's environments end by themselves after so many turns, as SkyRL tells them. An environment that wants
+    # several where there is one is told nothing, so that it says so.
+    extras = dict(prompt.extras) | ({"max_turns": max_turns} if max_turns > 1 else {})
     # A DictConfig, because environments written for SkyRL read env_config by attribute.
-    return skyrl_gym.make(prompt.env_class, env_config=OmegaConf.create(env_config), extras=dict(prompt.extras))
+    return skyrl_gym.make(prompt.env_class, env_config=OmegaConf.create(env_config), extras=extras)
 
 
 def _one_line(error: Exception) -> str:

@@ -34,19 +34,31 @@ class Grader:
         self._environment = environment
         self._start()
 
-    def play_all(self, turns: Sequence[Turn]) -> list[EnvResult]:
+    def play_all(self, turns: Sequence[Turn], earlier: Sequence[str] = (), num: int | None = None) -> list[EnvResult]:
         """Results in order. A turn that could not be played has an ``error``. Other episodes than these are over.
+
+        Args:
+            earlier: errors of the same batch of responses in earlier turns.
+            num: number of responses of the batch. None: that of the turns.
 
         Raises:
             ConfigError: the environment cannot be used at all (``Episodes.play``).
-            RunError: more than ``environment.max_failed_share`` of the turns could not be played.
+            RunError: more than ``environment.max_failed_share`` of the batch could not be played.
         """
         results: list[EnvResult] = []
         while len(results) < len(turns):
             results += self._play(turns[len(results) :])
+            errors = [*earlier, *(result.error for result in results if result.error is not None)]
             # Not only at the end, because every response that hangs costs timeout_s.
-            self._require_few([result.error for result in results if result.error is not None], len(turns))
+            self._require_few(errors, len(turns) if num is None else num)
+        # From now on each environment has played all turns but the next.
+        self._must_repeat = False
         return results
+
+    def end_episodes(self) -> None:
+        """Closes all environments."""
+        with suppress(ConnectionError):
+            self._connection.send([])
 
     def close(self) -> None:
         """Ends the process. May be called more than once."""
@@ -67,8 +79,9 @@ class Grader:
         self._wait_for_start()
         try:
             self._connection.send(turns)
-            for _ in turns:
-                if not self._connection.poll(self._environment.timeout_s):
+            for turn in turns:
+                num_played = len(turn.texts) if self._must_repeat else 1
+                if not self._connection.poll(num_played * self._environment.timeout_s):
                     problem = f"took longer than environment.timeout_s={self._environment.timeout_s:g}"
                     break
                 answer = self._connection.recv()
@@ -93,6 +106,8 @@ class Grader:
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, process, self._connection)
         self._has_started = False
+        # Environments of earlier turns are lost, and play these turns again.
+        self._must_repeat = True
 
     def _wait_for_start(self) -> None:
         """Waits until the process has imported its modules, so that no response pays for it.

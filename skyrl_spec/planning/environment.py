@@ -63,8 +63,11 @@ def check_server(url: str, user: str, fix: str) -> None:
     Raises:
         ConfigError: nothing does, or the address cannot be one.
     """
-    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
-    proxy = None if host is None or proxy_bypass(host) else getproxies().get(scheme)
+    scheme, host = urlsplit(url).scheme, urlsplit(url).netloc.rpartition("@")[2]
+    proxy = None if proxy_bypass(host) else getproxies().get(scheme)
+    if proxy is not None and "/" in getproxies().get("no", ""):
+        # Networks, which other programs read. Whether they bypass the proxy is not known here.
+        return
     # A proxy may be given without a scheme.
     asked = urlsplit(url if proxy is None else proxy if "//" in proxy else f"//{proxy}")
     # Without a password.

@@ -49,7 +49,10 @@ class Lengths(Protocol):
         """Takes in a finished step."""
 
     def weights_changed(self) -> None:
-        """The engine got other weights."""
+        """The engine got other weights, and dropped all keys."""
+
+    def cache_was_reset(self) -> None:
+        """The engine dropped all keys."""
 
     def planned(self) -> list[int]:
         """Length for batch size 1, 2, ..."""
@@ -72,6 +75,8 @@ class LengthTable:
     def observe(self, step: EngineStep) -> None: ...
 
     def weights_changed(self) -> None: ...
+
+    def cache_was_reset(self) -> None: ...
 
     def planned(self) -> list[int]:
         return list(self._lengths_B)
@@ -139,8 +144,8 @@ class AutoLengths:
     ``times`` has the length 0 and others, and ``OFF`` for a draft with a model. At a batch where no draft pays, the
     drafter still runs its first pass (length 0): otherwise the draft would lack the keys of these tokens once the batch
     is smaller. That has its price. If rollouts as the last few were would be faster without any draft, the drafter is
-    ``OFF`` until the engine is idle. Now and then the beginning of a rollout is a probe, which shows whether drafts pay
-    again.
+    ``OFF`` until all keys are dropped: requests to come may find keys of the policy in the prefix cache, where those of
+    the draft are missing. Now and then the beginning of a rollout is a probe, which shows whether drafts pay again.
     """
 
     def __init__(self, times: StepTimes, largest: int):
@@ -161,10 +166,10 @@ class AutoLengths:
         self._plan_B = self._best()
 
     def begin(self) -> None:
-        self._lacks_keys, self._probe_left = False, 0
+        self._probe_left = 0
         self._tokens_B = 1 + _KEPT_OF_ROLLOUTS * (self._tokens_B - 1)
         is_off = self._lengths_L[self._plan_B[-1]] == OFF
-        if is_off and self._credit_s >= _PROBE_STEPS * _LOST_IN_A_PROBE * self._mean_step_s:
+        if is_off and not self._lacks_keys and self._credit_s >= _PROBE_STEPS * _LOST_IN_A_PROBE * self._mean_step_s:
             self._probe_left = _PROBE_STEPS
 
     def choose(self, batch_size: int) -> int:
@@ -199,6 +204,10 @@ class AutoLengths:
 
     def weights_changed(self) -> None:
         self.acceptance.forget(_KEPT_AT_SYNC)
+        self.cache_was_reset()
+
+    def cache_was_reset(self) -> None:
+        self._lacks_keys = False
 
     def planned(self) -> list[int]:
         return self._lengths_L[self._plan_B].tolist()

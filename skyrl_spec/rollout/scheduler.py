@@ -82,8 +82,12 @@ class Speculation:
         self._lengths = AutoLengths(StepTimes(sizes, self._to_try, table), self._largest)
 
     def weights_changed(self) -> None:
-        """Policy or draft got other weights."""
+        """Policy or draft got other weights, and all keys were dropped."""
         self._lengths.weights_changed()
+
+    def cache_was_reset(self) -> None:
+        """All keys were dropped."""
+        self._lengths.cache_was_reset()
 
     def drafted_per_pos(self) -> list[int]:
         """Drafts since the start that had at least 1, 2, ... tokens."""

@@ -80,7 +80,7 @@ class AlgorithmConfig:
         "token_mean",
         "How the token losses of a mini-batch are averaged. token_mean: over all tokens. sequence_mean: over the "
         "tokens of each sequence, then over the sequences. seq_mean_token_sum_norm: their sum divided by sequences x "
-        "max_generate_length.",
+        "max_generate_length (x max_turns).",
         LOSS_REDUCTIONS,
     )
     use_kl_loss: bool = setting(

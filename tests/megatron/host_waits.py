@@ -71,7 +71,9 @@ class HostWaits(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             return any(index.dtype == torch.bool for index in _tensors(args[1]))
         if name == "repeat_interleave":
-            return any(isinstance(repeats, Tensor) for repeats in args[1:]) and kwargs.get("output_size") is None
+            # With one argument, that is the numbers.
+            repeats = [*args[1:], kwargs.get("repeats")] if len(args) > 1 or "repeats" in kwargs else args
+            return bool(_tensors(repeats)) and kwargs.get("output_size") is None
         if name == "where":
             return len(args) == 1
         return name in _READS

@@ -128,6 +128,7 @@ def test_a_decaying_batch_takes_hardly_longer_than_with_the_best_length_at_each_
     ends = np.sort(np.random.default_rng(1).lognormal(np.log(100), 1.0, 128).astype(int) + 1)
 
     def rollout(engine: SimulatedEngine, lengths: AutoLengths | LengthTable) -> None:
+        lengths.cache_was_reset()
         lengths.begin()
         engine.last, position = OFF, 0.0
         while position < ends[-1]:
@@ -163,6 +164,7 @@ def test_a_draft_that_begins_to_pay_is_found_and_one_that_stops_is_left() -> Non
 
     def rollouts(number: int) -> None:
         for _ in range(number):
+            lengths.cache_was_reset()
             lengths.begin()
             engine.last = OFF
             for _ in range(100):
@@ -227,6 +229,27 @@ def test_lengths_that_looked_dear_are_tried_too() -> None:
     assert engine.rate(64, lengths.planned()[63]) > 0.97 * best
 
 
+def test_a_drafter_that_was_off_stays_off_until_keys_are_dropped() -> None:
+    """The next turn of a response finds the policy's keys in the prefix cache, and not the draft's."""
+    chance = {"now": 0.0}
+    engine = SimulatedEngine(lambda position: chance["now"])
+    lengths = AutoLengths(engine.step_times(), LARGEST)
+    for _ in range(100):
+        engine.step(lengths, 16)
+    assert lengths.planned()[15] == OFF
+    lengths.begin()
+    assert {engine.step(lengths, size).drafted for size in (16, 8, 1)} == {OFF}
+    # Drafts of that time would say nothing about the draft.
+    before = lengths.acceptance.rates()
+    lengths.begin()
+    lengths.observe(EngineStep(4, 2, OFF, 1e-3, np.full(MOST, 4), np.zeros(MOST, np.int64)))
+    np.testing.assert_array_equal(lengths.acceptance.rates(), before)
+    lengths.cache_was_reset()
+    lengths.begin()
+    lengths._credit_s, lengths._plan_B[:] = 1.0, lengths._index(2)
+    assert engine.step(lengths, 16).drafted >= 0
+
+
 def test_keys_are_kept_where_a_smaller_batch_drafts() -> None:
     """Length 0, not OFF, while the batch is too large for drafts: the rest of the rollout needs the draft's keys."""
     engine = SimulatedEngine(lambda position: 0.5, times=TIMES | {"token": 0.05})
@@ -244,6 +267,7 @@ def test_the_drafter_is_off_where_small_batches_are_too_rare(tail: int, drafts: 
     lengths = AutoLengths(engine.step_times(), LARGEST)
 
     def rollout(lengths: AutoLengths | LengthTable) -> None:
+        lengths.cache_was_reset()
         lengths.begin()
         engine.last = OFF
         for batch_size, num_tokens in ((128, 100), (2, tail)):

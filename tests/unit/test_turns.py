@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from os import getpid, kill
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from skyrl_spec.data.packing import build_train_batch
 from skyrl_spec.data.turns import TurnTemplate
 from skyrl_spec.drafts.align import chain_mask
 from skyrl_spec.drafts.blocks import draw_anchors, is_anchor, supervised_blocks
-from skyrl_spec.envs.episodes import EnvResult, Episodes, Turn
+from skyrl_spec.envs.episodes import EnvResult, Episodes, Turn, check_environments
 from skyrl_spec.envs.grader import Grader
-from skyrl_spec.errors import ConfigError
+from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.schema import EnvironmentConfig, GeneratorConfig
 from skyrl_spec.training.step import build_micro
 from skyrl_spec.types import Generation, Prompt, Versions
@@ -84,6 +85,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(kind: str) -> None:
         TurnTemplate(tokenizer, {})
 
 
+def test_a_template_that_shows_the_thoughts_of_the_last_turn_only() -> None:
+    """As Qwen3's does. What is in front of a turn is not asked for again."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = CHATML.replace(
+        "m.content +", "('thoughts' if loop.last and m.role == 'assistant' else '') + m.content +"
+    )
+    between = TurnTemplate(tokenizer, {}).between([], [{"role": "user", "content": "b"}])
+    assert tokenizer.decode(between) == "<|end|>;<|user|>b<|end|>;<|assistant|>"
+
+
 def test_a_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
     template = TurnTemplate(tokenizer, {})
     tokenizer.chat_template, kept = "{{ raise_exception('no tools here') }}", tokenizer.chat_template
@@ -119,6 +130,7 @@ class CountingEnv(BaseTextEnv):
 
 
 CLOSED: list[str] = []
+GROUND_TRUTH = {"method": "rule", "ground_truth": "2"}
 ENVIRONMENT = EnvironmentConfig(custom={"test_env_counting": f"{__name__}:CountingEnv"}, max_failed_share=1.0)
 
 
@@ -159,6 +171,47 @@ def test_what_an_environment_raises_in_its_second_turn_costs_one_response(grader
     assert first == "row row-1, env_class test_env_counting, turn 2: KeyError: 'no number'"
     assert second == "9"
     assert re.search(r"turn 2: TypeError: an observation must have a role and a content of type str", third)
+
+
+def test_failures_are_counted_over_all_turns_of_a_batch(grader: Grader) -> None:
+    grader._environment = replace(ENVIRONMENT, max_failed_share=0.1)
+    grader.play_all([turn(1, "5"), turn(2, "7")])
+    # One of the two that go on, of a batch of twenty.
+    results = grader.play_all([turn(1, "5", "raise"), turn(2, "7", "1")], [], 20)
+    assert [result.error is None for result in results] == [False, True]
+    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.1: 3 of 20 responses could not be scored"):
+        grader.play_all([turn(2, "7", "1", "raise")], ["a", "b"], 20)
+
+
+def test_after_a_batch_environments_are_made_anew(grader: Grader) -> None:
+    grader.play_all([turn(1, "5")])
+    grader.end_episodes()
+    # Another would say 6.
+    assert answers(grader.play_all([turn(1, "1")])) == ["1"]
+
+
+def test_environments_of_skyrl_gym_know_how_many_turns_there_are() -> None:
+    row = Prompt("a", [1], [{"role": "user", "content": "1+1="}], "gsm8k_multi_turn", {"reward_spec": GROUND_TRUTH})
+    check_environments([row], EnvironmentConfig(), max_turns=3)
+    episodes = Episodes()
+    results = [episodes.play(Turn(1, row, tuple(["#### 3"] * number), max_turns=3), {}) for number in (1, 2, 3)]
+    assert [result.is_done for result in results] == [False, False, True]
+    assert all(result.observations for result in results[:2])
+
+
+def test_an_answer_that_nobody_reads_may_be_left_out() -> None:
+    class BriefEnv(BaseTextEnv):
+        def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
+            super().__init__()
+
+        def step(self, action: str) -> Any:
+            return {"reward": 1.0, "done": True}
+
+    import skyrl_gym
+
+    skyrl_gym.register("test_env_brief", BriefEnv)
+    prompt = Prompt("a", [1], [], "test_env_brief", {})
+    assert Episodes().play(Turn(1, prompt, ("x",), max_turns=1), {}) == EnvResult(1.0)
 
 
 def test_environments_are_closed_once_they_are_not_needed() -> None:
@@ -254,6 +307,20 @@ def test_rewards_add_up_and_a_failure_takes_them_away() -> None:
     conversation.take(EnvResult(0.0, error="it broke"), max_turns=3)
     failed = conversation.rollout(GeneratorConfig(), "xy")
     assert (failed.reward, failed.error) == (0.0, "it broke")
+
+
+def test_a_response_that_outgrows_its_input_was_cut() -> None:
+    conversation = Conversation(0, Prompt("a", [1, 2], [], "", {}))
+    conversation.add_turn(generation([3, 4]), "x")
+    conversation.take(EnvResult(0.5, is_done=False), max_turns=3)
+    conversation.go_on_with("?", [5, 6], max_input_length=5)
+    rollout = conversation.rollout(GeneratorConfig(), "x")
+    assert (rollout.generation.finish_reason, rollout.turns, rollout.loss_mask) == ("length", ("x",), [1, 1])
+    kept = Conversation(0, Prompt("a", [1, 2], [], "", {}))
+    kept.add_turn(generation([3, 4]), "x")
+    kept.take(EnvResult(0.5, is_done=False), max_turns=3)
+    kept.go_on_with("?", [5, 6], max_input_length=6)
+    assert kept.is_open
 
 
 def test_a_turn_that_was_cut_is_the_last_one() -> None:
