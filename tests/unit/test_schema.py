@@ -56,6 +56,7 @@ def test_every_metric_is_described_and_no_other() -> None:
         *metric_keys.auto_training_keys(),
         names.NUM_SAMPLE_BATCHES,
         names.NUM_KEPT_GROUPS,
+        names.NUM_TURNS,
     }
     steps = [{names.STEP: step, **dict.fromkeys(keys - {names.STEP}, 1.0)} for step in (1, 2)]
     keys |= headline(steps, speedup=1.5).keys()
