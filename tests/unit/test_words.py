@@ -37,6 +37,10 @@ def test_common_paths_need_no_quotes() -> None:
         assert setting_word("checkpoint", path) == f"checkpoint={path}"
 
 
+def test_a_path_with_a_space_can_be_read_by_people() -> None:
+    assert setting_word("out", "/my runs/x") == "\"out='/my runs/x'\""
+
+
 def test_a_serve_command_survives_a_shell() -> None:
     trainer = TrainerConfig()
     trainer.dflash.enabled, trainer.dflash.num_speculative_tokens = True, 3
