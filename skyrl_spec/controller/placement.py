@@ -89,16 +89,17 @@ def _start_local_ray(options: dict[str, Any]) -> tuple[str, list[Popen[bytes]]]:
     """
     for attempt in range(1, _RAY_STARTS + 1):
         # The prefix is short: sockets below it must stay within 107 characters.
-        directory = tempfile.mkdtemp(prefix="skyrl-")
-        with signals_kept_from_children(), servers_in_own_sessions() as servers:
-            try:
+        directory, servers = tempfile.mkdtemp(prefix="skyrl-"), list[Popen[bytes]]()
+        try:
+            # A signal that was kept raises at the end of this context.
+            with signals_kept_from_children(), servers_in_own_sessions() as servers:
                 ray.init("local", include_dashboard=False, _temp_dir=directory, **options)
-                return directory, servers
-            except BaseException as error:
-                _end_local_ray(servers)
-                _remove(directory)
-                if _TIMED_OUT not in str(error):
-                    raise
+            return directory, servers
+        except BaseException as error:
+            _end_local_ray(servers)
+            _remove(directory)
+            if _TIMED_OUT not in str(error):
+                raise
         if attempt < _RAY_STARTS:
             print("skyrl-spec: warning: Ray's servers did not start in time; trying again", file=sys.stderr)
     raise RunError(

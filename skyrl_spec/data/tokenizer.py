@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ def load_tokenizer(directory: Path, setting: str, vocab_size: int | None = None)
     """
     from transformers import AutoTokenizer
 
+    # Threads of the tokenizer would get signals that the main thread blocks while Ray starts. Ray's handler would then
+    # end the process in them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     where = f"{setting}={directory}"
     # Without these files transformers would make an empty tokenizer.
     if not any(directory.glob("tokenizer*")):
