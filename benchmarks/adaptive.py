@@ -77,7 +77,7 @@ class BenchEngine(EngineActor):
         return sum(lengths) / (time.perf_counter() - start)
 
     def _drop_keys(self) -> None:
-        """As a weight sync does."""
+        """Drops all cached keys, as a weight sync does."""
         self._llm.reset_prefix_cache()
         if self._has_schedule:
             self._call_speculation("cache_was_reset")

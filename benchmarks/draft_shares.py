@@ -1,6 +1,6 @@
 """Benchmark of the share of positions that a draft needs: several drafts side by side in one run.
 
-    python benchmarks/draft_shares.py cpu_mtp_grpo                 # three seeds, about half an hour on two quiet cores
+    python benchmarks/draft_shares.py cpu_mtp_grpo                 # three seeds; one took 18 minutes on two busy cores
     python benchmarks/draft_shares.py cpu_dflash_grpo --seeds 0
 
 The run is an experiment with twice its learning rate of the policy, so that the policy moves. Its worker has further

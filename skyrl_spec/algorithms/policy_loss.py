@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -25,42 +26,20 @@ class ResponseTokens:
     response_N: Tensor
     lengths_R: Tensor
 
-
-def _regular(tokens: ResponseTokens, algorithm: AlgorithmConfig) -> PolicyTokenLoss:
-    return clipped_surrogate(
-        tokens.policy_logprobs_N,
-        tokens.old_logprobs_N,
-        tokens.advantages_N,
-        eps_clip_low=algorithm.eps_clip_low,
-        eps_clip_high=algorithm.eps_clip_high,
-        clip_ratio_c=algorithm.clip_ratio_c,
-    )
+    @property
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs under the policy and before the update, and advantages."""
+        return self.policy_logprobs_N, self.old_logprobs_N, self.advantages_N
 
 
-def _gspo(tokens: ResponseTokens, algorithm: AlgorithmConfig) -> PolicyTokenLoss:
-    return gspo(
-        tokens.policy_logprobs_N,
-        tokens.old_logprobs_N,
-        tokens.advantages_N,
-        tokens.response_N,
-        tokens.lengths_R,
-        eps_clip_low=algorithm.eps_clip_low,
-        eps_clip_high=algorithm.eps_clip_high,
-    )
-
-
-def _cispo(tokens: ResponseTokens, algorithm: AlgorithmConfig) -> PolicyTokenLoss:
-    return cispo(
-        tokens.policy_logprobs_N,
-        tokens.old_logprobs_N,
-        tokens.advantages_N,
-        eps_clip_low=algorithm.eps_clip_low,
-        eps_clip_high=algorithm.eps_clip_high,
-    )
+def _clips(algorithm: AlgorithmConfig) -> dict[str, Any]:
+    return {"eps_clip_low": algorithm.eps_clip_low, "eps_clip_high": algorithm.eps_clip_high}
 
 
 POLICY_LOSSES: dict[str, Callable[[ResponseTokens, AlgorithmConfig], PolicyTokenLoss]] = {
-    "regular": _regular,
-    "gspo": _gspo,
-    "cispo": _cispo,
+    "regular": lambda tokens, algorithm: clipped_surrogate(
+        *tokens.values, **_clips(algorithm), clip_ratio_c=algorithm.clip_ratio_c
+    ),
+    "gspo": lambda tokens, algorithm: gspo(*tokens.values, tokens.response_N, tokens.lengths_R, **_clips(algorithm)),
+    "cispo": lambda tokens, algorithm: cispo(*tokens.values, **_clips(algorithm)),
 }

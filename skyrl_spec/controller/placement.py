@@ -104,7 +104,7 @@ def _start_local_ray(options: dict[str, Any]) -> tuple[str, list[Popen[bytes]]]:
             print("skyrl-spec: warning: Ray's servers did not start in time; trying again", file=sys.stderr)
     raise RunError(
         f"Ray's servers did not start in {_RAY_STARTS} tries of half a minute; other programs may take all cores or "
-        f"memory of this machine: end some of them"
+        "memory of this machine: end some of them"
     )
 
 

@@ -31,7 +31,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class EnvResult:
-    """What an environment answers to a turn. ``error`` says why it failed: no reward, and the episode is over."""
+    """An environment's answer to a turn. ``error`` says why it failed: no reward, and the episode is over."""
 
     reward: float
     is_done: bool = True

@@ -46,13 +46,14 @@ class Grader:
             RunError: more than ``environment.max_failed_share`` of the batch could not be played.
         """
         results: list[EnvResult] = []
+        process = self._connection
         while len(results) < len(turns):
             results += self._play(turns[len(results) :])
             errors = [*earlier, *(result.error for result in results if result.error is not None)]
             # Not only at the end, because every response that hangs costs timeout_s.
             self._require_few(errors, len(turns) if num is None else num)
-        # From now on each environment has played all turns but the next.
-        self._must_repeat = False
+        # A process that died had environments that it played before, which play their turns again next time.
+        self._must_repeat = self._connection is not process
         return results
 
     def end_episodes(self) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import distributions
+
+from packaging.specifiers import SpecifierSet
 
 HEAVY = ("torch", "vllm", "megatron", "ray")
 
@@ -20,3 +23,11 @@ print(*(name for name in {HEAVY} if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_every_package_installs_on_the_first_python_of_this_version() -> None:
+    """Machines have any patch release, such as Debian's 3.11.2. The lock was made on a later one."""
+    first = f"{sys.version_info.major}.{sys.version_info.minor}.0"
+    wanted = {found.metadata["Name"]: found.metadata["Requires-Python"] for found in distributions()}
+    assert len(wanted) > 200
+    assert {name: spec for name, spec in wanted.items() if spec and first not in SpecifierSet(spec)} == {}
