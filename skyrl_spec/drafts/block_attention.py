@@ -1,26 +1,27 @@
 """Attention of DFlash blocks over the document before their anchor and over their own slots. Two kernels.
 
-On a GPU, FlexAttention visits only the tiles of keys that a tile of slots can see. On a CPU, SDPA runs on a few blocks
-of one document at a time. Neither makes a mask or scores of all slots and all tokens.
+On a GPU, FlexAttention visits only the tiles of keys that a tile of slots can see. On a CPU, a flash kernel runs on a
+few blocks of one document at a time. Neither makes a mask or scores of all slots and all tokens.
 
 Shapes: T tokens of the pack, Q slots, H heads, G key heads, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from skyrl_spec.drafts.blocks import Blocks
+from skyrl_spec.models import flash
+from skyrl_spec.models.flash import Attended
 from skyrl_spec.models.upload import upload
 
 
@@ -36,89 +37,144 @@ class Keys(NamedTuple):
 # (query [Q, H, d], keys, scale) -> [Q, H, d]
 BlockAttention = Callable[[Tensor, Keys, float], Tensor]
 
-# Slots that SDPA computes at a time, and tokens up to which it keeps their masks for the backward pass.
-SLOTS_AT_A_TIME = 512
-MAX_KEPT_TOKENS = 2048
+# Blocks and tokens of the largest mask on a CPU.
+BLOCKS_AT_A_TIME = 64
+MAX_NEAR = 2048
 # Slots and keys of a tile of FlexAttention.
 TILE = 128
 
 
 def block_attention(blocks: Blocks, num_tokens: int) -> BlockAttention:
     """Attention of ``blocks`` of a pack with this many tokens. All layers share it."""
-    return (flex_block_attention if blocks.anchor_A.is_cuda else sdpa_block_attention)(blocks, num_tokens)
+    return (flex_block_attention if blocks.anchor_A.is_cuda else cpu_block_attention)(blocks, num_tokens)
 
 
-# ---- SDPA -----------------------------------------------------------------------------------------------------------
+# ---- Flash attention on a CPU ---------------------------------------------------------------------------------------
 
 
 class _Span(NamedTuple):
-    """Consecutive blocks of one document, and the range of tokens that any of them sees."""
+    """Consecutive blocks of one document."""
 
-    first_block: int
-    num_blocks: int
-    start: int
-    end: int
+    slots: slice
+    # Tokens that all of the blocks see, and those that a part of them sees.
+    before: slice
+    near: slice
+    anchor_Q: Tensor
 
 
-def sdpa_block_attention(blocks: Blocks, _num_tokens: int) -> BlockAttention:
-    """``block_attention`` by SDPA, with a dense mask for at most ``SLOTS_AT_A_TIME`` slots."""
+def cpu_block_attention(blocks: Blocks, _num_tokens: int) -> BlockAttention:
+    """``block_attention`` by the flash kernel: once over the slots of all blocks, and over the tokens span by span."""
     spans = _spans(blocks)
-    slots = [span.num_blocks * blocks.num_slots for span in spans]
 
     def attend(query_QHd: Tensor, keys: Keys, scale: float) -> Tensor:
-        of_slots = (x.split(slots) for x in (query_QHd, keys.slot_key_QGd, keys.slot_value_QGd))
-        outputs = []
-        for span, query, slot_key, slot_value in zip(spans, *of_slots, strict=True):
-            tokens = slice(span.start, span.end)
-            some = Keys(keys.token_key_TGd[tokens], keys.token_value_TGd[tokens], slot_key, slot_value)
-            outputs.append(_attend_from_span(blocks, span, query, some, scale))
-        return torch.cat(outputs, dim=1).transpose(0, 1)
+        return _SpansAttention.apply(query_QHd, *keys, spans, blocks.num_slots, scale)
 
     return attend
 
 
-def _attend_from_span(blocks: Blocks, span: _Span, query_QHd: Tensor, keys: Keys, scale: float) -> Tensor:
-    """``[H, Q, d]``. Masks of many tokens are not kept for the backward pass, but made again."""
-    if span.end - span.start <= MAX_KEPT_TOKENS:
-        return _attend_masked(blocks, span, query_QHd, *keys, scale)
-    return checkpoint(
-        _attend_masked, blocks, span, query_QHd, *keys, scale, use_reentrant=False, preserve_rng_state=False
-    )
-
-
-def _attend_masked(
-    blocks: Blocks,
-    span: _Span,
-    query_QHd: Tensor,
-    token_key: Tensor,
-    token_value: Tensor,
-    slot_key: Tensor,
-    slot_value: Tensor,
-    scale: float,
-) -> Tensor:
-    key, value = torch.cat([token_key, slot_key]), torch.cat([token_value, slot_value])
-    # No kernel that avoids the scores takes both a mask and shared keys.
-    key, value = (x.repeat_interleave(query_QHd.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    query, key, value = (x.transpose(0, 1)[None] for x in (query_QHd, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=_mask(blocks, span), scale=scale)[0]
-
-
 def _spans(blocks: Blocks) -> list[_Span]:
-    spans, at_a_time = [], max(SLOTS_AT_A_TIME // blocks.num_slots, 1)
-    for start, group in groupby(range(len(blocks.anchors)), lambda block: blocks.starts[block]):
-        numbers = list(group)
-        for first in range(0, len(numbers), at_a_time):
-            some = numbers[first : first + at_a_time]
-            spans.append(_Span(some[0], len(some), start, blocks.anchors[some[-1]]))
+    spans, anchors = [], blocks.anchors
+    for start, group in groupby(range(len(anchors)), lambda block: blocks.starts[block]):
+        some = list(group)
+        while some:
+            first = some[0]
+            fit = [block for block in some if anchors[block] - anchors[first] <= MAX_NEAR][:BLOCKS_AT_A_TIME]
+            some, last = some[len(fit) :], fit[-1]
+            # One kernel less where all tokens are near.
+            begin = start if anchors[last] - start <= MAX_NEAR else anchors[first]
+            spans.append(
+                _Span(
+                    slice(first * blocks.num_slots, (last + 1) * blocks.num_slots),
+                    slice(start, begin),
+                    slice(begin, anchors[last]),
+                    blocks.anchor_A[first : last + 1].repeat_interleave(blocks.num_slots),
+                )
+            )
     return spans
 
 
-def _mask(blocks: Blocks, span: _Span) -> Tensor:
-    """Rows of ``blocks.visible`` for the slots of a span, without the columns that none of them sees."""
-    anchor_Q1 = blocks.anchor_A[span.first_block :][: span.num_blocks].repeat_interleave(blocks.num_slots)[:, None]
-    before_QN = torch.arange(span.start, span.end) < anchor_Q1
-    block_Q = torch.arange(len(anchor_Q1)) // blocks.num_slots
-    return torch.cat([before_QN, block_Q[:, None] == block_Q], dim=1)
+class _SpansAttention(torch.autograd.Function):
+    """Attention over two sets of keys, the tokens and the own slots, merged by the log-sum-exp of their scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_QHd: Tensor,
+        token_key_TGd: Tensor,
+        token_value_TGd: Tensor,
+        slot_key_QGd: Tensor,
+        slot_value_QGd: Tensor,
+        spans: list[_Span],
+        num_slots: int,
+        scale: float,
+    ) -> Tensor:
+        query_AsHd, key_AsGd, value_AsGd = _by_block((query_QHd, slot_key_QGd, slot_value_QGd), num_slots)
+        own = flash.cpu_forward(query_AsHd, key_AsGd, value_AsGd, scale)
+        lse_HQ = own.lse_HT.transpose(0, 1).flatten(1)
+        attended = Attended(own.out_THd.flatten(0, 1), lse_HQ)
+        before = Attended(torch.zeros_like(query_QHd), torch.full_like(lse_HQ, -torch.inf))
+        for span in spans:
+            of_span = _forward_of_span(query_QHd[span.slots], token_key_TGd, token_value_TGd, span, scale)
+            if of_span is not None:
+                before.out_THd[span.slots], before.lse_HT[:, span.slots] = of_span
+        attended = flash.merged(attended, before)
+        ctx.save_for_backward(query_QHd, token_key_TGd, token_value_TGd, slot_key_QGd, slot_value_QGd, *attended)
+        ctx.spans, ctx.num_slots, ctx.scale = spans, num_slots, scale
+        return attended.out_THd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_QHd: Tensor) -> tuple[Tensor | None, ...]:
+        query_QHd, token_key_TGd, token_value_TGd, slot_key_QGd, slot_value_QGd, out_QHd, lse_HQ = ctx.saved_tensors
+        scale = ctx.scale
+        grad_AsHd, query_AsHd, key_AsGd, value_AsGd, out_AsHd = _by_block(
+            (grad_QHd, query_QHd, slot_key_QGd, slot_value_QGd, out_QHd), ctx.num_slots
+        )
+        lse_AHs = lse_HQ.unflatten(1, (-1, ctx.num_slots)).transpose(0, 1).contiguous()
+        own_grads = flash.cpu_backward(grad_AsHd, query_AsHd, key_AsGd, value_AsGd, Attended(out_AsHd, lse_AHs), scale)
+        query_grad, *slot_grads = (grad.flatten(0, 1) for grad in own_grads)
+        key_grad, value_grad = torch.zeros_like(token_key_TGd), torch.zeros_like(token_value_TGd)
+        for span in ctx.spans:
+            attended = Attended(out_QHd[None, span.slots], lse_HQ[None, :, span.slots].contiguous())
+            some = grad_QHd[None, span.slots], query_QHd[None, span.slots]
+            for tokens, mask in _parts(span, query_QHd.dtype):
+                grads = flash.cpu_backward(
+                    *some, token_key_TGd[None, tokens], token_value_TGd[None, tokens], attended, scale, mask_QN=mask
+                )
+                query_grad[span.slots] += grads[0][0]
+                key_grad[tokens] += grads[1][0]
+                value_grad[tokens] += grads[2][0]
+        return query_grad, key_grad, value_grad, *slot_grads, None, None, None
+
+
+def _by_block(tensors: Iterable[Tensor], num_slots: int) -> list[Tensor]:
+    """Each ``[Q, ..]`` as ``[A, slots, ..]``."""
+    return [x.unflatten(0, (-1, num_slots)) for x in tensors]
+
+
+def _forward_of_span(
+    query_QHd: Tensor, token_key_TGd: Tensor, token_value_TGd: Tensor, span: _Span, scale: float
+) -> Attended | None:
+    """Attention over the tokens. None: no slot sees one."""
+    attended = None
+    for tokens, mask in _parts(span, query_QHd.dtype):
+        out_1QHd, lse_1HQ = flash.cpu_forward(
+            query_QHd[None], token_key_TGd[None, tokens], token_value_TGd[None, tokens], scale, mask_QN=mask
+        )
+        if mask is not None:
+            lse_1HQ.masked_fill_(span.anchor_Q <= tokens.start, -torch.inf)
+        part = Attended(out_1QHd[0], lse_1HQ[0])
+        attended = part if attended is None else flash.merged(attended, part)
+    return attended
+
+
+def _parts(span: _Span, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
+    """The sets of tokens that are not empty, each with the mask ``[Q, tokens]`` that is added to the scores."""
+    if span.before.start < span.before.stop:
+        yield span.before, None
+    if span.near.start < span.near.stop:
+        hidden_QN = torch.arange(span.near.start, span.near.stop) >= span.anchor_Q[:, None]
+        yield span.near, torch.zeros(hidden_QN.shape, dtype=dtype).masked_fill_(hidden_QN, -torch.inf)
 
 
 # ---- FlexAttention --------------------------------------------------------------------------------------------------

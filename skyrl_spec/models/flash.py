@@ -75,7 +75,7 @@ def forward(
         attended = _forward_of_one(query_QHd[rows], key_TGd[own], value_TGd[own], scale, is_causal=True)
         if before.start < before.stop:
             earlier = _forward_of_one(query_QHd[rows], key_TGd[before], value_TGd[before], scale, is_causal=False)
-            attended = _merged(attended, earlier)
+            attended = merged(attended, earlier)
         out_QHd[rows], lse_HQ[:, rows] = attended
     return Attended(out_QHd, lse_HQ)
 
@@ -117,13 +117,13 @@ def backward(
     )
     for rows, before, own in _parts(queries, documents):
         some = grad_QHd[rows], query_QHd[rows]
-        merged = Attended(attended.out_THd[rows], attended.lse_HT[:, rows].contiguous())
+        both = Attended(attended.out_THd[rows], attended.lse_HT[:, rows].contiguous())
         query_grad[rows], key_grad[own], value_grad[own] = _backward_of_one(
-            *some, key_TGd[own], value_TGd[own], merged, scale, is_causal=True
+            *some, key_TGd[own], value_TGd[own], both, scale, is_causal=True
         )
         if before.start < before.stop:
             earlier, key_grad[before], value_grad[before] = _backward_of_one(
-                *some, key_TGd[before], value_TGd[before], merged, scale, is_causal=False
+                *some, key_TGd[before], value_TGd[before], both, scale, is_causal=False
             )
             query_grad[rows] += earlier
     return query_grad, key_grad, value_grad
@@ -191,10 +191,8 @@ def _forward_of_one(
 ) -> Attended:
     if query_QHd.is_cuda:
         return _float32_forward(query_QHd, key_NGd, value_NGd, scale, is_causal=is_causal)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(_heads_first(x) for x in (query_QHd, key_NGd, value_NGd)), 0.0, is_causal, scale=scale
-    )
-    return Attended(_tokens_first(out), lse[0])
+    attended = cpu_forward(query_QHd[None], key_NGd[None], value_NGd[None], scale, is_causal=is_causal)
+    return Attended(attended.out_THd[0], attended.lse_HT[0])
 
 
 def _backward_of_one(
@@ -209,14 +207,51 @@ def _backward_of_one(
 ) -> tuple[Tensor, ...]:
     if query_QHd.is_cuda:
         return _float32_backward(grad_QHd, query_QHd, key_NGd, value_NGd, attended, scale, is_causal=is_causal)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_heads_first(x) for x in (grad_QHd, query_QHd, key_NGd, value_NGd, attended.out_THd)),
-        attended.lse_HT[None],
-        0.0,
-        is_causal,
-        scale=scale,
+    both = Attended(attended.out_THd[None], attended.lse_HT[None])
+    grads = cpu_backward(
+        grad_QHd[None], query_QHd[None], key_NGd[None], value_NGd[None], both, scale, is_causal=is_causal
     )
-    return tuple(_tokens_first(grad) for grad in grads)
+    return tuple(grad[0] for grad in grads)
+
+
+def cpu_forward(
+    query_BQHd: Tensor,
+    key_BNGd: Tensor,
+    value_BNGd: Tensor,
+    scale: float,
+    *,
+    is_causal: bool = False,
+    mask_QN: Tensor | None = None,
+) -> Attended:
+    """Attention of B sets of queries, each over its own keys, on a CPU: ``[B, Q, H, d]`` and ``[B, H, Q]``.
+
+    Args:
+        mask_QN: added to the scores, in the dtype of the query. A query that sees no key has output 0, and the
+            log-sum-exp that the kernel happens to write.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.transpose(1, 2) for x in (query_BQHd, key_BNGd, value_BNGd)), 0.0, is_causal, attn_mask=mask_QN, scale=scale
+    )
+    return Attended(out.transpose(1, 2), lse)
+
+
+def cpu_backward(
+    grad_BQHd: Tensor,
+    query_BQHd: Tensor,
+    key_BNGd: Tensor,
+    value_BNGd: Tensor,
+    attended: Attended,
+    scale: float,
+    *,
+    is_causal: bool = False,
+    mask_QN: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of ``cpu_forward``. ``attended`` may be over more keys (``backward``)."""
+    tensors = (grad_BQHd, query_BQHd, key_BNGd, value_BNGd, attended.out_THd)
+    query_grad, key_grad, value_grad = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.transpose(1, 2) for x in tensors), attended.lse_HT, 0.0, is_causal, attn_mask=mask_QN, scale=scale
+    )
+    return query_grad.transpose(1, 2), key_grad.transpose(1, 2), value_grad.transpose(1, 2)
 
 
 def _float32_forward(
@@ -265,8 +300,8 @@ def _for_every_head(x_NGd: Tensor, query_QHd: Tensor) -> Tensor:
     return x_NGd.repeat_interleave(query_QHd.shape[1] // x_NGd.shape[1], dim=1)
 
 
-def _merged(a: Attended, b: Attended) -> Attended:
-    """Attention over both sets of keys."""
+def merged(a: Attended, b: Attended) -> Attended:
+    """Attention over two sets of keys, from the attention over each. A log-sum-exp of one may be -inf."""
     lse_HT = torch.logaddexp(a.lse_HT, b.lse_HT)
     shares = ((part.lse_HT - lse_HT).exp().t()[..., None] * part.out_THd for part in (a, b))
     return Attended(sum(shares, lse_HT.new_zeros(())).to(a.out_THd.dtype), lse_HT)

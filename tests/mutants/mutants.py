@@ -336,11 +336,11 @@ DRAFTS = [
     *of(
         "drafts/block_attention.py",
         [BLOCKS],
-        ("a block sees its anchor's hidden state", "span.end) < anchor_Q1", "span.end) <= anchor_Q1"),
+        ("a block sees its anchor's hidden state", ">= span.anchor_Q[:, None]", "> span.anchor_Q[:, None]"),
         (
-            "blocks see one another",
-            "before_QN, block_Q[:, None] == block_Q]",
-            "before_QN, block_Q[:, None] >= block_Q]",
+            "a block that sees no token has one",
+            "span.anchor_Q <= tokens.start",
+            "span.anchor_Q < tokens.start",
         ),
         ("flex attention beyond the document", "(start_Q[q] <= k) & (k < anchor_Q[q])", "k < anchor_Q[q]"),
         ("a tile before the document left out", "(last_key_K >= lowest(starts_Q)", "(last_key_K > highest(starts_Q)"),

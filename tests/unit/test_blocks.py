@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skyrl_spec.drafts import block_attention
-from skyrl_spec.drafts.block_attention import BlockAttention, Keys, flex_block_attention, sdpa_block_attention
+from skyrl_spec.drafts.block_attention import BlockAttention, Keys, cpu_block_attention, flex_block_attention
 from skyrl_spec.drafts.blocks import Blocks, draw_anchors, position_weights, supervised_blocks, visible
 from skyrl_spec.models.pack import Pack, pack_documents
 
@@ -136,24 +136,24 @@ def _definition(blocks: Blocks, num_tokens: int) -> BlockAttention:
     return attend
 
 
-@pytest.mark.parametrize("lengths", [(7, 9, 1, 30), (300, 5, 260), (2,)], ids=str)
-@pytest.mark.parametrize("build", [sdpa_block_attention, flex_block_attention])
+@pytest.mark.parametrize("lengths", [(7, 9, 1, 30), (300, 5, 260), (900,), (2,)], ids=str)
+@pytest.mark.parametrize("build", [cpu_block_attention, flex_block_attention])
 def test_the_kernels_give_the_definition(
     build: Callable[[Blocks, int], BlockAttention], lengths: tuple[int, ...], monkeypatch
 ) -> None:
     """FlexAttention has no backward pass on a CPU. The checks of tests/gpu compare its gradients."""
-    monkeypatch.setattr(block_attention, "SLOTS_AT_A_TIME", 64)
-    # Some spans keep their mask, others make it again.
-    monkeypatch.setattr(block_attention, "MAX_KEPT_TOKENS", 100)
+    # The long documents have spans with tokens that all blocks see; the blocks of the short ones are all near.
+    monkeypatch.setattr(block_attention, "BLOCKS_AT_A_TIME", 16)
+    monkeypatch.setattr(block_attention, "MAX_NEAR", 100)
     pack, num_tokens = _pack(*lengths), sum(lengths)
     blocks = _blocks(pack, 40) if num_tokens > 2 else supervised_blocks([0], pack, NUM_DRAFTED)
     query, keys = _inputs(num_tokens, len(blocks.anchors) * blocks.num_slots)
     leaves = [query, *keys]
     for leaf in leaves:
-        leaf.requires_grad_(build is sdpa_block_attention)
+        leaf.requires_grad_(build is cpu_block_attention)
     outputs = [make(blocks, num_tokens)(query, keys, 0.2) for make in (build, _definition)]
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
-    if build is sdpa_block_attention:
+    if build is cpu_block_attention:
         upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(1))
         # A single block at a document's start sees no token.
         mine, theirs = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in outputs)
