@@ -89,7 +89,7 @@ class RolloutSampler:
             answers = self._generate(inputs, sampling, 1, _seed_of_turn(seed, turn))
             self._play(going_on, [answer for (answer,) in answers], everyone)
             turn += 1
-        self._grader.end_episodes()
+        self._grader.end_episodes([conversation.number for conversation in everyone])
         rollouts = [[self._rollout(conversation) for conversation in group] for group in groups]
         _print_failures([rollout.error for group in rollouts for rollout in group if rollout.error is not None])
         return rollouts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -70,9 +70,9 @@ class Episodes:
         # With the number of turns that were played.
         self._live: dict[int, tuple[Any, int]] = {}
 
-    def keep_only(self, episodes: Collection[int]) -> None:
-        """Closes all other environments."""
-        for episode in self._live.keys() - set(episodes):
+    def end(self, episodes: Iterable[int]) -> None:
+        """Closes the environments of these episodes."""
+        for episode in episodes:
             self._close(self._live.pop(episode)[0])
 
     def play(self, turn: Turn, env_config: Any) -> EnvResult:

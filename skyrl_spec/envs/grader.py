@@ -1,68 +1,81 @@
-"""Environments in a separate process: one that raises, hangs or dies costs one response, not the run."""
+"""A pool of processes that play turns. Results come as turns end; one that hangs costs its process, not the queue.
+
+An environment that goes on after a turn stays in its process, so a pool of whole tasks (``concurrent.futures``, pebble)
+does not do: later turns must find it there.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
+import math
 import os
-import signal
-import sys
 import threading
+import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections import deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, field
+from multiprocessing.connection import Pipe, wait
+from queue import SimpleQueue
 
-from skyrl_spec.envs.episodes import EnvResult, Episodes, Turn, failed
-from skyrl_spec.envs.registry import register_custom
+from skyrl_spec.envs.env_process import EnvProcess, start_server
+from skyrl_spec.envs.episodes import EnvResult, Turn
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.schema import EnvironmentConfig
 
-_PR_SET_PDEATHSIG = 1
-# Longest time for the process to import its modules.
-_START_S = 120.0
-
 
 class Grader:
-    """Plays turns one after the other, in the main thread of a separate process.
+    """Plays turns in as many processes as there are cores, and in more where turns take long.
 
-    The main thread, because reward functions often limit their time with a signal, which Python delivers only there.
+    ``environment.max_env_workers`` bounds their number. They start as they are needed.
     """
 
     def __init__(self, environment: EnvironmentConfig):
         self._environment = environment
-        self._start()
+        start_server()
+        self._dispatcher = _Dispatcher(environment)
+        threading.Thread(target=self._dispatcher.run, daemon=True, name="grader").start()
+        self._finalizer = weakref.finalize(self, self._dispatcher.stop)
+
+    def submit(self, turn: Turn) -> Future[EnvResult]:
+        """Begins to play ``turn``. A turn that cannot be played has an ``error``.
+
+        The future raises ConfigError if the environment cannot be used at all (``Episodes.play``).
+        """
+        task = _Task(turn)
+        self._dispatcher.send(task)
+        return task.future
 
     def play_all(self, turns: Sequence[Turn], earlier: Sequence[str] = (), num: int | None = None) -> list[EnvResult]:
-        """Results in order. A turn that could not be played has an ``error``. Other episodes than these are over.
+        """Results in order. A turn that could not be played has an ``error``.
 
         Args:
             earlier: errors of the same batch of responses in earlier turns.
             num: number of responses of the batch. None: that of the turns.
 
         Raises:
-            ConfigError: the environment cannot be used at all (``Episodes.play``).
+            ConfigError: the environment cannot be used at all.
             RunError: more than ``environment.max_failed_share`` of the batch could not be played.
         """
-        results: list[EnvResult] = []
-        process = self._connection
-        while len(results) < len(turns):
-            results += self._play(turns[len(results) :])
-            errors = [*earlier, *(result.error for result in results if result.error is not None)]
-            # Not only at the end, because every response that hangs costs timeout_s.
-            self._require_few(errors, len(turns) if num is None else num)
-        # A process that died had environments that it played before, which play their turns again next time.
-        self._must_repeat = self._connection is not process
-        return results
+        futures = [self.submit(turn) for turn in turns]
+        errors = list(earlier)
+        try:
+            for future in as_completed(futures):
+                if (error := future.result().error) is not None:
+                    errors.append(error)
+                    # Not only at the end, because every response that hangs costs timeout_s.
+                    self._require_few(errors, len(turns) if num is None else num)
+        finally:
+            for future in futures:
+                future.cancel()
+        return [future.result() for future in futures]
 
-    def end_episodes(self) -> None:
-        """Closes all environments."""
-        with suppress(ConnectionError):
-            self._connection.send([])
+    def end_episodes(self, episodes: Collection[int]) -> None:
+        """Closes the environments of these episodes."""
+        self._dispatcher.send(frozenset(episodes))
 
     def close(self) -> None:
-        """Ends the process. May be called more than once."""
+        """Ends the processes. May be called more than once."""
         self._finalizer()
 
     def _require_few(self, errors: Sequence[str], num_responses: int) -> None:
@@ -73,116 +86,139 @@ class Grader:
                 f"scored, the last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
             )
 
-    def _play(self, turns: Sequence[Turn]) -> list[EnvResult]:
-        """Results up to the first turn that the process hangs or dies on; that one's result says so."""
-        results: list[EnvResult] = []
-        problem = "the process that scored it died"
-        self._wait_for_start()
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    turn: Turn
+    future: Future[EnvResult] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, the task that it plays, and those that wait for it because their environments are there."""
+
+    process: EnvProcess
+    task: _Task | None = None
+    waiting: deque[_Task] = field(default_factory=deque)
+
+
+class _Dispatcher:
+    """Gives tasks to processes, in a thread of its own. Only ``send`` and ``stop`` are for other threads."""
+
+    def __init__(self, environment: EnvironmentConfig):
+        self._environment = environment
+        self._num_cores = len(os.sched_getaffinity(0))
+        self._requests: SimpleQueue[_Task | frozenset[int] | None] = SimpleQueue()
+        self._woken, self._wake = Pipe(duplex=False)
+        self._stopped = threading.Event()
+        self._workers: list[_Worker] = []
+        # Tasks that any process may play.
+        self._waiting: deque[_Task] = deque()
+        self._owner: dict[int, _Worker] = {}
+
+    def send(self, request: _Task | frozenset[int] | None) -> None:
+        """Takes a task, episodes that are over, or None to stop."""
+        self._requests.put(request)
+        self._wake.send_bytes(b"")
+
+    def stop(self) -> None:
+        """Ends the processes, and returns once they have ended."""
+        self.send(None)
+        self._stopped.wait()
+
+    def run(self) -> None:
+        while self._take_requests():
+            self._begin_tasks()
+            self._start_workers()
+            connections = [worker.process.connection for worker in self._workers]
+            ready = set(wait([self._woken, *connections], self._seconds_to_wait()))
+            for worker in list(self._workers):
+                if worker.process.connection in ready:
+                    self._receive(worker)
+                elif worker.process.deadline <= time.monotonic():
+                    self._lose(worker, is_dead=False)
+        for worker in self._workers:
+            worker.process.end()
+        self._stopped.set()
+
+    def _take_requests(self) -> bool:
+        """Takes in all requests. False: it is time to stop."""
+        while self._woken.poll():
+            self._woken.recv_bytes()
+            request = self._requests.get()
+            if request is None:
+                return False
+            if isinstance(request, _Task):
+                owner = self._owner.get(request.turn.episode)
+                (self._waiting if owner is None else owner.waiting).append(request)
+            else:
+                self._end_episodes(request)
+        return True
+
+    def _end_episodes(self, episodes: frozenset[int]) -> None:
+        for worker in {self._owner.pop(episode) for episode in episodes & self._owner.keys()}:
+            worker.process.end_episodes(episodes)
+
+    def _begin_tasks(self) -> None:
+        for worker in self._workers:
+            while worker.process.is_idle and (tasks := worker.waiting or self._waiting):
+                task = tasks.popleft()
+                if task.future.set_running_or_notify_cancel():
+                    worker.task = task
+                    worker.process.play(task.turn)
+
+    def _start_workers(self) -> None:
+        """Starts processes for tasks that wait, as many as may begin beside those there are."""
+        num_starting = sum(not worker.process.is_ready for worker in self._workers)
+        num_long = sum(worker.process.is_long for worker in self._workers)
+        allowed = min(self._environment.max_env_workers, self._num_cores + 2 * num_long)
+        for _ in range(min(len(self._waiting) - num_starting, allowed - len(self._workers))):
+            self._workers.append(_Worker(EnvProcess(self._environment)))
+
+    def _seconds_to_wait(self) -> float | None:
+        """Seconds until a process must have answered, or another may begin beside it. None: no such time."""
+        moments = [worker.process.deadline for worker in self._workers]
+        if self._waiting:
+            moments += [worker.process.long_from for worker in self._workers if not worker.process.is_long]
+        left_s = min(moments, default=math.inf) - time.monotonic()
+        return None if left_s == math.inf else max(0.0, left_s)
+
+    def _receive(self, worker: _Worker) -> None:
         try:
-            self._connection.send(turns)
-            for turn in turns:
-                num_played = len(turn.texts) if self._must_repeat else 1
-                if not self._connection.poll(num_played * self._environment.timeout_s):
-                    problem = f"took longer than environment.timeout_s={self._environment.timeout_s:g}"
-                    break
-                answer = self._connection.recv()
-                if isinstance(answer, ConfigError):
-                    raise answer
-                results.append(answer)
-        except (EOFError, ConnectionError):
-            pass
-        if len(results) < len(turns):
-            self.close()
-            self._start()
-            results.append(failed(turns[len(results)], problem))
-        return results
-
-    def _start(self) -> None:
-        # Not forked: the child would inherit locks that threads of Ray hold.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        # Not a daemon, because daemons may not have child processes, and environments may need some.
-        process = context.Process(target=_serve, args=(theirs, self._environment), daemon=False)
-        process.start()
-        theirs.close()
-        self._finalizer = weakref.finalize(self, _end, process, self._connection)
-        self._has_started = False
-        # Environments of earlier turns are lost, and play these turns again.
-        self._must_repeat = True
-
-    def _wait_for_start(self) -> None:
-        """Waits until the process has imported its modules, so that no response pays for it.
-
-        Raises:
-            ConfigError: the process died, or took too long.
-        """
-        if self._has_started:
+            answer = worker.process.receive()
+        except EOFError:
+            self._lose(worker, is_dead=True)
             return
-        with suppress(EOFError):
-            self._has_started = self._connection.poll(_START_S) and self._connection.recv()
-        if not self._has_started:
-            raise ConfigError("environment.custom: cannot be imported in the scoring process; correct PYTHONPATH")
+        task, worker.task = worker.task, None
+        if task is not None:
+            assert answer is not None
+            self._own(worker, task.turn)
+            _finish(task, answer)
+
+    def _own(self, worker: _Worker, turn: Turn) -> None:
+        """Notes where the environment of this turn's episode is, if it goes on."""
+        if worker.process.has(turn):
+            self._owner[turn.episode] = worker
+        else:
+            self._owner.pop(turn.episode, None)
+
+    def _lose(self, worker: _Worker, *, is_dead: bool) -> None:
+        """Ends a process that died or took too long. Its environments play their turns again in another."""
+        self._workers.remove(worker)
+        self._owner = {episode: owner for episode, owner in self._owner.items() if owner is not worker}
+        failed = [worker.task] if worker.task is not None else []
+        if not worker.process.is_ready:
+            # Others would not start either.
+            failed = [task for task in self._waiting if task.future.set_running_or_notify_cancel()]
+            self._waiting.clear()
+        for task in failed:
+            _finish(task, worker.process.failure(is_dead=is_dead))
+        self._waiting.extendleft(reversed(worker.waiting))
+        worker.process.end()
 
 
-def _end(process: BaseProcess, connection: Connection) -> None:
-    process.kill()
-    # The group includes processes that environments started. A process that has just started may have no group yet.
-    assert process.pid is not None
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    connection.close()
-
-
-def _serve(connection: Connection, environment: EnvironmentConfig) -> None:
-    """Main function of the process: receives batches of turns, and sends a result for each."""
-    os.setsid()
-    _ignore_signals()
-    _end_with_parent()
-    register_custom(environment.custom)
-    connection.send(True)
-    episodes = Episodes()
-    while True:
-        turns = connection.recv()
-        episodes.keep_only({turn.episode for turn in turns})
-        for turn in turns:
-            connection.send(_result(episodes, turn, environment))
-
-
-def _result(episodes: Episodes, turn: Turn, environment: EnvironmentConfig) -> EnvResult | ConfigError:
-    try:
-        return episodes.play(turn, environment.skyrl_gym.get(turn.prompt.env_class, {}))
-    except ConfigError as error:
-        return error
-    except RuntimeError as error:
-        return failed(turn, str(error))
-
-
-def _ignore_signals() -> None:
-    """Ignores SIGINT and SIGTERM, which schedulers send to all processes: the run decides when this process ends.
-
-    Child processes of environments handle signals as usual.
-    """
-
-    def restore() -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        # Not SIG_IGN, which child processes would keep after exec.
-        signal.signal(signum, lambda *_: None)
-    os.register_at_fork(after_in_child=restore)
-
-
-def _end_with_parent() -> None:
-    """Makes this process end with its parent, even if the parent is killed or a reward function blocks all threads."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_wait_for_parents_end, daemon=True).start()
-
-
-def _wait_for_parents_end() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.killpg(os.getpid(), signal.SIGKILL)
+def _finish(task: _Task, answer: EnvResult | ConfigError) -> None:
+    if isinstance(answer, ConfigError):
+        task.future.set_exception(answer)
+    else:
+        task.future.set_result(answer)

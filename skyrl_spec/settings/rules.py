@@ -8,6 +8,7 @@ model, data and devices.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
@@ -51,10 +52,21 @@ def check_rules(config: Config) -> None:
     _check_batches(config)
     _check_lengths(config)
     _check_turns(config)
+    _check_environments(config)
     _check_colocation(config)
     _check_sync_backend(config)
     _check_timeouts(config)
     _check_device_settings(config)
+
+
+def _check_environments(config: Config) -> None:
+    """SkyRL has ``max_env_workers`` among the settings of its environments."""
+    for name, settings in config.environment.skyrl_gym.items():
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"environment.skyrl_gym.{name}={settings}: must be the settings of an environment, {{key: value}}; the "
+                "number of processes is environment.max_env_workers"
+            )
 
 
 def check_allowed(setting: str, value: Any, allowed: Allowed) -> None:

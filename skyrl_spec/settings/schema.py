@@ -377,6 +377,12 @@ class EnvironmentConfig:
         "and its reward is 0.",
         POSITIVE,
     )
+    max_env_workers: int = setting(
+        32,
+        "Processes that play environments at the same time, at most. As many as there are cores begin, and two more "
+        "for each that has been busy with one turn for half a second.",
+        FROM_ONE,
+    )
     max_failed_share: float = setting(
         0.1, "Share of a batch's responses that may fail. A larger share ends the run.", Range(0, 1)
     )

@@ -342,6 +342,10 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda _: ["environment.env_class=gsm9k"],
         ("environment.env_class=gsm9k: must be one of", "gsm8k", "environment.custom"),
     ),
+    "SkyRL's place for the number of environments": (
+        lambda _: ["+environment.skyrl_gym.max_env_workers=32"],
+        ("environment.skyrl_gym.max_env_workers=32: must be the settings of an environment", "max_env_workers"),
+    ),
     "environment that cannot be imported": (
         lambda _: ["environment.custom.mine='no_such_module:Env'"],
         ("environment.custom.mine=no_such_module:Env: cannot be imported", "PYTHONPATH"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,11 +10,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+from scored_environment import CHILD_SLEEPS
 
 from skyrl_spec.envs.episodes import EnvResult, Turn
 from skyrl_spec.envs.grader import Grader
@@ -25,39 +23,11 @@ from skyrl_spec.types import Prompt
 
 TIMEOUT_S = 1.0
 ENVIRONMENT = EnvironmentConfig(
-    custom={"test_env_moody": f"{__name__}:MoodyEnv"},
+    custom={"test_env_moody": "scored_environment:MoodyEnv"},
     skyrl_gym={"test_env_moody": {"scale": 0.5}},
     timeout_s=TIMEOUT_S,
     max_failed_share=1.0,
 )
-# Argument of sleep, by which the test finds the process.
-CHILD_SLEEPS = "86417"
-
-
-class MoodyEnv(BaseTextEnv):
-    """The reward is the length of the text, unless the text names a fault."""
-
-    def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
-        super().__init__()
-        self.scale = env_config.scale
-
-    def step(self, action: str) -> BaseTextEnvStepOutput:
-        if action == "raise":
-            raise KeyError("no grade")
-        if action == "hang":
-            # Hangs in C, and no other thread can run.
-            re.match(r"(a+)+$", "a" * 60 + "b")
-        if action == "hang with a child":
-            subprocess.run(["sleep", CHILD_SLEEPS], check=True)
-        if action == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if action == "alarm":
-            # As graders that limit their own time do. In another thread this raises an error.
-            signal.signal(signal.SIGALRM, lambda *_: None)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-            signal.pause()
-        reward = float("nan") if action == "nan" else self.scale * len(action)
-        return BaseTextEnvStepOutput(observations=[], reward=reward, done=action != "again", metadata={})
 
 
 def prompts(num: int) -> list[Prompt]:
@@ -106,9 +76,47 @@ def test_failures_beyond_the_allowed_share_end_the_run() -> None:
     texts = ["raise", "ab"] * 2 + ["ab"] * 4
     assert sum(result.error is not None for result in score_all(grader, texts)) == 2
     # It does not wait for all eight.
-    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one in row row-2, "):
+    with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.25: 3 of 8 .* last one in row row-\d, "):
         score_all(grader, ["hang"] * 8)
     grader.close()
+
+
+def test_responses_that_hang_delay_the_others_by_nothing_and_the_batch_by_one_time_limit() -> None:
+    """One in a hundred of 2,048 hangs. Fewer processes than that would take several time limits."""
+    limit_s = 12.0
+    grader = Grader(replace(ENVIRONMENT, timeout_s=limit_s))
+    score_all(grader, ["ab"])
+    start = time.monotonic()
+    ends: dict[int, float] = {}
+    for number, prompt in enumerate(prompts(2048)):
+        text = "sleep" if number % 100 == 50 else "abcd"
+        future = grader.submit(Turn(number, prompt, (text,), 1))
+        future.add_done_callback(lambda _, number=number: ends.setdefault(number, time.monotonic() - start))
+    while len(ends) < 2048:
+        assert time.monotonic() < start + 3 * limit_s
+        time.sleep(0.1)
+    grader.close()
+    sleepers = [ends[number] for number in range(50, 2048, 100)]
+    others = [end for number, end in ends.items() if number % 100 != 50]
+    assert len(sleepers) == 20
+    assert max(others) < limit_s <= min(sleepers)
+    assert max(sleepers) < 2 * limit_s
+
+
+def test_a_process_that_cannot_start_fails_what_waits() -> None:
+    grader = Grader(replace(ENVIRONMENT, custom={"test_env_moody": "no_such_module:Env"}))
+    with pytest.raises(ConfigError, match=r"^environment\.custom: cannot be imported in the scoring process"):
+        score_all(grader, ["ab", "abc"])
+    grader.close()
+
+
+def test_environments_see_the_variables_of_the_run(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their processes are forked by a server that started earlier."""
+    score_all(grader, ["ab"])
+    monkeypatch.setenv("SKYRL_TEST_LENGTH", "7")
+    other = Grader(ENVIRONMENT)
+    assert [result.reward for result in score_all(other, ["length from environment"])] == [3.5]
+    other.close()
 
 
 def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
@@ -118,10 +126,14 @@ def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
 
 def test_signals_of_the_terminal_do_not_reach_it(grader: Grader) -> None:
     score_all(grader, ["ab"])
-    (process,) = scoring(psutil.Process())
+    server, (process,) = scoring(psutil.Process())
     for signum in (signal.SIGINT, signal.SIGTERM):
+        server.send_signal(signum)
         process.send_signal(signum)
     assert score_all(grader, ["ab"])[0].error is None
+    assert scoring(psutil.Process()) == (server, [process])
+    # A terminal's signals go to the group.
+    assert {os.getpgid(one.pid) for one in (server, process)} == {server.pid, process.pid}
     grader.close()
     assert not process.is_running()
 
@@ -145,7 +157,7 @@ def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> 
                 assert parent.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-                children = scoring(psutil.Process(parent.pid))
+                _, children = scoring(psutil.Process(parent.pid))
         finally:
             parent.kill()
     gone, alive = psutil.wait_procs(children, timeout=10)
@@ -153,5 +165,7 @@ def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> 
     assert not alive
 
 
-def scoring(parent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+def scoring(parent: psutil.Process) -> tuple[psutil.Process | None, list[psutil.Process]]:
+    """The server that forks, and the processes that play."""
+    servers = [child for child in parent.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    return (servers[0], servers[0].children()) if servers else (None, [])

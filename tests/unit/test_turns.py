@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from os import getpid, kill
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+from skyrl_gym.envs.base_text_env import BaseTextEnv
 from transformers import AutoTokenizer
+from turn_environment import CLOSED
 
 from skyrl_spec.controller.conversation import Conversation
 from skyrl_spec.data.packing import build_train_batch
@@ -103,35 +102,8 @@ def test_a_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
     tokenizer.chat_template = kept
 
 
-class CountingEnv(BaseTextEnv):
-    """Answers a number with the sum of all numbers so far. Its reward is that sum, at the turn "done"."""
-
-    def __init__(self, env_config: Any, extras: dict[str, Any]) -> None:
-        super().__init__()
-        self.total, self.extras = 0, extras
-
-    def step(self, action: str) -> BaseTextEnvStepOutput:
-        if action == "raise":
-            raise KeyError("no number")
-        if action == "die":
-            kill(getpid(), signal.SIGKILL)
-        if action == "done":
-            return BaseTextEnvStepOutput(observations=[], reward=self.total, done=True, metadata={})
-        if action == "odd":
-            odd: Any = [{"role": "user", "content": None}]
-            return BaseTextEnvStepOutput(observations=odd, reward=0, done=False, metadata={})
-        self.total += int(action)
-        answer = [{"role": "user", "content": str(self.total)}]
-        return BaseTextEnvStepOutput(observations=answer, reward=0, done=False, metadata={})
-
-    def close(self) -> None:
-        CLOSED.append(self.extras["name"])
-        raise OSError("a connection that is gone")
-
-
-CLOSED: list[str] = []
 GROUND_TRUTH = {"method": "rule", "ground_truth": "2"}
-ENVIRONMENT = EnvironmentConfig(custom={"test_env_counting": f"{__name__}:CountingEnv"}, max_failed_share=1.0)
+ENVIRONMENT = EnvironmentConfig(custom={"test_env_counting": "turn_environment:CountingEnv"}, max_failed_share=1.0)
 
 
 def turn(episode: int, *texts: str, max_turns: int = 4) -> Turn:
@@ -185,7 +157,7 @@ def test_failures_are_counted_over_all_turns_of_a_batch(grader: Grader) -> None:
 
 def test_after_a_batch_environments_are_made_anew(grader: Grader) -> None:
     grader.play_all([turn(1, "5")])
-    grader.end_episodes()
+    grader.end_episodes([1])
     # Another would say 6.
     assert answers(grader.play_all([turn(1, "1")])) == ["1"]
 
@@ -227,7 +199,7 @@ def test_environments_are_closed_once_they_are_not_needed() -> None:
     assert CLOSED == ["row-4"]
     episodes.play(turn(1, "5", "done"), {})
     assert CLOSED == ["row-4", "row-1"]
-    episodes.keep_only({2})
+    episodes.end([3])
     assert CLOSED == ["row-4", "row-1", "row-3"]
     with pytest.raises(RuntimeError, match="KeyError"):
         episodes.play(turn(2, "6", "raise"), {})
