@@ -131,11 +131,15 @@ class EngineGroup:
         return [answers[index] for index in range(len(self.handles))]
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
-        """Ends the engines. Each may first free what it shares with other processes, unless it stays busy too long."""
-        ray.wait(
-            [engine.shutdown.remote() for engine in self.handles], num_returns=len(self.handles), timeout=timeout_s
-        )
-        for handle in self.handles:
+        """Ends the engines. Each may first free what it shares with other processes, unless it stays busy too long.
+
+        May be called more than once. Calls that wait in another thread end with ``LostActorError``.
+        """
+        self._start = None
+        handles, self.handles = self.handles, []
+        if handles:
+            ray.wait([engine.shutdown.remote() for engine in handles], num_returns=len(handles), timeout=timeout_s)
+        for handle in handles:
             ray.kill(handle)
 
     def _ask(self, calls: Mapping[int, Call]) -> dict[int, Any]:

@@ -22,18 +22,27 @@ LOGPROBS_LIMIT = {"fp32": 1e-3, "bf16": 0.1}
 _NUM_ERRORS, _DESIGN_EFFECT = 3.0, 4.0
 
 
-def require_current(rollouts: Sequence[Rollout], versions: Versions) -> None:
-    """Checks that rollouts were sampled with the weights that the trainer holds.
+def staleness(rollouts: Sequence[Rollout], versions: Versions, allowed: int) -> float:
+    """Mean number of training steps by which the trainer is ahead of the weights that sampled a rollout.
 
     Raises:
-        RunError: some were sampled with others.
+        RunError: it is more than ``allowed`` for some, or an engine mixed policy and draft of unlike versions.
     """
-    stale = {rollout.generation.versions for rollout in rollouts} - {versions}
+    sampled = [rollout.generation.versions for rollout in rollouts]
+    stale = {one for one in sampled if not _is_recent(one, versions, allowed)}
     if stale:
         raise RunError(
             f"rollouts were sampled with {', '.join(sorted(map(str, stale)))}, but the trainer is at {versions}: "
             "an engine missed a sync"
         )
+    return float(np.mean([versions.policy - one.policy for one in sampled]))
+
+
+def _is_recent(sampled: Versions, versions: Versions, allowed: int) -> bool:
+    if allowed == 0:
+        return sampled == versions
+    # A step may leave the draft as it is.
+    return versions.policy - allowed <= sampled.policy <= versions.policy and sampled.draft <= versions.draft
 
 
 def logprob_agreement(batch: TrainBatch) -> dict[str, float]:

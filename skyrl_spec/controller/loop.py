@@ -23,8 +23,9 @@ import numpy as np
 from skyrl_spec.algorithms.advantages import build_estimator, overlong_penalty
 from skyrl_spec.algorithms.filters import Collected, Group, collect_groups
 from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.ahead import Ahead
 from skyrl_spec.controller.draft_training import DraftTraining, Plan, build_draft_training
-from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
+from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, staleness
 from skyrl_spec.controller.lossless import LosslessCanary, PlainEngine
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
 from skyrl_spec.data.packing import build_train_batch, mini_batches
@@ -35,7 +36,7 @@ from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import merge
 from skyrl_spec.metrics.values import values as metric_values
 from skyrl_spec.metrics.writers import write_evaluation
-from skyrl_spec.settings.derived import coarser_dtype, longest_response
+from skyrl_spec.settings.derived import coarser_dtype, longest_response, max_staleness
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.sync.canary import SyncCanary
@@ -53,6 +54,7 @@ class Sampled:
     groups: list[Group]
     values: dict[str, float]
     timings: dict[str, float]
+    # Seconds of sampling and scoring.
     seconds: float
 
     @property
@@ -90,10 +92,17 @@ class TrainingLoop:
             missing_positions=_missing_positions(config),
         )
         self._said_short_batch = False
+        self._max_staleness = max_staleness(config)
+        self._ahead = Ahead(self.sample)
+        # What a checkpoint needs to sample again the batch that was begun for the next step.
+        self._before_ahead: dict[str, Any] | None = None
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
     def close(self) -> None:
+        if self._ahead.has_batch:
+            self.engines.shutdown()
         self.sampler.close()
+        self._ahead.close()
 
     def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0, shield: Shield = nullcontext) -> None:
         """Runs up to step ``num_steps``. Evaluates at the beginning, every ``eval_interval`` steps and at the end.
@@ -108,14 +117,14 @@ class TrainingLoop:
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(0), [], self.sampler.sample_with_drafts(self.eval_prompts))
         for step in range(steps_done + 1, num_steps + 1):
-            if self.stream.epoch >= trainer.epochs:
+            if self.stream.epoch >= trainer.epochs and not self._ahead.has_batch:
                 break
-            sampled = self.sample()
+            sampled = self._take()
+            # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
+            is_last = step == num_steps or self.stream.epoch >= trainer.epochs
             with shield():
-                values = self.train(sampled)
+                values = self.train(sampled, samples_ahead=self._max_staleness > 0 and not is_last)
                 drafted: list[DraftedResponse] = []
-                # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
-                is_last = step == num_steps or self.stream.epoch >= trainer.epochs
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
                 if due and self.eval_prompts:
                     values |= self.evaluate(step)
@@ -129,8 +138,7 @@ class TrainingLoop:
         """Driver's state after ``step``, as plain data for a checkpoint."""
         return {
             "step": step,
-            "stream": self.stream.state_dict(),
-            "num_train_calls": self.sampler.num_train_calls,
+            **(self._before_ahead or self._sampling_state()),
             "versions": asdict(self.sync.versions),
             "canary": self.canary.state_dict(),
             "draft_training": self.draft_training.state_dict(),
@@ -147,6 +155,22 @@ class TrainingLoop:
         # A checkpoint of an earlier version has none.
         self.draft_training.load_state_dict(state.get("draft_training", {}))
 
+    def _sampling_state(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict(), "num_train_calls": self.sampler.num_train_calls}
+
+    def _take(self) -> Sampled:
+        """The batch of the next step: the one that was sampled ahead, or one that is sampled now."""
+        if not self._ahead.has_batch:
+            return self.sample()
+        self._before_ahead = None
+        # These seconds were part of the step before.
+        return replace(self._ahead.take(), seconds=0.0)
+
+    def _sampling_ahead(self) -> AbstractContextManager[None]:
+        """Context in which the next batch is sampled."""
+        self._before_ahead = self._sampling_state()
+        return self._ahead.beside()
+
     def sample(self) -> Sampled:
         """The first half of a step: sampling. No trained weight changes."""
         start = time.perf_counter()
@@ -160,21 +184,30 @@ class TrainingLoop:
         values |= self._sampling_metrics(collected)
         return Sampled(collected.groups, values, timings, time.perf_counter() - start)
 
-    def train(self, sampled: Sampled) -> dict[str, float]:
-        """The second half of a step: training, sync and canaries. Returns the metrics of the whole step."""
+    def train(self, sampled: Sampled, *, samples_ahead: bool = False) -> dict[str, float]:
+        """The second half of a step: training, sync and canaries. Returns the metrics of the whole step.
+
+        ``samples_ahead``: the batch of the next step is sampled beside the training.
+        """
         start = time.perf_counter()
         values, timings = dict(sampled.values), dict(sampled.timings)
         if sampled.rollouts:
-            require_current(sampled.rollouts, self.sync.versions)
+            stale_steps = staleness(sampled.rollouts, self.sync.versions, self._max_staleness)
             # The policy's version is the number of steps that trained.
             plan = self.draft_training.plan(self.sync.versions.policy)
-            values |= self._train(self._build_batch(sampled.groups), timings, plan)
+            with self._sampling_ahead() if samples_ahead else nullcontext():
+                values |= self._train(self._build_batch(sampled.groups), timings, plan)
             values |= acceptance_gap(values)
             values |= self._publish(plan, values, timings)
             values |= self._run_canaries(timings)
-            self._watch.look(values)
+            # Older weights explain differences between engines and trainer.
+            if stale_steps == 0:
+                self._watch.look(values)
         values |= self._versions()
         timings["step"] = sampled.seconds + time.perf_counter() - start
+        if self._max_staleness and sampled.rollouts:
+            values[names.STALENESS] = stale_steps
+            values |= _idle_shares(timings, self._ahead.seconds) if samples_ahead else {}
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -357,6 +390,15 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[phase] = time.perf_counter() - start
+
+
+def _idle_shares(timings: dict[str, float], sampling_s: float) -> dict[str, float]:
+    """Shares of a step in which the workers did not train, and in which the engines did not sample the next batch."""
+    train_s = sum(timings.get(phase, 0.0) for phase in ("fwd_logprobs", "policy_train", "draft_train"))
+    return {
+        names.TRAINER_IDLE: 1 - train_s / timings["step"],
+        names.ENGINES_IDLE: 1 - sampling_s / timings["step"],
+    }
 
 
 def _report_values(reports: Sequence[StepReport]) -> dict[str, float]:

@@ -37,6 +37,7 @@ from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.settings.derived import (
     engine_dtype,
     max_input_length,
+    max_staleness,
     parallel_sizes,
     sync_backend,
     workers_per_node,
@@ -164,7 +165,7 @@ def engine_settings(config: Config) -> EngineSettings:
         speculative_config=_speculative_on_any_node(config),
         schedule=config.generator.speculation.schedule,
         weight_sync_backend=sync_backend(config),
-        num_threads=max(1, num_cores() // engine.num_engines) if device == "cpu" else None,
+        num_threads=max(1, _cores_of_each_side(config) // engine.num_engines) if device == "cpu" else None,
         engine_init_kwargs=engine.engine_init_kwargs,
     )
 
@@ -228,8 +229,9 @@ def start_plain_engine(config: Config, settings: EngineSettings, policy: PolicyG
 
 def _engine_group(config: Config, engines: list[Any], start: Callable[[int], Any], policy: PolicyGroup) -> EngineGroup:
     engine = config.generator.inference_engine
-    # policy.check notices a worker that dies while engines generate.
-    return EngineGroup(engines, engine.generate_timeout_s, start, engine.max_restarts, policy.check)
+    # policy.check notices a worker that dies while engines generate. Workers that train meanwhile do not answer it.
+    check = (lambda: None) if max_staleness(config) else policy.check
+    return EngineGroup(engines, engine.generate_timeout_s, start, engine.max_restarts, check)
 
 
 def _restart_engine(config: Config, settings: EngineSettings, options: list[dict[str, Any]], index: int) -> Any:
@@ -312,7 +314,12 @@ def _create_workers(config: Config, options: list[dict[str, Any]]) -> list[Any]:
 
 
 def _threads_per_worker(config: Config) -> int:
-    return max(1, num_cores() // parallel_sizes(config).world_size)
+    return max(1, _cores_of_each_side(config) // parallel_sizes(config).world_size)
+
+
+def _cores_of_each_side(config: Config) -> int:
+    """Cores for the engines, and for the workers: all in turns, or half of them each if they work at the same time."""
+    return num_cores() // 2 if max_staleness(config) else num_cores()
 
 
 def _get(refs: list[Any], deadline: float, what: str, config: Config) -> list[Any]:

@@ -26,7 +26,7 @@ from skyrl_spec.errors import (
     RunError,
     SyncMismatchError,
 )
-from skyrl_spec.settings.derived import sync_backend
+from skyrl_spec.settings.derived import max_staleness, sync_backend
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.settings.words import setting_word
 from skyrl_spec.types import Component, DraftedResponse, Rollout
@@ -282,7 +282,13 @@ def make_trainer(
         eval_prompts=task.eval_prompts,
         engines=engines,
         policy=policy,
-        sync=WeightSync(policy, engines, backend=sync_backend(config), components=components),
+        sync=WeightSync(
+            policy,
+            engines,
+            backend=sync_backend(config),
+            components=components,
+            keeps_updates=max_staleness(config) > 0,
+        ),
         canary=canary,
         lossless=lossless,
     )

@@ -110,21 +110,26 @@ class _Dispatcher:
         self._num_cores = len(os.sched_getaffinity(0))
         self._requests: SimpleQueue[_Task | frozenset[int] | None] = SimpleQueue()
         self._woken, self._wake = Pipe(duplex=False)
-        self._stopped = threading.Event()
+        self._lock, self._is_closed = threading.Lock(), False
+        self._has_ended = threading.Event()
         self._workers: list[_Worker] = []
         # Tasks that any process may play.
         self._waiting: deque[_Task] = deque()
         self._owner: dict[int, _Worker] = {}
 
     def send(self, request: _Task | frozenset[int] | None) -> None:
-        """Takes a task, episodes that are over, or None to stop."""
-        self._requests.put(request)
+        """Takes a task, episodes that are over, or None to stop. Raises RunError after that."""
+        with self._lock:
+            if self._is_closed:
+                raise RunError("the run ends while responses are scored")
+            self._is_closed = request is None
+            self._requests.put(request)
         self._wake.send_bytes(b"")
 
     def stop(self) -> None:
-        """Ends the processes, and returns once they have ended."""
+        """Ends the processes and what waits for them. Returns once they have ended."""
         self.send(None)
-        self._stopped.wait()
+        self._has_ended.wait()
 
     def run(self) -> None:
         while self._take_requests():
@@ -139,7 +144,12 @@ class _Dispatcher:
                     self._lose(worker, is_dead=False)
         for worker in self._workers:
             worker.process.end()
-        self._stopped.set()
+            self._waiting.extend(worker.waiting)
+            if worker.task is not None:
+                worker.task.future.set_exception(RunError("the run ends while responses are scored"))
+        for task in self._waiting:
+            task.future.cancel()
+        self._has_ended.set()
 
     def _take_requests(self) -> bool:
         """Takes in all requests. False: it is time to stop."""

@@ -29,6 +29,12 @@ EXPECTED_THROUGHPUT = "speculation/expected_tok_s"
 ESTIMATED_SPEEDUP = "speculation/estimated_speedup"
 LENGTH_AT_BATCH = "speculation/drafted_at_batch_"
 
+# With trainer.fully_async: training steps by which the policy is ahead of the weights that sampled its batch, and
+# shares of a step in which workers and engines did not work.
+STALENESS = "async/staleness_steps"
+TRAINER_IDLE = "async/trainer_idle_share"
+ENGINES_IDLE = "async/engines_idle_share"
+
 # With dynamic sampling only: batches sampled for the step, and groups in them whose rewards differ.
 NUM_SAMPLE_BATCHES = "reward/num_sample_batches"
 NUM_KEPT_GROUPS = "reward/num_kept_groups"

@@ -27,6 +27,19 @@ REFERENCE = (
     Described("reward/num_turns", "turns", "Mean number of turns of a response, where environments take several."),
     Described("reward/num_sample_batches", "batches", "Dynamic sampling: batches sampled for the step."),
     Described("reward/num_kept_groups", "groups", "Dynamic sampling: sampled groups whose rewards differ."),
+    Described(
+        "async/staleness_steps",
+        "steps",
+        "trainer.fully_async: training steps by which the policy is ahead of the weights that sampled its batch.",
+    ),
+    Described(
+        "async/trainer_idle_share",
+        "share",
+        "Part of a step during which the workers did not train: they waited for the next batch, a sync or a canary.",
+    ),
+    Described(
+        "async/engines_idle_share", "share", "Part of a step during which the engines did not sample the next batch."
+    ),
     Described("policy/policy_loss", "", "Clipped policy objective, averaged by trainer.algorithm.loss_reduction."),
     Described("policy/grad_norm", "", "Norm of the policy's gradient before clipping. The draft has no part in it."),
     Described("policy/entropy", "nats", "Entropy of the policy's distribution, averaged over trained tokens."),

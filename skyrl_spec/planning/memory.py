@@ -15,10 +15,12 @@ from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.settings.derived import (
     engine_dtype,
     longest_sequence,
+    max_staleness,
     parallel_sizes,
     sync_backend,
     uses_fp32_head,
     uses_sequence_parallel,
+    uses_tis,
 )
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dtypes import DTYPES
@@ -222,6 +224,7 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
         "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
+        **_steps(config),
         "packs": _packs(config),
         **_training(config),
         "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}",
@@ -231,6 +234,16 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         "tokens": f"at most {plan.tokens_per_step:,} per step, prompts included",
     }
     return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
+
+
+def _steps(config: Config) -> dict[str, str]:
+    """How sampling and training follow each other, if not in turns."""
+    if not max_staleness(config):
+        return {}
+    return {
+        "asynchronous": "the next batch is sampled while the workers train, so it comes from weights of a step before; "
+        + ("use_tis corrects the loss" if uses_tis(config) else "nothing corrects the loss")
+    }
 
 
 def _packs(config: Config) -> str:

@@ -87,10 +87,10 @@ class AlgorithmConfig:
         False, "Add a KL penalty to the initial policy. The workers keep a frozen copy of that policy."
     )
     kl_loss_coef: float = setting(0.001, "Weight of the KL penalty.", NOT_NEGATIVE)
-    use_tis: bool = setting(
-        False,
+    use_tis: bool | None = setting(
+        None,
         "Truncated importance sampling: multiply each token's loss by its probability in the trainer over that in the "
-        "engine, at most tis_imp_ratio_cap.",
+        "engine, at most tis_imp_ratio_cap. null: true with trainer.fully_async, else false.",
     )
     tis_imp_ratio_cap: float = setting(2.0, "Largest factor of use_tis.", POSITIVE)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)

@@ -95,6 +95,18 @@ def training_interval(train: str) -> int | None:
     return int(number)
 
 
+def max_staleness(config: Config) -> int:
+    """Training steps by which the policy may be ahead of the weights that sampled its batch. 0: synchronous."""
+    settings = config.trainer.fully_async
+    return settings.max_staleness_steps if settings.enabled else 0
+
+
+def uses_tis(config: Config) -> bool:
+    """Whether the policy's loss has truncated importance weights."""
+    wanted = config.trainer.algorithm.use_tis
+    return max_staleness(config) > 0 if wanted is None else wanted
+
+
 def uses_fp32_head(config: Config) -> bool:
     """Whether logits are computed in fp32 from bf16 states and weights."""
     wanted = config.trainer.policy.megatron_config.fp32_output_head

@@ -13,7 +13,7 @@ from typing import Any
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, RECOMPUTE_MODULES, Allowed, Range
-from skyrl_spec.settings.derived import parallel_sizes, sync_backend, training_interval
+from skyrl_spec.settings.derived import max_staleness, parallel_sizes, sync_backend, training_interval, uses_tis
 from skyrl_spec.settings.describe import sections
 from skyrl_spec.settings.loss_type import check_loss_type
 from skyrl_spec.settings.schema import Config
@@ -54,6 +54,7 @@ def check_rules(config: Config) -> None:
     _check_turns(config)
     _check_environments(config)
     _check_colocation(config)
+    _check_async(config)
     _check_sync_backend(config)
     _check_timeouts(config)
     _check_device_settings(config)
@@ -271,11 +272,31 @@ def _check_device_settings(config: Config) -> None:
     )
     truncated = sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0
     require(
-        not (trainer.algorithm.use_tis and truncated),
+        not (uses_tis(config) and truncated),
         "trainer.algorithm.use_tis",
         "true",
         "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
         "set top_p=1 top_k=-1 min_p=0 there, or set trainer.algorithm.use_tis=false",
+    )
+
+
+def _check_async(config: Config) -> None:
+    if not max_staleness(config):
+        return
+    setting, trainer = "trainer.fully_async.enabled", config.trainer
+    require(
+        not trainer.placement.colocate_all,
+        setting,
+        "true",
+        "engines sample while the workers train, but trainer.placement.colocate_all=true gives them the same GPUs; "
+        "set one of the two to false",
+    )
+    require(
+        uses_tis(config) or trainer.fully_async.allow_uncorrected,
+        "trainer.algorithm.use_tis",
+        "false",
+        f"batches are sampled with older weights ({setting}=true), which use_tis corrects; set it to null, or set "
+        "trainer.fully_async.allow_uncorrected=true",
     )
 
 

@@ -128,6 +128,25 @@ class CanaryConfig:
 
 
 @dataclass
+class FullyAsyncConfig:
+    """Sampling of the next batch beside training, instead of one after the other."""
+
+    enabled: bool = setting(
+        False,
+        "Sample the next batch while the workers train. Engines and workers then need GPUs, or cores, of their own.",
+    )
+    max_staleness_steps: int = setting(
+        1,
+        "Training steps by which the policy may be ahead of the weights that sampled its batch. 0: none, as without "
+        "enabled. 1: a batch is sampled during the training step before. More are not supported yet.",
+        Range(0, 1),
+    )
+    allow_uncorrected: bool = setting(
+        False, "Allow trainer.algorithm.use_tis=false, though batches are sampled with older weights."
+    )
+
+
+@dataclass
 class TrainerConfig:
     """Steps, batches, evaluation, checkpoints and logging of the run."""
 
@@ -137,6 +156,7 @@ class TrainerConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     dflash: DflashConfig = field(default_factory=DflashConfig)
     draft: DraftTrainingConfig = field(default_factory=DraftTrainingConfig)
+    fully_async: FullyAsyncConfig = field(default_factory=FullyAsyncConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     run_dir: str = setting("runs/default", "Output directory of the run.")

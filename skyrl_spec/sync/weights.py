@@ -64,15 +64,28 @@ def load_updates(engine: UpdatedEngine, updates: Iterable[Update], versions: Ver
 class WeightSync:
     """Brings the workers' weights to the engines, over Ray's object store or vLLM's GPU transfers.
 
-    ``components``: the trained components, in the order of a sync. Frozen ones stay at version 0.
+    Args:
+        components: the trained components, in the order of a sync. Frozen ones stay at version 0.
+        keeps_updates: keep the last sync's weights in the object store, for an engine that is replaced while the
+            workers train, when their weights are those of no version.
     """
 
-    def __init__(self, policy: SendingWorkers, engines: UpdatedEngines, *, backend: str, components: list[Component]):
+    def __init__(
+        self,
+        policy: SendingWorkers,
+        engines: UpdatedEngines,
+        *,
+        backend: str,
+        components: list[Component],
+        keeps_updates: bool = False,
+    ):
         self._policy, self._engines, self._over_ray = policy, engines, backend == "ray"
         self.components = components
         self.versions = Versions()
         # Bytes of one copy of each component in the last sync.
         self.num_bytes: dict[Component, int] = {}
+        self._keeps_updates = keeps_updates
+        self._kept: dict[Component, Sequence[ray.ObjectRef]] = {}
         if self._over_ray:
             engines.all("init_weight_transfer_engine", {})
             engines.allow_replacement(self._catch_up)
@@ -97,6 +110,8 @@ class WeightSync:
         self.versions = versions
         if self._over_ray:
             updates, self.num_bytes = self._export(components)
+            if self._keeps_updates:
+                self._kept |= dict(updates)
             self._engines.all("load_weights", updates, versions)
         else:
             self.num_bytes = {
@@ -117,5 +132,5 @@ class WeightSync:
         """Brings a replacement engine, just built from disk, to the weights and versions of the others."""
         timeout_s = self._engines.timeout_s
         ray.get(engine.init_weight_transfer_engine.remote({}), timeout=timeout_s)
-        updates, _ = self._export(self.components)
+        updates = list(self._kept.items()) if self._keeps_updates else self._export(self.components)[0]
         ray.get(engine.load_weights.remote(updates, self.versions), timeout=timeout_s)

@@ -115,10 +115,15 @@ def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logpro
 POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl")
 
 
-def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig, *, has_tis: bool
+) -> tuple[Tensor, Tensor]:
     """This micro-batch's part of the policy loss, and sums for metrics.
 
     The loss is ``sum(loss_weights * (surrogate + kl_loss_coef * kl))``. The weights carry the global denominator.
+
+    Args:
+        has_tis: each token's loss is weighted with its truncated importance (``algorithm.use_tis``).
 
     Returns:
         The loss (a scalar, connected to the trunk even without tokens), and float64 ``[len(POLICY_SUMS) + 1]``: sums
@@ -127,7 +132,7 @@ def policy_loss(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig)
     old_N = tokens.logprobs_T.detach() if micro.policy_logprobs_N is None else micro.policy_logprobs_N
     responses = ResponseTokens(tokens.logprobs_T, old_N, micro.advantages_N, micro.response_N, micro.lengths_R)
     loss_N, clipped_N = POLICY_LOSSES[algorithm.policy_loss_type](responses, algorithm)
-    if algorithm.use_tis:
+    if has_tis:
         loss_N = loss_N * truncated_importance(old_N, micro.rollout_logprobs_N, algorithm.tis_imp_ratio_cap)
     kl_N = torch.zeros_like(loss_N)
     if micro.ref_logprobs_N is not None:

@@ -36,7 +36,7 @@ from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
-from skyrl_spec.settings.derived import uses_fp32_head
+from skyrl_spec.settings.derived import uses_fp32_head, uses_tis
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
@@ -321,7 +321,7 @@ class PolicyTrainer:
     ) -> tuple[Tensor, Tensor, None]:
         tokens = self._token_logprobs(self.model, hidden_TD, micro)
         logprobs.append(tokens.logprobs_T.detach())
-        loss, micro_sums = policy_loss(tokens, micro, self.config.trainer.algorithm)
+        loss, micro_sums = policy_loss(tokens, micro, self.config.trainer.algorithm, has_tis=uses_tis(self.config))
         sums[: len(micro_sums)] += micro_sums
         # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None

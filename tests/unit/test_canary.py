@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, require_current
+from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, staleness
 from skyrl_spec.controller.lossless import LosslessCanary
 from skyrl_spec.controller.run import _save_after_mismatch
 from skyrl_spec.errors import RestartableError, RunError, SyncMismatchError
@@ -287,9 +287,9 @@ def make_rollout(versions: Versions) -> Rollout:
 
 
 def test_rollouts_of_other_weights_are_refused() -> None:
-    require_current([make_rollout(Versions(2, 2))], Versions(2, 2))
+    assert staleness([make_rollout(Versions(2, 2))], Versions(2, 2), allowed=0) == 0
     with pytest.raises(RunError, match="sampled with policy version 1 and draft version 2, but the trainer is at"):
-        require_current([make_rollout(Versions(2, 2)), make_rollout(Versions(1, 2))], Versions(2, 2))
+        staleness([make_rollout(Versions(2, 2)), make_rollout(Versions(1, 2))], Versions(2, 2), allowed=0)
 
 
 def test_logprob_agreement_of_the_tokens_that_count() -> None:

@@ -103,6 +103,18 @@ def test_responses_that_hang_delay_the_others_by_nothing_and_the_batch_by_one_ti
     assert max(sleepers) < 2 * limit_s
 
 
+def test_the_end_of_the_pool_ends_what_waits_for_it(grader: Grader) -> None:
+    futures = [grader.submit(Turn(number, prompt, ("sleep",), 1)) for number, prompt in enumerate(prompts(40))]
+    while not futures[0].running():
+        time.sleep(0.01)
+    grader.close()
+    assert all(future.done() for future in futures)
+    with pytest.raises(RunError, match="the run ends while responses are scored"):
+        futures[0].result()
+    with pytest.raises(RunError, match="the run ends while responses are scored"):
+        score_all(grader, ["ab"])
+
+
 def test_a_process_that_cannot_start_fails_what_waits() -> None:
     grader = Grader(replace(ENVIRONMENT, custom={"test_env_moody": "no_such_module:Env"}))
     with pytest.raises(ConfigError, match=r"^environment\.custom: cannot be imported in the scoring process"):

@@ -182,14 +182,16 @@ def test_packs_add_up_to_documents_one_by_one(name: str, use_tis: bool) -> None:
         loss_weights=token_weights(mask_BS, "sequence_mean", 24), advantages=values[0], rollout_logprobs=values[1],
         policy_logprobs=values[2],
     )  # fmt: skip
-    algorithm = AlgorithmConfig(policy_loss_type=name, use_tis=use_tis)
+    algorithm = AlgorithmConfig(policy_loss_type=name)
 
     def of(packs: list[list[int]]) -> tuple[np.ndarray, Tensor]:
         sums, gradients = np.zeros(5), torch.zeros(mask_BS.shape)
         for rows in packs:
             micro = build_micro(batch, np.array(rows, int))
             logprobs = torch.from_numpy(values[3][rows][mask_BS[rows]]).requires_grad_()
-            loss, found = policy_loss(TokenLogprobs(logprobs, torch.zeros_like(logprobs)), micro, algorithm)
+            loss, found = policy_loss(
+                TokenLogprobs(logprobs, torch.zeros_like(logprobs)), micro, algorithm, has_tis=use_tis
+            )
             loss.backward()
             sums += found.numpy()
             assert logprobs.grad is not None
