@@ -9,7 +9,8 @@ never meet an engine. In the second half of the steps each is scored on every po
 on it. The table has the predicted acceptance length, relative to the arm that trains on all positions.
 
 An arm is a share, drawn at random, such as 0.1. ``0.1:surprising`` takes the responses whose tokens had the lowest mean
-log-prob in the rollout. ``frozen`` does not train.
+log-prob in the rollout. ``0.1:windows8`` draws an MTP head's chains in windows of at least 8. ``frozen`` does not
+train.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 
 from skyrl_spec.controller import placement
 from skyrl_spec.controller.run import run_training
+from skyrl_spec.drafts import shares
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.schema import Config
@@ -59,16 +61,22 @@ class Arm:
     def takes_surprising(self) -> bool:
         return self.name.endswith(":surprising")
 
+    @property
+    def smallest_window(self) -> int:
+        """Chains of an MTP head's shortest window."""
+        _, _, number = self.name.partition(":windows")
+        return int(number) if number else shares.SMALLEST_WINDOW
+
     @contextmanager
     def drawing(self, share: float) -> Iterator[None]:
         """Context in which ``begin_step`` draws this share."""
         draft = self.draft.draft
-        own = draft.config
-        draft.config = replace(own, positions_per_step=share)
+        own, window = draft.config, shares.SMALLEST_WINDOW
+        draft.config, shares.SMALLEST_WINDOW = replace(own, positions_per_step=share), self.smallest_window
         try:
             yield
         finally:
-            draft.config = own
+            draft.config, shares.SMALLEST_WINDOW = own, window
 
 
 def surprising_rows(batch: TrainBatch, share: float) -> np.ndarray:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # Longest time for a batch to be given up, once its engines are gone.
 _END_S = 10.0
+# Seconds between looks whether the run is told to stop.
+_LOOK_INTERVAL_S = 0.2
 
 
 class Ahead(Generic[T]):
@@ -36,13 +38,22 @@ class Ahead(Generic[T]):
         """Whether a batch was begun that nobody has taken."""
         return self._batch is not None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the batch is still being sampled."""
+        return self._batch is not None and not self._batch.done()
+
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Context during which a batch is sampled. It ends when the batch is there, or with the error of its body."""
+    def beside(self, is_stopping: Callable[[], bool]) -> Iterator[None]:
+        """Context during which a batch is sampled. It ends when the batch is there, or with the error of its body.
+
+        A run that is told to stop does not wait for the batch.
+        """
         assert self._batch is None
         self._batch = self._executor.submit(self._timed)
         yield
-        wait([self._batch])
+        while self.is_running and not is_stopping():
+            wait([self._batch], timeout=_LOOK_INTERVAL_S)
 
     def take(self) -> T:
         """The batch that was sampled. Raises what its sampling raised."""

@@ -93,6 +93,7 @@ class TrainingLoop:
         )
         self._said_short_batch = False
         self._max_staleness = max_staleness(config)
+        self._is_stopping: Callable[[], bool] = lambda: False
         self._ahead = Ahead(self.sample)
         # What a checkpoint needs to sample again the batch that was begun for the next step.
         self._before_ahead: dict[str, Any] | None = None
@@ -104,12 +105,21 @@ class TrainingLoop:
         self.sampler.close()
         self._ahead.close()
 
-    def run(self, num_steps: int, on_step: OnStep, *, steps_done: int = 0, shield: Shield = nullcontext) -> None:
+    def run(
+        self,
+        num_steps: int,
+        on_step: OnStep,
+        *,
+        steps_done: int = 0,
+        shield: Shield = nullcontext,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Runs up to step ``num_steps``. Evaluates at the beginning, every ``eval_interval`` steps and at the end.
 
-        Within ``shield`` a step must not be interrupted: weights have moved, and the step is not complete.
+        Within ``shield`` a step must not be interrupted: weights have moved, and the step is not complete. Once
+        ``is_stopping()``, the step does not wait for a batch that is sampled beside it, and leaves its sync out.
         """
-        trainer = self.config.trainer
+        trainer, self._is_stopping = self.config.trainer, is_stopping
         self._calibrate()
         if trainer.canary.enabled:
             self.canary.check(self.sync.versions)
@@ -126,7 +136,7 @@ class TrainingLoop:
                 values = self.train(sampled, samples_ahead=self._max_staleness > 0 and not is_last)
                 drafted: list[DraftedResponse] = []
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
-                if due and self.eval_prompts:
+                if due and self.eval_prompts and not self._ahead.is_running:
                     values |= self.evaluate(step)
                     drafted = self.sampler.sample_with_drafts(self.eval_prompts)
                 on_step(step, values, sampled.rollouts, drafted)
@@ -169,7 +179,7 @@ class TrainingLoop:
     def _sampling_ahead(self) -> AbstractContextManager[None]:
         """Context in which the next batch is sampled."""
         self._before_ahead = self._sampling_state()
-        return self._ahead.beside()
+        return self._ahead.beside(self._is_stopping)
 
     def sample(self) -> Sampled:
         """The first half of a step: sampling. No trained weight changes."""
@@ -199,7 +209,8 @@ class TrainingLoop:
                 values |= self._train(self._build_batch(sampled.groups), timings, plan)
             values |= acceptance_gap(values)
             values |= self._publish(plan, values, timings)
-            values |= self._run_canaries(timings)
+            if not self._ahead.is_running:
+                values |= self._run_canaries(timings)
             # Older weights explain differences between engines and trainer.
             if stale_steps == 0:
                 self._watch.look(values)
@@ -257,6 +268,9 @@ class TrainingLoop:
         if plan.train and self.draft_training.must_undo(values):
             self.policy.restore_draft(SERVED)
             sends_draft = False
+        if self._ahead.is_running:
+            self.sync.skip(draft=sends_draft)
+            return {}
         with timed(timings, "sync_weights"):
             num_bytes = self.sync.sync(draft=sends_draft)
         metrics: dict[str, float] = {names.SYNC_BYTES: num_bytes}

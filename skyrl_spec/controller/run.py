@@ -217,7 +217,13 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
             checkpointer.after_step(step, values)
 
     try:
-        running.trainer.run(task.steps, on_step, steps_done=task.steps_done or 0, shield=watch.shield)
+        running.trainer.run(
+            task.steps,
+            on_step,
+            steps_done=task.steps_done or 0,
+            shield=watch.shield,
+            is_stopping=lambda: watch.received is not None,
+        )
         with watch.shield():
             checkpointer.after_run()
     except SyncMismatchError as mismatch:

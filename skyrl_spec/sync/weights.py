@@ -98,9 +98,17 @@ class WeightSync:
 
         ``draft=False``: the draft has not changed since the last sync, and is not sent.
         """
+        return self._send(*self._next(draft))
+
+    def skip(self, *, draft: bool = True) -> None:
+        """Counts a sync that is left out, because the run is told to stop and its engines are busy."""
+        _, self.versions = self._next(draft)
+
+    def _next(self, draft: bool) -> tuple[list[Component], Versions]:
+        """Components of the next sync, and the versions after it."""
         version = 1 + max(self.versions.policy, self.versions.draft)
         changed = [component for component in self.components if draft or component != "draft"]
-        return self._send(changed, replace(self.versions, **dict.fromkeys(changed, version)))
+        return changed, replace(self.versions, **dict.fromkeys(changed, version))
 
     def restore(self, versions: Versions) -> int:
         """Brings every engine to the workers' weights, under the versions of a checkpoint. Returns the bytes."""

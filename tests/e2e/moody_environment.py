@@ -28,3 +28,17 @@ class MoodyEnv(GSM8kEnv):
             hung.touch()
             time.sleep(10_000)
         return super().step(action)
+
+
+class SlowEnv(GSM8kEnv):
+    """Takes long once the file of this environment variable exists."""
+
+    VARIABLE = "SLOW_ENVIRONMENT_IS_SLOW"
+
+    def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None) -> None:
+        super().__init__(env_config, extras or {})
+
+    def step(self, action: str) -> BaseTextEnvStepOutput:
+        if Path(os.environ[self.VARIABLE]).exists():
+            time.sleep(50)
+        return super().step(action)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import WHOLE, assert_same_run, finish, records_of, start
+from moody_environment import SlowEnv
+from runs import ROOT, WHOLE, assert_same_run, finish, records_of, start
 
 from skyrl_spec.metrics import names
+from skyrl_spec.settings.compose import load_config
 
 ASYNC = [*WHOLE, "trainer.fully_async.enabled=true", "trainer.canary.interval=1", "trainer.eval_before_train=false"]
 
@@ -40,7 +44,7 @@ def test_an_engine_that_dies_beside_training_costs_nothing_and_a_checkpoint_goes
 ) -> None:
     """A new engine gets the weights of the last sync, not those that the workers have in the middle of a step."""
     quiet, killed, resumed = (tmp_path / name for name in ("quiet", "killed", "resumed"))
-    saves = ["trainer.ckpt_interval=2"]
+    saves = ["trainer.ckpt_interval=2", "trainer.max_ckpts_to_keep=5"]
     finish(quiet, *ASYNC, *saves)
     run = start(killed, *ASYNC, *saves)
     for num_records in (1, 3):
@@ -59,6 +63,43 @@ def test_an_engine_that_dies_beside_training_costs_nothing_and_a_checkpoint_goes
     assert prompts_by_step(resumed) == {
         step: prompts for step, prompts in prompts_by_step(quiet).items() if step not in (1, 2)
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_preempted_does_not_wait_for_the_batch_beside_it(tmp_path: Path) -> None:
+    """The batch for step 3 takes a minute, because its environments are slow."""
+    path = load_config(["experiment=cpu_mtp_grpo"]).data.train_data[0]
+    rows = [json.loads(row) | {"env_class": "slow"} for row in (ROOT / path).read_text().splitlines()[:64]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = start(
+        tmp_path / "run", *ASYNC, f"data.train_data=[{tmp_path / 'rows.jsonl'}]",
+        "environment.custom.slow=moody_environment:SlowEnv", "trainer.eval_interval=0",
+        **{SlowEnv.VARIABLE: str(tmp_path / "slow")},
+    )  # fmt: skip
+    run.wait_for_steps(1)
+    (tmp_path / "slow").touch()
+    # Training takes less.
+    time.sleep(15)
+    run.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output = run.output(timeout_s=120)
+    assert run.process.returncode == 0, output
+    assert time.monotonic() - began < 30
+    assert f"SIGTERM: saved {tmp_path}/run/checkpoints/step_2" in output
+    assert len(records_of(tmp_path / "run")) == 2
+    assert run.processes() == []
+    (tmp_path / "slow").unlink()
+    output, records = finish(
+        tmp_path / "run",
+        *ASYNC,
+        f"data.train_data=[{tmp_path / 'rows.jsonl'}]",
+        "environment.custom.slow=moody_environment:SlowEnv",
+        "trainer.eval_interval=0",
+        "trainer.resume_mode=latest",
+        **{SlowEnv.VARIABLE: str(tmp_path / "slow")},
+    )
+    assert [record[names.POLICY_VERSION] for record in records] == [1, 2, 3, 4, 5]
 
 
 def prompts_by_step(run_dir: Path) -> dict[int, list[Any]]:
