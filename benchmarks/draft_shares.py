@@ -9,13 +9,14 @@ never meet an engine. In the second half of the steps each is scored on every po
 on it. The table has the predicted acceptance length, relative to the arm that trains on all positions.
 
 An arm is a share, drawn at random, such as 0.1. ``0.1:surprising`` takes the responses whose tokens had the lowest mean
-log-prob in the rollout. ``0.1:windows8`` draws an MTP head's chains in windows of at least 8. ``frozen`` does not
-train.
+log-prob in the rollout. ``0.1:windows8`` draws an MTP head's chains in windows of at least 8. ``0.1:lr2`` has twice the
+draft's learning rate. ``frozen`` does not train.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Iterator
@@ -89,6 +90,17 @@ def surprising_rows(batch: TrainBatch, share: float) -> np.ndarray:
     return batch.loss_mask & is_chosen_B[:, None]
 
 
+def with_rate(config: Config, arm: str) -> Config:
+    """``config`` with the learning rate of this arm's draft."""
+    _, _, factor = arm.partition(":lr")
+    if not factor:
+        return config
+    config, kind = copy.deepcopy(config), trained_kind(config.trainer)
+    assert kind is not None
+    kind.settings(config.trainer).optimizer_config.lr *= float(factor)
+    return config
+
+
 def make_arms_trainer(names: list[str], first_scored: int) -> type:
     """A trainer with these arms, which are scored from update number ``first_scored`` on."""
     from skyrl_spec.models.capture import capture
@@ -100,7 +112,8 @@ def make_arms_trainer(names: list[str], first_scored: int) -> type:
         def __init__(self, config: Config, spec: Any, parallel: Any, total_optimizer_steps: int, **options: Any):
             super().__init__(config, spec, parallel, total_optimizer_steps, **options)
             assert parallel.tp_size * parallel.dp_size == 1, "the arms are trained on one rank"
-            loaded = (load_draft(config, spec, self._trunk_config, parallel, total_optimizer_steps) for _ in names)
+            configs = (with_rate(config, name) for name in names)
+            loaded = (load_draft(own, spec, self._trunk_config, parallel, total_optimizer_steps) for own in configs)
             self._arms = [Arm(name, draft) for name, draft in zip(names, loaded, strict=True)]
             self._num_updates = 0
 
