@@ -23,6 +23,9 @@ READY := $(VENV)/.ready
 BENCH := prompts=examples/arithmetic_mtp/data/validation.jsonl batch_sizes=[1,2,4,8,16,32,64] min_rollouts=16 \
 	 max_prompt_length=64 max_generate_length=96 out=build/eval_draft.json
 
+# Containers often set it. A run starts many processes, and each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup train test test-py312 examples long lint docs faults mutants kills soak bench clean
 .DEFAULT_GOAL := train
 

@@ -18,7 +18,7 @@ fail() {
     exit 1
 }
 
-# The lock is complete, so pip looks for no dependencies. Modules are compiled when they are first imported: most never are.
+# The lock is complete, so pip looks for no dependencies. Most modules are never imported, so pip compiles none.
 install() {
     "$VENV/bin/python" -m pip install --no-deps --no-compile --disable-pip-version-check --no-input "$@" >>"$LOG" 2>&1
 }
@@ -51,3 +51,11 @@ wait "$torch_pid" ||
 
 echo "setup: installing skyrl-spec"
 install --no-build-isolation --editable . || fail "skyrl-spec itself: $(why) (see $LOG)"
+
+# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process of a run would compile them.
+echo "setup: compiling what engines and workers import"
+env --unset=PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c "
+import skyrl_spec.controller.loop, skyrl_spec.envs.env_process, skyrl_spec.rollout.actor, skyrl_spec.training.worker
+import skyrl_gym, transformers.models.auto.modeling_auto, vllm.v1.worker.cpu_model_runner, wandb
+from vllm import LLM
+" >>"$LOG" 2>&1 || fail "a package cannot be imported: $(tail -n 1 "$LOG") (see $LOG)"

@@ -59,7 +59,7 @@ def run_job(job: Callable[[Config, bool, SignalWatch], None], config: Config, *,
         with watch.installed():
             job(config, verbose, watch)
         return 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if watch.received is not None:
             name, run_dir = signal.Signals(watch.received).name, config.trainer.run_dir
             if watch.received == signal.SIGTERM and watch.saved is not None:
@@ -80,7 +80,7 @@ def _how_to_go_on(config: Config) -> str:
     return f"the same command with trainer.resume_mode=latest{no_path} goes on"
 
 
-def _error_line(error: Exception, config: Config) -> str | None:
+def _error_line(error: BaseException, config: Config) -> str | None:
     """The line to print for an error that can happen to a correctly configured run; None for a bug."""
     if isinstance(error, RestartableError):
         if error.checkpoint is None:
@@ -230,7 +230,7 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
         with watch.shield():
             watch.saved = _save_after_mismatch(checkpointer, mismatch)
         raise
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         # If a shield was broken, weights have moved without completing a step.
         if watch.received == signal.SIGTERM and not watch.is_broken:
             watch.saved = checkpointer.save_last()

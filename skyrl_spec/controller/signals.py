@@ -16,8 +16,11 @@ SIGNAL_EXIT = 128
 _PATIENCE_S = 10.0
 
 
-class Interrupted(Exception):  # noqa: N818
-    """SIGINT or SIGTERM was received."""
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM was received.
+
+    A KeyboardInterrupt, because Ray ends a call that waits for an actor for no other exception.
+    """
 
 
 class SignalWatch:
@@ -95,7 +98,7 @@ def ended_by_signal(job: Callable[[SignalWatch], int | None]) -> int:
     try:
         with watch.installed():
             return job(watch) or 0
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if watch.received is None:
             raise
         print(f"skyrl-spec: {signal.Signals(watch.received).name}: stopped", file=sys.stderr)
