@@ -80,21 +80,36 @@ class EngineGroup:
         """Lets lost engines be replaced from now on. ``bring_up`` gives a new engine the weights of the others."""
         self._bring_up = bring_up
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[list[Generation]]:
-        """``n`` responses to each prompt. Engine i gets every prompt whose index is i modulo the number of engines."""
-        stride = len(self.handles)
-        shares = {index: [prompt.token_ids for prompt in prompts[index::stride]] for index in range(stride)}
+    def generate(
+        self,
+        prompts: list[Prompt],
+        sampling: SamplingConfig,
+        n: int,
+        seed: int,
+        places: Sequence[int] | None = None,
+    ) -> list[list[Generation]]:
+        """``n`` responses to each prompt. ``places``: the engine of each prompt; None: one after the other."""
+        num_engines = len(self.handles)
+        shares: dict[int, list[int]] = {}
+        for index, place in enumerate(places or self.places(len(prompts))):
+            shares.setdefault(place, []).append(index)
         answers = self._ask(
             {
-                index: _call("generate", share, sampling, n, seed * stride + index)
-                for index, share in shares.items()
-                if share
+                place: _call(
+                    "generate", [prompts[index].token_ids for index in share], sampling, n, seed * num_engines + place
+                )
+                for place, share in shares.items()
             }
         )
         out: list[list[Generation]] = [[] for _ in prompts]
-        for index, answer in answers.items():
-            out[index::stride] = answer
+        for place, share in shares.items():
+            for index, answer in zip(share, answers[place], strict=True):
+                out[index] = answer
         return out
+
+    def places(self, num_prompts: int) -> list[int]:
+        """Engines of so many prompts: one after the other."""
+        return [index % len(self.handles) for index in range(num_prompts)]
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[list[Proposals]]:
         """Responses of each engine to the same prompts, with the tokens that its draft proposed."""

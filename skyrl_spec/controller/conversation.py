@@ -12,10 +12,11 @@ from skyrl_spec.types import Generation, Prompt, Rollout
 
 @dataclass
 class Conversation:
-    """A prompt, and what followed. ``number``: of its episode, which no other has."""
+    """A prompt, and what followed. ``number``: of its episode, which no other has. ``place``: the engine's index."""
 
     number: int
     prompt: Prompt
+    place: int = 0
     # Behind the prompt. Log-probs are 0 where the policy did not sample the token.
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

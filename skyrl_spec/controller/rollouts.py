@@ -79,14 +79,17 @@ class RolloutSampler:
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
         """``n`` scored rollouts of each prompt. Adds to ``num_tokens`` and ``generate_s``."""
-        groups = [[self._begin(prompt) for _ in range(n)] for prompt in prompts]
+        places = self._engines.places(len(prompts))
+        groups = [[self._begin(prompt, place) for _ in range(n)] for prompt, place in zip(prompts, places, strict=True)]
         everyone = going_on = [conversation for group in groups for conversation in group]
-        generations = self._generate(prompts, sampling, n, seed)
+        generations = self._generate(prompts, sampling, n, seed, places)
         self._play(going_on, [generation for group in generations for generation in group], everyone)
         turn = 1
         while going_on := [conversation for conversation in going_on if conversation.is_open]:
             inputs = [replace(conversation.prompt, token_ids=conversation.input_ids) for conversation in going_on]
-            answers = self._generate(inputs, sampling, 1, _seed_of_turn(seed, turn))
+            # The engine that has the keys of the turns before.
+            places = [conversation.place for conversation in going_on]
+            answers = self._generate(inputs, sampling, 1, _seed_of_turn(seed, turn), places)
             self._play(going_on, [answer for (answer,) in answers], everyone)
             turn += 1
         self._grader.end_episodes([conversation.number for conversation in everyone])
@@ -94,15 +97,15 @@ class RolloutSampler:
         _print_failures([rollout.error for group in rollouts for rollout in group if rollout.error is not None])
         return rollouts
 
-    def _begin(self, prompt: Prompt) -> Conversation:
+    def _begin(self, prompt: Prompt, place: int) -> Conversation:
         self._num_episodes += 1
-        return Conversation(self._num_episodes, prompt)
+        return Conversation(self._num_episodes, prompt, place)
 
     def _generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int, places: Sequence[int]
     ) -> list[list[Generation]]:
         start = time.perf_counter()
-        generations = self._engines.generate(list(prompts), sampling, n, seed)
+        generations = self._engines.generate(list(prompts), sampling, n, seed, places)
         self.generate_s += time.perf_counter() - start
         self.num_tokens += sum(len(g.token_ids) for group in generations for g in group)
         return generations

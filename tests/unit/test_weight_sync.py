@@ -12,9 +12,10 @@ from ray.actor import ActorHandle
 
 from skyrl_spec.controller.actors import EngineGroup
 from skyrl_spec.rollout.actor import EngineActor
+from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_chunks, payload_bytes, unpack_weights
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.types import Component, Versions
+from skyrl_spec.types import Component, Prompt, Versions
 
 NAMES = ("first", "second")
 
@@ -43,6 +44,10 @@ class Engine(EngineActor):
 
     def set_versions(self, versions: Versions) -> None:
         self._calls.append(versions)
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int) -> list[Any]:
+        self._calls.append([len(prompts), seed])
+        return [[ids[0]] * n for ids in prompts]
 
     def take(self) -> list[Any]:
         calls, self._calls = self._calls, []
@@ -145,6 +150,40 @@ def test_a_replaced_engine_gets_what_the_others_have(engines: list[ActorHandle])
     group._bring_up(engines[1])
     expected = [*workers.update("policy"), *workers.update("draft"), "reset", Versions(1, 1)]
     assert taken(engines)[1] == ["connect", *expected]
+
+
+def test_an_engine_replaced_beside_training_gets_the_weights_of_the_last_sync(engines: list[ActorHandle]) -> None:
+    workers, group = Workers(), EngineGroup(engines[:1], timeout_s=60)
+    sync = WeightSync(workers, group, backend="ray", components=["policy", "draft"], keeps_updates=True)
+    assert group._bring_up is not None
+    # Before the first sync the weights are those of the files.
+    group._bring_up(engines[1])
+    assert taken(engines)[1] == ["connect", "reset", Versions()]
+    sync.sync()
+    drafts = workers.update("draft")
+    sync.sync(draft=False)
+    taken(engines)
+    group._bring_up(engines[1])
+    assert taken(engines)[1] == ["connect", *workers.update("policy"), *drafts, "reset", Versions(2, 1)]
+    assert workers.num_exports == {"policy": 2, "draft": 1}
+
+
+def test_a_sync_that_is_left_out_is_counted(engines: list[ActorHandle]) -> None:
+    sync = WeightSync(Workers(), EngineGroup(engines, timeout_s=60), backend="ray", components=["policy", "draft"])
+    taken(engines)
+    sync.skip(draft=False)
+    assert taken(engines) == [[], []]
+    assert sync.versions == Versions(1, 0)
+
+
+def test_prompts_go_to_their_engines_and_responses_come_in_order(engines: list[ActorHandle]) -> None:
+    group = EngineGroup(engines, timeout_s=60)
+    prompts = [Prompt(f"{number}", [number], [], "", {}) for number in range(5)]
+    assert group.generate(prompts, SamplingConfig(), 2, 7) == [[number] * 2 for number in range(5)]
+    assert taken(engines) == [[[3, 14]], [[2, 15]]]
+    # Later turns of the same responses, some of which are over.
+    assert group.generate(prompts[:3], SamplingConfig(), 1, 7, [1, 1, 1]) == [[0], [1], [2]]
+    assert taken(engines) == [[], [[3, 15]]]
 
 
 def test_over_a_gpu_transfer_the_order_is_the_same(engines: list[ActorHandle]) -> None:
