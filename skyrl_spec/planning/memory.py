@@ -76,6 +76,8 @@ class MemoryPlan:
     sync: int
     # Upper bound: every prompt and response has its largest length.
     tokens_per_step: int
+    # On each GPU of an engine that samples its drafts: their distributions, at most.
+    draft_probs: int
 
 
 def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
@@ -98,7 +100,17 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
         checkpoint=num_trained * (size + _optimizer_bytes(size)),
         sync=num_trained * size,
         tokens_per_step=_sampled_prompts(config) * config.generator.n_samples_per_prompt * longest_sequence(config),
+        draft_probs=_draft_probs(config, spec),
     )
+
+
+def _draft_probs(config: Config, spec: ModelSpec) -> int:
+    """Bytes of two copies (vLLM's ``_draft_probs`` and its rows of a step) of float32 distributions."""
+    speculative = build_speculative_config(config)
+    if speculative is None or config.generator.speculation.draft_sample_method != "probabilistic":
+        return 0
+    num_tokens = config.generator.inference_engine.max_num_seqs * int(speculative["num_speculative_tokens"])
+    return 2 * num_tokens * spec.vocab_size * _FP32
 
 
 def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_policy: bool) -> WorkerMemory:
@@ -227,7 +239,8 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         **_steps(config),
         "packs": _packs(config),
         **_training(config),
-        "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}",
+        "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}"
+        + (f"; distributions of drafts, at most {readable(plan.draft_probs)}" if plan.draft_probs else ""),
         "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
         "checkpoint": f"{readable(plan.checkpoint)} each, "
         + (f"{trainer.max_ckpts_to_keep} kept" if trainer.ckpt_interval else "only if SIGTERM stops the run"),

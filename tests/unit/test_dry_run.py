@@ -216,6 +216,21 @@ def test_sizes_of_a_large_model(tmp_path: Path) -> None:
     assert "8" in plan_facts(config, plan)["GPUs"]
 
 
+def test_the_plan_says_what_sampled_drafts_and_sampling_beside_training_take() -> None:
+    words = ["experiment=cpu_mtp_grpo", "generator.inference_engine.max_num_seqs=10"]
+    plain = load_config(words)
+    assert plan_memory(plain).draft_probs == 0
+    assert "asynchronous" not in plan_facts(plain, plan_memory(plain))
+    sampled = load_config([
+        *words, "generator.speculation.draft_sample_method=probabilistic", "trainer.fully_async.enabled=true"
+    ])  # fmt: skip
+    # Two copies, ten responses, seven tokens, 104 words of four bytes.
+    assert plan_memory(sampled).draft_probs == 2 * 10 * 7 * 104 * 4
+    facts = plan_facts(sampled, plan_memory(sampled))
+    assert "distributions of drafts, at most 58.2 kB" in facts["engine"]
+    assert "use_tis corrects the loss" in facts["asynchronous"]
+
+
 def test_readable_sizes() -> None:
     assert [readable(size) for size in (0, 999, 1000, 99_950, 1.25e6, 999.9e6, 1e9, 123.4e9, 5e15)] == [
         "0 B", "999 B", "1.0 kB", "100.0 kB", "1.2 MB", "1000 MB", "1.0 GB", "123 GB", "5000 TB",
