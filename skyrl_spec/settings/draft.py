@@ -59,7 +59,7 @@ class MtpConfig:
         1024, "Tokens whose logits the draft's loss holds in memory at the same time.", FROM_ONE
     )
     positions_per_step: float = setting(
-        0.1,
+        0.5,
         "Share of the response positions whose drafts are trained in an optimizer step, drawn anew in each. 1.0: all.",
         SHARE,
     )

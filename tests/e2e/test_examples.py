@@ -19,7 +19,7 @@ from skyrl_spec.settings.compose import load_config
 
 EXAMPLES = ROOT / "examples"
 CPU = ("arithmetic_mtp", "arithmetic_dflash", "dapo", "own_dataset")
-GPU = ("mimo_7b_dapo_8gpu", "qwen3_8b_dflash_8gpu", "several_machines")
+GPU = ("mimo_7b_dapo_8gpu", "qwen3_8b_dflash_8gpu", "search_r1", "several_machines")
 
 
 def script(name: str) -> Path:
