@@ -217,8 +217,8 @@ class _Dispatcher:
         self._workers.remove(worker)
         self._owner = {episode: owner for episode, owner in self._owner.items() if owner is not worker}
         failed = [worker.task] if worker.task is not None else []
-        if not worker.process.is_ready:
-            # Others would not start either.
+        if not any(one.process.is_ready for one in [worker, *self._workers]):
+            # None has started, so none can.
             failed = [task for task in self._waiting if task.future.set_running_or_notify_cancel()]
             self._waiting.clear()
         for task in failed:

@@ -122,6 +122,21 @@ def test_a_process_that_cannot_start_fails_what_waits() -> None:
     grader.close()
 
 
+def test_a_further_process_that_cannot_start_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = tmp_path / "late"
+    (tmp_path / "late_environment.py").write_text(
+        "import pathlib\nfrom scored_environment import MoodyEnv\n"
+        f"assert not pathlib.Path({str(flag)!r}).exists(), 'late'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    grader = Grader(replace(ENVIRONMENT, custom={"test_env_moody": "late_environment:MoodyEnv"}))
+    assert score_all(grader, ["ab"])[0].reward == 1.0
+    flag.touch()
+    # Long enough for others to begin.
+    assert [result.reward for result in score_all(grader, ["alarm"] * 200)] == [2.5] * 200
+    grader.close()
+
+
 def test_environments_see_the_variables_of_the_run(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their processes are forked by a server that started earlier."""
     score_all(grader, ["ab"])
