@@ -8,6 +8,10 @@ from pathlib import Path
 class ConfigError(ValueError):
     """A mistake the user can fix. One line: setting, value, what is allowed, the fix. Exit code 2."""
 
+    def __init__(self, line: object):
+        # A value of the user's may have line breaks.
+        super().__init__(" ".join(str(line).splitlines()))
+
 
 class RunError(RuntimeError):
     """The end of a run whose configuration is right, such as no space for an actor. One line, exit code 1."""

@@ -270,3 +270,10 @@ def test_bytes_are_compared_wherever_they_are(tmp_path: Path) -> None:
     save_file({"b": torch.ones(7), OUTPUT_HEAD: embedding, "y": torch.ones(2)}, tmp_path / "m-2.safetensors")
     with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
         require_tied_head(str(tmp_path), parse_spec(tmp_path, QWEN3 | {"tie_word_embeddings": True}))
+
+
+def test_a_line_break_in_a_value_does_not_break_the_line() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_spec(Path("model"), QWEN3 | {"architectures": ["Qwen\r3"]})
+    assert str(refused.value).startswith("trainer.policy.model.path=model: architecture Qwen 3 is not supported; use")
+    assert len(str(refused.value).splitlines()) == 1

@@ -57,6 +57,9 @@ def test_every_metric_is_described_and_no_other() -> None:
         names.NUM_SAMPLE_BATCHES,
         names.NUM_KEPT_GROUPS,
         names.NUM_TURNS,
+        names.STALENESS,
+        names.TRAINER_IDLE,
+        names.ENGINES_IDLE,
     }
     steps = [{names.STEP: step, **dict.fromkeys(keys - {names.STEP}, 1.0)} for step in (1, 2)]
     keys |= headline(steps, speedup=1.5).keys()
