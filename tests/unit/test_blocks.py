@@ -92,6 +92,12 @@ def test_a_slot_sees_its_document_before_the_anchor_and_its_block() -> None:
             assert bool(seen_QN[query, key]) == (in_pack or in_block), (query, key)
 
 
+def test_a_block_at_the_first_token_of_a_document_belongs_to_it() -> None:
+    blocks = supervised_blocks([0, 6, 14], PACK, NUM_DRAFTED)
+    assert blocks.starts == (0, 6, 14)
+    assert blocks.position_Q()[:: NUM_DRAFTED + 1].tolist() == [0, 0, 0]
+
+
 def test_positions_continue_from_the_anchors() -> None:
     blocks = supervised_blocks([4, 9, 28], PACK, NUM_DRAFTED)
     assert blocks.position_Q().tolist() == [4, 5, 6, 7, 3, 4, 5, 6, 14, 15, 16, 17]
