@@ -262,7 +262,9 @@ class SamplingConfig:
 
     max_generate_length: int = setting(1024, "Longest response, in tokens.", FROM_ONE)
     temperature: float = setting(
-        1.0, "Sampling temperature. 0 is greedy, which is allowed in evaluation only.", NOT_NEGATIVE
+        1.0,
+        "Sampling temperature. 0 is greedy, which is allowed in evaluation only. vLLM allows at most 2.",
+        Range(0, 2),
     )
     top_p: float = setting(
         1.0, "Nucleus sampling: sample from the most probable tokens with this total probability.", SHARE

@@ -252,6 +252,9 @@ RULES = {
     f"{MEGATRON}.sequence_parallel=true": (
         f"{MEGATRON}.sequence_parallel=true: must be null or false with {MEGATRON}.tensor_model_parallel_size=1"
     ),
+    "generator.sampling_params.temperature=2.5": (
+        "generator.sampling_params.temperature=2.5: must be at least 0 and at most 2"
+    ),
     "trainer.mtp.positions_per_step=0": "trainer.mtp.positions_per_step=0.0: must be above 0 and at most 1; change it",
     "trainer.dflash.positions_per_step=1.5": "trainer.dflash.positions_per_step=1.5: must be above 0 and at most 1",
     "trainer.max_tokens_per_microbatch=0": "trainer.max_tokens_per_microbatch=0: must be at least 1; change it",
