@@ -3,7 +3,7 @@
     python examples/search_r1/server.py index --port 8000
 
 POST /retrieve {"query": text, "topk": 3} -> {"result": [[{"document": {"id", "contents"}, "score"}, ...]]}. With
-{"queries": [text, ...]} the result has a list for each of them.
+{"queries": [text, ...]} the result has a list for each of them. Scores are always there.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ class Question(BaseModel):
     query: str | None = None
     queries: list[str] = Field(default_factory=list)
     topk: int = Field(default=3, ge=1, le=100)
-    # Search-R1's clients send it. Scores are always there.
-    return_scores: bool = True
 
 
 def make_app(index: Index) -> FastAPI:

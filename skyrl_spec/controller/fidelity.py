@@ -26,7 +26,8 @@ def staleness(rollouts: Sequence[Rollout], versions: Versions, allowed: int) -> 
     """Mean number of training steps by which the trainer is ahead of the weights that sampled a rollout.
 
     Raises:
-        RunError: it is more than ``allowed`` for some, or an engine mixed policy and draft of unlike versions.
+        RunError: it is more than ``allowed`` for some, or some come from a newer policy or draft. With ``allowed=0``,
+            policy and draft must be those of ``versions``.
     """
     sampled = [rollout.generation.versions for rollout in rollouts]
     stale = {one for one in sampled if not _is_recent(one, versions, allowed)}

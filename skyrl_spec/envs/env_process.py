@@ -30,7 +30,7 @@ _LONG_S = 0.5
 def start_server() -> None:
     """Starts the server that forks the processes, which ends with the thread that calls this.
 
-    It has no threads. A fork of the run's own process would inherit locks that threads of Ray hold.
+    It does nothing else. A fork of the run's own process would inherit locks that threads of Ray hold.
     """
     forkserver.set_forkserver_preload(["skyrl_spec.envs.preloaded"])
     forkserver.ensure_running()

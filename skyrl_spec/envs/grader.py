@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe, wait
 from queue import SimpleQueue
@@ -111,6 +112,8 @@ class _Dispatcher:
         self._requests: SimpleQueue[_Task | frozenset[int] | None] = SimpleQueue()
         self._woken, self._wake = Pipe(duplex=False)
         self._lock, self._is_closed = threading.Lock(), False
+        # Why nothing is played any more.
+        self._problem = "the run ends while responses are scored"
         self._has_ended = threading.Event()
         self._workers: list[_Worker] = []
         # Tasks that any process may play.
@@ -118,37 +121,55 @@ class _Dispatcher:
         self._owner: dict[int, _Worker] = {}
 
     def send(self, request: _Task | frozenset[int] | None) -> None:
-        """Takes a task, episodes that are over, or None to stop. Raises RunError after that."""
+        """Takes a task or episodes that are over. Raises RunError once the pool has ended."""
         with self._lock:
             if self._is_closed:
-                raise RunError("the run ends while responses are scored")
-            self._is_closed = request is None
+                raise RunError(self._problem)
             self._requests.put(request)
         self._wake.send_bytes(b"")
 
     def stop(self) -> None:
         """Ends the processes and what waits for them. Returns once they have ended."""
-        self.send(None)
+        with suppress(RunError):
+            self.send(None)
         self._has_ended.wait()
 
     def run(self) -> None:
-        while self._take_requests():
-            self._begin_tasks()
-            self._start_workers()
-            connections = [worker.process.connection for worker in self._workers]
-            ready = set(wait([self._woken, *connections], self._seconds_to_wait()))
-            for worker in list(self._workers):
-                if worker.process.connection in ready:
-                    self._receive(worker)
-                elif worker.process.deadline <= time.monotonic():
-                    self._lose(worker, is_dead=False)
+        try:
+            while self._take_requests():
+                self._begin_tasks()
+                self._start_workers()
+                self._wait_for_answers()
+        except OSError as error:
+            self._problem = f"no process for environments can be started ({error}); free memory or processes"
+        finally:
+            self._end()
+
+    def _wait_for_answers(self) -> None:
+        connections = [worker.process.connection for worker in self._workers]
+        ready = set(wait([self._woken, *connections], self._seconds_to_wait()))
+        for worker in list(self._workers):
+            if worker.process.connection in ready:
+                self._receive(worker)
+            elif worker.process.deadline <= time.monotonic():
+                self._lose(worker, is_dead=False)
+
+    def _end(self) -> None:
+        """Ends the processes, and what waits for them in other threads."""
+        with self._lock:
+            self._is_closed = True
+        while not self._requests.empty():
+            request = self._requests.get()
+            if isinstance(request, _Task):
+                self._waiting.append(request)
         for worker in self._workers:
             worker.process.end()
             self._waiting.extend(worker.waiting)
             if worker.task is not None:
-                worker.task.future.set_exception(RunError("the run ends while responses are scored"))
+                worker.task.future.set_exception(RunError(self._problem))
         for task in self._waiting:
-            task.future.cancel()
+            if task.future.set_running_or_notify_cancel():
+                task.future.set_exception(RunError(self._problem))
         self._has_ended.set()
 
     def _take_requests(self) -> bool:

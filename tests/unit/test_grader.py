@@ -15,6 +15,7 @@ import psutil
 import pytest
 from scored_environment import CHILD_SLEEPS
 
+from skyrl_spec.envs import grader as grader_module
 from skyrl_spec.envs.episodes import EnvResult, Turn
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.errors import ConfigError, RunError
@@ -113,6 +114,19 @@ def test_the_end_of_the_pool_ends_what_waits_for_it(grader: Grader) -> None:
         futures[0].result()
     with pytest.raises(RunError, match="the run ends while responses are scored"):
         score_all(grader, ["ab"])
+
+
+def test_a_machine_without_room_for_processes_fails_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(_environment: EnvironmentConfig) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    # In place of a machine that has no process left.
+    monkeypatch.setattr(grader_module, "EnvProcess", no_room)
+    made = Grader(ENVIRONMENT)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"no process for environments can be started .*Resource temporarily"):
+            score_all(made, ["ab", "abc"])
+    made.close()
 
 
 def test_a_process_that_cannot_start_fails_what_waits() -> None:
