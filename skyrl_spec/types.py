@@ -40,6 +40,16 @@ class Versions:
     def __str__(self) -> str:
         return f"policy version {self.policy} and draft version {self.draft}"
 
+    @property
+    def label(self) -> str:
+        """A word that ``of_label`` reads."""
+        return f"{self.policy}.{self.draft}"
+
+    @classmethod
+    def of_label(cls, label: str) -> Versions:
+        policy, draft = label.split(".")
+        return cls(int(policy), int(draft))
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -49,7 +59,20 @@ class Generation:
     logprobs: list[float]
     # "stop" (an end token was sampled) or "length".
     finish_reason: str
+    # Weights that sampled its first token.
     versions: Versions
+    # Weights that came while it was sampled, each with the index of the first token that they sampled.
+    updates: tuple[tuple[int, Versions], ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A response that an engine shall sample while others run. ``key``: the caller's name of it."""
+
+    key: int
+    token_ids: list[int]
+    # Of its random stream, on CPU.
+    seed: int
 
 
 @dataclass(frozen=True)

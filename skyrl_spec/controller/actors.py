@@ -23,6 +23,7 @@ from skyrl_spec.types import (
     Prompt,
     Proposals,
     ProposalScores,
+    SampleRequest,
     SpecCounters,
     StepReport,
     StepTable,
@@ -69,7 +70,9 @@ class EngineGroup:
         self.handles, self.timeout_s = handles, timeout_s
         self._start, self._while_waiting = start, while_waiting
         self._bring_up: Callable[[Any], None] | None = None
-        self._max_restarts, self._num_restarts = max_restarts, 0
+        self._max_restarts = max_restarts
+        # Number of times that each engine was replaced.
+        self.restarts = [0] * len(handles)
         # Last counters read from each engine, and the sum over engines that were replaced.
         self._counters = [SpecCounters()] * len(handles)
         self._counters_of_lost = SpecCounters()
@@ -106,6 +109,27 @@ class EngineGroup:
             for index, answer in zip(share, answers[place], strict=True):
                 out[index] = answer
         return out
+
+    def advance(
+        self, place: int, requests: Sequence[SampleRequest], sampling: SamplingConfig, seconds: float
+    ) -> ray.ObjectRef:
+        """Lets an engine take these requests and sample so long, beside what it has; see ``RolloutEngine.advance``."""
+        return self.handles[place].advance.remote(list(requests), sampling, seconds)
+
+    def answer_or_replace(self, ref: ray.ObjectRef, place: int) -> Any:
+        """Answer of an engine, or None if it was lost and has been replaced.
+
+        Raises:
+            LostActorError: it is lost and cannot be replaced.
+        """
+        answer, problem = self._answer(ref)
+        if problem:
+            self._replace(place, problem)
+        return answer
+
+    def replace_silent(self, place: int) -> None:
+        """Replaces an engine that did not answer in time. Raises as ``answer_or_replace``."""
+        self._replace(place, self._silence)
 
     def places(self, num_prompts: int) -> list[int]:
         """Engines of so many prompts: one after the other."""
@@ -177,7 +201,7 @@ class EngineGroup:
             overdue = [ref for ref, (_, deadline) in waiting.items() if deadline <= time.monotonic()]
             for ref in ready or overdue:
                 index, _ = waiting.pop(ref)
-                problem = f"did not answer within generator.inference_engine.generate_timeout_s={self.timeout_s:g}"
+                problem = self._silence
                 if ready:
                     answer, problem = self._answer(ref)
                 if problem:
@@ -188,6 +212,10 @@ class EngineGroup:
             if not ready and not overdue:
                 self._while_waiting()
         return answers
+
+    @property
+    def _silence(self) -> str:
+        return f"did not answer within generator.inference_engine.generate_timeout_s={self.timeout_s:g}"
 
     def _answer(self, ref: ray.ObjectRef) -> tuple[Any, str]:
         """Answer of an engine and an empty string, or None and why the engine is lost."""
@@ -207,12 +235,12 @@ class EngineGroup:
         lost = f"rollout engine {index} {problem}"
         if self._start is None or self._bring_up is None:
             raise LostActorError(lost)
-        if self._num_restarts == self._max_restarts:
+        if sum(self.restarts) == self._max_restarts:
             raise LostActorError(
                 f"{lost}, and generator.inference_engine.max_restarts={self._max_restarts} were restarted before: "
                 "look for the cause (memory?), or raise it"
             )
-        self._num_restarts += 1
+        self.restarts[index] += 1
         print(f"skyrl-spec: warning: {lost}; it is restarted, and its prompts are generated again", file=sys.stderr)
         self._counters_of_lost += self._counters[index]
         self._counters[index] = SpecCounters()

@@ -46,6 +46,12 @@ def _is_recent(sampled: Versions, versions: Versions, allowed: int) -> bool:
     return versions.policy - allowed <= sampled.policy <= versions.policy and sampled.draft <= versions.draft
 
 
+def span_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean number of weights that sampled a response, and share of the responses that saw more than one."""
+    counts = np.array([1 + len(rollout.generation.updates) for rollout in rollouts])
+    return {names.SPANS: float(counts.mean()), names.SPANNING: float((counts > 1).mean())}
+
+
 def logprob_agreement(batch: TrainBatch) -> dict[str, float]:
     """Agreement of trainer and engines on the rollouts, before an update: mean and largest |log-prob difference|, KL.
 

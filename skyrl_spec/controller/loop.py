@@ -24,8 +24,9 @@ from skyrl_spec.algorithms.advantages import build_estimator, overlong_penalty
 from skyrl_spec.algorithms.filters import Collected, Group, collect_groups
 from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
 from skyrl_spec.controller.ahead import Ahead
+from skyrl_spec.controller.continuous import Continuous
 from skyrl_spec.controller.draft_training import DraftTraining, Plan, build_draft_training
-from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, staleness
+from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, span_metrics, staleness
 from skyrl_spec.controller.lossless import LosslessCanary, PlainEngine
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
 from skyrl_spec.data.packing import build_train_batch, mini_batches
@@ -95,11 +96,18 @@ class TrainingLoop:
         self._max_staleness = max_staleness(config)
         self._is_stopping: Callable[[], bool] = lambda: False
         self._ahead = Ahead(self.sample)
+        # With it nothing is sampled ahead: it samples all the time.
+        is_continuous = self._max_staleness > 1
+        self._continuous = Continuous(config, self.sampler, engines, stream) if is_continuous else None
         # What a checkpoint needs to sample again the batch that was begun for the next step.
         self._before_ahead: dict[str, Any] | None = None
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
+        # Seconds for which engines sampled, between the last two batches that were taken from running groups.
+        self._busy_s = 0.0
 
     def close(self) -> None:
+        if self._continuous is not None:
+            self._continuous.close()
         if self._ahead.has_batch:
             self.engines.shutdown()
         self.sampler.close()
@@ -126,19 +134,23 @@ class TrainingLoop:
             self.canary.require_agreement()
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(0), [], self.sampler.sample_with_drafts(self.eval_prompts))
+        if self._continuous is not None:
+            self._speculation = SpeculationMeter(self.engines, "train")
+            self._continuous.start(self.sync.versions, num_steps - steps_done)
         for step in range(steps_done + 1, num_steps + 1):
-            if self.stream.epoch >= trainer.epochs and not self._ahead.has_batch:
+            if self._is_over and not self._ahead.has_batch:
                 break
             sampled = self._take()
             # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
-            is_last = step == num_steps or self.stream.epoch >= trainer.epochs
+            is_last = step == num_steps or self._is_over
             with shield():
-                values = self.train(sampled, samples_ahead=self._max_staleness > 0 and not is_last)
+                values = self.train(sampled, samples_ahead=self._max_staleness == 1 and not is_last)
                 drafted: list[DraftedResponse] = []
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
                 if due and self.eval_prompts and not self._ahead.is_running:
-                    values |= self.evaluate(step)
-                    drafted = self.sampler.sample_with_drafts(self.eval_prompts)
+                    with self._quiet_engines():
+                        values |= self.evaluate(step)
+                        drafted = self.sampler.sample_with_drafts(self.eval_prompts)
                 on_step(step, values, sampled.rollouts, drafted)
             self.canary.require_agreement()
             if is_last:
@@ -149,6 +161,7 @@ class TrainingLoop:
         return {
             "step": step,
             **(self._before_ahead or self._sampling_state()),
+            **({} if self._continuous is None else {"running": self._continuous.state_dict()}),
             "versions": asdict(self.sync.versions),
             "canary": self.canary.state_dict(),
             "draft_training": self.draft_training.state_dict(),
@@ -161,20 +174,64 @@ class TrainingLoop:
         """
         self.sampler.num_train_calls = state["num_train_calls"]
         self.sync.restore(Versions(**state["versions"]))
+        if "running" in state:
+            self._load_running(state["running"])
         self.canary.load_state_dict(state["canary"])
         # A checkpoint of an earlier version has none.
         self.draft_training.load_state_dict(state.get("draft_training", {}))
+
+    def _load_running(self, state: dict[str, Any]) -> None:
+        """Goes on with the groups of a checkpoint that were begun and not trained on."""
+        if self._continuous is not None:
+            self._continuous.load_state_dict(state)
+        elif num_groups := len(state["groups"]) + len(state["queue"]):
+            print(
+                f"skyrl-spec: trainer.fully_async.max_staleness_steps={self._max_staleness}: the checkpoint has "
+                f"{num_groups} prompts that were begun and not trained on; they are left out, because that needs 2 or "
+                "more as before",
+                file=sys.stderr,
+            )
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether no prompts are left to sample."""
+        if self._continuous is not None:
+            return self._continuous.is_over
+        return self.stream.epoch >= self.config.trainer.epochs
+
+    @contextmanager
+    def _quiet_engines(self) -> Iterator[None]:
+        """Context in which no rollouts run in the engines, where some run at all times."""
+        if self._continuous is None:
+            yield
+            return
+        with self._continuous.held():
+            yield
+            # Metrics of drafts are those of rollouts.
+            self._speculation = SpeculationMeter(self.engines, "train")
 
     def _sampling_state(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict(), "num_train_calls": self.sampler.num_train_calls}
 
     def _take(self) -> Sampled:
         """The batch of the next step: the one that was sampled ahead, or one that is sampled now."""
+        if self._continuous is not None:
+            return self._take_running(self._continuous)
         if not self._ahead.has_batch:
             return self.sample()
         self._before_ahead = None
         # These seconds were part of the step before.
         return replace(self._ahead.take(), seconds=0.0)
+
+    def _take_running(self, continuous: Continuous) -> Sampled:
+        """The first groups that have finished. Metrics are those of all that has finished since the last step."""
+        taken = continuous.take(self.sync.versions)
+        generator, collected = self.config.generator, taken.collected
+        values = reward_metrics(collected.sampled, generator.n_samples_per_prompt, generator.max_turns)
+        values |= {names.THROUGHPUT: taken.num_tokens / taken.busy_s} if taken.busy_s else {}
+        values |= self._sampling_metrics(collected)
+        self._busy_s = taken.busy_s
+        return Sampled(collected.groups, values, {"generate": taken.waited_s}, taken.waited_s)
 
     def _sampling_ahead(self) -> AbstractContextManager[None]:
         """Context in which the next batch is sampled."""
@@ -207,18 +264,26 @@ class TrainingLoop:
             plan = self.draft_training.plan(self.sync.versions.policy)
             with self._sampling_ahead() if samples_ahead else nullcontext():
                 values |= self._train(self._build_batch(sampled.groups), timings, plan)
-            values |= acceptance_gap(values)
-            values |= self._publish(plan, values, timings)
-            if not self._ahead.is_running:
-                values |= self._run_canaries(timings)
+            with self._quiet_engines():
+                if self._continuous is not None:
+                    values |= self._speculation.metrics()
+                values |= acceptance_gap(values)
+                values |= self._publish(plan, values, timings)
+                if not self._ahead.is_running:
+                    values |= self._run_canaries(timings)
             # Older weights explain differences between engines and trainer.
             if stale_steps == 0:
                 self._watch.look(values)
+        if self._continuous is not None:
+            self._continuous.trained(self.sync.versions)
         values |= self._versions()
         timings["step"] = sampled.seconds + time.perf_counter() - start
         if self._max_staleness and sampled.rollouts:
             values[names.STALENESS] = stale_steps
-            values |= _idle_shares(timings, self._ahead.seconds) if samples_ahead else {}
+            if samples_ahead or self._continuous is not None:
+                values |= _idle_shares(timings, self._ahead.seconds if self._continuous is None else self._busy_s)
+            if self._continuous is not None:
+                values |= span_metrics(sampled.rollouts)
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -411,7 +476,7 @@ def _idle_shares(timings: dict[str, float], sampling_s: float) -> dict[str, floa
     train_s = sum(timings.get(phase, 0.0) for phase in ("fwd_logprobs", "policy_train", "draft_train"))
     return {
         names.TRAINER_IDLE: 1 - train_s / timings["step"],
-        names.ENGINES_IDLE: 1 - sampling_s / timings["step"],
+        names.ENGINES_IDLE: max(0.0, 1 - sampling_s / timings["step"]),
     }
 
 

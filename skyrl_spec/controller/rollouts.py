@@ -12,17 +12,14 @@ import numpy as np
 
 from skyrl_spec.algorithms.filters import Group
 from skyrl_spec.controller.actors import EngineGroup
-from skyrl_spec.controller.conversation import Conversation
-from skyrl_spec.data.turns import TurnTemplate
+from skyrl_spec.controller.conversation import Conversation, Conversations
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.envs.grader import Grader
-from skyrl_spec.errors import ConfigError
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.metrics.lengths import length_metrics
-from skyrl_spec.settings.derived import max_input_length
 from skyrl_spec.settings.schema import Config, SamplingConfig
-from skyrl_spec.types import DraftedResponse, Generation, Message, Prompt, Proposals, Rollout
+from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals
 
 # Limits of sample_with_drafts: prompts, and tokens of each response. Responses are sampled one after the other.
 _NUM_SHOWN, _LONGEST_SHOWN = 2, 128
@@ -35,10 +32,8 @@ class RolloutSampler:
 
     def __init__(self, config: Config, engines: EngineGroup, tokenizer: Any):
         self._config, self._engines, self._tokenizer = config, engines, tokenizer
-        self._grader = Grader(config.environment)
-        generator = config.generator
-        self._template = TurnTemplate(tokenizer, generator.chat_template_kwargs) if generator.max_turns > 1 else None
-        self._num_episodes = 0
+        self.grader = Grader(config.environment)
+        self.conversations = Conversations(config, tokenizer)
         self._has_draft = build_speculative_config(config) is not None
         self.num_train_calls = 0
         self.num_tokens, self.generate_s = 0, 0.0
@@ -75,12 +70,13 @@ class RolloutSampler:
 
     def close(self) -> None:
         """Ends the process that scores."""
-        self._grader.close()
+        self.grader.close()
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int) -> list[Group]:
         """``n`` scored rollouts of each prompt. Adds to ``num_tokens`` and ``generate_s``."""
         places = self._engines.places(len(prompts))
-        groups = [[self._begin(prompt, place) for _ in range(n)] for prompt, place in zip(prompts, places, strict=True)]
+        begin = self.conversations.begin
+        groups = [[begin(prompt, place) for _ in range(n)] for prompt, place in zip(prompts, places, strict=True)]
         everyone = going_on = [conversation for group in groups for conversation in group]
         generations = self._generate(prompts, sampling, n, seed, places)
         self._play(going_on, [generation for group in generations for generation in group], everyone)
@@ -89,17 +85,13 @@ class RolloutSampler:
             inputs = [replace(conversation.prompt, token_ids=conversation.input_ids) for conversation in going_on]
             # The engine that has the keys of the turns before.
             places = [conversation.place for conversation in going_on]
-            answers = self._generate(inputs, sampling, 1, _seed_of_turn(seed, turn), places)
+            answers = self._generate(inputs, sampling, 1, seed_of(seed, turn), places)
             self._play(going_on, [answer for (answer,) in answers], everyone)
             turn += 1
-        self._grader.end_episodes([conversation.number for conversation in everyone])
-        rollouts = [[self._rollout(conversation) for conversation in group] for group in groups]
-        _print_failures([rollout.error for group in rollouts for rollout in group if rollout.error is not None])
+        self.grader.end_episodes([conversation.number for conversation in everyone])
+        rollouts = [[self.conversations.rollout(conversation) for conversation in group] for group in groups]
+        print_failures(rollouts)
         return rollouts
-
-    def _begin(self, prompt: Prompt, place: int) -> Conversation:
-        self._num_episodes += 1
-        return Conversation(self._num_episodes, prompt, place)
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int, places: Sequence[int]
@@ -117,38 +109,16 @@ class RolloutSampler:
         everyone: Sequence[Conversation],
     ) -> None:
         """Plays a turn of each conversation, and appends what their environments answer. ``everyone``: the batch."""
-        generator = self._config.generator
-        texts = self._tokenizer.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
-        for conversation, generation, text in zip(conversations, generations, texts, strict=True):
-            conversation.add_turn(generation, text)
         failures = [conversation.error for conversation in everyone if conversation.error is not None]
-        turns = [conversation.turn(generator.max_turns) for conversation in conversations]
-        results = self._grader.play_all(turns, failures, len(everyone))
-        for conversation, generation, result in zip(conversations, generations, results, strict=True):
-            conversation.take(result, generator.max_turns)
-            if conversation.is_open:
-                self._answer(conversation, generation, result.observations)
-
-    def _answer(self, conversation: Conversation, generation: Generation, observations: Sequence[Message]) -> None:
-        assert self._template is not None
-        answer = "\n".join(message["content"] for message in observations)
-        try:
-            token_ids = self._template.between(generation.token_ids, observations)
-        except ConfigError as error:
-            conversation.fail(f"row {conversation.prompt.uid}, turn {len(conversation.texts)}: {error}")
-        else:
-            conversation.go_on_with(answer, token_ids, max_input_length(self._config))
-
-    def _rollout(self, conversation: Conversation) -> Rollout:
-        text = conversation.texts[0]
-        if len(conversation.texts) > 1:
-            text = self._tokenizer.decode(conversation.token_ids, skip_special_tokens=True)
-        return conversation.rollout(self._config.generator, text)
+        turns = self.conversations.add_turns(conversations, generations)
+        results = self.grader.play_all(turns, failures, len(everyone))
+        for conversation, result in zip(conversations, results, strict=True):
+            self.conversations.take(conversation, result)
 
 
-def _seed_of_turn(seed: int, turn: int) -> int:
-    """Seed of a later turn, unlike that of any first one."""
-    return int(np.random.SeedSequence((seed, turn)).generate_state(1, np.uint64)[0] >> 2)
+def seed_of(*numbers: int) -> int:
+    """A seed that other numbers do not share."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
 def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
@@ -161,8 +131,9 @@ def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
     return pieces
 
 
-def _print_failures(errors: Sequence[str]) -> None:
+def print_failures(groups: Sequence[Group]) -> None:
     """Prints the first errors of a batch, and the number of the others."""
+    errors = [rollout.error for group in groups for rollout in group if rollout.error is not None]
     for error in errors[:_NUM_FAILURES_SHOWN]:
         print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
     if len(errors) > _NUM_FAILURES_SHOWN:

@@ -32,6 +32,8 @@ LENGTH_AT_BATCH = "speculation/drafted_at_batch_"
 # With trainer.fully_async: training steps by which the policy is ahead of the weights that sampled its batch, and
 # shares of a step in which workers and engines did not work.
 STALENESS = "async/staleness_steps"
+SPANS = "async/versions_per_response"
+SPANNING = "async/spanning_share"
 TRAINER_IDLE = "async/trainer_idle_share"
 ENGINES_IDLE = "async/engines_idle_share"
 

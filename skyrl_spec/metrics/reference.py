@@ -33,6 +33,12 @@ REFERENCE = (
         "trainer.fully_async: training steps by which the policy is ahead of the weights that sampled its batch.",
     ),
     Described(
+        "async/versions_per_response",
+        "",
+        "trainer.fully_async.max_staleness_steps from 2: mean number of weights that sampled a response.",
+    ),
+    Described("async/spanning_share", "share", "Responses that were sampled by more than one set of weights."),
+    Described(
         "async/trainer_idle_share",
         "share",
         "Part of a step during which the workers did not train: they waited for the next batch, a sync or a canary.",

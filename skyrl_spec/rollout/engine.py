@@ -23,11 +23,12 @@ from skyrl_spec.drafts.speculation import (
 )
 from skyrl_spec.rollout.calibrate import measure_steps
 from skyrl_spec.rollout.engine_args import OWN_ENGINE_ARGS, require_other_engine_args
+from skyrl_spec.rollout.requests import Requests
 from skyrl_spec.settings.schedule import dense_table
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import model_directory, read_config
-from skyrl_spec.types import Generation, LengthLog, Proposals, SpecCounters, StepTable, Versions
+from skyrl_spec.types import Generation, LengthLog, Proposals, SampleRequest, SpecCounters, StepTable, Versions
 
 _COUNTERS = {counter.name for counter in fields(SpecCounters)}
 
@@ -199,8 +200,11 @@ class RolloutEngine:
 
         vllm_patches.register()
         self._settings = settings
-        self._versions = Versions()
         self._llm = LLM(**args)
+        self._requests = Requests(self._llm.llm_engine)
+        # Keys of running requests by their names.
+        self._keys: dict[str, int] = {}
+        self.set_versions(Versions())
 
     def generate(
         self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
@@ -213,49 +217,73 @@ class RolloutEngine:
         Raises:
             ValueError: a prompt leaves no room for a response.
         """
-        inputs, params = self._requests(prompts, sampling, n, seed)
-        outputs = self._llm.generate(inputs, sampling_params=params, use_tqdm=False)
-        return [[self._generation(completion) for completion in output.outputs] for output in outputs]
-
-    def _requests(
-        self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
-    ) -> tuple[list[Any], list[Any]]:
-        """vLLM's prompts and sampling parameters."""
-        from vllm import SamplingParams, TokensPrompt
-
         require_exact_sampling(sampling, self._settings.speculative_config)
-        longest = max(len(ids) for ids in prompts)
-        if longest >= self._settings.max_model_len:
-            raise ValueError(f"a prompt of {longest} tokens fills max_model_len={self._settings.max_model_len}")
         seeds: list[int | None] = [None] * len(prompts)
-        # On GPUs vLLM samples each seeded request separately, with several kernels a step. Seeds serve to repeat
-        # requests on a replacement engine. On GPUs engines are not replaced, so seeds are not needed.
-        if seed is not None and self._settings.device == "cpu":
+        if seed is not None:
             # vLLM gives the n responses of a prompt the seeds seed, seed + 1, ...
             seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 2]
-        params = [
-            SamplingParams(
-                n=n,
-                seed=prompt_seed,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                max_tokens=min(sampling.max_generate_length, self._settings.max_model_len - len(ids)),
-                logprobs=0,
-                stop=list(sampling.stop) or None,
-                detokenize=bool(sampling.stop),
-            )
-            for ids, prompt_seed in zip(prompts, seeds, strict=True)
-        ]
-        return [TokensPrompt(prompt_token_ids=ids) for ids in prompts], params
+        inputs = [self._request(ids, sampling, n, one) for ids, one in zip(prompts, seeds, strict=True)]
+        names = [self._requests.add(*request) for request in inputs]
+        outputs = self._requests.run(names)
+        return [[self._generation(completion) for completion in output.outputs] for output in outputs]
+
+    def advance(
+        self, requests: list[SampleRequest], sampling: SamplingConfig, seconds: float
+    ) -> list[tuple[int, Generation]]:
+        """Takes in requests, samples for so many seconds, and returns what has finished since the last call, by key.
+
+        Requests that have not finished go on in the next call, also if other calls come between. The call ends early
+        if nothing is left to sample.
+        """
+        require_exact_sampling(sampling, self._settings.speculative_config)
+        for request in requests:
+            name = self._requests.add(*self._request(request.token_ids, sampling, 1, request.seed))
+            self._keys[name] = request.key
+        self._requests.run_for(seconds)
+        outputs = self._requests.take(list(self._keys))
+        return [(self._keys.pop(name), self._generation(output.outputs[0])) for name, output in outputs.items()]
+
+    def set_aside(self) -> None:
+        """Stops all requests between two steps, and drops all keys. The engine is idle until ``take_back``."""
+        self._call_core("set_aside")
+        self._requests.set_aside()
+        if self._has_schedule:
+            self._call_speculation("cache_was_reset")
+
+    def take_back(self) -> None:
+        """Lets requests go on that were set aside. Their keys are computed again, with the weights of now."""
+        self._call_core("take_back")
+        self._requests.take_back()
+
+    def _request(self, token_ids: list[int], sampling: SamplingConfig, n: int, seed: int | None) -> tuple[Any, Any]:
+        """vLLM's prompt and sampling parameters."""
+        from vllm import SamplingParams, TokensPrompt
+
+        if len(token_ids) >= self._settings.max_model_len:
+            raise ValueError(f"a prompt of {len(token_ids)} tokens fills max_model_len={self._settings.max_model_len}")
+        params = SamplingParams(
+            n=n,
+            # On GPUs vLLM samples each seeded request separately, with several kernels a step. Seeds serve to repeat
+            # requests on a replacement engine. On GPUs engines are not replaced, so seeds are not needed.
+            seed=seed if self._settings.device == "cpu" else None,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=min(sampling.max_generate_length, self._settings.max_model_len - len(token_ids)),
+            logprobs=0,
+            stop=list(sampling.stop) or None,
+            detokenize=bool(sampling.stop),
+        )
+        # Keys of older weights are never used for a new request, also where they are still there.
+        return TokensPrompt(prompt_token_ids=token_ids, cache_salt=self._versions.label), params
 
     def calibrate(self, prompts: list[list[int]], sampling: SamplingConfig, largest: int) -> StepTable | None:
         """Measures step times up to batch size ``largest`` and uses them. None with a schedule that needs none."""
         if self._settings.schedule != "auto" or self._settings.speculative_config is None:
             return None
-        inputs, params = self._requests(prompts, sampling, 1, 0)
-        endless = params[0].clone()
+        inputs = [self._request(ids, sampling, 1, 0)[0] for ids in prompts]
+        _, endless = self._request(prompts[0], sampling, 1, 0)
         endless.ignore_eos = True
         largest = min(largest, self._settings.max_num_seqs)
         table = measure_steps(self._llm, self._call_speculation, inputs, endless, largest)
@@ -279,11 +307,15 @@ class RolloutEngine:
         return self._settings.schedule != "fixed" and self._settings.speculative_config is not None
 
     def _call_speculation(self, method: str, *args: Any) -> Any:
-        """Calls a method of ``scheduler.Speculation``, wherever vLLM's engine core runs."""
+        """Calls a method of ``scheduler.Speculation``."""
+        return self._call_core("call_speculation", method, *args)
+
+    def _call_core(self, method: str, *args: Any) -> Any:
+        """Calls a method of vLLM's engine core, wherever that runs."""
         core: Any = self._llm.llm_engine.engine_core
         if hasattr(core, "engine_core"):
-            return core.engine_core.call_speculation(method, *args)
-        return core.call_utility("call_speculation", method, *args)
+            return getattr(core.engine_core, method)(*args)
+        return core.call_utility(method, *args)
 
     def _generation(self, completion: Any) -> Generation:
         if completion.finish_reason not in ("stop", "length"):
@@ -292,7 +324,10 @@ class RolloutEngine:
         # vLLM cuts the tokens, but not the log-probs, behind a text that ends the response.
         positions = completion.logprobs[: len(token_ids)]
         logprobs = [position[token].logprob for token, position in zip(token_ids, positions, strict=True)]
-        return Generation(token_ids, logprobs, completion.finish_reason, self._versions)
+        spans = [(span.start, Versions.of_label(span.version)) for span in completion.weight_versions]
+        # A text that ends the response may cut the tokens of the last span.
+        spans = [span for span in spans if span[0] < len(token_ids)] or spans[:1]
+        return Generation(token_ids, logprobs, completion.finish_reason, spans[0][1], tuple(spans[1:]))
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
         """A response to each prompt with the draft's proposals along it. Slow: one prompt after the other.
@@ -381,6 +416,7 @@ class RolloutEngine:
     def set_versions(self, versions: Versions) -> None:
         """Sets the versions of the weights that the engine holds. Every generation records them."""
         self._versions = versions
+        self._llm.llm_engine.set_weight_version(versions.label)
 
     def reset_prefix_cache(self) -> None:
         """Drops all cached keys, including the draft's. Raises ``RuntimeError`` if vLLM still uses some."""

@@ -288,6 +288,31 @@ def let_speculation_be_called() -> None:
     core_class.call_speculation = call_speculation
 
 
+def let_requests_be_set_aside() -> None:
+    """Gives vLLM's engine core methods that stop all requests for a while, and let them go on.
+
+    vLLM can hold all requests (``pause_scheduler``) or abort them. Here others shall run meanwhile.
+    """
+    from vllm.v1.core.sched.request_queue import create_request_queue
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    def set_aside(self: Any) -> None:
+        scheduler = self.scheduler
+        # Running requests lose their keys and go to the front of the waiting ones.
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+        self.requests_aside, scheduler.waiting = scheduler.waiting, create_request_queue(scheduler.policy)
+
+    def take_back(self: Any) -> None:
+        # None if this engine was started in place of the one whose requests were set aside.
+        if (aside := getattr(self, "requests_aside", None)) is not None:
+            self.scheduler.waiting, self.requests_aside = aside, None
+
+    _require(Scheduler, "reset_prefix_cache", let_requests_be_set_aside)
+    core_class: Any = EngineCore
+    core_class.set_aside, core_class.take_back = set_aside, take_back
+
+
 FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
 ADDITIONS: tuple[Callable[[], None], ...] = (
     keep_tied_heads_tied,
@@ -295,6 +320,7 @@ ADDITIONS: tuple[Callable[[], None], ...] = (
     sample_plainly_without_drafts,
     let_drafts_follow_the_seed,
     let_speculation_be_called,
+    let_requests_be_set_aside,
 )
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,

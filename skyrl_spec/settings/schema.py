@@ -138,8 +138,9 @@ class FullyAsyncConfig:
     max_staleness_steps: int = setting(
         1,
         "Training steps by which the policy may be ahead of the weights that sampled its batch. 0: none, as without "
-        "enabled. 1: a batch is sampled during the training step before. More are not supported yet.",
-        Range(0, 1),
+        "enabled. 1: a batch is sampled during the training step before. 2 and more: responses are sampled without "
+        "pause, and go on across syncs.",
+        NOT_NEGATIVE,
     )
     allow_uncorrected: bool = setting(
         False, "Allow trainer.algorithm.use_tis=false, though batches are sampled with older weights."

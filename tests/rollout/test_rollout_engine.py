@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tiny_models import EOS_TOKEN, LONG_PROMPT, MAX_MODEL_LEN, PROMPT
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, context_len
+from skyrl_spec.rollout.requests import Requests
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import SpecCounters, Versions
 
@@ -165,18 +166,22 @@ def test_there_is_room_for_the_drafts_under_way(models_dir: Path, device: str, n
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_requests_are_seeded_on_cpu_alone(device: str) -> None:
-    """vLLM's ``LLM`` is replaced, because there is no GPU."""
+    """vLLM's engine is replaced, because there is no GPU."""
 
-    class Asked:
-        params: list[Any]
+    class Asked(Requests):
+        def __init__(self) -> None:
+            self.params: list[Any] = []
 
-        def generate(self, prompts: Any, *, sampling_params: list[Any], use_tqdm: bool) -> list[Any]:
-            self.params = sampling_params
+        def add(self, prompt: Any, params: Any) -> str:
+            self.params.append(params)
+            return ""
+
+        def run(self, names: Sequence[str]) -> list[Any]:
             return []
 
     engine = RolloutEngine.__new__(RolloutEngine)
-    engine._settings, engine._llm = EngineSettings("", device=device), Asked()
+    engine._settings, engine._versions, engine._requests = EngineSettings("", device=device), Versions(), Asked()
     engine.generate([PROMPT, PROMPT], SamplingConfig(), n=2, seed=5)
-    seeds = [params.seed for params in engine._llm.params]
+    seeds = [params.seed for params in engine._requests.params]
     assert [seed is None for seed in seeds] == [device == "cuda"] * 2
     assert device == "cuda" or seeds[0] != seeds[1]

@@ -58,6 +58,8 @@ def test_every_metric_is_described_and_no_other() -> None:
         names.NUM_KEPT_GROUPS,
         names.NUM_TURNS,
         names.STALENESS,
+        names.SPANS,
+        names.SPANNING,
         names.TRAINER_IDLE,
         names.ENGINES_IDLE,
     }

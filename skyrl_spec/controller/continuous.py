@@ -1,0 +1,367 @@
+"""Sampling that never stops (``trainer.fully_async.max_staleness_steps`` of 2 and more).
+
+A thread keeps groups running in the engines: when a response ends, its environment plays, and its next turn or another
+group begins. A step takes the first groups that have finished. At the end of a step requests are set aside for the
+sync, and go on with the new weights:
+
+    engines:   g1 ====|   g3 ===========:======|       (":" sync: g2 and g3 span two versions)
+               g2 ==================:====|   g4 ...
+    workers:   |  step 1 on g1, ...  |  step 2 on g2, ...
+
+How old a group may be: no token of a batch is from weights more than ``max_staleness_steps`` training steps old. So a
+group that begins at version v is trained on in the step that begins at version v + max_staleness_steps at the latest.
+No more groups run than those steps can take, and a batch waits for old groups where later steps could not take them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from skyrl_spec.algorithms.filters import FILTERS, Collected, Group
+from skyrl_spec.controller.actors import EngineGroup
+from skyrl_spec.controller.conversation import Conversation
+from skyrl_spec.controller.requests import RunningRequests
+from skyrl_spec.controller.rollouts import RolloutSampler, print_failures, seed_of
+from skyrl_spec.data.prompts import PromptStream
+from skyrl_spec.envs.episodes import EnvResult
+from skyrl_spec.errors import RunError
+from skyrl_spec.settings.derived import max_staleness
+from skyrl_spec.settings.schema import Config
+from skyrl_spec.types import Generation, Prompt, Rollout, SampleRequest, Versions
+
+# Seconds that the thread waits for an engine's or an environment's answer before it looks around.
+_POLL_S = 0.05
+# Seconds between looks for errors and signals, of a step that waits.
+_LOOK_S = 0.2
+# Longest time for the thread to end.
+_END_S = 10.0
+
+
+@dataclass(eq=False)
+class OpenGroup:
+    """A group that was begun and not trained on. ``began``: the policy's version at that time."""
+
+    number: int
+    prompt: Prompt
+    began: int
+    conversations: list[Conversation] = field(default_factory=list)
+    # Once it has finished.
+    rollouts: Group | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The groups of a step, and what was sampled since the step before took its own."""
+
+    collected: Collected
+    # Seconds that the step waited, and that engines sampled, and the tokens of what has finished.
+    waited_s: float
+    busy_s: float
+    num_tokens: int
+
+
+def choose(groups: Sequence[OpenGroup], version: int, size: int, max_staleness: int) -> list[OpenGroup] | None:
+    """The groups of the step that begins at ``version``: the oldest ``size`` that have finished. None: it must wait.
+
+    It waits for ``size`` groups, and for old ones that the steps after it could not take in time, ``size`` a step.
+    """
+    in_order = sorted(groups, key=lambda group: (group.began, group.number))
+    chosen = [group for group in in_order if group.rollouts is not None][:size]
+    if len(chosen) < min(size, len(in_order)):
+        return None
+    left = [group for group in in_order if group not in chosen]
+    last_steps = [group.began + max_staleness for group in left]
+    in_time = all(last >= version + 1 + index // size for index, last in enumerate(last_steps))
+    return chosen if in_time else None
+
+
+class Continuous:
+    """Groups that run in the engines at all times. All methods are for the thread that trains."""
+
+    def __init__(self, config: Config, sampler: RolloutSampler, engines: EngineGroup, stream: PromptStream):
+        self._config, self._sampler, self._engines, self._stream = config, sampler, engines, stream
+        self._size = config.trainer.train_batch_size
+        self._max_staleness = max_staleness(config)
+        self._requests = RunningRequests(engines, config.generator.sampling_params)
+        self._keep = FILTERS[config.trainer.algorithm.dynamic_sampling.type]
+        self._thread = threading.Thread(target=self._guarded_run, daemon=True, name="sampling")
+        # What follows is shared with the thread.
+        self._changed = threading.Condition()
+        self._groups: dict[int, OpenGroup] = {}
+        # Prompts that were taken from the stream and not begun.
+        self._queue: list[Prompt] = []
+        self._num_begun, self._version = 0, 0
+        # Groups that are trained on, and those that the rest of the run can still take.
+        self._num_in_training, self._num_wanted = 0, 0
+        self._wants_hold, self._is_held, self._is_closed = False, False, False
+        self._error: BaseException | None = None
+        # Since a step took its groups.
+        self._sampled: list[Group] = []
+        self._busy_s = 0.0
+        # Of the thread alone.
+        self._asked: dict[int, tuple[OpenGroup, Conversation]] = {}
+        self._num_asked = 0
+        self._played: SimpleQueue[tuple[OpenGroup, Conversation, Future[EnvResult]]] = SimpleQueue()
+        # Tokens of a prompt's responses when it was last sampled.
+        self._lengths: dict[str, float] = {}
+
+    def start(self, versions: Versions, num_steps: int) -> None:
+        """Begins to sample for so many steps, with engines that have these weights."""
+        self._version, self._num_wanted = versions.policy, num_steps * self._size
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there are no more groups, and no more prompts."""
+        with self._changed:
+            return not self._groups and not self._has_prompts
+
+    def take(self, versions: Versions) -> Taken:
+        """The groups to train on at these versions. Waits for them.
+
+        Fewer than a batch if the prompts are over, or if dynamic sampling has sampled ``max_sample_batches``.
+        """
+        start = time.perf_counter()
+        with self._changed:
+            while (chosen := self._choose(versions.policy)) is None:
+                self._changed.wait(_LOOK_S)
+                self._raise_error()
+            for group in chosen:
+                del self._groups[group.number]
+            self._num_in_training = len(chosen)
+            sampled, self._sampled = self._sampled, []
+            busy_s, self._busy_s = self._busy_s, 0.0
+        self._require_few_failures(sampled)
+        groups = [group.rollouts for group in chosen if group.rollouts is not None]
+        num_kept = sum(len(self._keep([group])) for group in sampled)
+        num_tokens = sum(len(one.generation.token_ids) for group in sampled for one in group)
+        collected = Collected(groups, sampled, -(-len(sampled) // self._size), num_kept)
+        return Taken(collected, time.perf_counter() - start, busy_s, num_tokens)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Context in which the engines are idle, for a sync or an evaluation. Requests go on afterwards."""
+        with self._changed:
+            self._wants_hold = True
+            while not self._is_held:
+                self._changed.wait(_LOOK_S)
+                self._raise_error()
+        self._engines.all("set_aside")
+        yield
+        self._engines.all("take_back")
+        with self._changed:
+            self._wants_hold = False
+            self._changed.notify_all()
+
+    def trained(self, versions: Versions) -> None:
+        """Notes the end of a step: engines have these weights, and its groups make room for others."""
+        with self._changed:
+            self._version = versions.policy
+            self._num_wanted -= self._size
+            self._num_in_training = 0
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the thread. The engines must be gone afterwards, or they would go on."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(_END_S)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups that are not trained on, and the prompts behind them, as plain data."""
+        with self._changed:
+            return {
+                "stream": self._stream.state_dict(),
+                "num_begun": self._num_begun,
+                "queue": [prompt.uid for prompt in self._queue],
+                "groups": [_group_state(group) for group in self._groups.values()],
+            }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores ``state_dict``, but for the stream. Finished groups stay; the others begin anew."""
+        prompts = {prompt.uid: prompt for prompt in self._stream.prompts}
+        self._num_begun = state["num_begun"]
+        for saved in state["groups"]:
+            if saved["rollouts"] is not None and saved["uid"] in prompts:
+                group = OpenGroup(saved["number"], prompts[saved["uid"]], saved["began"])
+                group.rollouts = [_rollout(group.prompt, one) for one in saved["rollouts"]]
+                self._groups[group.number] = group
+        running = [saved["uid"] for saved in state["groups"] if saved["rollouts"] is None]
+        self._queue = [prompts[uid] for uid in [*running, *state["queue"]] if uid in prompts]
+
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self._queue) or self._stream.epoch < self._config.trainer.epochs
+
+    def _choose(self, version: int) -> list[OpenGroup] | None:
+        groups = list(self._groups.values())
+        chosen = choose(groups, version, self._size, self._max_staleness)
+        if chosen is not None and (len(chosen) == self._size or not self._has_prompts):
+            return chosen
+        dynamic = self._config.trainer.algorithm.dynamic_sampling
+        if dynamic.type is not None and len(self._sampled) >= dynamic.max_sample_batches * self._size:
+            return [group for group in groups if group.rollouts is not None][: self._size]
+        return None
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _require_few_failures(self, sampled: Sequence[Group]) -> None:
+        print_failures(sampled)
+        errors = [rollout.error for group in sampled for rollout in group if rollout.error is not None]
+        allowed, num = self._config.environment.max_failed_share, sum(len(group) for group in sampled)
+        if len(errors) > allowed * num:
+            raise RunError(
+                f"environment.max_failed_share={allowed:g}: {len(errors)} of {num} responses could not be scored, the "
+                f"last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
+            )
+
+    # From here on: the thread.
+
+    def _guarded_run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            if self._wants_hold:
+                self._hold()
+            start = time.perf_counter()
+            self._begin_groups()
+            self._take_answers(self._requests.poll(_POLL_S))
+            self._take_results(wait=not self._requests)
+            if self._requests:
+                with self._changed:
+                    self._busy_s += time.perf_counter() - start
+
+    def _hold(self) -> None:
+        self._take_answers(self._requests.drain())
+        with self._changed:
+            self._is_held = True
+            self._changed.notify_all()
+            while self._wants_hold and not self._is_closed:
+                self._changed.wait()
+            self._is_held = False
+
+    def _begin_groups(self) -> None:
+        """Begins as many groups as the next steps can take in time."""
+        while (group := self._next_group()) is not None:
+            place = self._requests.least_loaded()
+            for _ in range(self._config.generator.n_samples_per_prompt):
+                group.conversations.append(self._sampler.conversations.begin(group.prompt, place))
+            for conversation in group.conversations:
+                self._ask(group, conversation)
+
+    def _next_group(self) -> OpenGroup | None:
+        with self._changed:
+            room = min((self._max_staleness + 1) * self._size, self._num_wanted)
+            if len(self._groups) + self._num_in_training >= room or not self._has_prompts:
+                return None
+            if not self._queue:
+                # Long ones first, so that none is left alone at the end.
+                batch = self._stream.next_batch()
+                self._queue = sorted(batch, key=lambda prompt: -self._lengths.get(prompt.uid, 0.0))
+            self._num_begun += 1
+            group = OpenGroup(self._num_begun, self._queue.pop(0), self._version)
+            self._groups[group.number] = group
+            return group
+
+    def _ask(self, group: OpenGroup, conversation: Conversation) -> None:
+        """Asks an engine for the next turn."""
+        self._num_asked += 1
+        self._asked[self._num_asked] = group, conversation
+        seed = seed_of(self._config.trainer.seed, group.number, conversation.number, len(conversation.texts))
+        self._requests.add(conversation.place, SampleRequest(self._num_asked, conversation.input_ids, seed))
+
+    def _take_answers(self, answers: Sequence[tuple[int, Generation]]) -> None:
+        """Lets environments play what the engines sampled."""
+        if not answers:
+            return
+        asked = [self._asked.pop(key) for key, _ in answers]
+        conversations = [conversation for _, conversation in asked]
+        turns = self._sampler.conversations.add_turns(conversations, [generation for _, generation in answers])
+        for (group, conversation), turn in zip(asked, turns, strict=True):
+            put: Callable[[Future[EnvResult]], None] = partial(self._put_result, group, conversation)
+            self._sampler.grader.submit(turn).add_done_callback(put)
+
+    def _put_result(self, group: OpenGroup, conversation: Conversation, result: Future[EnvResult]) -> None:
+        self._played.put((group, conversation, result))
+
+    def _take_results(self, *, wait: bool) -> None:
+        """Goes on with conversations whose environments have answered."""
+        while True:
+            try:
+                group, conversation, result = self._played.get(timeout=_POLL_S) if wait else self._played.get_nowait()
+            except Empty:
+                return
+            wait = False
+            self._sampler.conversations.take(conversation, result.result())
+            if conversation.is_open:
+                self._ask(group, conversation)
+            elif not any(one.is_open for one in group.conversations):
+                self._finish(group)
+
+    def _finish(self, group: OpenGroup) -> None:
+        self._sampler.grader.end_episodes([conversation.number for conversation in group.conversations])
+        rollouts = [self._sampler.conversations.rollout(conversation) for conversation in group.conversations]
+        group.conversations = []
+        self._lengths[group.prompt.uid] = max(len(one.generation.token_ids) for one in rollouts)
+        with self._changed:
+            self._sampled.append(rollouts)
+            if self._keep([rollouts]):
+                group.rollouts = rollouts
+            else:
+                del self._groups[group.number]
+            self._changed.notify_all()
+
+
+def _group_state(group: OpenGroup) -> dict[str, Any]:
+    rollouts = None if group.rollouts is None else [_rollout_state(rollout) for rollout in group.rollouts]
+    return {"number": group.number, "uid": group.prompt.uid, "began": group.began, "rollouts": rollouts}
+
+
+def _rollout_state(rollout: Rollout) -> dict[str, Any]:
+    generation = rollout.generation
+    return {
+        "token_ids": generation.token_ids,
+        "logprobs": generation.logprobs,
+        "finish_reason": generation.finish_reason,
+        "versions": generation.versions.label,
+        "updates": [(index, versions.label) for index, versions in generation.updates],
+        "text": rollout.text,
+        "reward": rollout.reward,
+        "loss_mask": rollout.loss_mask,
+        "error": rollout.error,
+        "turns": list(rollout.turns),
+    }
+
+
+def _rollout(prompt: Prompt, state: dict[str, Any]) -> Rollout:
+    updates = tuple((index, Versions.of_label(label)) for index, label in state["updates"])
+    generation = Generation(
+        state["token_ids"], state["logprobs"], state["finish_reason"], Versions.of_label(state["versions"]), updates
+    )
+    return Rollout(
+        prompt,
+        generation,
+        state["text"],
+        state["reward"],
+        state["loss_mask"],
+        state["error"],
+        tuple(state["turns"]),
+    )
