@@ -63,6 +63,8 @@ class Generation:
     versions: Versions
     # Weights that came while it was sampled, each with the index of the first token that they sampled.
     updates: tuple[tuple[int, Versions], ...] = ()
+    # Steps of the engine that sampled it, with each of these weights.
+    num_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

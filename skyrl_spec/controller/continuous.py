@@ -90,6 +90,8 @@ class Continuous:
         self._config, self._sampler, self._engines, self._stream = config, sampler, engines, stream
         self._size = config.trainer.train_batch_size
         self._max_staleness = max_staleness(config)
+        # Whether a sync waits for what was begun.
+        self._is_awaited = config.trainer.fully_async.running_requests == "wait"
         self._requests = RunningRequests(engines, config.generator.sampling_params)
         self._keep = FILTERS[config.trainer.algorithm.dynamic_sampling.type]
         self._thread = threading.Thread(target=self._guarded_run, daemon=True, name="sampling")
@@ -105,10 +107,11 @@ class Continuous:
         self._error: BaseException | None = None
         # Since a step took its groups.
         self._sampled: list[Group] = []
-        self._busy_s = 0.0
+        # Seconds for which engines had requests, since the start and until a step took its groups.
+        self._busy_s = self._busy_before_s = 0.0
         # Of the thread alone.
         self._asked: dict[int, tuple[OpenGroup, Conversation]] = {}
-        self._num_asked = 0
+        self._num_asked, self._num_playing = 0, 0
         self._played: SimpleQueue[tuple[OpenGroup, Conversation, Future[EnvResult]]] = SimpleQueue()
         # Tokens of a prompt's responses when it was last sampled.
         self._lengths: dict[str, float] = {}
@@ -117,6 +120,12 @@ class Continuous:
         """Begins to sample for so many steps, with engines that have these weights."""
         self._version, self._num_wanted = versions.policy, num_steps * self._size
         self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds for which engines had requests, since the start."""
+        with self._changed:
+            return self._busy_s
 
     @property
     def is_over(self) -> bool:
@@ -138,7 +147,7 @@ class Continuous:
                 del self._groups[group.number]
             self._num_in_training = len(chosen)
             sampled, self._sampled = self._sampled, []
-            busy_s, self._busy_s = self._busy_s, 0.0
+            busy_s, self._busy_before_s = self._busy_s - self._busy_before_s, self._busy_s
         self._require_few_failures(sampled)
         groups = [group.rollouts for group in chosen if group.rollouts is not None]
         num_kept = sum(len(self._keep([group])) for group in sampled)
@@ -147,16 +156,20 @@ class Continuous:
         return Taken(collected, time.perf_counter() - start, busy_s, num_tokens)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Context in which the engines are idle, for a sync or an evaluation. Requests go on afterwards."""
+    def held(self, *, keeps_keys: bool = False) -> Iterator[None]:
+        """Context in which the engines are idle, for a sync or an evaluation. Requests go on afterwards.
+
+        ``keeps_keys``: they keep their keys, and nothing else can run meanwhile. With
+        ``trainer.fully_async.running_requests=wait`` there are none left.
+        """
         with self._changed:
             self._wants_hold = True
             while not self._is_held:
                 self._changed.wait(_LOOK_S)
                 self._raise_error()
-        self._engines.all("set_aside")
+        self._engines.all("pause" if keeps_keys else "set_aside")
         yield
-        self._engines.all("take_back")
+        self._engines.all("go_on")
         with self._changed:
             self._wants_hold = False
             self._changed.notify_all()
@@ -239,10 +252,12 @@ class Continuous:
 
     def _run(self) -> None:
         while not self._is_closed:
-            if self._wants_hold:
+            waits = self._is_awaited and bool(self._asked or self._num_playing)
+            if self._wants_hold and not waits:
                 self._hold()
             start = time.perf_counter()
-            self._begin_groups()
+            if not (self._wants_hold and waits):
+                self._begin_groups()
             self._take_answers(self._requests.poll(_POLL_S))
             self._take_results(wait=not self._requests)
             if self._requests:
@@ -297,6 +312,7 @@ class Continuous:
         turns = self._sampler.conversations.add_turns(conversations, [generation for _, generation in answers])
         for (group, conversation), turn in zip(asked, turns, strict=True):
             put: Callable[[Future[EnvResult]], None] = partial(self._put_result, group, conversation)
+            self._num_playing += 1
             self._sampler.grader.submit(turn).add_done_callback(put)
 
     def _put_result(self, group: OpenGroup, conversation: Conversation, result: Future[EnvResult]) -> None:
@@ -310,6 +326,7 @@ class Continuous:
             except Empty:
                 return
             wait = False
+            self._num_playing -= 1
             self._sampler.conversations.take(conversation, result.result())
             if conversation.is_open:
                 self._ask(group, conversation)

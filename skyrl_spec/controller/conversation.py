@@ -82,6 +82,7 @@ class Conversation:
     def rollout(self, generator: GeneratorConfig, text: str) -> Rollout:
         """The finished response. ``text``: that of all its tokens."""
         assert self.versions is not None
+        assert self.last is not None
         is_trained_on = not (self.is_cut and generator.apply_overlong_filtering)
         return Rollout(
             self.prompt,
@@ -91,6 +92,7 @@ class Conversation:
                 "length" if self.is_cut else "stop",
                 self.versions,
                 tuple(self.updates),
+                self.last.num_steps if len(self.texts) == 1 else (),
             ),
             text,
             reward=0.0 if self.is_cut and generator.zero_reward_on_non_stop else self.reward,

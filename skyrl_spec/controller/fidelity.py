@@ -46,10 +46,28 @@ def _is_recent(sampled: Versions, versions: Versions, allowed: int) -> bool:
     return versions.policy - allowed <= sampled.policy <= versions.policy and sampled.draft <= versions.draft
 
 
-def span_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean number of weights that sampled a response, and share of the responses that saw more than one."""
+def span_metrics(rollouts: Sequence[Rollout], *, keeps_keys: bool) -> dict[str, float]:
+    """How many weights sampled a response, and acceptance lengths by the updates that a response had seen.
+
+    ``keeps_keys``: responses went on with the keys they had, so that the first step after an update verified drafts.
+    """
     counts = np.array([1 + len(rollout.generation.updates) for rollout in rollouts])
-    return {names.SPANS: float(counts.mean()), names.SPANNING: float((counts > 1).mean())}
+    metrics = {names.SPANS: float(counts.mean()), names.SPANNING: float((counts > 1).mean())}
+    tokens, steps = np.zeros(counts.max()), np.zeros(counts.max())
+    for rollout in rollouts:
+        generation = rollout.generation
+        # A response of several turns has no number of steps.
+        if len(generation.num_steps) != 1 + len(generation.updates):
+            continue
+        starts = [0, *(index for index, _ in generation.updates), len(generation.token_ids)]
+        plain = [1] + [int(not keeps_keys)] * len(generation.updates)
+        tokens[: len(plain)] += np.diff(starts) - plain
+        steps[: len(plain)] += np.array(generation.num_steps) - plain
+    return metrics | {
+        names.acceptance_after_updates(count): float(tokens[count] / steps[count])
+        for count in range(len(steps))
+        if steps[count] > 0
+    }
 
 
 def logprob_agreement(batch: TrainBatch) -> dict[str, float]:

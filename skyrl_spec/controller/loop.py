@@ -99,11 +99,12 @@ class TrainingLoop:
         # With it nothing is sampled ahead: it samples all the time.
         is_continuous = self._max_staleness > 1
         self._continuous = Continuous(config, self.sampler, engines, stream) if is_continuous else None
+        self._keeps_keys = is_continuous and config.trainer.fully_async.running_requests == "keep"
         # What a checkpoint needs to sample again the batch that was begun for the next step.
         self._before_ahead: dict[str, Any] | None = None
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
-        # Seconds for which engines sampled, between the last two batches that were taken from running groups.
-        self._busy_s = 0.0
+        # Seconds for which engines sampled before the step, where they sample all the time.
+        self._busy_before_s = 0.0
 
     def close(self) -> None:
         if self._continuous is not None:
@@ -200,12 +201,12 @@ class TrainingLoop:
         return self.stream.epoch >= self.config.trainer.epochs
 
     @contextmanager
-    def _quiet_engines(self) -> Iterator[None]:
+    def _quiet_engines(self, *, keeps_keys: bool = False) -> Iterator[None]:
         """Context in which no rollouts run in the engines, where some run at all times."""
         if self._continuous is None:
             yield
             return
-        with self._continuous.held():
+        with self._continuous.held(keeps_keys=keeps_keys):
             yield
             # Metrics of drafts are those of rollouts.
             self._speculation = SpeculationMeter(self.engines, "train")
@@ -225,12 +226,12 @@ class TrainingLoop:
 
     def _take_running(self, continuous: Continuous) -> Sampled:
         """The first groups that have finished. Metrics are those of all that has finished since the last step."""
+        self._busy_before_s = continuous.busy_s
         taken = continuous.take(self.sync.versions)
         generator, collected = self.config.generator, taken.collected
         values = reward_metrics(collected.sampled, generator.n_samples_per_prompt, generator.max_turns)
         values |= {names.THROUGHPUT: taken.num_tokens / taken.busy_s} if taken.busy_s else {}
         values |= self._sampling_metrics(collected)
-        self._busy_s = taken.busy_s
         return Sampled(collected.groups, values, {"generate": taken.waited_s}, taken.waited_s)
 
     def _sampling_ahead(self) -> AbstractContextManager[None]:
@@ -264,12 +265,15 @@ class TrainingLoop:
             plan = self.draft_training.plan(self.sync.versions.policy)
             with self._sampling_ahead() if samples_ahead else nullcontext():
                 values |= self._train(self._build_batch(sampled.groups), timings, plan)
-            with self._quiet_engines():
+            with self._quiet_engines(keeps_keys=self._keeps_keys):
                 if self._continuous is not None:
                     values |= self._speculation.metrics()
                 values |= acceptance_gap(values)
                 values |= self._publish(plan, values, timings)
-                if not self._ahead.is_running:
+                if not self._ahead.is_running and not self._keeps_keys:
+                    values |= self._run_canaries(timings)
+            if self._keeps_keys and self._is_canary_due:
+                with self._quiet_engines():
                     values |= self._run_canaries(timings)
             # Older weights explain differences between engines and trainer.
             if stale_steps == 0:
@@ -280,10 +284,11 @@ class TrainingLoop:
         timings["step"] = sampled.seconds + time.perf_counter() - start
         if self._max_staleness and sampled.rollouts:
             values[names.STALENESS] = stale_steps
-            if samples_ahead or self._continuous is not None:
-                values |= _idle_shares(timings, self._ahead.seconds if self._continuous is None else self._busy_s)
+            if samples_ahead:
+                values |= _idle_shares(timings, self._ahead.seconds)
             if self._continuous is not None:
-                values |= span_metrics(sampled.rollouts)
+                values |= _idle_shares(timings, self._continuous.busy_s - self._busy_before_s)
+                values |= span_metrics(sampled.rollouts, keeps_keys=self._keeps_keys)
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -316,6 +321,11 @@ class TrainingLoop:
                 file=sys.stderr,
             )
 
+    @property
+    def _is_canary_due(self) -> bool:
+        versions = self.sync.versions
+        return self.canary.is_due(versions) or (self.lossless is not None and self.lossless.is_due(versions))
+
     def _run_canaries(self, timings: dict[str, float]) -> dict[str, float]:
         """Runs the canaries that are due at this version. Returns their metrics."""
         values: dict[str, float] = {}
@@ -337,7 +347,7 @@ class TrainingLoop:
             self.sync.skip(draft=sends_draft)
             return {}
         with timed(timings, "sync_weights"):
-            num_bytes = self.sync.sync(draft=sends_draft)
+            num_bytes = self.sync.sync(draft=sends_draft, keeps_keys=self._keeps_keys)
         metrics: dict[str, float] = {names.SYNC_BYTES: num_bytes}
         if "draft" in self.sync.components:
             draft_sync_s = timings["sync_weights"] * self.sync.num_bytes.get("draft", 0) / num_bytes

@@ -34,6 +34,7 @@ LENGTH_AT_BATCH = "speculation/drafted_at_batch_"
 STALENESS = "async/staleness_steps"
 SPANS = "async/versions_per_response"
 SPANNING = "async/spanning_share"
+ACCEPTANCE_AFTER = "async/acceptance_length_after_updates_"
 TRAINER_IDLE = "async/trainer_idle_share"
 ENGINES_IDLE = "async/engines_idle_share"
 
@@ -65,6 +66,11 @@ SYNC_BYTES = "sync/bytes"
 def length_at_batch(batch_size: int) -> str:
     """Mean number of drafted tokens in steps of ``batch_size`` (a power of two) responses up to the next power."""
     return f"{LENGTH_AT_BATCH}{batch_size}"
+
+
+def acceptance_after_updates(count: int) -> str:
+    """Acceptance length of the tokens that were sampled after so many updates since their response began."""
+    return f"{ACCEPTANCE_AFTER}{count}"
 
 
 def pass_at(num_samples: int) -> str:

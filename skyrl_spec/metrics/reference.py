@@ -37,6 +37,11 @@ REFERENCE = (
         "",
         "trainer.fully_async.max_staleness_steps from 2: mean number of weights that sampled a response.",
     ),
+    Described(
+        "async/acceptance_length_after_updates_N",
+        "tokens",
+        "Acceptance length of tokens that were sampled after N updates since their response began.",
+    ),
     Described("async/spanning_share", "share", "Responses that were sampled by more than one set of weights."),
     Described(
         "async/trainer_idle_share",

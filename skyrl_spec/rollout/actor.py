@@ -24,9 +24,9 @@ class EngineActor(RolloutEngine):
         """Versions of the weights that the engine holds. The call returns once the engine is built."""
         return self._versions
 
-    def load_weights(self, updates: list[Update], versions: Versions) -> None:
+    def load_weights(self, updates: list[Update], versions: Versions, keeps_keys: bool = False) -> None:
         """Receives a whole sync over Ray's object store."""
-        load_updates(self, updates, versions)
+        load_updates(self, updates, versions, keeps_keys=keeps_keys)
 
 
 RolloutActor = ray.remote(EngineActor)

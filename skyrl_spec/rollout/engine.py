@@ -202,8 +202,8 @@ class RolloutEngine:
         self._settings = settings
         self._llm = LLM(**args)
         self._requests = Requests(self._llm.llm_engine)
-        # Keys of running requests by their names.
-        self._keys: dict[str, int] = {}
+        # What callers call the running requests, by their names in vLLM.
+        self._key_of: dict[str, int] = {}
         self.set_versions(Versions())
 
     def generate(
@@ -238,22 +238,30 @@ class RolloutEngine:
         require_exact_sampling(sampling, self._settings.speculative_config)
         for request in requests:
             name = self._requests.add(*self._request(request.token_ids, sampling, 1, request.seed))
-            self._keys[name] = request.key
+            self._key_of[name] = request.key
         self._requests.run_for(seconds)
-        outputs = self._requests.take(list(self._keys))
-        return [(self._keys.pop(name), self._generation(output.outputs[0])) for name, output in outputs.items()]
+        outputs = self._requests.take(list(self._key_of))
+        return [(self._key_of.pop(name), self._generation(output.outputs[0])) for name, output in outputs.items()]
 
     def set_aside(self) -> None:
-        """Stops all requests between two steps, and drops all keys. The engine is idle until ``take_back``."""
+        """Stops all requests between two steps, and drops all keys. The engine is idle until ``go_on``."""
         self._call_core("set_aside")
         self._requests.set_aside()
         if self._has_schedule:
             self._call_speculation("cache_was_reset")
 
-    def take_back(self) -> None:
-        """Lets requests go on that were set aside. Their keys are computed again, with the weights of now."""
+    def pause(self) -> None:
+        """Stops all requests between two steps, and keeps their keys. Nothing else can run until ``go_on``."""
+        self._requests.set_aside()
+        if self._has_own_process:
+            self._call_core("pause_scheduler", "keep", False)
+
+    def go_on(self) -> None:
+        """Lets requests go on that were stopped. Those without keys compute them again, with the weights of now."""
         self._call_core("take_back")
         self._requests.take_back()
+        if self._has_own_process:
+            self._call_core("resume_scheduler")
 
     def _request(self, token_ids: list[int], sampling: SamplingConfig, n: int, seed: int | None) -> tuple[Any, Any]:
         """vLLM's prompt and sampling parameters."""
@@ -313,9 +321,14 @@ class RolloutEngine:
     def _call_core(self, method: str, *args: Any) -> Any:
         """Calls a method of vLLM's engine core, wherever that runs."""
         core: Any = self._llm.llm_engine.engine_core
-        if hasattr(core, "engine_core"):
-            return getattr(core.engine_core, method)(*args)
-        return core.call_utility(method, *args)
+        if self._has_own_process:
+            return core.call_utility(method, *args)
+        return getattr(core.engine_core, method)(*args)
+
+    @property
+    def _has_own_process(self) -> bool:
+        """Whether vLLM's engine core runs in another process, which steps by itself."""
+        return not hasattr(self._llm.llm_engine.engine_core, "engine_core")
 
     def _generation(self, completion: Any) -> Generation:
         if completion.finish_reason not in ("stop", "length"):
@@ -324,10 +337,11 @@ class RolloutEngine:
         # vLLM cuts the tokens, but not the log-probs, behind a text that ends the response.
         positions = completion.logprobs[: len(token_ids)]
         logprobs = [position[token].logprob for token, position in zip(token_ids, positions, strict=True)]
-        spans = [(span.start, Versions.of_label(span.version)) for span in completion.weight_versions]
         # A text that ends the response may cut the tokens of the last span.
-        spans = [span for span in spans if span[0] < len(token_ids)] or spans[:1]
-        return Generation(token_ids, logprobs, completion.finish_reason, spans[0][1], tuple(spans[1:]))
+        spans = [span for span in completion.weight_versions if span.start < len(token_ids)]
+        first, *later = [(span.start, Versions.of_label(span.version)) for span in spans or completion.weight_versions]
+        num_steps = tuple(span.num_steps for span in spans)
+        return Generation(token_ids, logprobs, completion.finish_reason, first[1], tuple(later), num_steps)
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
         """A response to each prompt with the draft's proposals along it. Slow: one prompt after the other.
@@ -422,6 +436,10 @@ class RolloutEngine:
         """Drops all cached keys, including the draft's. Raises ``RuntimeError`` if vLLM still uses some."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self.keys_are_old()
+
+    def keys_are_old(self) -> None:
+        """Notes that policy or draft changed, where running requests keep the keys that they have."""
         if self._has_schedule:
             self._call_speculation("weights_changed")
 

@@ -82,8 +82,10 @@ class Speculation:
         self._lengths = AutoLengths(StepTimes(sizes, self._to_try, table), self._largest)
 
     def weights_changed(self) -> None:
-        """Policy or draft got other weights, and all keys were dropped."""
+        """Policy or draft got other weights. Keys were dropped, or are those of the old weights."""
         self._lengths.weights_changed()
+        # The update was no step.
+        self._last_end = None
 
     def cache_was_reset(self) -> None:
         """All keys were dropped."""

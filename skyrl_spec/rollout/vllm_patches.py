@@ -313,6 +313,32 @@ def let_requests_be_set_aside() -> None:
     core_class.set_aside, core_class.take_back = set_aside, take_back
 
 
+def count_steps_by_version() -> None:
+    """Adds ``num_steps`` to the spans of a response: how many of the engine's steps sampled each."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    state_class: Any = RequestState
+    for name in ("track_weight_version", "_weight_version_spans"):
+        _require(state_class, name, count_steps_by_version)
+    track, spans_of = state_class.track_weight_version, state_class._weight_version_spans
+
+    # Called in every step that sampled something.
+    def track_weight_version(self: Any, weight_version: str) -> None:
+        track(self, weight_version)
+        steps = self.__dict__.setdefault("steps_by_span", [])
+        if len(steps) < len(self.weight_version_starts):
+            steps.append(0)
+        steps[-1] += 1
+
+    def _weight_version_spans(self: Any) -> Any:
+        spans = spans_of(self)
+        for span, num_steps in zip(spans or [], self.__dict__.get("steps_by_span", []), strict=True):
+            span.num_steps = num_steps
+        return spans
+
+    state_class.track_weight_version, state_class._weight_version_spans = track_weight_version, _weight_version_spans
+
+
 FIXES: tuple[Callable[[], None], ...] = (fix_reload_of_context_buffers,)
 ADDITIONS: tuple[Callable[[], None], ...] = (
     keep_tied_heads_tied,
@@ -321,6 +347,7 @@ ADDITIONS: tuple[Callable[[], None], ...] = (
     let_drafts_follow_the_seed,
     let_speculation_be_called,
     let_requests_be_set_aside,
+    count_steps_by_version,
 )
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,

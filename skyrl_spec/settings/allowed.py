@@ -48,6 +48,7 @@ SEEDS = Range(0, 2**32 - 1)
 
 DEVICES = ("cpu", "cuda")
 ON_FAILURE = ("error", "warn")
+RUNNING_REQUESTS = ("recompute", "keep", "wait")
 RECOMPUTE = ("selective", "full")
 RECOMPUTE_MODULES = ("layernorm", "mlp", "core_attn")
 DTYPES = ("fp32", "bf16")

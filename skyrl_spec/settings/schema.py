@@ -22,6 +22,7 @@ from skyrl_spec.settings.allowed import (
     ON_FAILURE,
     POSITIVE,
     PROBABILITY,
+    RUNNING_REQUESTS,
     SEEDS,
     SHARE,
     Range,
@@ -141,6 +142,13 @@ class FullyAsyncConfig:
         "enabled. 1: a batch is sampled during the training step before. 2 and more: responses are sampled without "
         "pause, and go on across syncs.",
         NOT_NEGATIVE,
+    )
+    running_requests: str = setting(
+        "recompute",
+        "With max_staleness_steps from 2: what a sync does with responses that are being sampled. recompute: they go "
+        "on, and their keys are computed again with the new weights. keep: they go on with the keys they have. wait: "
+        "the sync waits until they have ended.",
+        RUNNING_REQUESTS,
     )
     allow_uncorrected: bool = setting(
         False, "Allow trainer.algorithm.use_tis=false, though batches are sampled with older weights."

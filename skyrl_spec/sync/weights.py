@@ -29,6 +29,7 @@ class UpdatedEngine(Protocol):
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
     def finish_weight_update(self) -> None: ...
     def reset_prefix_cache(self) -> None: ...
+    def keys_are_old(self) -> None: ...
     def set_versions(self, versions: Versions) -> None: ...
 
 
@@ -50,14 +51,19 @@ class SendingWorkers(Protocol):
     def send(self, component: Component, timeout_s: float) -> int: ...
 
 
-def load_updates(engine: UpdatedEngine, updates: Iterable[Update], versions: Versions) -> None:
+def load_updates(
+    engine: UpdatedEngine, updates: Iterable[Update], versions: Versions, *, keeps_keys: bool = False
+) -> None:
     """Engine's side of a sync over the object store. On one host the arrays are mapped, not copied."""
     for component, chunks in updates:
         engine.start_weight_update(component == "draft")
         for chunk in chunks:
             engine.update_weights(ray.get(chunk))
         engine.finish_weight_update()
-    engine.reset_prefix_cache()
+    if keeps_keys:
+        engine.keys_are_old()
+    else:
+        engine.reset_prefix_cache()
     engine.set_versions(versions)
 
 
@@ -93,12 +99,13 @@ class WeightSync:
             # The engines are ranks of one transfer group, so a single one cannot be replaced.
             policy.connect(backend, engines.handles, self.components, engines.timeout_s)
 
-    def sync(self, *, draft: bool = True) -> int:
+    def sync(self, *, draft: bool = True, keeps_keys: bool = False) -> int:
         """Brings every engine to the workers' weights, under the next version. Returns the bytes of one copy.
 
-        ``draft=False``: the draft has not changed since the last sync, and is not sent.
+        ``draft=False``: the draft has not changed since the last sync, and is not sent. ``keeps_keys``: requests that
+        are paused keep the keys that they have.
         """
-        return self._send(*self._next(draft))
+        return self._send(*self._next(draft), keeps_keys=keeps_keys)
 
     def skip(self, *, draft: bool = True) -> None:
         """Counts a sync that is left out, because the run is told to stop and its engines are busy."""
@@ -114,18 +121,18 @@ class WeightSync:
         """Brings every engine to the workers' weights, under the versions of a checkpoint. Returns the bytes."""
         return self._send(self.components, versions)
 
-    def _send(self, components: list[Component], versions: Versions) -> int:
+    def _send(self, components: list[Component], versions: Versions, *, keeps_keys: bool = False) -> int:
         self.versions = versions
         if self._over_ray:
             updates, self.num_bytes = self._export(components)
             if self._keeps_updates:
                 self._kept |= dict(updates)
-            self._engines.all("load_weights", updates, versions)
+            self._engines.all("load_weights", updates, versions, keeps_keys)
         else:
             self.num_bytes = {
                 component: self._policy.send(component, self._engines.timeout_s) for component in components
             }
-            self._engines.all("reset_prefix_cache")
+            self._engines.all("keys_are_old" if keeps_keys else "reset_prefix_cache")
             self._engines.all("set_versions", versions)
         return sum(self.num_bytes.values())
 

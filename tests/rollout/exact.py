@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import scipy.stats
 import torch
@@ -18,17 +19,23 @@ from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation
 
 
-@torch.no_grad()
-def exact_logprobs(path: Path, token_ids: list[list[int]], sampling: SamplingConfig) -> Tensor:
-    """``[B, S, V]``: exact log-probs of the next token after sampling settings, in float64 by transformers."""
+def reference_model(path: Path) -> Any:
+    """The policy in ``path``, by transformers."""
     # transformers has no MiMo architecture. Its trunk is that of Qwen2.
     is_qwen3 = json.loads((path / "config.json").read_text())["model_type"] == "qwen3"
+    model: Any
     if is_qwen3:
         model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(path)).eval()
     else:
         model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(path)).eval()
     model.load_state_dict(split_weights(path)[0], strict=not model.config.tie_word_embeddings)
-    logits = model(torch.tensor(token_ids)).logits.double() / (sampling.temperature or 1.0)
+    return model
+
+
+@torch.no_grad()
+def exact_logprobs(path: Path, token_ids: list[list[int]], sampling: SamplingConfig) -> Tensor:
+    """``[B, S, V]``: exact log-probs of the next token after sampling settings, in float64 by transformers."""
+    logits = reference_model(path)(torch.tensor(token_ids)).logits.double() / (sampling.temperature or 1.0)
     if sampling.top_k > 0:
         kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

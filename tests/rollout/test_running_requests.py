@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from engine_process import EngineProcess
-from exact import exact_logprobs, generate
+from exact import exact_logprobs, generate, reference_model
 from safetensors.torch import load_file
 from tiny_models import LONG_PROMPT, MTP, PROMPT, dflash, split_weights
 from torch import Tensor
@@ -71,12 +71,12 @@ def weights(kind: str, models_dir: Path, dflash_dir: Path) -> tuple[Weights, Wei
 Weights = tuple[Path, dict[str, Tensor], dict[str, Tensor]]
 
 
-def load(engine: EngineProcess, weights: Weights, versions: Versions) -> None:
-    """Policy and draft, between two steps of requests that are set aside."""
-    engine.set_aside()
+def load(engine: EngineProcess, weights: Weights, versions: Versions, *, keeps_keys: bool = False) -> None:
+    """Policy and draft, between two steps of requests that are stopped."""
+    engine.pause() if keeps_keys else engine.set_aside()
     for draft, tensors in enumerate(weights[1:]):
         update(engine, bool(draft), [pack_weights(tensors.items())])
-    engine.reset_prefix_cache()
+    engine.keys_are_old() if keeps_keys else engine.reset_prefix_cache()
     engine.set_versions(versions)
 
 
@@ -91,12 +91,14 @@ def sampled_across_an_update(
     new: Weights,
     asked: Sequence[SampleRequest],
     sampling: SamplingConfig = SAMPLING,
+    *,
+    keeps_keys: bool = False,
 ) -> list[Generation]:
     load(engine, old, OLD)
-    engine.take_back()
+    engine.go_on()
     finished = engine.advance_steps(asked, sampling, 6)
-    load(engine, new, NEW)
-    engine.take_back()
+    load(engine, new, NEW, keeps_keys=keeps_keys)
+    engine.go_on()
     finished += engine.advance([], sampling, FOREVER)
     assert sorted(key for key, _ in finished) == [request.key for request in asked]
     return [generation for _, generation in sorted(finished)]
@@ -167,7 +169,7 @@ def test_an_update_to_the_same_weights_changes_no_token(
 ) -> None:
     """Responses are those of a run that nothing interrupts: no token is lost or sampled twice."""
     load(stepped, weights[0], OLD)
-    stepped.take_back()
+    stepped.go_on()
     asked = requests(8, [PROMPT, [9], [60, 61, 62], LONG_PROMPT[:200]])
     quiet = dict(stepped.advance(asked, GREEDY, FOREVER))
     crossed = sampled_across_an_update(stepped, weights[0], weights[0], asked, GREEDY)
@@ -180,7 +182,7 @@ def test_an_update_to_the_same_weights_changes_no_token(
 def test_others_run_while_requests_are_set_aside(stepped: EngineProcess, weights: tuple[Weights, Weights]) -> None:
     """Evaluations and canaries see an engine that is idle, and leave the others as they were."""
     load(stepped, weights[0], OLD)
-    stepped.take_back()
+    stepped.go_on()
     alone = generate(stepped, [PROMPT, LONG_PROMPT[:200]], SAMPLING, n=3, seed=5)
     (proposals,) = stepped.propose([PROMPT], SAMPLING, 7)
     asked = requests(12, [PROMPT, [9], [60, 61, 62], LONG_PROMPT[:200]])
@@ -191,7 +193,7 @@ def test_others_run_while_requests_are_set_aside(stepped: EngineProcess, weights
     assert generate(stepped, [PROMPT, LONG_PROMPT[:200]], SAMPLING, n=3, seed=5) == alone
     assert stepped.propose([PROMPT], SAMPLING, 7) == [proposals]
     assert stepped.advance([], SAMPLING, FOREVER) == []
-    stepped.take_back()
+    stepped.go_on()
     later = dict(stepped.advance([], GREEDY, FOREVER))
     assert {key: g.token_ids for key, g in later.items()} == {key: g.token_ids for key, g in quiet.items()}
 
@@ -200,12 +202,11 @@ def test_requests_come_while_others_run_and_each_finishes_by_itself(
     stepped: EngineProcess, weights: tuple[Weights, Weights]
 ) -> None:
     load(stepped, weights[0], OLD)
-    stepped.take_back()
+    stepped.go_on()
     # A prompt of one token would get other random numbers beside others than alone.
     asked = requests(6, [PROMPT, [9, 11]])
     alone = {
-        request.key: dict(stepped.advance([request], SAMPLING, FOREVER))[request.key].token_ids
-        for request in asked
+        request.key: dict(stepped.advance([request], SAMPLING, FOREVER))[request.key].token_ids for request in asked
     }
     together: dict[int, Generation] = {}
     for request in asked:
@@ -222,7 +223,7 @@ def test_new_requests_do_not_use_keys_of_older_weights(
     sampling = replace(SAMPLING, temperature=0.0)
     old, new = weights
     load(stepped, old, OLD)
-    stepped.take_back()
+    stepped.go_on()
     generate(stepped, [LONG_PROMPT], sampling)
     for draft, tensors in enumerate(new[1:]):
         update(stepped, bool(draft), [pack_weights(tensors.items())])
@@ -230,3 +231,41 @@ def test_new_requests_do_not_use_keys_of_older_weights(
     unaware = generate(stepped, [LONG_PROMPT], sampling)[0][0].token_ids
     stepped.reset_prefix_cache()
     assert generate(stepped, [LONG_PROMPT], sampling)[0][0].token_ids == unaware
+
+
+@torch.no_grad()
+def logprobs_with_old_keys(sample: Generation, old: Path, new: Path) -> Tensor:
+    """``[T]``: log-probs of a response whose keys were kept at its update, by transformers.
+
+    The last token before the update has no keys at that time, because no step has read it.
+    """
+    ids, first_new = [*PROMPT, *sample.token_ids], len(PROMPT) + sample.updates[0][0] - 1
+    before, after = (reference_model(path) for path in (old, new))
+    output = before(torch.tensor([ids[:first_new]]), use_cache=True)
+    later = after(torch.tensor([ids[first_new:]]), past_key_values=output.past_key_values).logits
+    logits = torch.cat([output.logits, later], dim=1)[0, len(PROMPT) - 1 : -1] / SAMPLING.temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+
+
+def test_kept_keys_are_those_of_the_weights_before(stepped: EngineProcess, weights: tuple[Weights, Weights]) -> None:
+    (old, *_), (new, *_) = weights
+    samples = sampled_across_an_update(stepped, *weights, requests(60), keeps_keys=True)
+    crossing = [sample for sample in samples if sample.updates]
+    assert len(crossing) > 10
+    for sample in crossing[:10]:
+        assert (logprobs_with_old_keys(sample, old, new) - torch.tensor(sample.logprobs)).abs().max() < 1e-4
+    # Power: their tokens are not those of the new weights with keys of their own.
+    after = [range(sample.updates[0][0], len(sample.token_ids)) for sample in crossing]
+    assert p_value(uniforms(crossing, new, after)) < 1e-3
+
+
+def test_steps_are_counted_by_version(stepped: EngineProcess, weights: tuple[Weights, Weights]) -> None:
+    """The first step, and the first one after an update, sample one token: there are no drafts to verify."""
+    before = stepped.spec_counters()
+    samples = sampled_across_an_update(stepped, *weights, requests(8))
+    counters = stepped.spec_counters() - before
+    assert all(len(sample.num_steps) == 1 + len(sample.updates) for sample in samples)
+    assert all(sample.num_steps[0] == 6 for sample in samples if sample.updates)
+    spans = sum(len(sample.num_steps) for sample in samples)
+    # A draft beyond the end of a response is not counted by everyone.
+    assert abs(sum(sum(sample.num_steps) for sample in samples) - spans - counters.num_drafts) <= len(samples)

@@ -60,6 +60,7 @@ def test_every_metric_is_described_and_no_other() -> None:
         names.STALENESS,
         names.SPANS,
         names.SPANNING,
+        names.acceptance_after_updates(1),
         names.TRAINER_IDLE,
         names.ENGINES_IDLE,
     }
