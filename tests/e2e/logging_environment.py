@@ -26,6 +26,4 @@ class NotedEnv(GSM8kEnv):
         output = super().step(action)
         self.num_left -= 1
         answer = [{"role": "user", "content": ANSWER}] if self.num_left else []
-        return BaseTextEnvStepOutput(
-            observations=answer, reward=output["reward"], done=self.num_left == 0, metadata={}
-        )
+        return BaseTextEnvStepOutput(observations=answer, reward=output["reward"], done=self.num_left == 0, metadata={})

@@ -247,6 +247,14 @@ def logprobs_with_old_keys(sample: Generation, old: Path, new: Path) -> Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
 
 
+def distance_after_update(sample: Generation, path: Path) -> float:
+    """Largest difference of its log-probs from those of the model at ``path``, behind the update."""
+    start, ids = sample.updates[0][0], torch.tensor(sample.token_ids)
+    exact = exact_logprobs(path, [[*PROMPT, *sample.token_ids]], SAMPLING)[0, len(PROMPT) - 1 : -1]
+    exact = exact.gather(1, ids[:, None])[:, 0]
+    return float((exact - torch.tensor(sample.logprobs)).abs()[start:].max())
+
+
 def test_kept_keys_are_those_of_the_weights_before(stepped: EngineProcess, weights: tuple[Weights, Weights]) -> None:
     (old, *_), (new, *_) = weights
     samples = sampled_across_an_update(stepped, *weights, requests(60), keeps_keys=True)
@@ -254,9 +262,8 @@ def test_kept_keys_are_those_of_the_weights_before(stepped: EngineProcess, weigh
     assert len(crossing) > 10
     for sample in crossing[:10]:
         assert (logprobs_with_old_keys(sample, old, new) - torch.tensor(sample.logprobs)).abs().max() < 1e-4
-    # Power: their tokens are not those of the new weights with keys of their own.
-    after = [range(sample.updates[0][0], len(sample.token_ids)) for sample in crossing]
-    assert p_value(uniforms(crossing, new, after)) < 1e-3
+    # Power: these are not the log-probs of the new weights with keys of their own.
+    assert max(distance_after_update(sample, new) for sample in crossing[:10]) > 1e-2
 
 
 def test_steps_are_counted_by_version(stepped: EngineProcess, weights: tuple[Weights, Weights]) -> None:
