@@ -317,6 +317,32 @@ def _draft_training(run: RunData, several: bool) -> Chart | None:
     )
 
 
+def _asynchrony(run: RunData, several: bool) -> Chart | None:
+    axes = _axes(f"Asynchrony{f': {_label(run)}' if several else ''}", "share of a step; steps")
+    named = (
+        (names.TRAINER_IDLE, "trainer idle"),
+        (names.ENGINES_IDLE, "engines idle"),
+        (names.STALENESS, "staleness"),
+        (names.SPANS, "versions per response"),
+    )
+    texts = []
+    for index, (key, label) in enumerate(named):
+        steps, values = run.series(key)
+        if steps:
+            axes.plot(steps, values, label=label, color=COLOURS[index], linestyle=LINES[index])
+            texts.append(f"{label}: mean {sum(values) / len(values):.2f}.")
+    if not texts:
+        return None
+    axes.set_ylim(bottom=0)
+    return _finished(
+        axes,
+        f"asynchrony{_slug(run, several)}",
+        "Parts of a step in which workers and engines did not work, training steps by which the policy is ahead of the "
+        "weights that sampled a batch, and weights that sampled a response.",
+        texts,
+    )
+
+
 def _drafted_lengths(run: RunData, several: bool) -> Chart | None:
     axes, texts = _axes(f"Drafted tokens by batch size{f': {_label(run)}' if several else ''}", "drafted tokens"), []
     keys = run.numbered(names.LENGTH_AT_BATCH)
@@ -408,6 +434,7 @@ _OVERLAYS: tuple[Callable[[Sequence[RunData]], Chart | None], ...] = (
 _SINGLES: tuple[Callable[[RunData, bool], Chart | None], ...] = (
     _positions,
     _phases,
+    _asynchrony,
     _draft_training,
     _drafted_lengths,
     _expected_speed,
