@@ -279,7 +279,9 @@ class RolloutEngine:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             max_tokens=min(sampling.max_generate_length, self._settings.max_model_len - len(token_ids)),
+            # Of the sampled token only, as one list.
             logprobs=0,
+            flat_logprobs=True,
             stop=list(sampling.stop) or None,
             detokenize=bool(sampling.stop),
         )
@@ -335,8 +337,10 @@ class RolloutEngine:
             raise RuntimeError(f"vLLM ended a request with {completion.finish_reason!r}")
         token_ids = list(completion.token_ids)
         # vLLM cuts the tokens, but not the log-probs, behind a text that ends the response.
-        positions = completion.logprobs[: len(token_ids)]
-        logprobs = [position[token].logprob for token, position in zip(token_ids, positions, strict=True)]
+        flat = completion.logprobs
+        if flat.token_ids[: len(token_ids)] != token_ids:
+            raise RuntimeError("vLLM's log-probs are not one for each sampled token")
+        logprobs = flat.logprobs[: len(token_ids)]
         # A text that ends the response may cut the tokens of the last span.
         spans = [span for span in completion.weight_versions if span.start < len(token_ids)]
         first, *later = [(span.start, Versions.of_label(span.version)) for span in spans or completion.weight_versions]
