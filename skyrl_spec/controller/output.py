@@ -20,7 +20,7 @@ from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, SummaryWriter, Writer, pick_samples, read_jsonl
 from skyrl_spec.planning.memory import memory_line, plan_facts, plan_memory
 from skyrl_spec.settings.compose import to_yaml
-from skyrl_spec.settings.derived import parallel_sizes
+from skyrl_spec.settings.derived import max_staleness, parallel_sizes
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import DraftedResponse, Rollout
 
@@ -99,10 +99,15 @@ def facts_of(task: Task) -> dict[str, str]:
         "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",
-        "steps": f"{task.steps} ({task.stream.steps_per_epoch} per epoch)",
+        "steps": f"{task.steps} ({task.stream.steps_per_epoch} per epoch){_beside(max_staleness(task.config))}",
         "memory": memory_line(plan_memory(task.config, trains_policy=task.trains_policy)),
         "run": trainer.run_dir,
     } | _resume_fact(task)
+
+
+def _beside(staleness: int) -> str:
+    steps = "1 step" if staleness == 1 else f"{staleness} steps"
+    return f", sampled beside training, at most {steps} old" if staleness else ""
 
 
 def _draft_fact(config: Config) -> str:

@@ -251,12 +251,22 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
 
 def _steps(config: Config) -> dict[str, str]:
     """How sampling and training follow each other, if not in turns."""
-    if not max_staleness(config):
+    staleness, requests = max_staleness(config), config.trainer.fully_async.running_requests
+    if not staleness:
         return {}
-    return {
-        "asynchronous": "the next batch is sampled while the workers train, so it comes from weights of a step before; "
-        + ("use_tis corrects the loss" if uses_tis(config) else "nothing corrects the loss")
-    }
+    how = "the next batch is sampled while the workers train, so it comes from weights of a step before"
+    if staleness > 1:
+        at_sync = {
+            "recompute": "go on with keys computed again",
+            "keep": "go on with the keys they have",
+            "wait": "end before it",
+        }
+        how = (
+            f"engines sample without pause, with weights of at most {staleness} steps before; responses that run at a "
+            f"sync {at_sync[requests]}"
+        )
+    corrected = "use_tis corrects the loss" if uses_tis(config) else "nothing corrects the loss"
+    return {"asynchronous": f"{how}; {corrected}"}
 
 
 def _packs(config: Config) -> str:
