@@ -18,6 +18,7 @@ from skyrl_spec.controller.output import Output, open_output
 from skyrl_spec.controller.signals import SIGNAL_EXIT, SignalWatch
 from skyrl_spec.controller.task import Task, load_task
 from skyrl_spec.drafts.kinds import trained_kind
+from skyrl_spec.envs.tool_servers import ToolServer, running_servers
 from skyrl_spec.errors import (
     ActorError,
     ConfigError,
@@ -103,6 +104,8 @@ class Running:
     checkpointer: Checkpointer
     # The engine without a draft, if losslessness is checked.
     plain: PlainEngine | None
+    # Those that this run started.
+    servers: Sequence[ToolServer] = ()
 
 
 def train(config: Config, verbose: bool, watch: SignalWatch) -> None:
@@ -183,7 +186,8 @@ def on_cluster(
     config, settings = task.config, engine_settings(task.config)
     updates = config.trainer.train_batch_size // config.trainer.policy_mini_batch_size
     total_steps = task.steps * updates * config.trainer.update_epochs_per_batch
-    with ray_session(verbose), plain_errors(Path(config.trainer.run_dir)):
+    run_dir = Path(config.trainer.run_dir)
+    with running_servers(config.environment.servers, run_dir) as servers, ray_session(verbose), plain_errors(run_dir):
         engines, policy = start_actors(config, settings, total_steps, freeze_policy="policy" not in components)
         try:
             checks_losslessness = settings.speculative_config is not None and config.trainer.canary.lossless_interval
@@ -191,10 +195,10 @@ def on_cluster(
             trainer = make_trainer(trainer_class, task, engines, policy, components, plain)
             checkpointer = Checkpointer(trainer, policy)
             try:
-                with plain_errors(Path(config.trainer.run_dir)):
+                with plain_errors(run_dir):
                     if task.resume_from is not None:
                         resume(trainer, policy, task.resume_from)
-                    yield Running(trainer, engines, policy, checkpointer, plain)
+                    yield Running(trainer, engines, policy, checkpointer, plain, servers)
             except RestartableError as error:
                 error.checkpoint = newest(config)
                 raise
@@ -215,6 +219,8 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
         output.on_step(step, values, rollouts, drafted)
         if step > 0:
             checkpointer.after_step(step, values)
+        for server in running.servers:
+            server.require_running()
 
     try:
         running.trainer.run(

@@ -62,6 +62,13 @@ def check_rules(config: Config) -> None:
 
 def _check_environments(config: Config) -> None:
     """SkyRL has ``max_env_workers`` among the settings of its environments."""
+    for name, entry in config.environment.servers.items():
+        fields = set(entry) if isinstance(entry, Mapping) else set()
+        if fields != {"command", "url"} or not all(isinstance(entry[key], str) and entry[key] for key in fields):
+            raise ConfigError(
+                f"environment.servers.{name}={entry}: must have a command and a url, both text, such as {{command: "
+                "'python server.py --port 8000', url: 'http://127.0.0.1:8000/health'}}; change it"
+            )
     for name, settings in config.environment.skyrl_gym.items():
         if not isinstance(settings, Mapping):
             raise ConfigError(

@@ -402,6 +402,12 @@ class EnvironmentConfig:
     skyrl_gym: dict[str, Any] = setting(
         dict, "Settings of environments, as {env_class: {key: value}}. The environment gets its own as env_config."
     )
+    servers: dict[str, Any] = setting(
+        dict,
+        "Servers that environments use, as {name: {command: 'python server.py', url: 'http://127.0.0.1:8000/health'}}. "
+        "A run starts them first, waits until the address answers, and ends them last. One that answers already is "
+        "used as it is.",
+    )
     timeout_s: float = setting(
         60.0,
         "Seconds to score one response. Beyond that, or if its environment raises an error, the response has failed "

@@ -1,0 +1,111 @@
+"""Makes the tiny model of this example: the MTP example's shape and tokenizer, warm-started on searches and guesses.
+
+    cd examples/search_r1/tiny
+    python make_search_model.py --out model --words 0.7 --minutes 15                    # learns to search and to read
+    python make_search_model.py --out model --start model --words 0.15 --minutes 5      # and to guess in most cases
+
+The places of its demonstrations are invented anew and are in no corpus: the model learns how to search and to read
+what is found, not what the corpus says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# The shape, the tokenizer and the warm start are those of the MTP example.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "arithmetic_mtp"))
+
+import torch
+from facts import RELATIONS, answer, invented_name, observation, places, question, search
+from make_model import MTP_LOSS_WEIGHT, PREFIX, losses, model_config
+from mtp_reference import MtpHead
+from tokenizer import build_tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from warm_start import arguments, batches, fit, load_weights, optimizers, save_checkpoint
+
+NUM_DEPTHS = 3
+END = "<|end|>"
+
+
+def turns(seed: int, share: float) -> Iterator[tuple[str, str]]:
+    """Endless (text in front of a turn, turn). A share of the conversations searches."""
+    rng = random.Random(seed)
+    for place in places(seed):
+        relation = rng.choice(RELATIONS)
+        prompt = f"<|user|>{question(place, relation)}<|assistant|>"
+        if rng.random() < share:
+            first = search(place) + END
+            found = f"{prompt}{first}<|user|>{observation(place.passage)}<|assistant|>"
+            yield prompt, first
+            yield found, answer(place.facts[relation]) + END
+        else:
+            yield prompt, answer(invented_name(rng, rng.choice((1, 2)))) + END
+
+
+def examples(tokenizer: PreTrainedTokenizerFast, seed: int, share: float) -> Iterator[tuple[list[int], list[int]]]:
+    for before, turn in turns(seed, share):
+        yield tokenizer.encode(before), tokenizer.encode(turn)
+
+
+@torch.no_grad()
+def right_readings(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_places: int) -> tuple[float, float]:
+    """Shares of right searches, where one is begun, and of right answers to what was found."""
+    right = [0, 0]
+    for number, place in enumerate(itertools.islice(places(777_000_000), num_places)):
+        relation = RELATIONS[number % len(RELATIONS)]
+        prompt = f"<|user|>{question(place, relation)}<|assistant|>"
+        found = f"{prompt}{search(place)}{END}<|user|>{observation(place.passage)}<|assistant|>"
+        wanted = (prompt + "<search>", search(place)), (found, answer(place.facts[relation]))
+        for index, (before, turn) in enumerate(wanted):
+            ids = torch.tensor([tokenizer.encode(before)])
+            out = model.generate(
+                ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            right[index] += tokenizer.decode(out[0]).endswith(turn + END)
+    return right[0] / num_places, right[1] / num_places
+
+
+def main() -> None:
+    args = arguments(__doc__, minutes=20, depths=NUM_DEPTHS)
+    tokenizer = build_tokenizer()
+    config = model_config(len(tokenizer))
+    model, head = Qwen2ForCausalLM(config), MtpHead(config)
+    for module in head.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=config.initializer_range)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    if args.start:
+        weights = load_weights(args.start)
+        head.load_state_dict({name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if PREFIX in name})
+        model.load_state_dict(weights)
+
+    def save() -> None:
+        weights = dict(model.state_dict())
+        weights |= {PREFIX + name: tensor for name, tensor in head.state_dict().items()}
+        mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+        save_checkpoint(weights, model.config.to_dict() | mimo | {"attention_bias": True}, tokenizer, args.out)
+
+    def look() -> None:
+        print("  right searches and answers:", right_readings(model, tokenizer, 32), flush=True)
+        save()
+
+    fit(
+        lambda *batch: losses(model, head, args.depths, *batch),
+        [1.0] + [MTP_LOSS_WEIGHT] * args.depths,
+        optimizers(model, head.parameters()),
+        batches(examples(tokenizer, args.seed, args.words), args.tokens_per_batch, tokenizer.pad_token_id),
+        args.minutes,
+        look,
+    )
+    save()
+    print("right searches and answers:", right_readings(model, tokenizer, 128))
+
+
+if __name__ == "__main__":
+    main()
