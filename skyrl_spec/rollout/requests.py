@@ -56,5 +56,7 @@ class Requests:
 
     def _step(self) -> None:
         for output in self._engine.step():
-            self._running.remove(output.request_id)
+            # A core in its own process may have finished it before it was told to stop.
+            self._running.discard(output.request_id)
+            self._aside.discard(output.request_id)
             self._finished[output.request_id] = output

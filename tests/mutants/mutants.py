@@ -41,6 +41,8 @@ REFERENCE = "tests/megatron/test_optimizer_step.py::test_the_reference_stays_whe
 SKIPPED = "tests/megatron/test_skipped_updates.py::test_a_bad_gradient_of_the_policy[False-1]"
 BUNDLE = "tests/megatron/test_bundle.py::test_a_bundle_is_what_the_ranks_hold[mtp-2-fp32-False]"
 BOXES = "tests/megatron/test_dist_checkpoint.py::test_boxes_are_the_range_in_order"
+CONTINUOUS = "tests/unit/test_continuous.py"
+RUNNING_REQUESTS = "tests/rollout/test_running_requests.py"
 RESUME = "tests/mutants/quick_resume.py::test_resume_is_bitwise"
 
 LOSSES = [
@@ -635,6 +637,23 @@ SYNCED = [
         "controller/fidelity.py",
         [AGREEMENT],
         ("stale rollouts accepted", "return sampled == versions", "return True"),
+    ),
+    *of(
+        "controller/continuous.py",
+        [CONTINUOUS],
+        ("no wait for old groups", "return chosen if in_time else None", "return chosen"),
+        ("young groups first", "(group.began, group.number)", "(-group.began, group.number)"),
+        ("a group may be one step too old", "last >= version + 1 + index", "last >= version + index"),
+    ),
+    *of(
+        "rollout/engine.py",
+        [RUNNING_REQUESTS],
+        ("new requests read old keys", "cache_salt=self._versions.label", 'cache_salt="all"'),
+    ),
+    *of(
+        "rollout/vllm_patches.py",
+        [RUNNING_REQUESTS],
+        ("requests that were set aside are lost", "self.scheduler.waiting, self.requests_aside = aside, None", "pass"),
     ),
 ]
 

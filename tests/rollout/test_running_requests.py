@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from tiny_models import LONG_PROMPT, MTP, PROMPT, dflash, split_weights
 from torch import Tensor
 from updates import update
 
-from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout import engine as engine_module
+from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_weights
 from skyrl_spec.types import Generation, SampleRequest, Versions
@@ -276,3 +278,41 @@ def test_steps_are_counted_by_version(stepped: EngineProcess, weights: tuple[Wei
     spans = sum(len(sample.num_steps) for sample in samples)
     # A draft beyond the end of a response is not counted by everyone.
     assert abs(sum(sum(sample.num_steps) for sample in samples) - spans - counters.num_drafts) <= len(samples)
+
+
+class CoreInAProcess(RolloutEngine):
+    """An engine whose core steps in a process of its own, as on GPUs."""
+
+    def __init__(self, settings: EngineSettings):
+        # Test processes are daemons, which may have no children.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+        ours = engine_module.engine_environment
+        engine_module.engine_environment = lambda one: ours(one) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        super().__init__(settings)
+        assert self._has_own_process
+
+
+def test_a_core_in_its_own_process_stops_and_goes_on(
+    models_dir: Path, start_engine: Callable[..., EngineProcess]
+) -> None:
+    """It steps by itself, so that it must be told. On a CPU; a GPU's scheduler is another. The weights stay."""
+    path = models_dir / "w0"
+    engine = start_engine(CoreInAProcess, model_path=str(path), speculative_config=MTP)
+    asked = requests(200)
+    for stop in ("set_aside", "pause"):
+        engine.set_versions(OLD)
+        finished = engine.advance(asked, SAMPLING, 0.1)
+        getattr(engine, stop)()
+        engine.set_versions(NEW)
+        # Nothing runs.
+        before = engine.spec_counters()
+        assert engine.advance([], SAMPLING, 0.5) == []
+        assert engine.spec_counters() == before
+        if stop == "set_aside":
+            assert len(generate(engine, [PROMPT], SAMPLING, n=3)[0]) == 3
+        engine.go_on()
+        finished += engine.advance([], SAMPLING, FOREVER)
+        assert sorted(key for key, _ in finished) == [request.key for request in asked]
+        crossing = [sample for _, sample in finished if sample.updates]
+        assert crossing
+        assert all(distance_after_update(sample, path) < 1e-4 for sample in crossing[:5])
