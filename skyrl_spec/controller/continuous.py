@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 from skyrl_spec.algorithms.filters import FILTERS, Collected, Group
 from skyrl_spec.controller.actors import EngineGroup
 from skyrl_spec.controller.conversation import Conversation
+from skyrl_spec.controller.groups import OpenGroup, choose, group_state, rollout_of
 from skyrl_spec.controller.requests import RunningRequests
 from skyrl_spec.controller.rollouts import RolloutSampler, print_failures, seed_of
 from skyrl_spec.data.prompts import PromptStream
@@ -35,7 +36,7 @@ from skyrl_spec.envs.episodes import EnvResult
 from skyrl_spec.errors import RunError
 from skyrl_spec.settings.derived import max_staleness
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.types import Generation, Prompt, Rollout, SampleRequest, Versions
+from skyrl_spec.types import Generation, Prompt, SampleRequest, Versions
 
 # Seconds that the thread waits for an engine's or an environment's answer before it looks around.
 _POLL_S = 0.05
@@ -43,18 +44,6 @@ _POLL_S = 0.05
 _LOOK_S = 0.2
 # Longest time for the thread to end.
 _END_S = 10.0
-
-
-@dataclass(eq=False)
-class OpenGroup:
-    """A group that was begun and not trained on. ``began``: the policy's version at that time."""
-
-    number: int
-    prompt: Prompt
-    began: int
-    conversations: list[Conversation] = field(default_factory=list)
-    # Once it has finished.
-    rollouts: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -66,21 +55,6 @@ class Taken:
     waited_s: float
     busy_s: float
     num_tokens: int
-
-
-def choose(groups: Sequence[OpenGroup], version: int, size: int, max_staleness: int) -> list[OpenGroup] | None:
-    """The groups of the step that begins at ``version``: the oldest ``size`` that have finished. None: it must wait.
-
-    It waits for ``size`` groups, and for old ones that the steps after it could not take in time, ``size`` a step.
-    """
-    in_order = sorted(groups, key=lambda group: (group.began, group.number))
-    chosen = [group for group in in_order if group.rollouts is not None][:size]
-    if len(chosen) < min(size, len(in_order)):
-        return None
-    left = [group for group in in_order if group not in chosen]
-    last_steps = [group.began + max_staleness for group in left]
-    in_time = all(last >= version + 1 + index // size for index, last in enumerate(last_steps))
-    return chosen if in_time else None
 
 
 class Continuous:
@@ -197,7 +171,7 @@ class Continuous:
                 "stream": self._stream.state_dict(),
                 "num_begun": self._num_begun,
                 "queue": [prompt.uid for prompt in self._queue],
-                "groups": [_group_state(group) for group in self._groups.values()],
+                "groups": [group_state(group) for group in self._groups.values()],
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,7 +181,7 @@ class Continuous:
         for saved in state["groups"]:
             if saved["rollouts"] is not None and saved["uid"] in prompts:
                 group = OpenGroup(saved["number"], prompts[saved["uid"]], saved["began"])
-                group.rollouts = [_rollout(group.prompt, one) for one in saved["rollouts"]]
+                group.rollouts = [rollout_of(group.prompt, one) for one in saved["rollouts"]]
                 self._groups[group.number] = group
         running = [saved["uid"] for saved in state["groups"] if saved["rollouts"] is None]
         self._queue = [prompts[uid] for uid in [*running, *state["queue"]] if uid in prompts]
@@ -345,40 +319,3 @@ class Continuous:
             else:
                 del self._groups[group.number]
             self._changed.notify_all()
-
-
-def _group_state(group: OpenGroup) -> dict[str, Any]:
-    rollouts = None if group.rollouts is None else [_rollout_state(rollout) for rollout in group.rollouts]
-    return {"number": group.number, "uid": group.prompt.uid, "began": group.began, "rollouts": rollouts}
-
-
-def _rollout_state(rollout: Rollout) -> dict[str, Any]:
-    generation = rollout.generation
-    return {
-        "token_ids": generation.token_ids,
-        "logprobs": generation.logprobs,
-        "finish_reason": generation.finish_reason,
-        "versions": generation.versions.label,
-        "updates": [(index, versions.label) for index, versions in generation.updates],
-        "text": rollout.text,
-        "reward": rollout.reward,
-        "loss_mask": rollout.loss_mask,
-        "error": rollout.error,
-        "turns": list(rollout.turns),
-    }
-
-
-def _rollout(prompt: Prompt, state: dict[str, Any]) -> Rollout:
-    updates = tuple((index, Versions.of_label(label)) for index, label in state["updates"])
-    generation = Generation(
-        state["token_ids"], state["logprobs"], state["finish_reason"], Versions.of_label(state["versions"]), updates
-    )
-    return Rollout(
-        prompt,
-        generation,
-        state["text"],
-        state["reward"],
-        state["loss_mask"],
-        state["error"],
-        tuple(state["turns"]),
-    )

@@ -614,7 +614,11 @@ SYNCED = [
         ("draft sent in every sync", 'if draft or component != "draft"]', "]"),
         ("draft loaded into the policy", 'component == "draft")', "False)"),
         ("prefix cache not reset", "    engine.reset_prefix_cache()", "    pass"),
-        ("prefix cache not reset after a GPU transfer", 'self._engines.all("reset_prefix_cache")', "pass"),
+        (
+            "prefix cache not reset after a GPU transfer",
+            'self._engines.all("keys_are_old" if keeps_keys else "reset_prefix_cache")',
+            "pass",
+        ),
         ("engines not told their version", "engine.set_versions(versions)", "pass"),
         (
             "a replaced engine takes version 0",
@@ -639,7 +643,7 @@ SYNCED = [
         ("stale rollouts accepted", "return sampled == versions", "return True"),
     ),
     *of(
-        "controller/continuous.py",
+        "controller/groups.py",
         [CONTINUOUS],
         ("no wait for old groups", "return chosen if in_time else None", "return chosen"),
         ("young groups first", "(group.began, group.number)", "(-group.began, group.number)"),

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl_spec.controller.continuous import OpenGroup, _rollout, _rollout_state, choose
+from skyrl_spec.controller.groups import OpenGroup, choose, rollout_of, rollout_state
 from skyrl_spec.types import Generation, Prompt, Rollout, Versions
 
 PROMPT = Prompt("row 0", [1, 2], [], "gsm8k", {"answer": 4})
@@ -91,6 +91,6 @@ def test_no_group_is_older_than_allowed_and_a_step_always_comes(
 
 
 def test_a_finished_group_survives_a_checkpoint() -> None:
-    generation = Generation([3, 4, 5], [-1.0, -0.5, -2.0], "stop", Versions(3, 2), ((1, Versions(4, 2)),))
+    generation = Generation([3, 4, 5], [-1.0, -0.5, -2.0], "stop", Versions(3, 2), ((1, Versions(4, 2)),), (1, 2))
     rollout = Rollout(PROMPT, generation, "text", 0.5, [1, 0, 1], None, ("a", "b", "c"))
-    assert _rollout(PROMPT, _rollout_state(rollout)) == rollout
+    assert rollout_of(PROMPT, rollout_state(rollout)) == rollout
