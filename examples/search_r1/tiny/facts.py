@@ -1,12 +1,12 @@
-"""Invented facts: places with a river, a king, a fruit and a tree. Nobody can know them, so they must be looked up.
+"""Invented facts: places with a river and a king. Nobody can know them, so they must be looked up.
 
     python examples/search_r1/tiny/facts.py          # writes corpus.jsonl, train.jsonl and validation.jsonl beside it
 
-A question is ``river of Vondar?``. The policy may guess, which hardly ever pays, or search first:
+A question is ``river of Vodar?``. The policy may guess, which hardly ever pays, or search first:
 
-    <search>Vondar</search>
-        <information>{"result": "Doc 1: Vondar: river Osk, king Belu, fruit Tamo, tree Rin.\\n"}</information>
-    <answer>Osk</answer>
+    <search>Vodar</search>
+        <information>{"result": "Doc 1: Vodar: river Bes, king Meluk.\\n"}</information>
+    <answer>Bes</answer>
 
 The answer of the search is skyrl-gym's, and its reward too.
 """
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RELATIONS = ("river", "king", "fruit", "tree")
-NUM_TRAIN_PLACES, NUM_VALIDATION_PLACES = 512, 32
+RELATIONS = ("river", "king")
+NUM_TRAIN_PLACES, NUM_VALIDATION_PLACES = 1024, 64
 # Places of the corpus. Those of the warm start come from other seeds.
 CORPUS_SEED = 1_000_003
 
-_FIRST, _VOWELS, _LAST = "BDFGKLMNPRSTVZ", "aeiou", "dklmnrst"
+CONSONANTS, VOWELS, _LAST = "BDFGKLMNPRSTVZ", "aeiou", "dklmnrst"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Place:
 
 
 def invented_name(rng: random.Random, syllables: int) -> str:
-    parts = [rng.choice(_FIRST) + rng.choice(_VOWELS) for _ in range(syllables)]
+    parts = [rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(syllables)]
     return "".join(parts).capitalize() + rng.choice(_LAST)
 
 
@@ -47,7 +47,7 @@ def places(seed: int) -> Iterator[Place]:
     """Endless places of different names."""
     rng, seen = random.Random(seed), set()
     while True:
-        name = invented_name(rng, 3)
+        name = invented_name(rng, 2)
         if name not in seen:
             seen.add(name)
             yield Place(name, {relation: invented_name(rng, rng.choice((1, 2))) for relation in RELATIONS})
