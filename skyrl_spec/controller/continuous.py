@@ -164,18 +164,17 @@ class Continuous:
         if self._thread.is_alive():
             self._thread.join(_END_S)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Groups that are not trained on, and the prompts behind them, as plain data."""
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State of the stream of prompts, and groups that are not trained on and prompts behind them; plain data."""
         with self._changed:
-            return {
-                "stream": self._stream.state_dict(),
+            return self._stream.state_dict(), {
                 "num_begun": self._num_begun,
                 "queue": [prompt.uid for prompt in self._queue],
                 "groups": [group_state(group) for group in self._groups.values()],
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores ``state_dict``, but for the stream. Finished groups stay; the others begin anew."""
+        """Restores the second part of ``state_dict``. Finished groups stay; the others begin anew."""
         prompts = {prompt.uid: prompt for prompt in self._stream.prompts}
         self._num_begun = state["num_begun"]
         for saved in state["groups"]:

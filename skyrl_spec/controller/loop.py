@@ -162,7 +162,6 @@ class TrainingLoop:
         return {
             "step": step,
             **(self._before_ahead or self._sampling_state()),
-            **({} if self._continuous is None else {"running": self._continuous.state_dict()}),
             "versions": asdict(self.sync.versions),
             "canary": self.canary.state_dict(),
             "draft_training": self.draft_training.state_dict(),
@@ -212,7 +211,12 @@ class TrainingLoop:
             self._speculation = SpeculationMeter(self.engines, "train")
 
     def _sampling_state(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict(), "num_train_calls": self.sampler.num_train_calls}
+        where = {"num_train_calls": self.sampler.num_train_calls}
+        if self._continuous is None:
+            return {"stream": self.stream.state_dict(), **where}
+        # The stream of the same moment: its thread may take a batch at any time.
+        stream, running = self._continuous.state_dict()
+        return {"stream": stream, "running": running, **where}
 
     def _take(self) -> Sampled:
         """The batch of the next step: the one that was sampled ahead, or one that is sampled now."""
