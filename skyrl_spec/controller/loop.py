@@ -233,7 +233,9 @@ class TrainingLoop:
         self._busy_before_s = continuous.busy_s
         taken = continuous.take(self.sync.versions)
         generator, collected = self.config.generator, taken.collected
-        values = reward_metrics(collected.sampled, generator.n_samples_per_prompt, generator.max_turns)
+        # Nothing may have finished since the last step, whose groups had all finished before.
+        finished = collected.sampled or collected.groups
+        values = reward_metrics(finished, generator.n_samples_per_prompt, generator.max_turns) if finished else {}
         values |= {names.THROUGHPUT: taken.num_tokens / taken.busy_s} if taken.busy_s else {}
         values |= self._sampling_metrics(collected)
         return Sampled(collected.groups, values, {"generate": taken.waited_s}, taken.waited_s)
