@@ -69,11 +69,11 @@ class BenchEngine(EngineActor):
     def decaying_tokens_per_s(self, prompts: list[list[int]], lengths: list[int], seed: int) -> float:
         """Tokens per second of one batch whose responses have these lengths."""
         self._drop_keys()
-        inputs, params = self._requests(prompts, SAMPLING, 1, seed)
-        for one, length in zip(params, lengths, strict=True):
-            one.max_tokens, one.ignore_eos = length, True
+        requests = [self._request(ids, SAMPLING, 1, seed + index) for index, ids in enumerate(prompts)]
+        for (_, params), length in zip(requests, lengths, strict=True):
+            params.max_tokens, params.ignore_eos = length, True
         start = time.perf_counter()
-        self._llm.generate(inputs, sampling_params=params, use_tqdm=False)
+        self._requests.run([self._requests.add(*request) for request in requests])
         return sum(lengths) / (time.perf_counter() - start)
 
     def _drop_keys(self) -> None:

@@ -24,14 +24,14 @@ _FILE = "SKYRL_SPEC_TEST_LOST_VERSIONS"
 
 
 class _ForgetfulEngine(EngineActor):
-    def load_weights(self, updates: list[Update], versions: Versions) -> None:
+    def load_weights(self, updates: list[Update], versions: Versions, keeps_keys: bool = False) -> None:
         path = Path(os.environ[_FILE])
         lost = json.loads(path.read_text())
         if versions.draft in lost:
             lost.remove(versions.draft)
             path.write_text(json.dumps(lost))
             updates = [(component, chunks) for component, chunks in updates if component != "draft"]
-        super().load_weights(updates, versions)
+        super().load_weights(updates, versions, keeps_keys)
 
 
 if __name__ == "__main__":
