@@ -38,9 +38,11 @@ def test_every_example_has_a_readme_and_a_script() -> None:
 
 @pytest.mark.parametrize("name", GPU)
 def test_scripts_for_gpus_name_settings_that_are_valid(name: str) -> None:
-    words = re.sub(r"\\\n", " ", script(name).read_text()).split("skyrl-spec train ", 1)[1].split()
-    overrides = [word.strip('"') for word in words if "=" in word and "$" not in word]
-    validate(load_config(overrides))
+    lines = re.sub(r"\\\n", " ", script(name).read_text()).splitlines()
+    commands = [line.partition("skyrl-spec train ")[2] for line in lines if not line.startswith("#")]
+    assert any(commands)
+    for words in filter(None, commands):
+        validate(load_config([word.strip('"') for word in words.split() if "=" in word and "$" not in word]))
 
 
 @pytest.mark.examples

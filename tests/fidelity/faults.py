@@ -61,6 +61,7 @@ class _FaultyEngine(EngineActor):
 
     def inject(self, fault: str | None, skipped: str | None = None, change: Any = None) -> None:
         self.fault, self.skipped, self.change = fault, skipped, change
+        self._salt = self._versions.label
         if not (fault or skipped or change):
             # Ends an update that the last fault may have left open.
             with suppress(Exception):
@@ -92,8 +93,14 @@ class _FaultyEngine(EngineActor):
             for name, tensor in self._fused().items():
                 tensor.copy_(self._old.get(name, tensor))
 
+    def _request(self, *args: Any) -> tuple[Any, Any]:
+        prompt, params = super()._request(*args)
+        if self.fault == "old keys":
+            prompt["cache_salt"] = self._salt
+        return prompt, params
+
     def reset_prefix_cache(self) -> None:
-        if self.skipped != "reset_prefix_cache":
+        if self.fault != "old keys":
             super().reset_prefix_cache()
 
     def set_versions(self, versions: Versions) -> None:
@@ -226,7 +233,8 @@ FAULTS = (
         "a row of the policy is corrupted", "mtp", (POLICY, DRAFT), with_tensors(corrupt("model.layers.5.mlp.up_proj"))
     ),
     Fault("a row of the draft is corrupted", "mtp", (DRAFT,), with_tensors(corrupt("mtp_layers.0.mlp.up_proj"))),
-    Fault("the prefix cache is kept", "mtp", (POLICY, DRAFT), in_engine(skipped="reset_prefix_cache")),
+    # Kept keys alone do no harm: new requests look for keys of the weights of now.
+    Fault("keys of older weights are used", "mtp", (POLICY, DRAFT), in_engine("old keys")),
     Fault("an engine is not told its version", "mtp", (VERSION,), in_engine(skipped="set_versions")),
     Fault("engines sample at another temperature", "mtp", (POLICY, LOGPROBS), in_engine("temperature")),
     Fault("the draft is trained on normed hidden states", "mtp", (DRAFT,), in_worker("post-norm"), from_start=True),

@@ -41,7 +41,7 @@ REFERENCE = "tests/megatron/test_optimizer_step.py::test_the_reference_stays_whe
 SKIPPED = "tests/megatron/test_skipped_updates.py::test_a_bad_gradient_of_the_policy[False-1]"
 BUNDLE = "tests/megatron/test_bundle.py::test_a_bundle_is_what_the_ranks_hold[mtp-2-fp32-False]"
 BOXES = "tests/megatron/test_dist_checkpoint.py::test_boxes_are_the_range_in_order"
-CONTINUOUS = "tests/unit/test_continuous.py"
+CONTINUOUS = "tests/unit/test_groups.py"
 RUNNING_REQUESTS = "tests/rollout/test_running_requests.py"
 RESUME = "tests/mutants/quick_resume.py::test_resume_is_bitwise"
 
