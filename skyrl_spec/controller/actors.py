@@ -76,6 +76,7 @@ class EngineGroup:
         # Last counters read from each engine, and the sum over engines that were replaced.
         self._counters = [SpecCounters()] * len(handles)
         self._counters_of_lost = SpecCounters()
+        self._silence = f"did not answer within generator.inference_engine.generate_timeout_s={timeout_s:g}"
         # Step times of each engine, where it chooses the lengths of its drafts.
         self._step_times: list[StepTable | None] = [None] * len(handles)
 
@@ -212,10 +213,6 @@ class EngineGroup:
             if not ready and not overdue:
                 self._while_waiting()
         return answers
-
-    @property
-    def _silence(self) -> str:
-        return f"did not answer within generator.inference_engine.generate_timeout_s={self.timeout_s:g}"
 
     def _answer(self, ref: ray.ObjectRef) -> tuple[Any, str]:
         """Answer of an engine and an empty string, or None and why the engine is lost."""

@@ -27,22 +27,18 @@ from skyrl_spec.controller.ahead import Ahead
 from skyrl_spec.controller.continuous import Continuous
 from skyrl_spec.controller.draft_training import DraftTraining, Plan, build_draft_training
 from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, span_metrics, staleness
-from skyrl_spec.controller.lossless import LosslessCanary, PlainEngine
+from skyrl_spec.controller.lossless import LosslessCanary
+from skyrl_spec.controller.measures import idle_shares, positions_lacking, report_values, timed, train_timings
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
 from skyrl_spec.data.packing import build_train_batch, mini_batches
 from skyrl_spec.data.prompts import PromptStream
-from skyrl_spec.drafts.kinds import trained_kind
-from skyrl_spec.drafts.speculation import missing_positions
 from skyrl_spec.metrics import names
-from skyrl_spec.metrics.values import merge
-from skyrl_spec.metrics.values import values as metric_values
 from skyrl_spec.metrics.writers import write_evaluation
 from skyrl_spec.settings.derived import coarser_dtype, longest_response, max_staleness
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.specs.model import load_spec
 from skyrl_spec.sync.canary import SyncCanary
 from skyrl_spec.sync.weights import WeightSync
-from skyrl_spec.types import SERVED, DraftedResponse, Prompt, Rollout, StepReport, TrainBatch, Versions
+from skyrl_spec.types import SERVED, DraftedResponse, Prompt, Rollout, TrainBatch, Versions
 
 OnStep = Callable[[int, dict[str, float], Sequence[Rollout], Sequence[DraftedResponse]], None]
 Shield = Callable[[], AbstractContextManager[None]]
@@ -90,7 +86,7 @@ class TrainingLoop:
             config.trainer.canary,
             dtype=coarser_dtype(config),
             temperature=sampling.temperature,
-            missing_positions=_missing_positions(config),
+            missing_positions=positions_lacking(config),
         )
         self._said_short_batch = False
         self._max_staleness = max_staleness(config)
@@ -187,8 +183,7 @@ class TrainingLoop:
         elif num_groups := len(state["groups"]) + len(state["queue"]):
             print(
                 f"skyrl-spec: trainer.fully_async.max_staleness_steps={self._max_staleness}: the checkpoint has "
-                f"{num_groups} prompts that were begun and not trained on; they are left out, because that needs 2 or "
-                "more as before",
+                f"{num_groups} prompts that were begun and not trained on; they are left out (2 or more would take them)",
                 file=sys.stderr,
             )
 
@@ -215,8 +210,7 @@ class TrainingLoop:
         if self._continuous is None:
             return {"stream": self.stream.state_dict(), **where}
         # The stream of the same moment: its thread may take a batch at any time.
-        stream, running = self._continuous.state_dict()
-        return {"stream": stream, "running": running, **where}
+        return dict(zip(("stream", "running"), self._continuous.state_dict(), strict=True)) | where
 
     def _take(self) -> Sampled:
         """The batch of the next step: the one that was sampled ahead, or one that is sampled now."""
@@ -291,9 +285,9 @@ class TrainingLoop:
         if self._max_staleness and sampled.rollouts:
             values[names.STALENESS] = stale_steps
             if samples_ahead:
-                values |= _idle_shares(timings, self._ahead.seconds)
+                values |= idle_shares(timings, self._ahead.seconds)
             if self._continuous is not None:
-                values |= _idle_shares(timings, self._continuous.busy_s - self._busy_before_s)
+                values |= idle_shares(timings, self._continuous.busy_s - self._busy_before_s)
                 values |= span_metrics(sampled.rollouts, keeps_keys=self._keeps_keys)
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
@@ -375,10 +369,10 @@ class TrainingLoop:
         *first, last = self._mini_batches(batch, trainer.update_epochs_per_batch)
         reports = [self.policy.train_mini_batch(mini_batch, draft=plan.train) for mini_batch in first]
         reports.append(self.policy.train_mini_batch(last, draft=plan.train, scored=plan.scored))
-        timings |= _train_timings(reports)
+        timings |= train_timings(reports)
         if is_one_update:
             batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
-        return _report_values(reports) | logprob_agreement(batch)
+        return report_values(reports) | logprob_agreement(batch)
 
     def _sample_groups(self) -> tuple[Collected, float]:
         """Groups of one train batch, and the tokens per second of their generation."""
@@ -453,54 +447,4 @@ class DraftWarmup(TrainingLoop):
         num_epochs = self.config.trainer.update_epochs_per_batch
         reports = [self.policy.train_draft(mini) for mini in self._mini_batches(batch, num_epochs)]
         timings["draft_train"] = sum(report.draft_train_s for report in reports)
-        return _report_values(reports)
-
-
-def _missing_positions(config: Config) -> int:
-    """Positions that drafts lack behind the longest sequence."""
-    kind = trained_kind(config.trainer)
-    if kind is None:
-        return 0
-    count = kind.speculative_config(config.trainer)["num_speculative_tokens"]
-    return missing_positions(config, load_spec(config.trainer.policy.model.path).max_position_embeddings, count)
-
-
-def measure_speedup(trainer: TrainingLoop, plain: PlainEngine, prompts: Sequence[Prompt], rounds: int = 7) -> float:
-    """Ratio of rollout tokens/s with the draft to tokens/s without, on the same prompts: the median of ``rounds``."""
-    sampling, groups = trainer.config.generator.sampling_params, (trainer.engines, plain.updated())
-    ratios = []
-    # The first round is a warm-up.
-    for seed in range(rounds + 1):
-        speeds = []
-        for engines in groups:
-            start = time.perf_counter()
-            generations = engines.generate(list(prompts), sampling, 1, seed)
-            speeds.append(sum(len(g.token_ids) for group in generations for g in group) / (time.perf_counter() - start))
-        ratios.append(speeds[0] / speeds[1])
-    return float(np.median(ratios[1:]))
-
-
-@contextmanager
-def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timings[phase] = time.perf_counter() - start
-
-
-def _idle_shares(timings: dict[str, float], sampling_s: float) -> dict[str, float]:
-    """Shares of a step in which the workers did not train, and in which the engines did not sample the next batch."""
-    train_s = sum(timings.get(phase, 0.0) for phase in ("fwd_logprobs", "policy_train", "draft_train"))
-    return {
-        names.TRAINER_IDLE: 1 - train_s / timings["step"],
-        names.ENGINES_IDLE: max(0.0, 1 - sampling_s / timings["step"]),
-    }
-
-
-def _report_values(reports: Sequence[StepReport]) -> dict[str, float]:
-    return metric_values(merge(*(report.metrics for report in reports)))
-
-
-def _train_timings(reports: Sequence[StepReport]) -> dict[str, float]:
-    timings = {"policy_train": sum(report.policy_train_s for report in reports)}
-    draft_s = sum(report.draft_train_s for report in reports)
-    return timings | ({"draft_train": draft_s} if draft_s else {})
+        return report_values(reports)

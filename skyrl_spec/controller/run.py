@@ -153,7 +153,8 @@ def _with_restarts(
 
 def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWatch) -> None:
     # Ray and torch are imported here, after all checks that do not need them.
-    from skyrl_spec.controller.loop import TrainingLoop, measure_speedup
+    from skyrl_spec.controller.loop import TrainingLoop
+    from skyrl_spec.controller.measures import measure_speedup
     from skyrl_spec.controller.placement import engine_settings, start_plain_engine
 
     trainer, speedup = task.config.trainer, None

@@ -21,6 +21,7 @@ from skyrl_spec.drafts.speculation import (
     require_exact_sampling,
     require_visible_draft,
 )
+from skyrl_spec.rollout.anchors import drafted_anchors
 from skyrl_spec.rollout.calibrate import measure_steps
 from skyrl_spec.rollout.engine_args import OWN_ENGINE_ARGS, require_other_engine_args
 from skyrl_spec.rollout.requests import Requests
@@ -165,24 +166,6 @@ def _with_local_models(settings: EngineSettings) -> EngineSettings:
         draft = model_directory(speculative["model"], "generator.inference_engine.speculative_config.model")
         speculative = speculative | {"model": str(draft)}
     return replace(settings, model_path=str(model_directory(settings.model_path)), speculative_config=speculative)
-
-
-def _anchors(prompt_length: int, response: list[int], blocks: list[list[int]]) -> list[int]:
-    """Anchors of the blocks that were drafted for a response. Blocks drafted beyond its end have none.
-
-    The first block follows the first sampled token. A drafted token is accepted exactly if it equals the sampled one,
-    because a rejected token is never sampled in the same place. The next anchor is the token after the accepted ones.
-    """
-    anchors, position = [], 0
-    for block in blocks:
-        # A block after the last token has no sampled tokens to compare with, and vLLM does not always draft it.
-        if position + 1 >= len(response):
-            break
-        anchors.append(prompt_length + position)
-        following = response[position + 1 :]
-        matches = [drafted == sampled for drafted, sampled in zip(block, following, strict=False)]
-        position += 1 + (matches.index(False) if False in matches else len(matches))
-    return anchors
 
 
 class RolloutEngine:
@@ -388,7 +371,7 @@ class RolloutEngine:
         if len(tokens) % num_drafted:
             raise RuntimeError(f"vLLM's drafter proposed {len(tokens)} tokens, not a multiple of {num_drafted}")
         blocks = [tokens[start : start + num_drafted] for start in range(0, len(tokens), num_drafted)]
-        anchors = _anchors(len(prompt), generation.token_ids, blocks)
+        anchors = drafted_anchors(len(prompt), generation.token_ids, blocks)
         return Proposals(
             prompt_ids=prompt,
             generation=generation,
