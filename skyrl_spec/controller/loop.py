@@ -183,7 +183,7 @@ class TrainingLoop:
         elif num_groups := len(state["groups"]) + len(state["queue"]):
             print(
                 f"skyrl-spec: trainer.fully_async.max_staleness_steps={self._max_staleness}: the checkpoint has "
-                f"{num_groups} prompts that were begun and not trained on; they are left out (2 or more would take them)",
+                f"{num_groups} prompts that were begun and not trained on; they are left out (2 or more takes them)",
                 file=sys.stderr,
             )
 
