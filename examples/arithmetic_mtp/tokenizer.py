@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -24,10 +26,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character (a BPE without merges), 105 tokens in all."""
-    vocab = {token: index for index, token in enumerate([*CONTROL, *CHARACTERS])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<|unk|>"))
+def build_tokenizer(pairs: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """One token a character, and one for each of ``pairs`` of characters. Without pairs 104 tokens in all."""
+    tokens = [*CONTROL, *CHARACTERS, *("".join(pair) for pair in pairs)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(pairs), unk_token="<|unk|>"))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(CONTROL)
     tokenizer = PreTrainedTokenizerFast(

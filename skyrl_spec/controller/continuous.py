@@ -33,7 +33,7 @@ from skyrl_spec.controller.requests import RunningRequests
 from skyrl_spec.controller.rollouts import RolloutSampler, print_failures, seed_of
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.envs.episodes import EnvResult
-from skyrl_spec.errors import RunError
+from skyrl_spec.envs.grader import require_few
 from skyrl_spec.settings.derived import max_staleness
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import Generation, Prompt, SampleRequest, Versions
@@ -122,7 +122,8 @@ class Continuous:
             self._num_in_training = len(chosen)
             sampled, self._sampled = self._sampled, []
             busy_s, self._busy_before_s = self._busy_s - self._busy_before_s, self._busy_s
-        self._require_few_failures(sampled)
+        errors = print_failures(sampled)
+        require_few(errors, sum(map(len, sampled)), self._config.environment)
         groups = [group.rollouts for group in chosen if group.rollouts is not None]
         num_kept = sum(len(self._keep([group])) for group in sampled)
         num_tokens = sum(len(one.generation.token_ids) for group in sampled for one in group)
@@ -202,16 +203,6 @@ class Continuous:
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _require_few_failures(self, sampled: Sequence[Group]) -> None:
-        print_failures(sampled)
-        errors = [rollout.error for group in sampled for rollout in group if rollout.error is not None]
-        allowed, num = self._config.environment.max_failed_share, sum(len(group) for group in sampled)
-        if len(errors) > allowed * num:
-            raise RunError(
-                f"environment.max_failed_share={allowed:g}: {len(errors)} of {num} responses could not be scored, the "
-                f"last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
-            )
 
     # From here on: the thread.
 

@@ -51,7 +51,7 @@ class RunningRequests:
         self._new[place].append(request)
 
     def poll(self, timeout_s: float) -> list[tuple[int, Generation]]:
-        """What has finished, by the request's key. Waits so long for the next answer of an engine.
+        """Responses that have finished, by their requests' keys. Waits at most ``timeout_s`` for an engine's answer.
 
         Raises:
             LostActorError: an engine is lost and cannot be replaced.
@@ -60,7 +60,7 @@ class RunningRequests:
         return self._receive(timeout_s)
 
     def drain(self) -> list[tuple[int, Generation]]:
-        """Waits for the slices under way, and returns what has finished. The engines are idle afterwards."""
+        """Waits for the slices under way, and returns the responses that have finished. The engines are idle then."""
         finished = []
         while self._calls:
             finished += self._receive(_SLICE_S)

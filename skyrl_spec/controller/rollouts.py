@@ -131,13 +131,14 @@ def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:
     return pieces
 
 
-def print_failures(groups: Sequence[Group]) -> None:
-    """Prints the first errors of a batch, and the number of the others."""
+def print_failures(groups: Sequence[Group]) -> list[str]:
+    """Prints the first errors of a batch, and the number of the others. Returns all."""
     errors = [rollout.error for group in groups for rollout in group if rollout.error is not None]
     for error in errors[:_NUM_FAILURES_SHOWN]:
         print(f"skyrl-spec: warning: a response could not be scored and gets reward 0: {error}", file=sys.stderr)
     if len(errors) > _NUM_FAILURES_SHOWN:
         print(f"skyrl-spec: warning: and {len(errors) - _NUM_FAILURES_SHOWN} more of this batch", file=sys.stderr)
+    return errors
 
 
 def reward_metrics(groups: Sequence[Group], num_samples: int, max_turns: int = 1) -> dict[str, float]:

@@ -65,7 +65,7 @@ class Grader:
                 if (error := future.result().error) is not None:
                     errors.append(error)
                     # Not only at the end, because every response that hangs costs timeout_s.
-                    self._require_few(errors, len(turns) if num is None else num)
+                    require_few(errors, len(turns) if num is None else num, self._environment)
         finally:
             for future in futures:
                 future.cancel()
@@ -79,13 +79,15 @@ class Grader:
         """Ends the processes. May be called more than once."""
         self._finalizer()
 
-    def _require_few(self, errors: Sequence[str], num_responses: int) -> None:
-        allowed = self._environment.max_failed_share
-        if len(errors) > allowed * num_responses:
-            raise RunError(
-                f"environment.max_failed_share={allowed:g}: {len(errors)} of {num_responses} responses could not be "
-                f"scored, the last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
-            )
+
+def require_few(errors: Sequence[str], num_responses: int, environment: EnvironmentConfig) -> None:
+    """Raises RunError if more than ``environment.max_failed_share`` of so many responses failed."""
+    allowed = environment.max_failed_share
+    if len(errors) > allowed * num_responses:
+        raise RunError(
+            f"environment.max_failed_share={allowed:g}: {len(errors)} of {num_responses} responses could not be "
+            f"scored, the last one in {errors[-1]}; fix the environment or the rows, or raise the setting"
+        )
 
 
 @dataclass(frozen=True, eq=False)

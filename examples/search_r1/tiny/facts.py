@@ -63,7 +63,7 @@ def search(place: Place) -> str:
 
 
 def observation(passage: str) -> str:
-    """What skyrl-gym's search environment says to a search that finds this passage."""
+    """The message of skyrl-gym's search environment to a search that finds this passage."""
     found = json.dumps({"result": f"Doc 1: {passage}\n"})
     return f"\n<information>{found}</information>\n"
 

@@ -27,7 +27,7 @@ import torch
 from facts import RELATIONS, answer, invented_name, observation, places, question, search
 from make_model import MTP_LOSS_WEIGHT, PREFIX, losses, model_config
 from mtp_reference import MtpHead
-from syllables import build_tokenizer
+from syllables import build_syllable_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from warm_start import arguments, batches, fit, load_weights, optimizers, save_checkpoint
 
@@ -85,7 +85,7 @@ def right_readings(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 def main() -> None:
     args = arguments(__doc__, minutes=20, depths=NUM_DEPTHS)
-    tokenizer = build_tokenizer()
+    tokenizer = build_syllable_tokenizer()
     config = small_config(len(tokenizer))
     model, head = Qwen2ForCausalLM(config), MtpHead(config)
     for module in head.modules():
