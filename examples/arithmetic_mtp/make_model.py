@@ -8,11 +8,13 @@ same (the head's loss reaches the trunk here, and only here). Everything is plai
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from mtp_reference import MtpHead
 from tokenizer import build_tokenizer
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from warm_start import (
     arguments,
     batches,
@@ -65,33 +67,38 @@ def head_optimizers(head: MtpHead) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(head.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def main() -> None:
-    args = arguments(__doc__, minutes=40, depths=NUM_DEPTHS)
-    tokenizer = build_tokenizer()
-    config = model_config(len(tokenizer))
-    model = Qwen2ForCausalLM(config)
-    head = MtpHead(config)
+def build_model(config: Qwen2Config, start: Path | None) -> tuple[Qwen2ForCausalLM, MtpHead]:
+    """Trunk and head with random weights, or with those of the model in ``start``."""
+    model, head = Qwen2ForCausalLM(config), MtpHead(config)
     for module in head.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=config.initializer_range)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-    if args.start:
-        weights = load_weights(args.start)
+    if start:
+        weights = load_weights(start)
         head.load_state_dict({name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if PREFIX in name})
         model.load_state_dict(weights)
+    return model, head
 
+
+def save_model(model: Qwen2ForCausalLM, head: MtpHead, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Writes both as one MiMo checkpoint."""
+    weights = dict(model.state_dict())
+    weights |= {PREFIX + name: tensor for name, tensor in head.state_dict().items()}
+    mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+    save_checkpoint(weights, model.config.to_dict() | mimo | {"attention_bias": True}, tokenizer, out)
+
+
+def main() -> None:
+    args = arguments(__doc__, minutes=40, depths=NUM_DEPTHS)
+    tokenizer = build_tokenizer()
+    model, head = build_model(model_config(len(tokenizer)), args.start)
     model.requires_grad_(not args.head_only)
-
-    def save() -> None:
-        weights = dict(model.state_dict())
-        weights |= {PREFIX + name: tensor for name, tensor in head.state_dict().items()}
-        mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
-        save_checkpoint(weights, model.config.to_dict() | mimo | {"attention_bias": True}, tokenizer, args.out)
 
     def look() -> None:
         print("  greedy reward by terms (0: all):", greedy_reward(model, tokenizer, 128), flush=True)
-        save()
+        save_model(model, head, tokenizer, args.out)
 
     fit(
         lambda *batch: losses(model, head, args.depths, *batch),
@@ -101,7 +108,7 @@ def main() -> None:
         args.minutes,
         look,
     )
-    save()
+    save_model(model, head, tokenizer, args.out)
     print("greedy reward by terms (0: all):", greedy_reward(model, tokenizer, 512))
 
 

@@ -191,14 +191,13 @@ class Continuous:
         return bool(self._queue) or self._stream.epoch < self._config.trainer.epochs
 
     def _choose(self, version: int) -> list[OpenGroup] | None:
-        groups = list(self._groups.values())
-        chosen = choose(groups, version, self._size, self._max_staleness)
-        if chosen is not None and (len(chosen) == self._size or not self._has_prompts):
-            return chosen
         dynamic = self._config.trainer.algorithm.dynamic_sampling
-        if dynamic.type is not None and len(self._sampled) >= dynamic.max_sample_batches * self._size:
-            return [group for group in groups if group.rollouts is not None][: self._size]
-        return None
+        is_enough = dynamic.type is not None and len(self._sampled) >= dynamic.max_sample_batches * self._size
+        least = 0 if is_enough else self._size
+        chosen = choose(list(self._groups.values()), version, self._size, self._max_staleness, least)
+        # While groups are few, others are about to begin.
+        must_wait = chosen is not None and len(chosen) < least and self._has_prompts
+        return None if must_wait else chosen
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -23,14 +23,17 @@ class OpenGroup:
     rollouts: Group | None = None
 
 
-def choose(groups: Sequence[OpenGroup], version: int, size: int, max_staleness: int) -> list[OpenGroup] | None:
+def choose(
+    groups: Sequence[OpenGroup], version: int, size: int, max_staleness: int, least: int | None = None
+) -> list[OpenGroup] | None:
     """The groups of the step that begins at ``version``: the oldest ``size`` that have finished. None: it must wait.
 
-    It waits for ``size`` groups, and for old ones that the steps after it could not take in time, ``size`` a step.
+    It waits for ``least`` groups (None: ``size``), and for old ones that the steps after it could not take in time,
+    ``size`` a step.
     """
     in_order = sorted(groups, key=lambda group: (group.began, group.number))
     chosen = [group for group in in_order if group.rollouts is not None][:size]
-    if len(chosen) < min(size, len(in_order)):
+    if len(chosen) < min(size if least is None else least, len(in_order)):
         return None
     left = [group for group in in_order if group not in chosen]
     last_steps = [group.began + max_staleness for group in left]

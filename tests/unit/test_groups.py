@@ -47,6 +47,16 @@ def test_three_old_ones_do_not_fit_into_the_one_step_that_is_left() -> None:
     assert choose([*old, *young], 1, 2, max_staleness=2) == [old[1], young[0]]
 
 
+def test_where_fewer_suffice_an_old_group_is_still_waited_for() -> None:
+    """Dynamic sampling gives up on a full batch, but not on the bound."""
+    late, young = group(1, 0, is_done=False), group(2, 2)
+    assert choose([late, young], 1, 2, max_staleness=2, least=0) == [young]
+    assert choose([late, young], 2, 2, max_staleness=2, least=0) is None
+    late.rollouts = FINISHED
+    assert choose([late, young], 2, 2, max_staleness=2, least=0) == [late, young]
+    assert choose([], 2, 2, max_staleness=2, least=0) == []
+
+
 def test_the_last_groups_of_a_run_may_be_fewer() -> None:
     last = group(1, 3)
     assert choose([last], 3, 4, max_staleness=2) == [last]

@@ -25,11 +25,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "arithmetic_mtp"))
 
 import torch
 from facts import RELATIONS, answer, invented_name, observation, places, question, search
-from make_model import MTP_LOSS_WEIGHT, PREFIX, losses, model_config
-from mtp_reference import MtpHead
+from make_model import MTP_LOSS_WEIGHT, build_model, losses, model_config, save_model
 from syllables import build_syllable_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from warm_start import arguments, batches, fit, load_weights, optimizers, save_checkpoint
+from warm_start import arguments, batches, fit, optimizers
 
 NUM_DEPTHS = 3
 END = "<|end|>"
@@ -86,27 +85,11 @@ def right_readings(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 def main() -> None:
     args = arguments(__doc__, minutes=20, depths=NUM_DEPTHS)
     tokenizer = build_syllable_tokenizer()
-    config = small_config(len(tokenizer))
-    model, head = Qwen2ForCausalLM(config), MtpHead(config)
-    for module in head.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=config.initializer_range)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-    if args.start:
-        weights = load_weights(args.start)
-        head.load_state_dict({name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if PREFIX in name})
-        model.load_state_dict(weights)
-
-    def save() -> None:
-        weights = dict(model.state_dict())
-        weights |= {PREFIX + name: tensor for name, tensor in head.state_dict().items()}
-        mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
-        save_checkpoint(weights, model.config.to_dict() | mimo | {"attention_bias": True}, tokenizer, args.out)
+    model, head = build_model(small_config(len(tokenizer)), args.start)
 
     def look() -> None:
         print("  right searches and answers:", right_readings(model, tokenizer, 32), flush=True)
-        save()
+        save_model(model, head, tokenizer, args.out)
 
     fit(
         lambda *batch: losses(model, head, args.depths, *batch),
@@ -116,7 +99,7 @@ def main() -> None:
         args.minutes,
         look,
     )
-    save()
+    save_model(model, head, tokenizer, args.out)
     print("right searches and answers:", right_readings(model, tokenizer, 128))
 
 
