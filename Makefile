@@ -2,7 +2,7 @@
 # make test    set up if needed, then run the tests; ARGS="-k name" selects tests
 # make test-py312  the tests of Megatron and vLLM on Python 3.12 with the newest megatron-core, in .venv312
 # make long    the tests that take minutes each: what the shipped experiments must reach
-# make lint    formatting, lint, types, import layers, sizes of files and functions, reference pages
+# make lint    formatting, lint, types, import layers, sizes of files and functions, reference pages, imports of the tests
 # make mutants  breaks the code one line at a time in a copy and shows which test fails (docs/fidelity.md)
 # make faults  puts faults into a run, one at a time, and shows which check sees each (docs/fidelity.md)
 # make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
@@ -63,6 +63,7 @@ lint: setup
 	@$(BIN)/python scripts/sizes.py
 	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python scripts/reference.py --check
+	@collected=$$($(BIN)/python -W ignore -m pytest --collect-only -qq tests) || { echo "$$collected" | grep -v '^tests/'; exit 1; }
 
 faults: setup
 	@PYTHONPATH=tests/fidelity $(BIN)/python tests/fidelity/faults.py

@@ -17,7 +17,7 @@ from skyrl_spec.controller.lossless import LosslessCanary
 from skyrl_spec.controller.run import _save_after_mismatch
 from skyrl_spec.errors import RestartableError, RunError, SyncMismatchError
 from skyrl_spec.metrics import names
-from skyrl_spec.rollout.engine import _anchors
+from skyrl_spec.rollout.anchors import drafted_anchors
 from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig
 from skyrl_spec.sync.canary import Agreement, SyncCanary, compare, fixed_prompts, noise_limit
 from skyrl_spec.types import Generation, Prompt, Proposals, ProposalScores, Rollout, TrainBatch, Versions
@@ -276,10 +276,10 @@ def test_the_last_prompt_is_as_long_as_prompts_may_be() -> None:
 def test_anchors_follow_what_was_accepted() -> None:
     # The response tokens 5 6 7 8 9 4 are at positions 10 to 15.
     blocks = [[6, 7, 0], [9, 0, 0], [1, 1, 1]]
-    assert _anchors(10, [5, 6, 7, 8, 9, 4], blocks) == [10, 13]
-    assert _anchors(10, [5], blocks) == []
+    assert drafted_anchors(10, [5, 6, 7, 8, 9, 4], blocks) == [10, 13]
+    assert drafted_anchors(10, [5], blocks) == []
     # After a block that is accepted whole, the anchor is the token sampled after it.
-    assert _anchors(10, [5, 6, 7, 8, 9, 4], [[6, 7, 8], [4, 1, 1]]) == [10, 14]
+    assert drafted_anchors(10, [5, 6, 7, 8, 9, 4], [[6, 7, 8], [4, 1, 1]]) == [10, 14]
 
 
 def make_rollout(versions: Versions) -> Rollout:
