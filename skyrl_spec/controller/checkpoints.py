@@ -19,8 +19,8 @@ from skyrl_spec.specs.model import load_spec, tensor_shapes
 from skyrl_spec.types import Component
 
 if TYPE_CHECKING:
-    from skyrl_spec.controller.actors import PolicyGroup
     from skyrl_spec.controller.loop import TrainingLoop
+    from skyrl_spec.controller.workers import PolicyGroup
 
 
 def checkpoint_root(config: Config) -> Path:

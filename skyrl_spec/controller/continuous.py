@@ -19,21 +19,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from skyrl_spec.algorithms.filters import FILTERS, Collected, Group
-from skyrl_spec.controller.actors import EngineGroup
 from skyrl_spec.controller.conversation import Conversation
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.fidelity import span_metrics
 from skyrl_spec.controller.groups import OpenGroup, choose, group_state, rollout_of
+from skyrl_spec.controller.measures import idle_shares
 from skyrl_spec.controller.requests import RunningRequests
-from skyrl_spec.controller.rollouts import RolloutSampler, print_failures, seed_of
+from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, print_failures, reward_metrics
+from skyrl_spec.controller.source import FilterReport, Sampled
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.envs.episodes import EnvResult
 from skyrl_spec.envs.grader import require_few
+from skyrl_spec.metrics import names
+from skyrl_spec.rollout.seeds import seed_of
 from skyrl_spec.settings.derived import max_staleness
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.types import Generation, Prompt, SampleRequest, Versions
@@ -46,19 +50,10 @@ _LOOK_S = 0.2
 _END_S = 10.0
 
 
-@dataclass(frozen=True)
-class Taken:
-    """The groups of a step, and what was sampled since the step before took its own."""
-
-    collected: Collected
-    # Seconds that the step waited, and that engines sampled, and the tokens of what has finished.
-    waited_s: float
-    busy_s: float
-    num_tokens: int
-
-
 class Continuous:
-    """Groups that run in the engines at all times. All methods are for the thread that trains."""
+    """Groups that run in the engines at all times. A ``source.Source``."""
+
+    is_sampling = False
 
     def __init__(self, config: Config, sampler: RolloutSampler, engines: EngineGroup, stream: PromptStream):
         self._config, self._sampler, self._engines, self._stream = config, sampler, engines, stream
@@ -68,6 +63,8 @@ class Continuous:
         self._is_awaited = config.trainer.fully_async.running_requests == "wait"
         self._requests = RunningRequests(engines, config.generator.sampling_params)
         self._keep = FILTERS[config.trainer.algorithm.dynamic_sampling.type]
+        self._filter_report = FilterReport(config)
+        self._keeps_keys = config.trainer.fully_async.running_requests == "keep"
         self._thread = threading.Thread(target=self._guarded_run, daemon=True, name="sampling")
         # What follows is shared with the thread.
         self._changed = threading.Condition()
@@ -81,8 +78,8 @@ class Continuous:
         self._error: BaseException | None = None
         # Since a step took its groups.
         self._sampled: list[Group] = []
-        # Seconds for which engines had requests, since the start and until a step took its groups.
-        self._busy_s = self._busy_before_s = 0.0
+        # Seconds for which engines had requests: in all, when the step began, and when it took its groups.
+        self._busy_s = self._busy_at_start_s = self._busy_at_take_s = 0.0
         # Of the thread alone.
         self._asked: dict[int, tuple[OpenGroup, Conversation]] = {}
         self._num_asked, self._num_playing = 0, 0
@@ -93,13 +90,8 @@ class Continuous:
     def start(self, versions: Versions, num_steps: int) -> None:
         """Begins to sample for so many steps, with engines that have these weights."""
         self._version, self._num_wanted = versions.policy, num_steps * self._size
+        self._speculation = SpeculationMeter(self._engines, "train")
         self._thread.start()
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds for which engines had requests, since the start."""
-        with self._changed:
-            return self._busy_s
 
     @property
     def is_over(self) -> bool:
@@ -107,13 +99,14 @@ class Continuous:
         with self._changed:
             return not self._groups and not self._has_prompts
 
-    def take(self, versions: Versions) -> Taken:
-        """The groups to train on at these versions. Waits for them.
+    def take(self, versions: Versions) -> Sampled:
+        """The first groups that have finished. Metrics are those of all that has finished since the last step.
 
         Fewer than a batch if the prompts are over, or if dynamic sampling has sampled ``max_sample_batches``.
         """
         start = time.perf_counter()
         with self._changed:
+            self._busy_at_start_s = self._busy_s
             while (chosen := self._choose(versions.policy)) is None:
                 self._changed.wait(_LOOK_S)
                 self._raise_error()
@@ -121,22 +114,33 @@ class Continuous:
                 del self._groups[group.number]
             self._num_in_training = len(chosen)
             sampled, self._sampled = self._sampled, []
-            busy_s, self._busy_before_s = self._busy_s - self._busy_before_s, self._busy_s
+            busy_s, self._busy_at_take_s = self._busy_s - self._busy_at_take_s, self._busy_s
         errors = print_failures(sampled)
         require_few(errors, sum(map(len, sampled)), self._config.environment)
         groups = [group.rollouts for group in chosen if group.rollouts is not None]
         num_kept = sum(len(self._keep([group])) for group in sampled)
-        num_tokens = sum(len(one.generation.token_ids) for group in sampled for one in group)
         collected = Collected(groups, sampled, -(-len(sampled) // self._size), num_kept)
-        return Taken(collected, time.perf_counter() - start, busy_s, num_tokens)
+        waited_s = time.perf_counter() - start
+        return Sampled(groups, self._values(collected, busy_s), {"generate": waited_s}, waited_s)
+
+    def _values(self, collected: Collected, busy_s: float) -> dict[str, float]:
+        """Metrics of sampling. ``busy_s``: seconds that it took."""
+        generator, values = self._config.generator, self._filter_report.metrics(collected)
+        # Nothing may have finished since the last step, whose groups had all finished before.
+        if finished := collected.sampled or collected.groups:
+            values |= reward_metrics(finished, generator.n_samples_per_prompt, generator.max_turns)
+        num_tokens = sum(len(one.generation.token_ids) for group in collected.sampled for one in group)
+        return values | ({names.THROUGHPUT: num_tokens / busy_s} if busy_s else {})
+
+    def beside(self, *, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def draft_metrics(self) -> dict[str, float]:
+        return self._speculation.metrics()
 
     @contextmanager
     def held(self, *, keeps_keys: bool = False) -> Iterator[None]:
-        """Context in which the engines are idle, for a sync or an evaluation. Requests go on afterwards.
-
-        ``keeps_keys``: they keep their keys, and nothing else can run meanwhile. With
-        ``trainer.fully_async.running_requests=wait`` there are none left.
-        """
+        """Requests go on afterwards. With ``trainer.fully_async.running_requests=wait`` there are none left."""
         with self._changed:
             self._wants_hold = True
             while not self._is_held:
@@ -144,6 +148,8 @@ class Continuous:
                 self._raise_error()
         self._engines.all("pause" if keeps_keys else "set_aside")
         yield
+        # Metrics of drafts are those of rollouts.
+        self._speculation = SpeculationMeter(self._engines, "train")
         self._engines.all("go_on")
         with self._changed:
             self._wants_hold = False
@@ -157,25 +163,38 @@ class Continuous:
             self._num_in_training = 0
             self._changed.notify_all()
 
+    def step_metrics(self, sampled: Sampled, timings: dict[str, float]) -> dict[str, float]:
+        with self._changed:
+            busy_s = self._busy_s - self._busy_at_start_s
+        return idle_shares(timings, busy_s) | span_metrics(sampled.rollouts, keeps_keys=self._keeps_keys)
+
     def close(self) -> None:
-        """Ends the thread. The engines must be gone afterwards, or they would go on."""
+        """The engines must end afterwards, or they would go on."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(_END_S)
+        self._sampler.close()
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State of the stream of prompts, and groups that are not trained on and prompts behind them; plain data."""
+    def state_dict(self) -> dict[str, Any]:
+        """State of the stream of prompts, groups that are not trained on and prompts behind them, of one moment."""
         with self._changed:
-            return self._stream.state_dict(), {
+            running = {
                 "num_begun": self._num_begun,
                 "queue": [prompt.uid for prompt in self._queue],
                 "groups": [group_state(group) for group in self._groups.values()],
             }
+            stream = self._stream.state_dict()
+        return {"stream": stream, "running": running, "num_train_calls": self._sampler.num_train_calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the second part of ``state_dict``. Finished groups stay; the others begin anew."""
+        """Finished groups stay; the others begin anew."""
+        self._sampler.num_train_calls = state["num_train_calls"]
+        if "running" in state:
+            self._load_running(state["running"])
+
+    def _load_running(self, state: dict[str, Any]) -> None:
         prompts = {prompt.uid: prompt for prompt in self._stream.prompts}
         self._num_begun = state["num_begun"]
         for saved in state["groups"]:

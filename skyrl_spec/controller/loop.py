@@ -13,23 +13,26 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from skyrl_spec.algorithms.advantages import build_estimator, overlong_penalty
-from skyrl_spec.algorithms.filters import Collected, Group, collect_groups
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
-from skyrl_spec.controller.ahead import Ahead
+from skyrl_spec.algorithms.filters import Group
+from skyrl_spec.controller.ahead import OneStepAhead
 from skyrl_spec.controller.continuous import Continuous
 from skyrl_spec.controller.draft_training import DraftTraining, Plan, build_draft_training
-from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, span_metrics, staleness
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, staleness
+from skyrl_spec.controller.in_turns import InTurns
 from skyrl_spec.controller.lossless import LosslessCanary
-from skyrl_spec.controller.measures import idle_shares, positions_lacking, report_values, timed, train_timings
-from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter, reward_metrics
+from skyrl_spec.controller.measures import positions_lacking, report_values, timed, train_timings
+from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter
+from skyrl_spec.controller.source import Sampled, Source
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.data.packing import build_train_batch, mini_batches
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.metrics import names
@@ -44,23 +47,8 @@ OnStep = Callable[[int, dict[str, float], Sequence[Rollout], Sequence[DraftedRes
 Shield = Callable[[], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """Result of the first half of a step: groups to train on, metrics and timings."""
-
-    groups: list[Group]
-    values: dict[str, float]
-    timings: dict[str, float]
-    # Seconds of sampling and scoring.
-    seconds: float
-
-    @property
-    def rollouts(self) -> list[Rollout]:
-        return [rollout for group in self.groups for rollout in group]
-
-
 class TrainingLoop:
-    """The training loop. It owns the process that scores, and ``close`` ends that. The caller ends the other actors."""
+    """The training loop. It owns the source of its batches, and ``close`` ends that. The caller ends the actors."""
 
     def __init__(
         self,
@@ -88,27 +76,22 @@ class TrainingLoop:
             temperature=sampling.temperature,
             missing_positions=positions_lacking(config),
         )
-        self._said_short_batch = False
         self._max_staleness = max_staleness(config)
+        self._keeps_keys = self._max_staleness > 1 and config.trainer.fully_async.running_requests == "keep"
         self._is_stopping: Callable[[], bool] = lambda: False
-        self._ahead = Ahead(self.sample)
-        # With it nothing is sampled ahead: it samples all the time.
-        is_continuous = self._max_staleness > 1
-        self._continuous = Continuous(config, self.sampler, engines, stream) if is_continuous else None
-        self._keeps_keys = is_continuous and config.trainer.fully_async.running_requests == "keep"
-        # What a checkpoint needs to sample again the batch that was begun for the next step.
-        self._before_ahead: dict[str, Any] | None = None
+        self.source = self._build_source()
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
-        # Seconds for which engines sampled before the step, where they sample all the time.
-        self._busy_before_s = 0.0
+
+    def _build_source(self) -> Source:
+        parts = self.config, self.sampler, self.engines, self.stream
+        if self._max_staleness > 1:
+            return Continuous(*parts)
+        if self._max_staleness == 1:
+            return OneStepAhead(*parts, lambda: self._is_stopping())
+        return InTurns(*parts)
 
     def close(self) -> None:
-        if self._continuous is not None:
-            self._continuous.close()
-        if self._ahead.has_batch:
-            self.engines.shutdown()
-        self.sampler.close()
-        self._ahead.close()
+        self.source.close()
 
     def run(
         self,
@@ -131,21 +114,19 @@ class TrainingLoop:
             self.canary.require_agreement()
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(0), [], self.sampler.sample_with_drafts(self.eval_prompts))
-        if self._continuous is not None:
-            self._speculation = SpeculationMeter(self.engines, "train")
-            self._continuous.start(self.sync.versions, num_steps - steps_done)
+        self.source.start(self.sync.versions, num_steps - steps_done)
         for step in range(steps_done + 1, num_steps + 1):
-            if self._is_over and not self._ahead.has_batch:
+            if self.source.is_over:
                 break
-            sampled = self._take()
+            sampled = self.sample()
             # Dynamic sampling takes more prompts than a batch has, so the epochs may be over early.
-            is_last = step == num_steps or self._is_over
+            is_last = step == num_steps or self.source.is_over
             with shield():
-                values = self.train(sampled, samples_ahead=self._max_staleness == 1 and not is_last)
+                values = self.train(sampled, is_last=is_last)
                 drafted: list[DraftedResponse] = []
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
-                if due and self.eval_prompts and not self._ahead.is_running:
-                    with self._quiet_engines():
+                if due and self.eval_prompts and not self.source.is_sampling:
+                    with self.source.held():
                         values |= self.evaluate(step)
                         drafted = self.sampler.sample_with_drafts(self.eval_prompts)
                 on_step(step, values, sampled.rollouts, drafted)
@@ -157,7 +138,7 @@ class TrainingLoop:
         """Driver's state after ``step``, as plain data for a checkpoint."""
         return {
             "step": step,
-            **(self._before_ahead or self._sampling_state()),
+            **self.source.state_dict(),
             "versions": asdict(self.sync.versions),
             "canary": self.canary.state_dict(),
             "draft_training": self.draft_training.state_dict(),
@@ -168,94 +149,20 @@ class TrainingLoop:
 
         The stream of prompts stays as it is: whoever made it has restored it (``task.load_task``).
         """
-        self.sampler.num_train_calls = state["num_train_calls"]
         self.sync.restore(Versions(**state["versions"]))
-        if "running" in state:
-            self._load_running(state["running"])
+        self.source.load_state_dict(state)
         self.canary.load_state_dict(state["canary"])
         # A checkpoint of an earlier version has none.
         self.draft_training.load_state_dict(state.get("draft_training", {}))
 
-    def _load_running(self, state: dict[str, Any]) -> None:
-        """Goes on with the groups of a checkpoint that were begun and not trained on."""
-        if self._continuous is not None:
-            self._continuous.load_state_dict(state)
-        elif num_groups := len(state["groups"]) + len(state["queue"]):
-            print(
-                f"skyrl-spec: trainer.fully_async.max_staleness_steps={self._max_staleness}: the checkpoint has "
-                f"{num_groups} prompts that were begun and not trained on; they are left out (2 or more takes them)",
-                file=sys.stderr,
-            )
-
-    @property
-    def _is_over(self) -> bool:
-        """Whether no prompts are left to sample."""
-        if self._continuous is not None:
-            return self._continuous.is_over
-        return self.stream.epoch >= self.config.trainer.epochs
-
-    @contextmanager
-    def _quiet_engines(self, *, keeps_keys: bool = False) -> Iterator[None]:
-        """Context in which no rollouts run in the engines, where some run at all times."""
-        if self._continuous is None:
-            yield
-            return
-        with self._continuous.held(keeps_keys=keeps_keys):
-            yield
-            # Metrics of drafts are those of rollouts.
-            self._speculation = SpeculationMeter(self.engines, "train")
-
-    def _sampling_state(self) -> dict[str, Any]:
-        where = {"num_train_calls": self.sampler.num_train_calls}
-        if self._continuous is None:
-            return {"stream": self.stream.state_dict(), **where}
-        # The stream of the same moment: its thread may take a batch at any time.
-        return dict(zip(("stream", "running"), self._continuous.state_dict(), strict=True)) | where
-
-    def _take(self) -> Sampled:
-        """The batch of the next step: the one that was sampled ahead, or one that is sampled now."""
-        if self._continuous is not None:
-            return self._take_running(self._continuous)
-        if not self._ahead.has_batch:
-            return self.sample()
-        self._before_ahead = None
-        # These seconds were part of the step before.
-        return replace(self._ahead.take(), seconds=0.0)
-
-    def _take_running(self, continuous: Continuous) -> Sampled:
-        """The first groups that have finished. Metrics are those of all that has finished since the last step."""
-        self._busy_before_s = continuous.busy_s
-        taken = continuous.take(self.sync.versions)
-        generator, collected = self.config.generator, taken.collected
-        # Nothing may have finished since the last step, whose groups had all finished before.
-        finished = collected.sampled or collected.groups
-        values = reward_metrics(finished, generator.n_samples_per_prompt, generator.max_turns) if finished else {}
-        values |= {names.THROUGHPUT: taken.num_tokens / taken.busy_s} if taken.busy_s else {}
-        values |= self._sampling_metrics(collected)
-        return Sampled(collected.groups, values, {"generate": taken.waited_s}, taken.waited_s)
-
-    def _sampling_ahead(self) -> AbstractContextManager[None]:
-        """Context in which the next batch is sampled."""
-        self._before_ahead = self._sampling_state()
-        return self._ahead.beside(self._is_stopping)
-
     def sample(self) -> Sampled:
-        """The first half of a step: sampling. No trained weight changes."""
-        start = time.perf_counter()
-        timings: dict[str, float] = {}
-        speculation = SpeculationMeter(self.engines, "train")
-        with timed(timings, "generate"):
-            collected, throughput = self._sample_groups()
-        generator = self.config.generator
-        values = reward_metrics(collected.sampled, generator.n_samples_per_prompt, generator.max_turns)
-        values |= speculation.metrics() | {names.THROUGHPUT: throughput}
-        values |= self._sampling_metrics(collected)
-        return Sampled(collected.groups, values, timings, time.perf_counter() - start)
+        """The first half of a step: its batch."""
+        return self.source.take(self.sync.versions)
 
-    def train(self, sampled: Sampled, *, samples_ahead: bool = False) -> dict[str, float]:
+    def train(self, sampled: Sampled, *, is_last: bool = True) -> dict[str, float]:
         """The second half of a step: training, sync and canaries. Returns the metrics of the whole step.
 
-        ``samples_ahead``: the batch of the next step is sampled beside the training.
+        ``is_last``: no step follows.
         """
         start = time.perf_counter()
         values, timings = dict(sampled.values), dict(sampled.timings)
@@ -263,32 +170,25 @@ class TrainingLoop:
             stale_steps = staleness(sampled.rollouts, self.sync.versions, self._max_staleness)
             # The policy's version is the number of steps that trained.
             plan = self.draft_training.plan(self.sync.versions.policy)
-            with self._sampling_ahead() if samples_ahead else nullcontext():
+            with self.source.beside(is_last=is_last):
                 values |= self._train(self._build_batch(sampled.groups), timings, plan)
-            with self._quiet_engines(keeps_keys=self._keeps_keys):
-                if self._continuous is not None:
-                    values |= self._speculation.metrics()
+            with self.source.held(keeps_keys=self._keeps_keys):
+                values |= self.source.draft_metrics()
                 values |= acceptance_gap(values)
                 values |= self._publish(plan, values, timings)
-                if not self._ahead.is_running and not self._keeps_keys:
+                if not self.source.is_sampling and not self._keeps_keys:
                     values |= self._run_canaries(timings)
             if self._keeps_keys and self._is_canary_due:
-                with self._quiet_engines():
+                with self.source.held():
                     values |= self._run_canaries(timings)
             # Older weights explain differences between engines and trainer.
             if stale_steps == 0:
                 self._watch.look(values)
-        if self._continuous is not None:
-            self._continuous.trained(self.sync.versions)
+        self.source.trained(self.sync.versions)
         values |= self._versions()
         timings["step"] = sampled.seconds + time.perf_counter() - start
         if self._max_staleness and sampled.rollouts:
-            values[names.STALENESS] = stale_steps
-            if samples_ahead:
-                values |= idle_shares(timings, self._ahead.seconds)
-            if self._continuous is not None:
-                values |= idle_shares(timings, self._continuous.busy_s - self._busy_before_s)
-                values |= span_metrics(sampled.rollouts, keeps_keys=self._keeps_keys)
+            values |= {names.STALENESS: stale_steps} | self.source.step_metrics(sampled, timings)
         return values | {names.timing(phase): seconds for phase, seconds in timings.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -343,7 +243,7 @@ class TrainingLoop:
         if plan.train and self.draft_training.must_undo(values):
             self.policy.restore_draft(SERVED)
             sends_draft = False
-        if self._ahead.is_running:
+        if self.source.is_sampling:
             self.sync.skip(draft=sends_draft)
             return {}
         with timed(timings, "sync_weights"):
@@ -373,18 +273,6 @@ class TrainingLoop:
         if is_one_update:
             batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
         return report_values(reports) | logprob_agreement(batch)
-
-    def _sample_groups(self) -> tuple[Collected, float]:
-        """Groups of one train batch, and the tokens per second of their generation."""
-        trainer = self.config.trainer
-        tokens_before, seconds_before = self.sampler.num_tokens, self.sampler.generate_s
-        collected = collect_groups(
-            lambda: self.sampler.sample_for_training(self.stream.next_batch()),
-            trainer.train_batch_size,
-            trainer.algorithm.dynamic_sampling,
-        )
-        num_tokens = self.sampler.num_tokens - tokens_before
-        return collected, num_tokens / (self.sampler.generate_s - seconds_before)
 
     def _build_batch(self, groups: Sequence[Group]) -> TrainBatch:
         algorithm, sampling = self.config.trainer.algorithm, self.config.generator.sampling_params
@@ -419,21 +307,6 @@ class TrainingLoop:
         versions = self.sync.versions
         metrics: dict[str, float] = {names.POLICY_VERSION: versions.policy}
         return metrics | ({names.DRAFT_VERSION: versions.draft} if "draft" in self.sync.components else {})
-
-    def _sampling_metrics(self, collected: Collected) -> dict[str, float]:
-        """Metrics of dynamic sampling. Prints a line, once, if it did not fill the batch."""
-        trainer = self.config.trainer
-        if trainer.algorithm.dynamic_sampling.type is None:
-            return {}
-        if len(collected.groups) < trainer.train_batch_size and not self._said_short_batch:
-            self._said_short_batch = True
-            print(
-                f"skyrl-spec: trainer.algorithm.dynamic_sampling.max_sample_batches={collected.num_batches}: gave "
-                f"{len(collected.groups)} of {trainer.train_batch_size} groups whose rewards differ; the step goes on "
-                "with them (said once)",
-                file=sys.stderr,
-            )
-        return {names.NUM_SAMPLE_BATCHES: collected.num_batches, names.NUM_KEPT_GROUPS: collected.num_kept}
 
 
 class DraftWarmup(TrainingLoop):

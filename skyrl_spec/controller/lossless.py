@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.errors import RunError
 from skyrl_spec.metrics import names
 from skyrl_spec.settings.schema import CanaryConfig, SamplingConfig

@@ -24,10 +24,11 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.lossless import PlainEngine
 from skyrl_spec.controller.processes import kill_all, open_tree, servers_in_own_sessions
 from skyrl_spec.controller.signals import signals_kept_from_children
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.errors import ConfigError, RunError

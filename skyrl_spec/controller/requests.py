@@ -11,7 +11,7 @@ import time
 
 import ray
 
-from skyrl_spec.controller.actors import EngineGroup
+from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation, SampleRequest
 
@@ -23,13 +23,18 @@ _CALLS_UNDER_WAY = 2
 class RunningRequests:
     """The requests of all engines. For one thread, which must call ``poll`` often.
 
-    What an engine has not answered when it is lost is asked again of its replacement.
+    What an engine has not answered when it is lost is asked again of its replacement. With ``is_one_batch`` all that
+    it was ever asked is asked again, and what it had answered is given once. So every response is computed beside the
+    same others, and has the same bits as without the loss.
     """
 
-    def __init__(self, engines: EngineGroup, sampling: SamplingConfig):
+    def __init__(self, engines: EngineGroup, sampling: SamplingConfig, *, is_one_batch: bool = False):
         self._engines, self._sampling = engines, sampling
         num_engines = len(engines.handles)
         self._running: list[dict[int, SampleRequest]] = [{} for _ in range(num_engines)]
+        # With is_one_batch, all requests, and the keys of those that are answered.
+        self._batch: list[dict[int, SampleRequest]] | None = [{} for _ in range(num_engines)] if is_one_batch else None
+        self._answered: set[int] = set()
         # Requests that the engine does not have yet.
         self._new: list[list[SampleRequest]] = [[] for _ in range(num_engines)]
         self._restarts = list(engines.restarts)
@@ -49,6 +54,8 @@ class RunningRequests:
         """Gives a request to an engine, with the next slice."""
         self._running[place][request.key] = request
         self._new[place].append(request)
+        if self._batch is not None:
+            self._batch[place][request.key] = request
 
     def poll(self, timeout_s: float) -> list[tuple[int, Generation]]:
         """Responses that have finished, by their requests' keys. Waits at most ``timeout_s`` for an engine's answer.
@@ -96,7 +103,11 @@ class RunningRequests:
             self._heard[place] = time.monotonic()
             for key, generation in answer:
                 del self._running[place][key]
-                finished.append((key, generation))
+                if key not in self._answered:
+                    finished.append((key, generation))
+        if self._batch is not None:
+            self._answered.update(key for key, _ in finished)
+        self._engines.look_around()
         self._replace_silent()
         return finished
 
@@ -108,7 +119,9 @@ class RunningRequests:
                 self._start_again(place)
 
     def _start_again(self, place: int) -> None:
-        """Asks a replacement everything that the lost engine had not answered."""
+        """Asks a replacement again."""
         self._calls = {ref: one for ref, one in self._calls.items() if one != place}
+        if self._batch is not None:
+            self._running[place] = dict(self._batch[place])
         self._new[place] = list(self._running[place].values())
         self._restarts[place] = self._engines.restarts[place]

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from skyrl_spec.algorithms.filters import Group
-from skyrl_spec.controller.actors import EngineGroup
 from skyrl_spec.controller.conversation import Conversation, Conversations
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.requests import RunningRequests
 from skyrl_spec.drafts.kinds.served import build_speculative_config
+from skyrl_spec.envs.episodes import EnvResult
 from skyrl_spec.envs.grader import Grader
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.acceptance import acceptance_metrics
 from skyrl_spec.metrics.lengths import length_metrics
+from skyrl_spec.rollout.seeds import prompt_seeds, seed_of
 from skyrl_spec.settings.schema import Config, SamplingConfig
-from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals
+from skyrl_spec.types import DraftedResponse, Generation, Prompt, Proposals, SampleRequest
 
 # Limits of sample_with_drafts: prompts, and tokens of each response. Responses are sampled one after the other.
 _NUM_SHOWN, _LONGEST_SHOWN = 2, 128
+# Seconds to wait for an engine's answer before looking around.
+_POLL_S = 1.0
 # Failures of a batch that are printed one by one.
 _NUM_FAILURES_SHOWN = 3
 
@@ -77,48 +83,69 @@ class RolloutSampler:
         places = self._engines.places(len(prompts))
         begin = self.conversations.begin
         groups = [[begin(prompt, place) for _ in range(n)] for prompt, place in zip(prompts, places, strict=True)]
-        everyone = going_on = [conversation for group in groups for conversation in group]
-        generations = self._generate(prompts, sampling, n, seed, places)
-        self._play(going_on, [generation for group in generations for generation in group], everyone)
-        turn = 1
-        while going_on := [conversation for conversation in going_on if conversation.is_open]:
-            inputs = [replace(conversation.prompt, token_ids=conversation.input_ids) for conversation in going_on]
-            # The engine that has the keys of the turns before.
-            places = [conversation.place for conversation in going_on]
-            answers = self._generate(inputs, sampling, 1, seed_of(seed, turn), places)
-            self._play(going_on, [answer for (answer,) in answers], everyone)
+        everyone = [conversation for group in groups for conversation in group]
+        going_on, turn = everyone, 0
+        while going_on:
+            # Later turns have a seed each. The engine of a conversation has the keys of its turns before.
+            num_each, turn_seed = (n, seed) if turn == 0 else (1, seed_of(seed, turn))
+            seeds = self._seeds(going_on, num_each, turn_seed)
+            self._play_turn(going_on, seeds, sampling, everyone)
+            going_on = [conversation for conversation in going_on if conversation.is_open]
             turn += 1
         self.grader.end_episodes([conversation.number for conversation in everyone])
         rollouts = [[self.conversations.rollout(conversation) for conversation in group] for group in groups]
         print_failures(rollouts)
         return rollouts
 
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, n: int, seed: int, places: Sequence[int]
-    ) -> list[list[Generation]]:
-        start = time.perf_counter()
-        generations = self._engines.generate(list(prompts), sampling, n, seed, places)
-        self.generate_s += time.perf_counter() - start
-        self.num_tokens += sum(len(g.token_ids) for group in generations for g in group)
-        return generations
+    def _seeds(self, conversations: Sequence[Conversation], num_each: int, seed: int) -> list[int]:
+        """A seed for each conversation. ``num_each`` that follow each other have one prompt; its seeds do so too."""
+        num_engines, places = len(self._engines.handles), [one.place for one in conversations[::num_each]]
+        seeds = {
+            place: iter(prompt_seeds(seed * num_engines + place, places.count(place))) for place in sorted(set(places))
+        }
+        return [first + index for first in (next(seeds[place]) for place in places) for index in range(num_each)]
 
-    def _play(
+    def _play_turn(
         self,
         conversations: Sequence[Conversation],
-        generations: Sequence[Generation],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
         everyone: Sequence[Conversation],
     ) -> None:
-        """Plays a turn of each conversation, and appends what their environments answer. ``everyone``: the batch."""
+        """Samples a turn of each conversation and appends what its environment answers. ``everyone``: the batch.
+
+        An environment plays while other turns are still being sampled.
+        """
         failures = [conversation.error for conversation in everyone if conversation.error is not None]
-        turns = self.conversations.add_turns(conversations, generations)
-        results = self.grader.play_all(turns, failures, len(everyone))
-        for conversation, result in zip(conversations, results, strict=True):
+        futures: dict[int, Future[EnvResult]] = {}
+        try:
+            for indices, generations in self._answers(conversations, seeds, sampling):
+                turns = self.conversations.add_turns([conversations[index] for index in indices], generations)
+                futures |= {index: self.grader.submit(turn) for index, turn in zip(indices, turns, strict=True)}
+        except BaseException:
+            for future in futures.values():
+                future.cancel()
+            raise
+        in_order = [futures[index] for index in range(len(conversations))]
+        for conversation, result in zip(
+            conversations, self.grader.results(in_order, failures, len(everyone)), strict=True
+        ):
             self.conversations.take(conversation, result)
 
-
-def seed_of(*numbers: int) -> int:
-    """A seed that other numbers do not share."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+    def _answers(
+        self, conversations: Sequence[Conversation], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> Iterator[tuple[list[int], list[Generation]]]:
+        """What engines sampled, as it comes: indices of conversations, and their next turns."""
+        requests = RunningRequests(self._engines, sampling, is_one_batch=True)
+        for index, (conversation, seed) in enumerate(zip(conversations, seeds, strict=True)):
+            requests.add(conversation.place, SampleRequest(index, conversation.input_ids, seed))
+        start = last = time.perf_counter()
+        while requests:
+            if answers := requests.poll(_POLL_S):
+                last = time.perf_counter()
+                self.num_tokens += sum(len(generation.token_ids) for _, generation in answers)
+                yield [index for index, _ in answers], [generation for _, generation in answers]
+        self.generate_s += last - start
 
 
 def _pieces(tokenizer: Any, answer: Proposals) -> list[tuple[str, bool]]:

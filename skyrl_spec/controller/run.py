@@ -33,10 +33,11 @@ from skyrl_spec.settings.words import setting_word
 from skyrl_spec.types import Component, DraftedResponse, Rollout
 
 if TYPE_CHECKING:
-    from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
     from skyrl_spec.controller.checkpoints import Checkpointer
+    from skyrl_spec.controller.engines import EngineGroup
     from skyrl_spec.controller.loop import TrainingLoop
     from skyrl_spec.controller.lossless import PlainEngine
+    from skyrl_spec.controller.workers import PolicyGroup
 
 # Errors of a disk or folder that can no longer be written.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
@@ -340,7 +341,7 @@ def plain_errors(run_dir: Path) -> Iterator[None]:
     """
     import ray
 
-    from skyrl_spec.controller.actors import actor_error, cause_of_death
+    from skyrl_spec.controller.actor_errors import actor_error, cause_of_death
 
     try:
         yield

@@ -47,8 +47,14 @@ class Grader:
         self._dispatcher.send(task)
         return task.future
 
-    def play_all(self, turns: Sequence[Turn], earlier: Sequence[str] = (), num: int | None = None) -> list[EnvResult]:
-        """Results in order. A turn that could not be played has an ``error``.
+    def play_all(self, turns: Sequence[Turn]) -> list[EnvResult]:
+        """Plays turns; see ``results``."""
+        return self.results([self.submit(turn) for turn in turns])
+
+    def results(
+        self, futures: Sequence[Future[EnvResult]], earlier: Sequence[str] = (), num: int | None = None
+    ) -> list[EnvResult]:
+        """Results of submitted turns, in order. A turn that could not be played has an ``error``.
 
         Args:
             earlier: errors of the same batch of responses in earlier turns.
@@ -58,14 +64,13 @@ class Grader:
             ConfigError: the environment cannot be used at all.
             RunError: more than ``environment.max_failed_share`` of the batch could not be played.
         """
-        futures = [self.submit(turn) for turn in turns]
         errors = list(earlier)
         try:
             for future in as_completed(futures):
                 if (error := future.result().error) is not None:
                     errors.append(error)
                     # Not only at the end, because every response that hangs costs timeout_s.
-                    require_few(errors, len(turns) if num is None else num, self._environment)
+                    require_few(errors, len(futures) if num is None else num, self._environment)
         finally:
             for future in futures:
                 future.cancel()

@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from skyrl_spec.controller.actors import EngineGroup, cause_of_death
+from skyrl_spec.controller.actor_errors import cause_of_death
+from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.errors import RunError
 from skyrl_spec.evaluation.prompts import by_category
 from skyrl_spec.rollout.actor import RolloutActor, actor_options

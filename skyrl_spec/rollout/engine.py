@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from skyrl_spec.drafts.speculation import (
@@ -25,6 +24,7 @@ from skyrl_spec.rollout.anchors import drafted_anchors
 from skyrl_spec.rollout.calibrate import measure_steps
 from skyrl_spec.rollout.engine_args import OWN_ENGINE_ARGS, require_other_engine_args
 from skyrl_spec.rollout.requests import Requests
+from skyrl_spec.rollout.seeds import prompt_seeds
 from skyrl_spec.settings.schedule import dense_table
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.dtypes import DTYPES
@@ -203,8 +203,7 @@ class RolloutEngine:
         require_exact_sampling(sampling, self._settings.speculative_config)
         seeds: list[int | None] = [None] * len(prompts)
         if seed is not None:
-            # vLLM gives the n responses of a prompt the seeds seed, seed + 1, ...
-            seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64) >> 2]
+            seeds = [*prompt_seeds(seed, len(prompts))]
         inputs = [self._request(ids, sampling, n, one) for ids, one in zip(prompts, seeds, strict=True)]
         names = [self._requests.add(*request) for request in inputs]
         outputs = self._requests.run(names)

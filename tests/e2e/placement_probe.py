@@ -12,7 +12,6 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
-from skyrl_spec.controller.actors import PolicyGroup
 from skyrl_spec.controller.placement import (
     bundles_by_rank,
     engine_options,
@@ -20,6 +19,7 @@ from skyrl_spec.controller.placement import (
     reserve_gpus,
     worker_options,
 )
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.errors import LostActorError, RunError
 from skyrl_spec.settings.schema import Config
 

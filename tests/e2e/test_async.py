@@ -49,7 +49,7 @@ def test_an_engine_that_dies_beside_training_costs_nothing_and_a_checkpoint_goes
     run = start(killed, *ASYNC, *saves)
     for num_records in (1, 3):
         run.wait_for_steps(num_records)
-        run.actor("EngineActor.generate").kill()
+        run.actor("EngineActor.advance").kill()
     output = run.output(timeout_s=300)
     assert run.process.returncode == 0, output
     assert output.count("it is restarted, and its prompts are generated again") == 2

@@ -20,7 +20,8 @@ from ray.actor import ActorHandle
 from recording import DflashRecorder
 from trainer_actor import TrainerActor
 
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.rollout.actor import actor_options
 from skyrl_spec.rollout.engine import EngineSettings

@@ -26,9 +26,9 @@ def test_engines_that_die_or_hang_cost_no_rollout_and_a_full_disk_no_step(tmp_pa
     prefix = small_disk(run_dir / "checkpoints")
     run = start(run_dir, *WHOLE, *mishaps, "trainer.on_ckpt_failure=warn", prefix=prefix)
     run.wait_for_steps(2)
-    run.actor("EngineActor.generate").kill()
+    run.actor("EngineActor.advance").kill()
     run.wait_for_steps(4)
-    run.actor("EngineActor.generate").suspend()
+    run.actor("EngineActor.advance").suspend()
     output = run.output(timeout_s=300)
     assert run.process.returncode == 0, output
     assert run.processes() == []

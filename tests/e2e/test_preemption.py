@@ -30,7 +30,7 @@ def test_sigterm_to_every_process_while_sampling_and_while_training_saves(tmp_pa
     # wandb's own process is the only one that the signal ends.
     overrides = [*WHOLE, "trainer.logger=[console,wandb]", "trainer.resume_mode=latest"]
     steps = 0
-    for seed, doing in enumerate(("EngineActor.generate", "PolicyWorker.train_mini_batch")):
+    for seed, doing in enumerate(("EngineActor.advance", "PolicyWorker.train_mini_batch")):
         run = start(run_dir, *overrides, WANDB_MODE="offline")
         # One more step, and the evaluation before the first.
         run.wait_for_steps(1 + steps + 1)

@@ -19,7 +19,8 @@ from tiny_checkpoints import make_config, write_checkpoint
 from trainer_actor import TrainerActor
 from transformers import Qwen2ForCausalLM
 
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.rollout.actor import EngineActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings
 from skyrl_spec.settings.schema import SamplingConfig

@@ -14,7 +14,7 @@ import pytest
 import ray
 from runs import WHOLE, Run, assert_same_run, launch
 
-from skyrl_spec.controller.actors import PolicyGroup
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.errors import ActorError, LostActorError
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.training.worker import PolicyWorker
@@ -136,7 +136,7 @@ def test_an_exception_of_a_worker_is_one_line_with_its_traceback_aside(ray_clust
 
 
 def test_an_idle_worker_that_does_not_answer_is_lost(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skyrl_spec.controller.actors._PING_S", 1.0)
+    monkeypatch.setattr("skyrl_spec.controller.workers._PING_S", 1.0)
     worker = double()
     # Not the deadline of a call.
     with pytest.raises(LostActorError, match="policy worker 0 did not answer ping"):

@@ -18,10 +18,11 @@ from typing import Any
 import ray
 
 from skyrl_spec.controller import placement
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.loop import TrainingLoop
 from skyrl_spec.controller.run import make_trainer
 from skyrl_spec.controller.task import Task, load_task
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.errors import RunError
 from skyrl_spec.rollout.actor import EngineActor

@@ -18,7 +18,8 @@ from ray.actor import ActorHandle
 from safetensors.torch import load_file
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
-from skyrl_spec.controller.actors import EngineGroup, PolicyGroup
+from skyrl_spec.controller.engines import EngineGroup
+from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.rollout.actor import EngineActor, actor_options
 from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
 from skyrl_spec.settings.schema import SamplingConfig

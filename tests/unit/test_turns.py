@@ -149,10 +149,10 @@ def test_failures_are_counted_over_all_turns_of_a_batch(grader: Grader) -> None:
     grader._environment = replace(ENVIRONMENT, max_failed_share=0.1)
     grader.play_all([turn(1, "5"), turn(2, "7")])
     # One of the two that go on, of a batch of twenty.
-    results = grader.play_all([turn(1, "5", "raise"), turn(2, "7", "1")], [], 20)
+    results = grader.results([grader.submit(turn(1, "5", "raise")), grader.submit(turn(2, "7", "1"))], [], 20)
     assert [result.error is None for result in results] == [False, True]
     with pytest.raises(RunError, match=r"^environment\.max_failed_share=0\.1: 3 of 20 responses could not be scored"):
-        grader.play_all([turn(2, "7", "1", "raise")], ["a", "b"], 20)
+        grader.results([grader.submit(turn(2, "7", "1", "raise"))], ["a", "b"], 20)
 
 
 def test_after_a_batch_environments_are_made_anew(grader: Grader) -> None:
