@@ -316,8 +316,8 @@ class InferenceEngineConfig:
     )
     generate_timeout_s: float = setting(
         3600.0,
-        "Seconds for an engine to answer one call (a batch). An engine that takes longer or dies is restarted (cpu "
-        "only). On cuda the run ends with an error, or restarts (trainer.max_restarts).",
+        "Seconds for an engine to answer a call (a batch is sampled in many). An engine that takes longer or dies is "
+        "restarted (cpu only). On cuda the run ends with an error, or restarts (trainer.max_restarts).",
         POSITIVE,
     )
     max_restarts: int = setting(
