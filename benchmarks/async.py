@@ -27,7 +27,7 @@ SETTINGS = [
     "trainer.eval_interval=0", "trainer.eval_before_train=false", "trainer.measure_speedup=false",
     "trainer.ckpt_interval=0", "trainer.save_final_model=false", "trainer.logger=[]", "trainer.resume_mode=null",
     "trainer.canary.enabled=false", "generator.sampling_params.temperature=1.5",
-    "generator.sampling_params.max_generate_length=192", "trainer.policy.optimizer_config.lr=1e-12",
+    "generator.sampling_params.max_generate_length=288", "trainer.policy.optimizer_config.lr=1e-12",
 ]  # fmt: skip
 # Steps of a run that do not count.
 FIRST, LAST = 3, 2

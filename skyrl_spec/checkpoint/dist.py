@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from skyrl_spec.checkpoint import folders
 from skyrl_spec.checkpoint.optimizer_state import initialize_optimizer, optimizer_steps, set_steps
-from skyrl_spec.checkpoint.pieces import SavedComponent, sharded, tensor_key
+from skyrl_spec.checkpoint.pieces import SavedComponent, main_replicas, sharded, tensor_key
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.conversion import Rule, hf_shapes
@@ -77,23 +78,73 @@ def save(
     Raises:
         RunError: it could not be written. Raised on all ranks; earlier checkpoints are untouched.
     """
-    parallel = _parallel(components)
-    for component in components.values():
-        initialize_optimizer(component.trainable)
+    save, error = Save(directory, components, extra, per_rank), None
     try:
-        _together(lambda: folders.begin(directory) if parallel.rank == 0 else None)
-        partial = folders.partial(directory)
-        megatron_patches.save_sharded(sharded(components), partial)
-        _together(lambda: _write_small_files(partial, parallel, per_rank or {}))
-        record = {"layout": _layout(parallel), "parts": _describe(components), "extra": extra}
-        _together(lambda: folders.publish(directory, record) if parallel.rank == 0 else None)
-    except (OSError, CheckpointException) as error:
-        if parallel.rank == 0:
-            folders.discard(directory)
-        raise RunError(
-            f"{directory}: the checkpoint could not be written ({reason(error)}); earlier ones are as they were; "
-            "free space, or set trainer.run_dir to another place"
-        ) from None
+        save.write()
+    except (OSError, CheckpointException) as raised:
+        error = raised
+    save.publish(error)
+
+
+class Save:
+    """A checkpoint that is being written. ``write`` may run in another thread, the rest is for the one that trains."""
+
+    def __init__(
+        self,
+        directory: Path,
+        components: Mapping[Component, SavedComponent],
+        extra: dict[str, Any],
+        per_rank: dict[str, Tensor] | None = None,
+        *,
+        copies: bool = False,
+    ):
+        """Makes the directory, and takes what is written. Collective. ``copies``: the tensors may change meanwhile.
+
+        Raises:
+            RunError: nothing can be written there.
+        """
+        self._directory, self._parallel = directory, _parallel(components)
+        for component in components.values():
+            initialize_optimizer(component.trainable)
+        self._tensors = main_replicas(sharded(components), copies=copies)
+        self._record = {"layout": _layout(self._parallel), "parts": _describe(components), "extra": extra}
+        with self._plain_errors():
+            _together(lambda: folders.begin(directory) if self._parallel.rank == 0 else None)
+            partial = folders.partial(directory)
+            _together(lambda: _write_small_files(partial, self._parallel, per_rank or {}))
+
+    def write(self, group: Any = None) -> None:
+        """Writes the tensors. Collective in ``group``. Raises torch's exception on all ranks if one of them fails."""
+        megatron_patches.save_sharded(self._tensors, folders.partial(self._directory), group)
+
+    def publish(self, error: BaseException | None = None) -> None:
+        """Makes the checkpoint appear, unless writing it raised ``error``. Collective.
+
+        Raises:
+            RunError: it could not be written. Raised on all ranks.
+        """
+        self._tensors = {}
+        with self._plain_errors():
+            _together(lambda: _raise(error))
+            _together(lambda: folders.publish(self._directory, self._record) if self._parallel.rank == 0 else None)
+
+    @contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Turns errors of files into one line, and removes what was written."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            if self._parallel.rank == 0:
+                folders.discard(self._directory)
+            raise RunError(
+                f"{self._directory}: the checkpoint could not be written ({reason(error)}); earlier ones are as they "
+                "were; free space, or set trainer.run_dir to another place"
+            ) from None
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
 
 
 def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loaded:
@@ -152,14 +203,19 @@ def _together(step: Callable[[], T]) -> T:
     local_error, result = None, None
     try:
         result = step()
-    except (OSError, ConfigError) as error:
+    except (OSError, ConfigError, CheckpointException) as error:
         local_error = error
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, local_error)
-    for error_of_rank in errors:
+    for error_of_rank in on_all_ranks(local_error):
         if error_of_rank is not None:
             raise error_of_rank
     return result  # type: ignore[return-value]
+
+
+def on_all_ranks(value: T) -> list[T]:
+    """``value`` of every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def reason(error: BaseException) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,20 +114,33 @@ def resume(trainer: TrainingLoop, policy: PolicyGroup, directory: Path) -> None:
     trainer.load_state_dict(policy.load_checkpoint(directory.resolve())["trainer"])
 
 
+@dataclass(frozen=True)
+class Completed:
+    """A completed step, and the driver's state after it."""
+
+    step: int
+    extra: dict[str, Any]
+
+
 class Checkpointer:
-    """Saves the last completed step when that is due, or when the run is stopped."""
+    """Saves the last completed step when that is due, or when the run is stopped.
+
+    With ``async_dist_ckpt_save`` a save that is due is written beside the next steps. It is looked for after each.
+    """
 
     def __init__(self, trainer: TrainingLoop, policy: PolicyGroup):
         self._trainer, self._policy = trainer, policy
         self._settings, self._root = trainer.config.trainer, checkpoint_root(trainer.config)
-        self._last: tuple[int, dict[str, Any]] | None = None
+        self._last: Completed | None = None
         self._tried_step: int | None = None
+        # The step that is being written beside training.
+        self._begun: int | None = None
         # Last checkpoint that this run saved.
         self.saved: Path | None = None
 
     def after_step(self, step: int, values: Mapping[str, float]) -> None:
         """Keeps the driver's state after ``step`` and its metrics, and saves if that is due."""
-        self._last = (
+        self._last = Completed(
             step,
             {
                 "trainer": self._trainer.state_dict(step),
@@ -134,14 +148,16 @@ class Checkpointer:
                 "metrics": {name: value for name, value in values.items() if math.isfinite(value)},
             },
         )
+        self._try(lambda: self._finish(wait=False))
         interval = self._settings.ckpt_interval
         if interval > 0 and step % interval == 0:
             self._save_or_say()
 
     def after_run(self) -> None:
-        """Saves the last step, unless that was just tried."""
-        if self._settings.ckpt_interval > 0 and self._last is not None and self._last[0] != self._tried_step:
+        """Saves the last step, unless that was just tried. Waits for what is being written."""
+        if self._settings.ckpt_interval > 0 and self._last is not None and self._last.step != self._tried_step:
             self._save_or_say()
+        self._try(lambda: self._finish(wait=True))
 
     def save_last(self) -> Path | None:
         """Saves the last completed step; returns its checkpoint, or None if no step is complete.
@@ -151,26 +167,60 @@ class Checkpointer:
         """
         if self._last is None:
             return None
-        step, extra = self._last
-        directory = self._root / f"step_{step}"
-        if self.saved != directory:
-            self._policy.save_checkpoint(directory.resolve(), extra)
-            self.saved = directory
-            for line in rotate(self._root, self._settings.max_ckpts_to_keep):
-                print(f"skyrl-spec: {line}", file=sys.stderr)
-            if self._settings.hf_save_interval and step % self._settings.hf_save_interval == 0:
-                target = self._root.with_name("exports") / directory.name
-                self._policy.export_checkpoint(directory.resolve(), target.resolve())
-        return directory
+        self.finish_begun()
+        if self.saved != self._directory(self._last.step):
+            self._policy.save_checkpoint(self._directory(self._last.step).resolve(), self._last.extra)
+            self._complete(self._last.step)
+        return self.saved
+
+    def finish_begun(self) -> None:
+        """Waits for what is being written. If that fails, it costs a line."""
+        self._try(lambda: self._finish(wait=True), must_not_raise=True)
+
+    def _directory(self, step: int) -> Path:
+        return self._root / f"step_{step}"
 
     def _save_or_say(self) -> None:
-        self._tried_step = None if self._last is None else self._last[0]
+        assert self._last is not None
+        self._tried_step = self._last.step
+        beside = self._settings.policy.megatron_config.async_dist_ckpt_save
+        self._try(self._begin if beside else self.save_last)
+
+    def _begin(self) -> None:
+        """Begins to write the last completed step beside training, once an earlier one is written."""
+        assert self._last is not None
+        self._try(lambda: self._finish(wait=True))
+        self._policy.begin_save(self._directory(self._last.step).resolve(), self._last.extra)
+        self._begun = self._last.step
+
+    def _finish(self, *, wait: bool) -> None:
+        """Completes what was written beside training, if all ranks are done with it."""
+        if (step := self._begun) is None:
+            return
+        # A failure ends it too.
+        self._begun = None
+        if self._policy.finish_save(wait=wait):
+            self._complete(step)
+        else:
+            self._begun = step
+
+    def _complete(self, step: int) -> None:
+        """Notes that the checkpoint of a step is there. Removes old ones."""
+        self.saved = self._directory(step)
+        for line in rotate(self._root, self._settings.max_ckpts_to_keep):
+            print(f"skyrl-spec: {line}", file=sys.stderr)
+        if self._settings.hf_save_interval and step % self._settings.hf_save_interval == 0:
+            target = self._root.with_name("exports") / self.saved.name
+            self._policy.export_checkpoint(self.saved.resolve(), target.resolve())
+
+    def _try(self, save: Callable[[], object], *, must_not_raise: bool = False) -> None:
+        """Saves. With ``trainer.on_ckpt_failure=warn``, a checkpoint that could not be written costs a line."""
         try:
-            self.save_last()
+            save()
         except Exception as error:
             # Ray wraps an exception of a worker.
             cause = getattr(error, "cause", error)
             may_go_on = isinstance(cause, RunError) and not isinstance(cause, RestartableError)
-            if not may_go_on or self._settings.on_ckpt_failure == "error":
+            if not must_not_raise and (not may_go_on or self._settings.on_ckpt_failure == "error"):
                 raise
             print(f"skyrl-spec: warning: {cause}", file=sys.stderr)

@@ -238,10 +238,13 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
         with watch.shield():
             watch.saved = _save_after_mismatch(checkpointer, mismatch)
         raise
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         # If a shield was broken, weights have moved without completing a step.
         if watch.received == signal.SIGTERM and not watch.is_broken:
             watch.saved = checkpointer.save_last()
+        elif isinstance(error, RunError) and not isinstance(error, RestartableError):
+            # The workers are alive.
+            checkpointer.finish_begun()
         raise
     # A later SIGTERM reports this checkpoint.
     watch.saved = checkpointer.saved

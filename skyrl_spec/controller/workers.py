@@ -125,6 +125,18 @@ class PolicyGroup:
         """Writes ``directory`` from all ranks. It appears once it is complete."""
         self._all("save_checkpoint", directory, extra)
 
+    def begin_save(self, directory: Path, extra: dict[str, Any]) -> None:
+        """Begins to write ``directory`` beside training. ``finish_save`` must follow."""
+        self._all("begin_save", directory, extra)
+
+    def finish_save(self, *, wait: bool) -> bool:
+        """Whether the save that was begun is complete. ``wait``: waits until it is.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        return self._all("finish_save", wait)[0]
+
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Loads a checkpoint on all ranks; returns the driver's part of it."""
         return self._all("load_checkpoint", directory)[0]

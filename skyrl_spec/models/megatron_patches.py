@@ -153,8 +153,10 @@ def megatron_device(device: torch.device) -> Iterator[None]:
         yield
 
 
-def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
+def save_sharded(sharded: dict[str, ShardedTensor], directory: Path, group: Any = None) -> None:
     """Writes sharded tensors as ``dist_checkpointing.save`` does, but in this process, with PyTorch's writer.
+
+    ``group``: a process group of all ranks, in which they agree on the files. None: the default group.
 
     Megatron's writer synchronizes CUDA, starts a manager process (which imports the main module again) and forks
     writers. A Ray actor has threads, and a fork may copy a lock that one of them holds. Can go when Megatron writes
@@ -170,6 +172,7 @@ def save_sharded(sharded: dict[str, ShardedTensor], directory: Path) -> None:
         torch_dist.mcore_to_pyt_state_dict(by_key),
         storage_writer=_ShardWriter(directory, sync_files=True),
         planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
     )
 
 

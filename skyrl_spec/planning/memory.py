@@ -73,6 +73,8 @@ class MemoryPlan:
     # In the cache of one engine.
     kv_bytes_per_token: int
     checkpoint: int
+    # Copies in host memory of a worker, at most, while a checkpoint is written beside training.
+    checkpoint_copies: int
     sync: int
     # Upper bound: every prompt and response has its largest length.
     tokens_per_step: int
@@ -92,12 +94,14 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
     size, engine_size = _weight_bytes(config), DTYPES[engine_dtype(config)].num_bytes
     engine_tp, served = engine.tensor_parallel_size, _served_draft(config, spec)
     num_trained = count(draft) + (count(policy) if trains_policy else 0)
+    worker = _worker_memory(config, spec, draft, trains_policy=trains_policy)
     kv_values_per_token = 2 * (spec.num_layers + served.num_layers) * spec.num_kv_heads * spec.head_dim
     return MemoryPlan(
-        worker=_worker_memory(config, spec, draft, trains_policy=trains_policy),
+        worker=worker,
         engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
         kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
         checkpoint=num_trained * (size + _optimizer_bytes(size)),
+        checkpoint_copies=_checkpoint_copies(config, worker, draft, trains_policy=trains_policy),
         sync=num_trained * size,
         tokens_per_step=_sampled_prompts(config) * config.generator.n_samples_per_prompt * longest_sequence(config),
         draft_probs=_draft_probs(config, spec),
@@ -128,6 +132,15 @@ def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_pol
         activations=activations(config, spec, tp),
         update=num_trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
     )
+
+
+def _checkpoint_copies(config: Config, worker: WorkerMemory, draft: Shapes, *, trains_policy: bool) -> int:
+    """Bytes of what a worker writes: its part of the trained weights and of the optimizer state."""
+    if not config.trainer.policy.megatron_config.async_dist_ckpt_save:
+        return 0
+    _, tp, _ = parallel_sizes(config)
+    weights = worker.weights if trains_policy else count_on_rank(draft, tp) * _weight_bytes(config)
+    return weights + worker.optimizer
 
 
 def _weight_bytes(config: Config) -> int:
@@ -242,11 +255,18 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         "engine": f"weights {readable(plan.engine_weights)} per GPU; {_cache(config, plan)}"
         + (f"; distributions of drafts, at most {readable(plan.draft_probs)}" if plan.draft_probs else ""),
         "sync": f"{readable(plan.sync)} after every step, by {sync_backend(config)}",
-        "checkpoint": f"{readable(plan.checkpoint)} each, "
-        + (f"{trainer.max_ckpts_to_keep} kept" if trainer.ckpt_interval else "only if SIGTERM stops the run"),
+        "checkpoint": f"{readable(plan.checkpoint)} each, {_saves(config, plan)}",
         "tokens": f"at most {plan.tokens_per_step:,} per step, prompts included",
     }
     return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
+
+
+def _saves(config: Config, plan: MemoryPlan) -> str:
+    trainer, copies = config.trainer, readable(plan.checkpoint_copies)
+    if not trainer.ckpt_interval:
+        return "only if SIGTERM stops the run"
+    beside = f"; written beside training, from copies of at most {copies} in host memory per worker"
+    return f"{trainer.max_ckpts_to_keep} kept{beside if plan.checkpoint_copies else ''}"
 
 
 def _steps(config: Config) -> dict[str, str]:

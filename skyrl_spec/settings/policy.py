@@ -41,6 +41,10 @@ class MegatronConfig:
         "Parts of a layer that recompute_granularity=selective recomputes: layernorm, mlp, core_attn. core_attn costs "
         "an attention and saves next to nothing, because attention stores no scores.",
     )
+    async_dist_ckpt_save: bool = setting(
+        False,
+        "Write checkpoints beside training, from copies in host memory. One save at a time; the next one waits for it.",
+    )
     fp32_output_head: bool | None = setting(
         None,
         "Compute the logits of losses and log-probs in fp32, from bf16 hidden states and weights. null: true on cuda, "

@@ -8,7 +8,7 @@ import socket
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -17,6 +17,9 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.types import Component, Proposals, ProposalScores, StepReport, TrainBatch
+
+if TYPE_CHECKING:
+    from skyrl_spec.checkpoint.background import BackgroundSaver
 
 
 @ray.remote
@@ -35,6 +38,7 @@ class PolicyWorker:
             torch.set_num_threads(num_threads)
         self._config, self._rank, self._world_size = config, rank, world_size
         self._senders: dict[str, Any] = {}
+        self._saver: BackgroundSaver | None = None
         self._store: Any = None
 
     def ping(self) -> None:
@@ -147,6 +151,19 @@ class PolicyWorker:
         from skyrl_spec.checkpoint import dist
 
         dist.save(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
+
+    def begin_save(self, directory: Path, extra: dict[str, Any]) -> None:
+        """Begins a save beside training; see ``save_checkpoint``."""
+        from skyrl_spec.checkpoint.background import BackgroundSaver
+
+        if self._saver is None:
+            self._saver = BackgroundSaver()
+        self._saver.begin(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
+
+    def finish_save(self, wait: bool) -> bool:
+        """Whether the save beside training is complete. ``wait``: waits until it is."""
+        assert self._saver is not None
+        return self._saver.finish(wait=wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Loads the components that the checkpoint and this run both train; returns the driver's ``extra``.

@@ -88,8 +88,10 @@ def test_a_run_that_is_preempted_loses_a_worker_and_its_driver_goes_on_bit_by_bi
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_that_may_restart_loses_both_workers(tmp_path: Path, whole: Whole) -> None:
+@pytest.mark.parametrize("saves_beside", [False, True], ids=["saves_between_steps", "saves_beside_training"])
+def test_a_run_that_may_restart_loses_both_workers(tmp_path: Path, whole: Whole, saves_beside: bool) -> None:
     restarts = ["trainer.max_restarts=2", "trainer.ckpt_interval=2"]
+    restarts += [f"trainer.policy.megatron_config.async_dist_ckpt_save={str(saves_beside).lower()}"]
     run = start(tmp_path / "run", *WHOLE, *restarts)
     # Before and after the first checkpoint.
     for num_records in (2, 4):

@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
 from skyrl_spec.checkpoint import dist, folders, pieces
+from skyrl_spec.checkpoint.background import BackgroundSaver
 from skyrl_spec.checkpoint.optimizer_state import initialize_optimizer, optimizers
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.metrics.values import values
@@ -301,6 +303,66 @@ def _full_disk_job(rank: int, model: Path, root: Path) -> None:
     assert dist.load(here / "step_2", parts).extra["step"] == 7
 
 
+def _background_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
+    """Two steps are trained while a save is written: it holds what was there when it began."""
+    write, may_write = dist.Save.write, threading.Event()
+
+    def write_later(save: dist.Save, group: Any = None) -> None:
+        may_write.wait()
+        write(save, group)
+
+    saver = BackgroundSaver()
+    for layout in layouts:
+        here = root / "background" / layout
+        trainer = _build(model, layout)
+        _train(trainer, range(1))
+        dist.save(here / "step_1", trainer.saved_components(), EXTRA | {"step": 1})
+        _train(trainer, range(1, 2))
+        may_write.clear()
+        dist.Save.write = write_later  # type: ignore[method-assign]
+        saver.begin(here / "step_2", trainer.saved_components(), EXTRA, _per_rank())
+        saved, rng = _state(trainer), torch.get_rng_state()
+        torch.rand(3)
+        metrics = _train(trainer, range(2, 4))
+        # Nobody sees it before it is complete.
+        assert not saver.finish(wait=False)
+        assert folders.latest(here) == here / "step_1"
+        may_write.set()
+        assert saver.finish(wait=True)
+        dist.Save.write = write  # type: ignore[method-assign]
+        # Nothing is being written.
+        assert saver.finish(wait=False)
+        torch.distributed.barrier()
+        assert folders.latest(here) == here / "step_2"
+
+        resumed = _build(model, layout)
+        loaded = dist.load(here / "step_2", resumed.saved_components())
+        assert loaded.extra == EXTRA
+        assert torch.equal(torch.get_rng_state(), rng)
+        _assert_same(_state(resumed), saved)
+        assert _train(resumed, range(2, 4)) == metrics
+        _assert_same(_state(resumed), _state(trainer))
+    _full_disk_in_the_background(rank, trainer, saver, root / "full_background")
+
+
+def _full_disk_in_the_background(rank: int, trainer: PolicyTrainer, saver: BackgroundSaver, here: Path) -> None:
+    parts, limits = trainer.saved_components(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver.begin(here / "step_1", parts, EXTRA)
+    saver.finish(wait=True)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    saver.begin(here / "step_2", parts, EXTRA)
+    _says(lambda: saver.finish(wait=True), RunError, "could not be written (File too large)")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    torch.distributed.barrier()
+    assert {path.name for path in here.iterdir()} == {"step_1", "latest"}
+    torch.distributed.barrier()
+    saver.begin(here / "step_2", parts, EXTRA)
+    saver.finish(wait=True)
+    assert dist.load(here / "step_2", parts).extra == EXTRA
+
+
 def _regroup(rank: int, world_size: int, store: Path) -> None:
     if parallel.parallel_state.is_initialized():
         parallel.parallel_state.destroy_model_parallel()
@@ -320,6 +382,7 @@ def _job(rank: int, model: Path, other_model: Path, root: Path) -> None:
     _resume_job(rank, model, root, [layout for layout in LAYOUTS if not layout.startswith("tp1")])
     _reshard_job(rank, model, root, TO_TWO_RANKS)
     _full_disk_job(rank, model, root)
+    _background_job(rank, model, root, ["tp2", "dp2-distributed-bf16"])
 
     _regroup(0, 1, root / f"alone_again{rank}")
     _reshard_job(0, model, root, TO_ONE_RANK[rank])

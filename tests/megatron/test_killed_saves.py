@@ -14,6 +14,7 @@ import torch.distributed
 from tiny_checkpoints import make_batch, make_config, write_checkpoint
 
 from skyrl_spec.checkpoint import dist, folders, pieces
+from skyrl_spec.checkpoint.background import BackgroundSaver
 from skyrl_spec.checkpoint.optimizer_state import initialize_optimizer
 from skyrl_spec.models import parallel
 from skyrl_spec.specs.model import load_spec
@@ -23,8 +24,11 @@ NUM_KILLS = 20
 KEEP = 2
 
 
-def run(model: Path, root: Path, store: Path, said: Connection) -> None:
-    """Resumes from the newest checkpoint, trains and saves until killed, and reports the resume and each save."""
+def run(model: Path, root: Path, store: Path, said: Connection, *, beside: bool) -> None:
+    """Resumes from the newest checkpoint, trains and saves until killed, and reports the resume and each save.
+
+    ``beside``: a step is trained while the step before it is written.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     ranks = parallel.lay_out(1, torch.device("cpu"))
@@ -38,13 +42,22 @@ def run(model: Path, root: Path, store: Path, said: Connection) -> None:
         assert checksum(trainer) == extra["checksum"]
         assert newest.name == f"step_{step}"
     said.send(("resumed", step))
+    step, saver = step + 1, BackgroundSaver()
+    trainer.train_mini_batch(make_batch(step))
     while True:
-        step += 1
-        trainer.train_mini_batch(make_batch(step))
         said.send(("saving", step))
-        dist.save(root / f"step_{step}", parts, {"step": step, "checksum": checksum(trainer)})
+        extra = {"step": step, "checksum": checksum(trainer)}
+        if beside:
+            saver.begin(root / f"step_{step}", parts, extra)
+            trainer.train_mini_batch(make_batch(step + 1))
+            saver.finish(wait=True)
+        else:
+            dist.save(root / f"step_{step}", parts, extra)
         folders.rotate(root, KEEP)
         said.send(("saved", step))
+        step += 1
+        if not beside:
+            trainer.train_mini_batch(make_batch(step))
 
 
 def checksum(trainer: PolicyTrainer) -> float:
@@ -59,13 +72,17 @@ def checksum(trainer: PolicyTrainer) -> float:
 
 
 @pytest.mark.slow
-def test_a_save_killed_at_a_random_moment_costs_that_save_alone(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("beside", [False, True], ids=["between_steps", "beside_training"])
+def test_a_save_killed_at_a_random_moment_costs_that_save_alone(tmp_path: Path, beside: bool) -> None:
     model, root = write_checkpoint(tmp_path / "model"), tmp_path / "checkpoints"
     context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
     saved, moments = 0, {"in a save": 0, "between": 0}
     for kill in range(NUM_KILLS + 1):
         heard, said = context.Pipe(duplex=False)
-        process = context.Process(target=run, args=(model, root, tmp_path / f"store{kill}", said))
+        process = context.Process(
+            target=run, args=(model, root, tmp_path / f"store{kill}", said), kwargs={"beside": beside}
+        )
         process.start()
         said.close()
         what, step = heard.recv()

@@ -1,0 +1,78 @@
+"""A save beside training: the tensors are copied to host memory, and a thread of each rank writes the copies.
+
+    workers:  step 5 | copy | step 6 ... step 7   | publish | step 8
+    threads:         |  write step 5's copies     |
+
+The threads agree on the files in a process group of their own, so they never meet the collectives of the training. No
+process is forked: a copy of a process with threads may hold a lock for ever. ``latest`` names the checkpoint once the
+files of all ranks are on disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from skyrl_spec.checkpoint.dist import Save, on_all_ranks
+from skyrl_spec.checkpoint.pieces import SavedComponent
+from skyrl_spec.types import Component
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time. All methods are collective, and for the thread that trains."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._writing: _Writing | None = None
+
+    def begin(
+        self,
+        directory: Path,
+        components: Mapping[Component, SavedComponent],
+        extra: dict[str, Any],
+        per_rank: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Copies what is saved, and begins to write it. For the arguments and errors see ``dist.save``."""
+        assert self._writing is None
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        save = Save(directory, components, extra, per_rank, copies=True)
+        self._writing = _Writing(save, self._group)
+        self._writing.start()
+
+    def finish(self, *, wait: bool) -> bool:
+        """Makes the checkpoint appear, and returns True, once all ranks have written. Else it returns False.
+
+        Raises:
+            RunError: it could not be written. Raised on all ranks; earlier checkpoints are untouched.
+        """
+        writing = self._writing
+        if writing is None:
+            return True
+        if wait:
+            writing.join()
+        if not all(on_all_ranks(not writing.is_alive())):
+            return False
+        self._writing = None
+        writing.save.publish(writing.error)
+        return True
+
+
+class _Writing(threading.Thread):
+    """The thread of a save."""
+
+    def __init__(self, save: Save, group: Any):
+        super().__init__(daemon=True, name="checkpoint")
+        self.save, self._group = save, group
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.save.write(self._group)
+        except BaseException as error:
+            self.error = error
