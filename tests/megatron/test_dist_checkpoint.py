@@ -403,8 +403,10 @@ def _killed_job(rank: int, model: Path, root: Path) -> None:
 
     def die(descriptor: int) -> None:
         real(descriptor)
-        (root.parent / "died").touch()
-        os._exit(9)
+        # Small files come first.
+        if any((root / "step_2.partial").glob("__1_*.distcp")):
+            (root.parent / "died").touch()
+            os._exit(9)
 
     if rank == 1:
         os.fsync = die
