@@ -41,6 +41,7 @@ def test_a_run_asks_its_own_server(tmp_path: Path) -> None:
 def test_the_policy_learns_to_search(tmp_path: Path) -> None:
     _, records = finish(tmp_path / "run", "experiment=cpu_search_grpo", timeout_s=720)
     scores = [record[names.EVAL_SCORE] for record in records if names.EVAL_SCORE in record]
-    assert scores[-1] >= scores[0] + 0.2
+    assert scores[0] < 0.2
+    assert scores[-1] > 0.8
     assert records[-1][names.NUM_TURNS] > 1.5
     assert records[-1][names.acceptance_length("train")] >= 2.5
