@@ -1,11 +1,11 @@
 """A save beside training: the tensors are copied to host memory, and a thread of each rank writes the copies.
 
-    workers:  step 5 | copy | step 6 ... step 7   | publish | step 8
-    threads:         |  write step 5's copies     |
+    workers:  step 5 | copy | step 6 ...              | step 7
+    threads:                | write step 5's copies | publish
 
 The threads agree on the files in a process group of their own, so they never meet the collectives of the training. No
-process is forked: a copy of a process with threads may hold a lock for ever. ``latest`` names the checkpoint once the
-files of all ranks are on disk.
+process is forked: a copy of a process with threads may hold a lock for ever. Once the files of all ranks are on disk,
+rank 0's thread publishes the checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BackgroundSaver:
         self._writing.start()
 
     def finish(self, *, wait: bool) -> bool:
-        """Makes the checkpoint appear, and returns True, once all ranks have written. Else it returns False.
+        """Whether all ranks have written. ``wait``: waits until they have.
 
         Raises:
             RunError: it could not be written. Raised on all ranks; earlier checkpoints are untouched.
@@ -59,7 +59,7 @@ class BackgroundSaver:
         if not all(on_all_ranks(not writing.is_alive())):
             return False
         self._writing = None
-        writing.save.publish(writing.error)
+        writing.save.end(writing.error)
         return True
 
 

@@ -83,7 +83,7 @@ def save(
         save.write()
     except (OSError, CheckpointException) as raised:
         error = raised
-    save.publish(error)
+    save.end(error)
 
 
 class Save:
@@ -114,11 +114,16 @@ class Save:
             _together(lambda: _write_small_files(partial, self._parallel, per_rank or {}))
 
     def write(self, group: Any = None) -> None:
-        """Writes the tensors. Collective in ``group``. Raises torch's exception on all ranks if one of them fails."""
-        megatron_patches.save_sharded(self._tensors, folders.partial(self._directory), group)
+        """Writes the tensors. Collective in ``group``. Once all ranks have written, the checkpoint appears.
 
-    def publish(self, error: BaseException | None = None) -> None:
-        """Makes the checkpoint appear, unless writing it raised ``error``. Collective.
+        Raises torch's exception on all ranks if one of them cannot write, and rank 0's if it cannot publish.
+        """
+        megatron_patches.save_sharded(self._tensors, folders.partial(self._directory), group)
+        if self._parallel.rank == 0:
+            folders.publish(self._directory, self._record)
+
+    def end(self, error: BaseException | None) -> None:
+        """Waits until the checkpoint is there. Collective. ``error``: what ``write`` raised on this rank.
 
         Raises:
             RunError: it could not be written. Raised on all ranks.
@@ -126,7 +131,6 @@ class Save:
         self._tensors = {}
         with self._plain_errors():
             _together(lambda: _raise(error))
-            _together(lambda: folders.publish(self._directory, self._record) if self._parallel.rank == 0 else None)
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,7 +328,11 @@ def _background_job(rank: int, model: Path, root: Path, layouts: list[str]) -> N
         # Nobody sees it before it is complete.
         assert not saver.finish(wait=False)
         assert folders.latest(here) == here / "step_1"
+        torch.distributed.barrier()
         may_write.set()
+        # It appears by itself.
+        while folders.latest(here) != here / "step_2":
+            time.sleep(0.01)
         assert saver.finish(wait=True)
         dist.Save.write = write  # type: ignore[method-assign]
         # Nothing is being written.
