@@ -113,9 +113,8 @@ def test_a_save_killed_at_a_random_moment_costs_that_save_alone(tmp_path: Path, 
         found = folders.latest(root)
         assert found is not None
         assert found.name in (f"step_{saved}", f"step_{saved + 1}")
-    print(
-        f"\n{NUM_KILLS} kills, saves {'beside training' if beside else 'between steps'}: {moments}, {saved} steps were saved"
-    )
+    kind = "beside training" if beside else "between steps"
+    print(f"\n{NUM_KILLS} kills, saves {kind}: {moments}, {saved} steps were saved")
     assert moments["in a save"] >= NUM_KILLS / 2
 
 
