@@ -42,8 +42,10 @@ SKIPPED = "tests/megatron/test_skipped_updates.py::test_a_bad_gradient_of_the_po
 BUNDLE = "tests/megatron/test_bundle.py::test_a_bundle_is_what_the_ranks_hold[mtp-2-fp32-False]"
 BOXES = "tests/megatron/test_dist_checkpoint.py::test_boxes_are_the_range_in_order"
 CONTINUOUS = "tests/unit/test_groups.py"
+BATCHES, CHECKPOINTER = "tests/unit/test_batches.py", "tests/unit/test_checkpointer.py"
 RUNNING_REQUESTS = "tests/rollout/test_running_requests.py"
-RESUME = "tests/mutants/quick_resume.py::test_resume_is_bitwise"
+QUICK = "tests/mutants/quick_resume.py"
+RESUME = f"{QUICK}::test_resume_is_bitwise"
 
 LOSSES = [
     *of(
@@ -641,6 +643,37 @@ SYNCED = [
         "controller/fidelity.py",
         [AGREEMENT],
         ("stale rollouts accepted", "return sampled == versions", "return True"),
+    ),
+    *of(
+        "controller/requests.py",
+        [BATCHES],
+        ("a lost batch is asked in part", "self._running[place] = dict(self._batch[place])", "pass"),
+        ("answers given twice", "if key not in self._answered:", "if True:"),
+    ),
+    *of(
+        "controller/rollouts.py",
+        [BATCHES],
+        ("later responses of a prompt share its seed", "first + index for first", "first for first"),
+        (
+            "engines share their seeds",
+            "prompt_seeds(seed * num_engines + place, places",
+            "prompt_seeds(seed * num_engines, places",
+        ),
+    ),
+    *of(
+        "controller/checkpoints.py",
+        [CHECKPOINTER],
+        (
+            "a save begins beside another",
+            "self._try(lambda: self._finish(wait=True))\n        self._policy.begin",
+            "self._policy.begin",
+        ),
+        ("a save beside training is never looked for", "self._try(lambda: self._finish(wait=False))", "pass"),
+    ),
+    *of(
+        "checkpoint/background.py",
+        [f"{QUICK}::test_a_save_beside_training_holds_what_was_there_when_it_began"],
+        ("the tensors themselves are written", "copies=True", "copies=False"),
     ),
     *of(
         "controller/groups.py",
