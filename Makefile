@@ -5,7 +5,7 @@
 # make lint    formatting, lint, types, import layers, sizes of files and functions, reference pages, imports of the tests
 # make mutants  breaks the code one line at a time in a copy and shows which test fails (docs/fidelity.md)
 # make faults  puts faults into a run, one at a time, and shows which check sees each (docs/fidelity.md)
-# make kills   kill -9 at 20 random moments of a save (docs/reliability.md)
+# make kills   kill -9 at 20 random moments of saves of both kinds (docs/reliability.md)
 # make soak    200 short steps; compares memory, files and threads of every process early and late
 # make examples  the scripts of the examples that need no GPU, cut short
 # make docs    builds docs/ as a site in build/site, with the reference pages generated from the code

@@ -27,7 +27,7 @@ SETTINGS = [
 
 def run(words: list[str], folder: Path) -> tuple[float, float, float]:
     """Held-out reward at the end, and acceptance length there and in the second half of the steps."""
-    assert run_training(load_config([*words, *SETTINGS, f"trainer.run_dir={folder}"])) == 0
+    assert run_training(load_config([*words, f"trainer.run_dir={folder}"])) == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     late = [row[names.acceptance_length("train")] for row in rows[len(rows) // 2 :]]
     return rows[-1][names.EVAL_SCORE], rows[-1][names.acceptance_length("eval")], statistics.mean(late)
@@ -45,7 +45,7 @@ def main() -> None:
     for seed in args.seeds:
         for age, results in found.items():
             asynchronous = f"trainer.fully_async.enabled={str(age > 0).lower()}"
-            words = [f"experiment={args.experiment}", asynchronous, f"trainer.seed={seed}"]
+            words = [f"experiment={args.experiment}", *SETTINGS, asynchronous, f"trainer.seed={seed}"]
             words += [f"trainer.fully_async.max_staleness_steps={age}"] if age else []
             results.append(run([*words, *args.settings], args.out / f"{age}_{seed}"))
             print(f"max_staleness_steps={age} seed={seed}: {results[-1]}", flush=True)

@@ -11,7 +11,8 @@ rank 0's thread publishes the checkpoint.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ from skyrl_spec.checkpoint.dist import Save, on_all_ranks
 from skyrl_spec.checkpoint.pieces import SavedComponent
 from skyrl_spec.types import Component
 
+# Seconds between looks at the threads of all ranks, for one that waits for them.
+_LOOK_INTERVAL_S = 0.2
+
 
 class BackgroundSaver:
     """Writes one checkpoint at a time. All methods are collective, and for the thread that trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float):
+        """``timeout_s``: longest time for one rank to wait for the others' files."""
+        self._timeout = timedelta(seconds=timeout_s)
         self._group: Any = None
         self._writing: _Writing | None = None
 
@@ -40,7 +46,7 @@ class BackgroundSaver:
         """Copies what is saved, and begins to write it. For the arguments and errors see ``dist.save``."""
         assert self._writing is None
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         save = Save(directory, components, extra, per_rank, copies=True)
         self._writing = _Writing(save, self._group)
         self._writing.start()
@@ -54,10 +60,10 @@ class BackgroundSaver:
         writing = self._writing
         if writing is None:
             return True
-        if wait:
-            writing.join()
-        if not all(on_all_ranks(not writing.is_alive())):
-            return False
+        while not _is_over(on_all_ranks(writing.state)):
+            if not wait:
+                return False
+            writing.join(_LOOK_INTERVAL_S)
         self._writing = None
         writing.save.end(writing.error)
         return True
@@ -71,8 +77,20 @@ class _Writing(threading.Thread):
         self.save, self._group = save, group
         self.error: BaseException | None = None
 
+    @property
+    def state(self) -> str:
+        """``writing``, ``written`` or ``failed``."""
+        if self.error is not None:
+            return "failed"
+        return "writing" if self.is_alive() else "written"
+
     def run(self) -> None:
         try:
             self.save.write(self._group)
         except BaseException as error:
             self.error = error
+
+
+def _is_over(states: Sequence[str]) -> bool:
+    """Whether all ranks have written, or one has failed, for which the others would wait."""
+    return "failed" in states or "writing" not in states

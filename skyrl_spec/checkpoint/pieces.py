@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -52,20 +51,14 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
 
 
 def main_replicas(pieces: Mapping[str, ShardedTensor], *, copies: bool) -> dict[str, ShardedTensor]:
-    """The pieces that this rank writes. ``copies``: in host memory of their own, on GPUs page-locked."""
+    """The pieces that this rank writes. ``copies``: in host memory of their own.
+
+    It is not page-locked: PyTorch rounds page-locked blocks up to powers of two, and keeps them.
+    """
     chosen = {name: piece for name, piece in pieces.items() if is_main_replica(piece.replica_id)}
     if not copies:
         return chosen
-    copied = {name: replace(piece, data=_host_copy(piece.data)) for name, piece in chosen.items()}
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copied
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory. From a GPU it may still be under way."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor, non_blocking=True)
+    return {name: replace(piece, data=piece.data.to("cpu", copy=True)) for name, piece in chosen.items()}
 
 
 def tensor_key(name: str, kind: str, rule: Rule) -> str:

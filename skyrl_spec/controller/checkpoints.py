@@ -125,7 +125,8 @@ class Completed:
 class Checkpointer:
     """Saves the last completed step when that is due, or when the run is stopped.
 
-    With ``async_dist_ckpt_save`` a save that is due is written beside the next steps. It is looked for after each.
+    With ``async_dist_ckpt_save`` a save that is due is written beside the next steps. After each of them the run checks
+    whether it is complete.
     """
 
     def __init__(self, trainer: TrainingLoop, policy: PolicyGroup):
@@ -135,6 +136,8 @@ class Checkpointer:
         self._tried_step: int | None = None
         # The step that is being written beside training.
         self._begun: int | None = None
+        # Steps whose checkpoints are complete and not exported yet.
+        self._to_export: list[int] = []
         # Last checkpoint that this run saved.
         self.saved: Path | None = None
 
@@ -167,15 +170,23 @@ class Checkpointer:
         """
         if self._last is None:
             return None
-        self.finish_begun()
+        self._try(lambda: self._complete_begun(wait=True), must_not_raise=True)
         if self.saved != self._directory(self._last.step):
             self._policy.save_checkpoint(self._directory(self._last.step).resolve(), self._last.extra)
             self._complete(self._last.step)
+        # Not before, because a scheduler may not wait for it.
+        self._export()
         return self.saved
 
-    def finish_begun(self) -> None:
-        """Waits for what is being written. If that fails, it costs a line."""
-        self._try(lambda: self._finish(wait=True), must_not_raise=True)
+    def finish_after_error(self) -> None:
+        """After an error elsewhere: waits for what is being written, if the workers are alive."""
+        if self._begun is None:
+            return
+        try:
+            self._policy.check()
+        except RunError:
+            return
+        self._try(lambda: self._complete_begun(wait=True), must_not_raise=True)
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step_{step}"
@@ -194,7 +205,11 @@ class Checkpointer:
         self._begun = self._last.step
 
     def _finish(self, *, wait: bool) -> None:
-        """Completes what was written beside training, if all ranks are done with it."""
+        """Completes and exports what was written beside training, if all ranks are done with it."""
+        self._complete_begun(wait=wait)
+        self._export()
+
+    def _complete_begun(self, *, wait: bool) -> None:
         if (step := self._begun) is None:
             return
         # A failure ends it too.
@@ -210,8 +225,15 @@ class Checkpointer:
         for line in rotate(self._root, self._settings.max_ckpts_to_keep):
             print(f"skyrl-spec: {line}", file=sys.stderr)
         if self._settings.hf_save_interval and step % self._settings.hf_save_interval == 0:
-            target = self._root.with_name("exports") / self.saved.name
-            self._policy.export_checkpoint(self.saved.resolve(), target.resolve())
+            self._to_export.append(step)
+
+    def _export(self) -> None:
+        """Exports complete checkpoints that are to be exported and still there."""
+        steps, self._to_export = self._to_export, []
+        for directory in map(self._directory, steps):
+            if directory.exists():
+                target = self._root.with_name("exports") / directory.name
+                self._policy.export_checkpoint(directory.resolve(), target.resolve())
 
     def _try(self, save: Callable[[], object], *, must_not_raise: bool = False) -> None:
         """Saves. With ``trainer.on_ckpt_failure=warn``, a checkpoint that could not be written costs a line."""

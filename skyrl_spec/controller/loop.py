@@ -79,6 +79,8 @@ class TrainingLoop:
         self._max_staleness = max_staleness(config)
         self._keeps_keys = self._max_staleness > 1 and config.trainer.fully_async.running_requests == "keep"
         self._is_stopping: Callable[[], bool] = lambda: False
+        # In the last step: engines still sampled, because the run is told to stop.
+        self._sync_left_out = False
         self.source = self._build_source()
         self.estimate_advantages = build_estimator(config.trainer.algorithm)
 
@@ -125,7 +127,7 @@ class TrainingLoop:
                 values = self.train(sampled, is_last=is_last)
                 drafted: list[DraftedResponse] = []
                 due = trainer.eval_interval > 0 and (step % trainer.eval_interval == 0 or is_last)
-                if due and self.eval_prompts and not self.source.is_sampling:
+                if due and self.eval_prompts and not self._sync_left_out:
                     with self.source.held():
                         values |= self.evaluate(step)
                         drafted = self.sampler.sample_with_drafts(self.eval_prompts)
@@ -172,11 +174,12 @@ class TrainingLoop:
             plan = self.draft_training.plan(self.sync.versions.policy)
             with self.source.beside(is_last=is_last):
                 values |= self._train(self._build_batch(sampled.groups), timings, plan)
+            self._sync_left_out = self.source.is_sampling
             with self.source.held(keeps_keys=self._keeps_keys):
                 values |= self.source.draft_metrics()
                 values |= acceptance_gap(values)
                 values |= self._publish(plan, values, timings)
-                if not self.source.is_sampling and not self._keeps_keys:
+                if not self._sync_left_out and not self._keeps_keys:
                     values |= self._run_canaries(timings)
             if self._keeps_keys and self._is_canary_due:
                 with self.source.held():
@@ -243,7 +246,7 @@ class TrainingLoop:
         if plan.train and self.draft_training.must_undo(values):
             self.policy.restore_draft(SERVED)
             sends_draft = False
-        if self.source.is_sampling:
+        if self._sync_left_out:
             self.sync.skip(draft=sends_draft)
             return {}
         with timed(timings, "sync_weights"):

@@ -114,7 +114,11 @@ class RunningRequests:
     def _replace_silent(self) -> None:
         """Replaces engines that have not answered for too long."""
         for place in set(self._calls.values()):
-            if time.monotonic() - self._heard[place] > self._engines.timeout_s:
+            if time.monotonic() - self._heard[place] <= self._engines.timeout_s:
+                continue
+            calls = [ref for ref, one in self._calls.items() if one == place]
+            # It may have answered while another engine was replaced.
+            if not ray.wait(calls, timeout=0)[0]:
                 self._engines.replace_silent(place)
                 self._start_again(place)
 

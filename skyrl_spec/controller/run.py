@@ -242,9 +242,8 @@ def run_steps(running: Running, task: Task, output: Output, watch: SignalWatch) 
         # If a shield was broken, weights have moved without completing a step.
         if watch.received == signal.SIGTERM and not watch.is_broken:
             watch.saved = checkpointer.save_last()
-        elif isinstance(error, RunError) and not isinstance(error, RestartableError):
-            # The workers are alive.
-            checkpointer.finish_begun()
+        elif isinstance(error, Exception) and watch.received is None:
+            checkpointer.finish_after_error()
         raise
     # A later SIGTERM reports this checkpoint.
     watch.saved = checkpointer.saved

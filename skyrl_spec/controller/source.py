@@ -34,7 +34,10 @@ class Sampled:
 
 
 class Source(Protocol):
-    """The batches of a run, in order. All methods are for the thread that trains, and in this order in each step."""
+    """The batches of a run, in order. All methods are for the thread that trains.
+
+    ``start`` comes once. Then each step calls ``take``, ``beside``, ``held``, ``trained`` and ``step_metrics``.
+    """
 
     @property
     def is_over(self) -> bool:
@@ -51,7 +54,7 @@ class Source(Protocol):
 
     @property
     def is_sampling(self) -> bool:
-        """Whether engines still sample the next batch behind ``beside``: a run that stops does not wait for it."""
+        """Whether engines still sample the next batch after ``beside``: a run that stops does not wait for it."""
 
     def held(self, *, keeps_keys: bool = False) -> AbstractContextManager[None]:
         """Context of a sync or an evaluation: the engines are idle.

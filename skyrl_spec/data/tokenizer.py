@@ -64,7 +64,7 @@ def _warn_of_another_class(tokenizer: Any, directory: Path, where: str) -> None:
         _SAID.add(directory)
         print(
             f"skyrl-spec: warning: {where}: transformers loads it as {type(tokenizer).__name__}, which splits text "
-            "unlike its tokenizer.json: spaces may be lost; check model_type in config.json, or write the tokens of "
-            "tokenizer.json in the byte-level alphabet",
+            "unlike its tokenizer.json: spaces may be lost; give tokenizer.json a ByteLevel pre-tokenizer and decoder "
+            "(as examples/arithmetic_mtp/tokenizer.py does), or another model_type to config.json",
             file=sys.stderr,
         )

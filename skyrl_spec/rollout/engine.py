@@ -185,8 +185,9 @@ class RolloutEngine:
         self._settings = settings
         self._llm = LLM(**args)
         self._requests = Requests(self._llm.llm_engine)
-        # What callers call the running requests, by their names in vLLM.
+        # What callers call the running requests, and those that are set aside, by their names in vLLM.
         self._key_of: dict[str, int] = {}
+        self._key_of_aside: dict[str, int] = {}
         self.set_versions(Versions())
 
     def generate(
@@ -229,6 +230,8 @@ class RolloutEngine:
         """Stops all requests between two steps, and drops all keys. The engine is idle until ``go_on``."""
         self._call_core("set_aside")
         self._requests.set_aside()
+        # One that finished at the last moment is not an answer to those who ask meanwhile.
+        self._key_of, self._key_of_aside = {}, self._key_of
         if self._has_schedule:
             self._call_speculation("cache_was_reset")
 
@@ -242,6 +245,7 @@ class RolloutEngine:
         """Lets requests go on that were stopped. Those without keys compute them again, with the weights of now."""
         self._call_core("take_back")
         self._requests.take_back()
+        self._key_of, self._key_of_aside = self._key_of | self._key_of_aside, {}
         if self._has_own_process:
             self._call_core("resume_scheduler")
 

@@ -157,7 +157,7 @@ class PolicyWorker:
         from skyrl_spec.checkpoint.background import BackgroundSaver
 
         if self._saver is None:
-            self._saver = BackgroundSaver()
+            self._saver = BackgroundSaver(self._config.trainer.placement.collective_timeout_s)
         self._saver.begin(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
 
     def finish_save(self, wait: bool) -> bool:

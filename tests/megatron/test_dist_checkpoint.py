@@ -312,7 +312,7 @@ def _background_job(rank: int, model: Path, root: Path, layouts: list[str]) -> N
         may_write.wait()
         write(save, group)
 
-    saver = BackgroundSaver()
+    saver = BackgroundSaver(timeout_s=60.0)
     for layout in layouts:
         here = root / "background" / layout
         trainer = _build(model, layout)

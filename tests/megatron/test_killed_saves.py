@@ -42,7 +42,7 @@ def run(model: Path, root: Path, store: Path, said: Connection, *, beside: bool)
         assert checksum(trainer) == extra["checksum"]
         assert newest.name == f"step_{step}"
     said.send(("resumed", step))
-    step, saver = step + 1, BackgroundSaver()
+    step, saver = step + 1, BackgroundSaver(timeout_s=60.0)
     trainer.train_mini_batch(make_batch(step))
     while True:
         said.send(("saving", step))

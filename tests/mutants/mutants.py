@@ -649,10 +649,12 @@ SYNCED = [
         [BATCHES],
         ("a lost batch is asked in part", "self._running[place] = dict(self._batch[place])", "pass"),
         ("answers given twice", "if key not in self._answered:", "if True:"),
+        ("an engine that answered is replaced", "if not ray.wait(calls, timeout=0)[0]:", "if True:"),
     ),
     *of(
         "controller/rollouts.py",
         [BATCHES],
+        ("a lost engine's batch asked in part", "sampling, is_one_batch=True", "sampling, is_one_batch=False"),
         ("later responses of a prompt share its seed", "first + index for first", "first for first"),
         (
             "engines share their seeds",

@@ -44,6 +44,11 @@ class SteppedEngine(RolloutEngine):
             self._requests._step()
         return finished + self.advance([], sampling, seconds=0.0)
 
+    def step_alone(self, num_steps: int) -> None:
+        """What finishes is not asked for."""
+        for _ in range(num_steps):
+            self._requests._step()
+
 
 @pytest.fixture(scope="module")
 def stepped(kind: str, target: Path, dflash_dir: Path, start_engine: Callable[..., EngineProcess]) -> EngineProcess:
@@ -316,3 +321,19 @@ def test_a_core_in_its_own_process_stops_and_goes_on(
         crossing = [sample for _, sample in finished if sample.updates]
         assert crossing
         assert all(distance_after_update(sample, path) < 1e-4 for sample in crossing[:5])
+
+
+def test_what_finished_before_it_was_set_aside_is_no_answer_to_others(stepped: EngineProcess) -> None:
+    short, long = (replace(GREEDY, max_generate_length=length) for length in (3, 12))
+    aside, other = SampleRequest(0, PROMPT, seed=1), SampleRequest(0, LONG_PROMPT, seed=1)
+    (alone,) = stepped.advance([aside], short, FOREVER)
+    assert stepped.advance([aside], short, 0.0) == []
+    stepped.step_alone(6)
+    stepped.set_aside()
+    # Both have the same key.
+    (answer,) = stepped.advance([other], long, FOREVER)
+    stepped.go_on()
+    (late,) = stepped.advance([], short, FOREVER)
+    assert late[1].token_ids == alone[1].token_ids
+    assert answer[1].token_ids == stepped.advance([other], long, FOREVER)[0][1].token_ids
+    assert len(answer[1].token_ids) > len(late[1].token_ids)

@@ -112,6 +112,55 @@ def test_a_lost_engines_requests_are_asked_again_and_answered_once(
     assert asked == ([0, 1] if is_one_batch else [1])
 
 
+def test_a_batch_of_an_engine_that_dies_is_asked_again_as_a_whole(sampler: RolloutSampler, tmp_path: Path) -> None:
+    actors: list[Any] = [EngineByHand.remote({2: tmp_path / "there"}, dies=True)]
+
+    def start(index: int) -> Any:
+        (tmp_path / "there").touch()
+        actors.append(EngineByHand.remote({}))
+        return actors[-1]
+
+    sampler._engines = EngineGroup(actors[:1], LONGEST_S, start, max_restarts=1)
+    sampler._engines.allow_replacement(lambda engine: None)
+    groups = sampler._sample(prompts(1, 2), SamplingConfig(), 1, seed=7)
+    assert [group[0].reward for group in groups] == [1, 2]
+    assert ray.get(actors[1].asked.remote()) == [0, 1]
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_an_engine_that_answered_while_another_was_replaced_is_not_taken_for_silent(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    awaited = dict.fromkeys((1, 2), tmp_path / "there")
+    actors: list[Any] = [EngineByHand.remote(awaited, dies=True), EngineByHand.remote(awaited)]
+    limit_s = 4.0
+
+    def start(index: int) -> Any:
+        # Longer than an engine may be silent.
+        time.sleep(1.5 * limit_s)
+        (tmp_path / "there").touch()
+        actors.append(EngineByHand.remote({}))
+        ray.get(actors[-1].asked.remote())
+        return actors[-1]
+
+    ray.get([actor.asked.remote() for actor in actors])
+    group = EngineGroup(actors[:2], limit_s, start, max_restarts=1)
+    group.allow_replacement(lambda engine: None)
+    requests = RunningRequests(group, SamplingConfig(), is_one_batch=True)
+    for key, prompt in enumerate([[1], [2]]):
+        requests.add(key, SampleRequest(key, prompt, seed=key))
+    answers, begin = [], time.monotonic()
+    while requests:
+        answers += requests.poll(1.0)
+        assert time.monotonic() - begin < LONGEST_S
+    requests.drain()
+    assert sorted(key for key, _ in answers) == [0, 1]
+    assert group.restarts == [1, 0]
+    for actor in actors:
+        ray.kill(actor)
+
+
 def test_a_batch_adds_its_tokens_and_seconds(sampler: RolloutSampler) -> None:
     sampler._sample(prompts(1), SamplingConfig(), 1, seed=7)
     assert sampler.num_tokens == 2

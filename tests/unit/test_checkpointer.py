@@ -20,6 +20,7 @@ class Workers:
         self.calls: list[str] = []
         self.is_written = False
         self.error: Exception | None = None
+        self.is_lost = False
         self._directory: Path | None = None
 
     def begin_save(self, directory: Path, extra: dict[str, Any]) -> None:
@@ -38,6 +39,13 @@ class Workers:
             raise error
         publish(directory)
         return True
+
+    def check(self) -> None:
+        if self.is_lost:
+            raise LostActorError("policy worker 0 of 1 died")
+
+    def export_checkpoint(self, directory: Path, target: Path) -> None:
+        self.calls.append(f"export {directory.name}")
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
         assert self._directory is None, "one save at a time"
@@ -146,6 +154,23 @@ def test_a_lost_worker_ends_the_run_whatever_a_failed_save_may_cost(config: Conf
 def test_after_an_error_what_was_begun_is_completed(config: Config, tmp_path: Path) -> None:
     saves, workers = checkpointer(config)
     steps(saves, 1, 2, 3)
-    saves.finish_begun()
+    saves.finish_after_error()
     assert workers.calls == ["begin step_2", "wait step_2"]
     assert folders.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_2"
+    # Nothing was begun.
+    saves.finish_after_error()
+    steps(saves, 4)
+    workers.is_lost = True
+    saves.finish_after_error()
+    assert workers.calls[2:] == ["begin step_4"]
+
+
+def test_a_scheduler_does_not_wait_for_exports(config: Config) -> None:
+    config.trainer.hf_save_interval = 2
+    saves, workers = checkpointer(config)
+    steps(saves, 1, 2, 3)
+    saves.save_last()
+    assert workers.calls == ["begin step_2", "wait step_2", "save step_3", "export step_2"]
+    workers.is_written = True
+    steps(saves, 4, 5)
+    assert workers.calls[4:] == ["begin step_4", "done step_4", "export step_4"]
