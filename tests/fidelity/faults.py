@@ -29,7 +29,7 @@ from skyrl_spec.rollout.actor import EngineActor
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.training.worker import PolicyWorker
-from skyrl_spec.types import Generation, Versions
+from skyrl_spec.types import Generation, SampleRequest, Versions
 
 MAX_STEPS = 3
 # Small, but large enough for every check.
@@ -71,9 +71,16 @@ class _FaultyEngine(EngineActor):
     def generate(
         self, prompts: list[list[int]], sampling: SamplingConfig, n: int, seed: int | None
     ) -> list[list[Generation]]:
-        if self.fault == "temperature":
-            sampling = replace(sampling, temperature=0.8 * sampling.temperature)
-        return super().generate(prompts, sampling, n, seed)
+        return super().generate(prompts, self._faulty(sampling), n, seed)
+
+    def advance(
+        self, requests: list[SampleRequest], sampling: SamplingConfig, seconds: float
+    ) -> list[tuple[int, Generation]]:
+        return super().advance(requests, self._faulty(sampling), seconds)
+
+    def _faulty(self, sampling: SamplingConfig) -> SamplingConfig:
+        is_cold = self.fault == "temperature"
+        return replace(sampling, temperature=0.8 * sampling.temperature) if is_cold else sampling
 
     def start_weight_update(self, draft: bool) -> None:
         self._old = {name: tensor.clone() for name, tensor in self._fused().items()} if draft else {}

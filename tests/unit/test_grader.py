@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -165,7 +166,15 @@ def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
         score_all(grader, ["ab", "again"])
 
 
-def test_signals_of_the_terminal_do_not_reach_it(grader: Grader) -> None:
+@pytest.fixture
+def own_server() -> Iterator[None]:
+    """No server that other tests of this process have started, with other modules."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def test_signals_of_the_terminal_do_not_reach_it(own_server: None, grader: Grader) -> None:
     _, others = scoring(psutil.Process())
     score_all(grader, ["ab"])
     server, processes = scoring(psutil.Process())
