@@ -264,17 +264,25 @@ class TrainingLoop:
         trainer = self.config.trainer
         # In a single update, the policy is still the one whose log-probs are asked for.
         is_one_update = trainer.update_epochs_per_batch == 1 and len(batch) <= self._rows_per_mini_batch
+        needs_old = trainer.algorithm.ratio_anchor == "old" and not is_one_update
         with timed(timings, "fwd_logprobs"):
-            if trainer.algorithm.use_kl_loss or not is_one_update:
-                batch = self.policy.forward_logprobs(batch, policy=not is_one_update)
+            if trainer.algorithm.use_kl_loss or needs_old:
+                batch = self.policy.forward_logprobs(batch, policy=needs_old)
         for copy in plan.kept:
             self.policy.keep_draft(copy)
         *first, last = self._mini_batches(batch, trainer.update_epochs_per_batch)
         reports = [self.policy.train_mini_batch(mini_batch, draft=plan.train) for mini_batch in first]
         reports.append(self.policy.train_mini_batch(last, draft=plan.train, scored=plan.scored))
         timings |= train_timings(reports)
-        if is_one_update:
-            batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
+        if not needs_old:
+            # Those of the first pass over the batch. With several updates the policy moves meanwhile.
+            logprobs_BS, start = np.zeros(batch.loss_mask.shape, np.float32), 0
+            for report in reports[: -(-len(batch) // self._rows_per_mini_batch)]:
+                assert report.policy_logprobs is not None
+                num_rows, width = report.policy_logprobs.shape
+                logprobs_BS[start : start + num_rows, :width] = report.policy_logprobs
+                start += num_rows
+            batch = replace(batch, policy_logprobs=logprobs_BS)
         return report_values(reports) | logprob_agreement(batch)
 
     def _build_batch(self, groups: Sequence[Group]) -> TrainBatch:

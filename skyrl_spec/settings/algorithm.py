@@ -11,6 +11,7 @@ from skyrl_spec.settings.allowed import (
     NOT_NEGATIVE,
     POLICY_LOSS_TYPES,
     POSITIVE,
+    RATIO_ANCHORS,
     SHARE,
     Range,
 )
@@ -87,10 +88,17 @@ class AlgorithmConfig:
         False, "Add a KL penalty to the initial policy. The workers keep a frozen copy of that policy."
     )
     kl_loss_coef: float = setting(0.001, "Weight of the KL penalty.", NOT_NEGATIVE)
+    ratio_anchor: str = setting(
+        "old",
+        "What the loss compares the policy with. old: the policy before the step, by a forward pass. rollout: the "
+        "log-probs that the engines sampled with; that corrects older batches without use_tis, bounds how far the "
+        "policy moves from the one that sampled them, and needs no forward pass.",
+        RATIO_ANCHORS,
+    )
     use_tis: bool | None = setting(
         None,
         "Truncated importance sampling: multiply each token's loss by its probability in the trainer over that in the "
-        "engine, at most tis_imp_ratio_cap. null: true with trainer.fully_async, else false.",
+        "engine, at most tis_imp_ratio_cap. null: true with trainer.fully_async and ratio_anchor=old, else false.",
     )
     tis_imp_ratio_cap: float = setting(2.0, "Largest factor of use_tis.", POSITIVE)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)

@@ -56,6 +56,8 @@ DTYPES = ("fp32", "bf16")
 TERM_TYPES = ("soft_ce", "topk_soft_ce", "hard_ce", "tv")
 LOSS_TYPES = (*TERM_TYPES, "accept")
 POLICY_LOSS_TYPES = ("regular", "gspo", "cispo")
+# Where the ratio of probabilities in the policy's loss is anchored.
+RATIO_ANCHORS = ("old", "rollout")
 ADVANTAGE_ESTIMATORS = ("grpo", "rloo", "reinforce++")
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "seq_mean_token_sum_norm")
 DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")

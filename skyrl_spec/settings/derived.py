@@ -103,8 +103,9 @@ def max_staleness(config: Config) -> int:
 
 def uses_tis(config: Config) -> bool:
     """Whether the policy's loss has truncated importance weights."""
-    wanted = config.trainer.algorithm.use_tis
-    return max_staleness(config) > 0 if wanted is None else wanted
+    algorithm = config.trainer.algorithm
+    by_default = max_staleness(config) > 0 and algorithm.ratio_anchor == "old"
+    return by_default if algorithm.use_tis is None else algorithm.use_tis
 
 
 def uses_fp32_head(config: Config) -> bool:

@@ -285,6 +285,21 @@ def _check_device_settings(config: Config) -> None:
         "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
         "set top_p=1 top_k=-1 min_p=0 there, or set trainer.algorithm.use_tis=false",
     )
+    anchor = config.trainer.algorithm.ratio_anchor
+    require(
+        anchor == "old" or not truncated,
+        "trainer.algorithm.ratio_anchor",
+        anchor,
+        "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
+        "set top_p=1 top_k=-1 min_p=0 there, or set it to old",
+    )
+    require(
+        anchor == "old" or not uses_tis(config),
+        "trainer.algorithm.ratio_anchor",
+        anchor,
+        "corrects what trainer.algorithm.use_tis=true corrects, which would count twice; set one of the two to its "
+        "default",
+    )
 
 
 def _check_async(config: Config) -> None:
@@ -298,8 +313,9 @@ def _check_async(config: Config) -> None:
         "engines sample while the workers train, but trainer.placement.colocate_all=true gives them the same GPUs; "
         "set one of the two to false",
     )
+    is_corrected = uses_tis(config) or trainer.algorithm.ratio_anchor == "rollout"
     require(
-        uses_tis(config) or trainer.fully_async.allow_uncorrected,
+        is_corrected or trainer.fully_async.allow_uncorrected,
         "trainer.algorithm.use_tis",
         "false",
         f"batches are sampled with older weights ({setting}=true), which use_tis corrects; set it to null, or set "

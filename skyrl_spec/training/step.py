@@ -111,6 +111,14 @@ def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logpro
     return packed_BS[np.argsort(packed_rows)]
 
 
+def _anchor(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig) -> Tensor:
+    """Log-probs that the policy is compared with (``algorithm.ratio_anchor``)."""
+    if algorithm.ratio_anchor == "rollout":
+        return micro.rollout_logprobs_N
+    # In a single update, the policy before the step is the policy itself.
+    return tokens.logprobs_T.detach() if micro.policy_logprobs_N is None else micro.policy_logprobs_N
+
+
 # Order of the sums of ``policy_loss``.
 POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl")
 
@@ -129,7 +137,7 @@ def policy_loss(
         The loss (a scalar, connected to the trunk even without tokens), and float64 ``[len(POLICY_SUMS) + 1]``: sums
         in the order of ``POLICY_SUMS``, then the number of tokens.
     """
-    old_N = tokens.logprobs_T.detach() if micro.policy_logprobs_N is None else micro.policy_logprobs_N
+    old_N = _anchor(tokens, micro, algorithm)
     responses = ResponseTokens(tokens.logprobs_T, old_N, micro.advantages_N, micro.response_N, micro.lengths_R)
     loss_N, clipped_N = POLICY_LOSSES[algorithm.policy_loss_type](responses, algorithm)
     if has_tis:

@@ -219,6 +219,12 @@ RULES = {
     ),
     "trainer.policy.optimizer_config.min_lr=1": "trainer.policy.optimizer_config.min_lr=1.0: must be at most",
     "trainer.placement.device=cuda": "trainer.measure_speedup=true: needs an additional engine",
+    "trainer.algorithm.ratio_anchor=rollout generator.sampling_params.top_p=0.9": (
+        "trainer.algorithm.ratio_anchor=rollout: needs log-probs of the full distribution"
+    ),
+    "trainer.algorithm.ratio_anchor=rollout trainer.algorithm.use_tis=true": (
+        "trainer.algorithm.ratio_anchor=rollout: corrects what trainer.algorithm.use_tis=true corrects"
+    ),
     "trainer.algorithm.use_tis=true generator.sampling_params.top_p=0.9": (
         "trainer.algorithm.use_tis=true: needs log-probs of the full distribution"
     ),

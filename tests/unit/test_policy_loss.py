@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,33 @@ def test_with_ratios_of_1_all_objectives_have_one_gradient() -> None:
 
 def test_objectives_are_those_of_the_settings() -> None:
     assert tuple(POLICY_LOSSES) == POLICY_LOSS_TYPES
+
+
+def test_anchored_on_rollouts_the_ratio_is_to_what_was_sampled() -> None:
+    rng = np.random.default_rng(1)
+    mask_BS = np.ones((3, 7), bool)
+    mask_BS[:, :2] = False
+    advantages, rollout, old, new = (rng.normal(size=mask_BS.shape) * mask_BS for _ in range(4))
+    batch = TrainBatch(
+        token_ids=rng.integers(0, 50, mask_BS.shape), lengths=np.full(3, 7), loss_mask=mask_BS,
+        loss_weights=token_weights(mask_BS, "token_mean", 7), advantages=advantages, rollout_logprobs=rollout,
+        policy_logprobs=old,
+    )  # fmt: skip
+    tokens = TokenLogprobs(torch.from_numpy(new[mask_BS]), torch.zeros(15, dtype=torch.float64))
+
+    def loss(batch: TrainBatch, anchor: str) -> float:
+        algorithm = AlgorithmConfig(ratio_anchor=anchor)
+        return float(policy_loss(tokens, build_micro(batch, np.arange(3)), algorithm, has_tis=False)[0])
+
+    def naive(anchor_BS: np.ndarray) -> float:
+        ratio_BS = np.exp(new - anchor_BS)
+        objective_BS = np.minimum(ratio_BS * advantages, np.clip(ratio_BS, 0.8, 1.2) * advantages)
+        return -objective_BS[mask_BS].mean()
+
+    assert loss(batch, "rollout") == pytest.approx(naive(rollout), rel=1e-6)
+    assert loss(batch, "old") == pytest.approx(naive(old), rel=1e-6)
+    # It needs no others.
+    assert loss(replace(batch, policy_logprobs=None), "rollout") == loss(batch, "rollout")
 
 
 @pytest.mark.parametrize("name", POLICY_LOSS_TYPES)
