@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from skyrl_spec.checkpoint.dist import Save, on_all_ranks
 from skyrl_spec.checkpoint.pieces import SavedComponent
@@ -79,10 +80,10 @@ class _Writing(threading.Thread):
 
     @property
     def state(self) -> str:
-        """``writing``, ``written`` or ``failed``."""
-        if self.error is not None:
-            return "failed"
-        return "writing" if self.is_alive() else "written"
+        """``writing``, ``ended`` or ``broken``: it raised an error of which the other ranks' threads do not hear."""
+        if self.error is not None and not isinstance(self.error, OSError | CheckpointException):
+            return "broken"
+        return "writing" if self.is_alive() else "ended"
 
     def run(self) -> None:
         try:
@@ -92,5 +93,5 @@ class _Writing(threading.Thread):
 
 
 def _is_over(states: Sequence[str]) -> bool:
-    """Whether all ranks have written, or one has failed, for which the others would wait."""
-    return "failed" in states or "writing" not in states
+    """Whether all threads have ended, or one is broken, for which the others would wait."""
+    return "broken" in states or "writing" not in states

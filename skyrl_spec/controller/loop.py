@@ -29,7 +29,7 @@ from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, staleness
 from skyrl_spec.controller.in_turns import InTurns
 from skyrl_spec.controller.lossless import LosslessCanary
-from skyrl_spec.controller.measures import positions_lacking, report_values, timed, train_timings
+from skyrl_spec.controller.measures import logprobs_of_pass, positions_lacking, report_values, timed, train_timings
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter
 from skyrl_spec.controller.source import Sampled, Source
 from skyrl_spec.controller.workers import PolicyGroup
@@ -275,14 +275,8 @@ class TrainingLoop:
         reports.append(self.policy.train_mini_batch(last, draft=plan.train, scored=plan.scored))
         timings |= train_timings(reports)
         if not needs_old:
-            # Those of the first pass over the batch. With several updates the policy moves meanwhile.
-            logprobs_BS, start = np.zeros(batch.loss_mask.shape, np.float32), 0
-            for report in reports[: -(-len(batch) // self._rows_per_mini_batch)]:
-                assert report.policy_logprobs is not None
-                num_rows, width = report.policy_logprobs.shape
-                logprobs_BS[start : start + num_rows, :width] = report.policy_logprobs
-                start += num_rows
-            batch = replace(batch, policy_logprobs=logprobs_BS)
+            first_pass = reports[: -(-len(batch) // self._rows_per_mini_batch)]
+            batch = replace(batch, policy_logprobs=logprobs_of_pass(first_pass, batch.loss_mask.shape))
         return report_values(reports) | logprob_agreement(batch)
 
     def _build_batch(self, groups: Sequence[Group]) -> TrainBatch:

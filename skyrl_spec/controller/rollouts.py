@@ -135,7 +135,7 @@ class RolloutSampler:
     def _answers(
         self, conversations: Sequence[Conversation], seeds: Sequence[int], sampling: SamplingConfig
     ) -> Iterator[tuple[list[int], list[Generation]]]:
-        """What engines sampled, as it comes: indices of conversations, and their next turns."""
+        """Yields turns as engines finish them: indices of conversations, and the generation of each."""
         requests = RunningRequests(self._engines, sampling, is_one_batch=True)
         for index, (conversation, seed) in enumerate(zip(conversations, seeds, strict=True)):
             requests.add(conversation.place, SampleRequest(index, conversation.input_ids, seed))

@@ -20,7 +20,7 @@ from skyrl_spec.types import Rollout, Versions
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step trains on, with metrics and timings of its sampling."""
+    """A step's groups of rollouts, with metrics and timings of their sampling."""
 
     groups: list[Group]
     values: dict[str, float]
