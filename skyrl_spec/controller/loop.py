@@ -29,7 +29,7 @@ from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.fidelity import Watch, acceptance_gap, logprob_agreement, staleness
 from skyrl_spec.controller.in_turns import InTurns
 from skyrl_spec.controller.lossless import LosslessCanary
-from skyrl_spec.controller.measures import logprobs_of_pass, positions_lacking, report_values, timed, train_timings
+from skyrl_spec.controller.measures import positions_lacking, report_values, timed, train_timings
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter
 from skyrl_spec.controller.source import Sampled, Source
 from skyrl_spec.controller.workers import PolicyGroup
@@ -275,8 +275,9 @@ class TrainingLoop:
         reports.append(self.policy.train_mini_batch(last, draft=plan.train, scored=plan.scored))
         timings |= train_timings(reports)
         if not needs_old:
-            first_pass = reports[: -(-len(batch) // self._rows_per_mini_batch)]
-            batch = replace(batch, policy_logprobs=logprobs_of_pass(first_pass, batch.loss_mask.shape))
+            # In the first update, the policy is still the one from before the step.
+            batch = batch.select(slice(self._rows_per_mini_batch))
+            batch = replace(batch, policy_logprobs=reports[0].policy_logprobs)
         return report_values(reports) | logprob_agreement(batch)
 
     def _build_batch(self, groups: Sequence[Group]) -> TrainBatch:

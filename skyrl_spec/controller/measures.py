@@ -71,17 +71,3 @@ def train_timings(reports: Sequence[StepReport]) -> dict[str, float]:
     timings = {"policy_train": sum(report.policy_train_s for report in reports)}
     draft_s = sum(report.draft_train_s for report in reports)
     return timings | ({"draft_train": draft_s} if draft_s else {})
-
-
-def logprobs_of_pass(reports: Sequence[StepReport], shape: tuple[int, ...]) -> np.ndarray:
-    """Policy's log-probs ``[B, S]`` from the updates of one pass over a batch, in the order of its rows.
-
-    Between two updates the policy moves. A mini-batch may be narrower than the batch; the rest is 0.
-    """
-    logprobs_BS, start = np.zeros(shape, np.float32), 0
-    for report in reports:
-        assert report.policy_logprobs is not None
-        num_rows, width = report.policy_logprobs.shape
-        logprobs_BS[start : start + num_rows, :width] = report.policy_logprobs
-        start += num_rows
-    return logprobs_BS
