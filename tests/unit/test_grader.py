@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -166,45 +165,43 @@ def test_an_environment_that_is_of_no_use_ends_the_run(grader: Grader) -> None:
         score_all(grader, ["ab", "again"])
 
 
-@pytest.fixture
-def own_server() -> Iterator[None]:
-    """No server that other tests of this process have started, with other modules."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    yield
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-
-
-def test_signals_of_the_terminal_do_not_reach_it(own_server: None, grader: Grader) -> None:
-    _, others = scoring(psutil.Process())
+def play_through_signals() -> None:
+    """Signals that a terminal sends reach neither the server that forks nor a process that plays."""
+    grader = Grader(ENVIRONMENT)
     score_all(grader, ["ab"])
-    server, processes = scoring(psutil.Process())
+    server, (process,) = scoring(psutil.Process())
     assert server is not None
-    # Those of other tests may not have ended yet.
-    (process,) = [one for one in processes if one not in others]
     for signum in (signal.SIGINT, signal.SIGTERM):
         server.send_signal(signum)
         process.send_signal(signum)
     assert score_all(grader, ["ab"])[0].error is None
-    assert scoring(psutil.Process())[0] == server
-    assert process in scoring(psutil.Process())[1]
+    assert scoring(psutil.Process()) == (server, [process])
     # A terminal's signals go to the group.
     assert {os.getpgid(one.pid) for one in (server, process)} == {server.pid, process.pid}
     grader.close()
     assert not process.is_running()
 
 
+def command(folder: Path, statement: str) -> tuple[list[str | Path], dict[str, str]]:
+    """Command and variables of a Python process that runs a statement. It has a server of its own."""
+    script = folder / "script.py"
+    script.write_text(f"import test_grader\nif __name__ == '__main__':\n    test_grader.{statement}\n")
+    return [sys.executable, script], os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+def test_signals_of_the_terminal_do_not_reach_it(tmp_path: Path) -> None:
+    argv, environment = command(tmp_path, "play_through_signals()")
+    subprocess.run(argv, env=environment, check=True, timeout=120)
+
+
+def hang_for_ten_minutes() -> None:
+    score_all(Grader(replace(ENVIRONMENT, timeout_s=600)), ["hang"])
+
+
 def test_it_ends_with_a_parent_that_is_killed_while_it_hangs(tmp_path: Path) -> None:
-    script = tmp_path / "scores.py"
-    script.write_text(
-        "from dataclasses import replace\n"
-        "from test_grader import ENVIRONMENT, score_all\n"
-        "from skyrl_spec.envs.grader import Grader\n"
-        "if __name__ == '__main__':\n"
-        "    score_all(Grader(replace(ENVIRONMENT, timeout_s=600)), ['hang'])\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    argv, environment = command(tmp_path, "hang_for_ten_minutes()")
     deadline = time.monotonic() + 120
-    with subprocess.Popen([sys.executable, script], env=environment) as parent:
+    with subprocess.Popen(argv, env=environment) as parent:
         try:
             children: list[psutil.Process] = []
             # The process is busy once it hangs.
