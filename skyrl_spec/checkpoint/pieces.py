@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -24,6 +24,8 @@ class SavedComponent:
 
     trainable: TrainableState
     rules: list[Rule]
+    # Where the values of a tensor are: the tensor itself, or its copy in host memory.
+    current: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, ShardedTensor]:
@@ -42,7 +44,7 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
             stateful ^ parameters.keys()
         )
         for rule in component.rules:
-            for kind, flat, start, replica in _tensors(component.trainable, parameters[rule.megatron]):
+            for kind, flat, start, replica in _tensors(component, parameters[rule.megatron]):
                 place = _Place.of(rule, parameters[rule.megatron], component.trainable.parallel)
                 key = tensor_key(name, kind, rule)
                 for index, piece in enumerate(place.pieces(key, flat, start, replica)):
@@ -66,13 +68,14 @@ def tensor_key(name: str, kind: str, rule: Rule) -> str:
     return f"{name}.{kind}.{rule.megatron}"
 
 
-def _tensors(trainable: TrainableState, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
+def _tensors(component: SavedComponent, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
     """Parameter and optimizer state: kind, flat tensor, its offset in the parameter, and the index of this replica.
 
     Without the distributed optimizer every data-parallel rank has a replica. With it, each rank has its own range.
     """
+    trainable, current = component.trainable, component.current
     dp_rank = trainable.parallel.dp_rank
-    yield "param", _flat(parameter), 0, dp_rank
+    yield "param", _flat(current(parameter)), 0, dp_rank
     for optimizer in optimizers(trainable):
         main, start, replica = main_parameter(optimizer, parameter), 0, dp_rank
         if main is None:
@@ -80,10 +83,10 @@ def _tensors(trainable: TrainableState, parameter: Tensor) -> Iterator[tuple[str
         if isinstance(optimizer, DistributedOptimizer):
             start, replica = optimizer._get_model_param_range_map(parameter)["param"].start, 0
         state = optimizer.optimizer.state[main]
-        yield "exp_avg", _flat(state["exp_avg"]), start, replica
-        yield "exp_avg_sq", _flat(state["exp_avg_sq"]), start, replica
+        yield "exp_avg", _flat(current(state["exp_avg"])), start, replica
+        yield "exp_avg_sq", _flat(current(state["exp_avg_sq"])), start, replica
         if main.dtype != parameter.dtype:
-            yield "master", _flat(main), start, replica
+            yield "master", _flat(current(main)), start, replica
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from skyrl_spec.data.packing import build_train_batch, mini_batches
 from skyrl_spec.data.prompts import PromptStream
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.writers import write_evaluation
-from skyrl_spec.settings.derived import coarser_dtype, longest_response, max_staleness
+from skyrl_spec.settings.derived import coarser_dtype, longest_response, max_staleness, ratio_anchor
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.sync.canary import SyncCanary
 from skyrl_spec.sync.weights import WeightSync
@@ -264,7 +264,7 @@ class TrainingLoop:
         trainer = self.config.trainer
         # In a single update, the policy is still the one whose log-probs are asked for.
         is_one_update = trainer.update_epochs_per_batch == 1 and len(batch) <= self._rows_per_mini_batch
-        needs_old = trainer.algorithm.ratio_anchor == "old" and not is_one_update
+        needs_old = ratio_anchor(self.config) == "old" and not is_one_update
         with timed(timings, "fwd_logprobs"):
             if trainer.algorithm.use_kl_loss or needs_old:
                 batch = self.policy.forward_logprobs(batch, policy=needs_old)

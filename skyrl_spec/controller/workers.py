@@ -85,6 +85,14 @@ class PolicyGroup:
         known = [{"logprobs": shard} for shard in shards if shard is not None]
         return replace(answers[0], policy_logprobs=gather_shards(batch, known)["logprobs"]) if known else answers[0]
 
+    def offload_training_state(self) -> None:
+        """Moves optimizer state and gradients to host memory, where the settings say so, until the next update."""
+        self._all("offload_training_state")
+
+    def offload_weights(self) -> None:
+        """Moves weights to host memory, where the settings say so, until a call needs them."""
+        self._all("offload_weights")
+
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft alone."""
         return self._all("train_draft", ray.put(batch))[0]

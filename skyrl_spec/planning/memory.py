@@ -17,6 +17,7 @@ from skyrl_spec.settings.derived import (
     longest_sequence,
     max_staleness,
     parallel_sizes,
+    ratio_anchor,
     sync_backend,
     uses_fp32_head,
     uses_sequence_parallel,
@@ -286,7 +287,7 @@ def _steps(config: Config) -> dict[str, str]:
             f"sync {at_sync[requests]}"
         )
     corrected = "use_tis corrects the loss" if uses_tis(config) else "nothing corrects the loss"
-    if config.trainer.algorithm.ratio_anchor == "rollout":
+    if ratio_anchor(config) == "rollout":
         corrected = "the loss is anchored on the log-probs that they were sampled with"
     return {"asynchronous": f"{how}; {corrected}"}
 
@@ -297,7 +298,7 @@ def _packs(config: Config) -> str:
     alone = f" (sequences of up to {longest:,} have a pack to themselves)" if longest > budget else ""
     is_one_update = trainer.update_epochs_per_batch == 1 and trainer.policy_mini_batch_size == trainer.train_batch_size
     source = "the update itself, the only one of a step" if is_one_update else "a forward pass before the updates"
-    if trainer.algorithm.ratio_anchor == "rollout":
+    if ratio_anchor(config) == "rollout":
         source = "the engines"
     return f"{budget:,} tokens{alone}; old log-probs from {source}"
 

@@ -88,11 +88,12 @@ class AlgorithmConfig:
         False, "Add a KL penalty to the initial policy. The workers keep a frozen copy of that policy."
     )
     kl_loss_coef: float = setting(0.001, "Weight of the KL penalty.", NOT_NEGATIVE)
-    ratio_anchor: str = setting(
-        "old",
+    ratio_anchor: str | None = setting(
+        None,
         "What the loss compares the policy with. old: the policy before the step, by a forward pass. rollout: the "
         "log-probs that the engines sampled with; that corrects older batches without use_tis, bounds how far the "
-        "policy moves from the one that sampled them, and needs no forward pass.",
+        "policy moves from the one that sampled them, and needs no forward pass. null: rollout with "
+        "trainer.fully_async, unless use_tis is set, else old.",
         RATIO_ANCHORS,
     )
     use_tis: bool | None = setting(

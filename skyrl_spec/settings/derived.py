@@ -101,11 +101,17 @@ def max_staleness(config: Config) -> int:
     return settings.max_staleness_steps if settings.enabled else 0
 
 
+def ratio_anchor(config: Config) -> str:
+    """What the policy's loss compares the policy with: "old" or "rollout"."""
+    algorithm = config.trainer.algorithm
+    by_default = "rollout" if max_staleness(config) and algorithm.use_tis is None else "old"
+    return algorithm.ratio_anchor or by_default
+
+
 def uses_tis(config: Config) -> bool:
     """Whether the policy's loss has truncated importance weights."""
-    algorithm = config.trainer.algorithm
-    by_default = max_staleness(config) > 0 and algorithm.ratio_anchor == "old"
-    return by_default if algorithm.use_tis is None else algorithm.use_tis
+    by_default = max_staleness(config) > 0 and ratio_anchor(config) == "old"
+    return by_default if config.trainer.algorithm.use_tis is None else config.trainer.algorithm.use_tis
 
 
 def uses_fp32_head(config: Config) -> bool:

@@ -37,6 +37,11 @@ class OptimizerConfig:
         "Learning-rate schedule after warm-up. cosine and linear decay to min_lr over the whole run.",
         ("constant", "cosine", "linear"),
     )
+    offload_after_step: bool | None = setting(
+        None,
+        "Keep optimizer state and gradients in host memory while engines generate. null: true with "
+        "trainer.placement.colocate_all, else false.",
+    )
 
 
 @dataclass

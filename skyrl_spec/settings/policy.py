@@ -45,6 +45,11 @@ class MegatronConfig:
         False,
         "Write checkpoints beside training, from copies in host memory. One save at a time; the next one waits for it.",
     )
+    cpu_offload: bool | None = setting(
+        None,
+        "Keep the weights of policy and draft in host memory while engines generate. null: true with "
+        "trainer.placement.colocate_all, else false.",
+    )
     fp32_output_head: bool | None = setting(
         None,
         "Compute the logits of losses and log-probs in fp32, from bf16 hidden states and weights. null: true on cuda, "
@@ -59,3 +64,14 @@ class PolicyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
     megatron_config: MegatronConfig = field(default_factory=MegatronConfig)
+
+
+@dataclass
+class RefConfig:
+    """The frozen policy of the KL penalty (algorithm.use_kl_loss)."""
+
+    cpu_offload: bool | None = setting(
+        None,
+        "Keep its weights in host memory but while it computes log-probs. null: true with "
+        "trainer.placement.colocate_all, else false.",
+    )

@@ -13,7 +13,14 @@ from typing import Any
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.settings.allowed import LOGGERS, PROBABILITY, RECOMPUTE_MODULES, Allowed, Range
-from skyrl_spec.settings.derived import max_staleness, parallel_sizes, sync_backend, training_interval, uses_tis
+from skyrl_spec.settings.derived import (
+    max_staleness,
+    parallel_sizes,
+    ratio_anchor,
+    sync_backend,
+    training_interval,
+    uses_tis,
+)
 from skyrl_spec.settings.describe import sections
 from skyrl_spec.settings.loss_type import check_loss_type
 from skyrl_spec.settings.schema import Config
@@ -285,7 +292,7 @@ def _check_device_settings(config: Config) -> None:
         "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
         "set top_p=1 top_k=-1 min_p=0 there, or set trainer.algorithm.use_tis=false",
     )
-    anchor = config.trainer.algorithm.ratio_anchor
+    anchor = ratio_anchor(config)
     require(
         anchor == "old" or not truncated,
         "trainer.algorithm.ratio_anchor",
@@ -313,7 +320,7 @@ def _check_async(config: Config) -> None:
         "engines sample while the workers train, but trainer.placement.colocate_all=true gives them the same GPUs; "
         "set one of the two to false",
     )
-    is_corrected = uses_tis(config) or trainer.algorithm.ratio_anchor == "rollout"
+    is_corrected = uses_tis(config) or ratio_anchor(config) == "rollout"
     require(
         is_corrected or trainer.fully_async.allow_uncorrected,
         "trainer.algorithm.use_tis",

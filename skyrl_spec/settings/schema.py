@@ -29,7 +29,7 @@ from skyrl_spec.settings.allowed import (
 )
 from skyrl_spec.settings.draft import DflashConfig, DraftTrainingConfig, MtpConfig, WarmupConfig
 from skyrl_spec.settings.field import setting
-from skyrl_spec.settings.policy import PolicyConfig
+from skyrl_spec.settings.policy import PolicyConfig, RefConfig
 
 
 @dataclass
@@ -160,6 +160,7 @@ class TrainerConfig:
     """Steps, batches, evaluation, checkpoints and logging of the run."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)

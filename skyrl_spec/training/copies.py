@@ -43,7 +43,7 @@ class DraftCopies:
     def restore(self, name: str) -> None:
         """Makes the copy the weights that training goes on from. Adam's moments stay."""
         self._load(self._copies[name])
-        self._trainable.optimizer.reload_model_params()
+        self._trainable.take_over_weights()
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[None]:

@@ -7,7 +7,9 @@ a bit of the policy.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,12 +19,15 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from skyrl_spec.checkpoint.optimizer_state import optimizers
 from skyrl_spec.errors import RunError
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.settings.draft import OptimizerConfig
 from skyrl_spec.settings.policy import MegatronConfig
+from skyrl_spec.training.host_copies import HostCopies
 from skyrl_spec.types import Metric, Metrics
 
 
@@ -76,9 +81,13 @@ class Trainable:
                 _megatron_optimizer_config(optimizer, megatron, config.params_dtype), [self.ddp]
             )
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
+        self.state = HostCopies(self._state_tensors, parallel.device)
 
     def zero_grad(self) -> None:
         """Clears the gradients. Call it before the first micro-batch of a mini-batch."""
+        for buffer in self._grad_buffers:
+            buffer.reload_from_cpu(move_params=False)
+        self.state.reload()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
@@ -97,6 +106,7 @@ class Trainable:
             RunError: too many updates in a row were skipped.
         """
         lr = self.optimizer.param_groups[0]["lr"]
+        self.state.require()
         with megatron_patches.megatron_device(self.parallel.device):
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -113,6 +123,32 @@ class Trainable:
                 "lower the learning rate, or look for bad data in samples.jsonl"
             )
         return OptimizerStep(grad_norm, lr, is_skipped)
+
+    def offload(self) -> None:
+        """Moves the optimizer's state to host memory, and frees the gradients. Both are back in the next step."""
+        self.state.offload()
+        for buffer in self._grad_buffers:
+            buffer.offload_to_cpu(move_params=False)
+
+    def take_over_weights(self) -> None:
+        """Makes the module's weights, set from outside, those that the optimizer goes on from. Moments stay."""
+        self.state.require()
+        self.optimizer.reload_model_params()
+
+    @property
+    def _grad_buffers(self) -> list[Any]:
+        return self.ddp.buffers + self.ddp.expert_parallel_buffers
+
+    def _state_tensors(self) -> Iterator[Tensor]:
+        """Moments, and main parameters that are not the module's own."""
+        own = {parameter.untyped_storage()._cdata for parameter in self.module.parameters()}
+        for optimizer in optimizers(self):
+            inner = optimizer.optimizer
+            for group in inner.param_groups:
+                yield from (main for main in group["params"] if main.untyped_storage()._cdata not in own)
+            for state in inner.state.values():
+                # Counts of steps have one element, and may be in host memory.
+                yield from (value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
 
     def _clip(self, grad_norm: float) -> None:
         is_chained = isinstance(self.optimizer, ChainedOptimizer)

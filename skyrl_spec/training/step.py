@@ -111,9 +111,9 @@ def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logpro
     return packed_BS[np.argsort(packed_rows)]
 
 
-def _anchor(tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig) -> Tensor:
-    """Log-probs that the policy is compared with (``algorithm.ratio_anchor``)."""
-    if algorithm.ratio_anchor == "rollout":
+def _anchor(tokens: TokenLogprobs, micro: Micro, anchor: str) -> Tensor:
+    """Log-probs that the policy is compared with."""
+    if anchor == "rollout":
         return micro.rollout_logprobs_N
     # In a single update, the policy before the step is the policy itself.
     return tokens.logprobs_T.detach() if micro.policy_logprobs_N is None else micro.policy_logprobs_N
@@ -124,20 +124,21 @@ POLICY_SUMS = ("policy_loss", "entropy", "clip_ratio", "kl")
 
 
 def policy_loss(
-    tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig, *, has_tis: bool
+    tokens: TokenLogprobs, micro: Micro, algorithm: AlgorithmConfig, *, anchor: str = "old", has_tis: bool = False
 ) -> tuple[Tensor, Tensor]:
     """This micro-batch's part of the policy loss, and sums for metrics.
 
     The loss is ``sum(loss_weights * (surrogate + kl_loss_coef * kl))``. The weights carry the global denominator.
 
     Args:
+        anchor: what the policy is compared with (``algorithm.ratio_anchor``).
         has_tis: each token's loss is weighted with its truncated importance (``algorithm.use_tis``).
 
     Returns:
         The loss (a scalar, connected to the trunk even without tokens), and float64 ``[len(POLICY_SUMS) + 1]``: sums
         in the order of ``POLICY_SUMS``, then the number of tokens.
     """
-    old_N = _anchor(tokens, micro, algorithm)
+    old_N = _anchor(tokens, micro, anchor)
     responses = ResponseTokens(tokens.logprobs_T, old_N, micro.advantages_N, micro.response_N, micro.lengths_R)
     loss_N, clipped_N = POLICY_LOSSES[algorithm.policy_loss_type](responses, algorithm)
     if has_tis:

@@ -36,12 +36,13 @@ from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
-from skyrl_spec.settings.derived import uses_fp32_head, uses_tis
+from skyrl_spec.settings.derived import ratio_anchor, uses_fp32_head, uses_tis
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
 from skyrl_spec.training.device_clock import DeviceClock
 from skyrl_spec.training.draft import TrainableDraft, load_draft
+from skyrl_spec.training.offload import Offload
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch, score_blocks
 from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, in_rows, policy_loss, response_logprobs
@@ -103,6 +104,8 @@ class PolicyTrainer:
         self._to_hold: Example | None = None
         self._held: Held | None = None
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
+        trained_draft = None if self.draft is None else self.draft.trainable
+        self.offload = Offload(config, self.model, self.policy, trained_draft, self.reference)
 
     def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> dict[str, np.ndarray]:
         """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if one is loaded.
@@ -118,6 +121,7 @@ class PolicyTrainer:
         logprobs = {"policy_logprobs": self._logprobs(self.model, batch, rows)} if policy else {}
         if self.reference is not None:
             logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, rows)
+            self.offload.reference()
         return logprobs
 
     def train_mini_batch(self, batch: TrainBatch, *, draft: bool = True, scored: tuple[str, ...] = ()) -> StepReport:
@@ -146,6 +150,7 @@ class PolicyTrainer:
     def draft_copies(self) -> DraftCopies:
         """Copies of the draft's weights."""
         assert self.draft is not None
+        self.offload.require(self.model)
         return self.draft.copies
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
@@ -246,6 +251,7 @@ class PolicyTrainer:
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
         """HF names and full tensors, in the layout that vLLM loads. All tensor-parallel ranks must iterate."""
+        self.offload.require(self.model)
         module, rules = self._exported(component)
         return export_weights(module, rules, self.parallel)
 
@@ -263,9 +269,9 @@ class PolicyTrainer:
         """Trained components, for a checkpoint."""
         saved: dict[Component, SavedComponent] = {}
         if self.policy is not None:
-            saved["policy"] = SavedComponent(self.policy, self.rules)
+            saved["policy"] = SavedComponent(self.policy, self.rules, self.offload.current)
         if self.draft is not None:
-            saved["draft"] = SavedComponent(self.draft.trainable, self.draft.draft.rules)
+            saved["draft"] = SavedComponent(self.draft.trainable, self.draft.draft.rules, self.offload.current)
         return saved
 
     @property
@@ -321,7 +327,8 @@ class PolicyTrainer:
     ) -> tuple[Tensor, Tensor, None]:
         tokens = self._token_logprobs(self.model, hidden_TD, micro)
         logprobs.append(tokens.logprobs_T.detach())
-        loss, micro_sums = policy_loss(tokens, micro, self.config.trainer.algorithm, has_tis=uses_tis(self.config))
+        algorithm, anchor = self.config.trainer.algorithm, ratio_anchor(self.config)
+        loss, micro_sums = policy_loss(tokens, micro, algorithm, anchor=anchor, has_tis=uses_tis(self.config))
         sums[: len(micro_sums)] += micro_sums
         # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
@@ -355,6 +362,7 @@ class PolicyTrainer:
 
     def _hidden(self, model: torch.nn.Module, pack: Pack, captured: Captured | None) -> Tensor:
         """Hidden states after the trunk's forward pass, ``[T, D]``. Hooks fill ``captured``."""
+        self.offload.require(model)
         with (
             megatron_patches.megatron_device(self.parallel.device),
             nullcontext() if captured is None else captured.listening(),

@@ -99,6 +99,12 @@ class PolicyWorker:
     def restore_draft(self, copy: str) -> None:
         self._trainer.draft_copies.restore(copy)
 
+    def offload_training_state(self) -> None:
+        self._trainer.offload.training_state()
+
+    def offload_weights(self) -> None:
+        self._trainer.offload.weights()
+
     def train_draft(self, batch: TrainBatch) -> StepReport:
         return self._trainer.train_draft(batch)
 

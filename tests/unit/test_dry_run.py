@@ -228,7 +228,10 @@ def test_the_plan_says_what_sampled_drafts_and_sampling_beside_training_take() -
     assert plan_memory(sampled).draft_probs == 2 * 10 * 7 * 104 * 4
     facts = plan_facts(sampled, plan_memory(sampled))
     assert "distributions of drafts, at most 58.2 kB" in facts["engine"]
-    assert "use_tis corrects the loss" in facts["asynchronous"]
+    assert "the loss is anchored on the log-probs that they were sampled with" in facts["asynchronous"]
+    assert facts["packs"].endswith("old log-probs from the engines")
+    corrected = load_config([*words, "trainer.fully_async.enabled=true", "trainer.algorithm.use_tis=true"])
+    assert "use_tis corrects the loss" in plan_facts(corrected, plan_memory(corrected))["asynchronous"]
 
 
 def test_readable_sizes() -> None:

@@ -181,8 +181,7 @@ def test_anchored_on_rollouts_the_ratio_is_to_what_was_sampled() -> None:
     tokens = TokenLogprobs(torch.from_numpy(new[mask_BS]), torch.zeros(15, dtype=torch.float64))
 
     def loss(batch: TrainBatch, anchor: str) -> float:
-        algorithm = AlgorithmConfig(ratio_anchor=anchor)
-        return float(policy_loss(tokens, build_micro(batch, np.arange(3)), algorithm, has_tis=False)[0])
+        return float(policy_loss(tokens, build_micro(batch, np.arange(3)), AlgorithmConfig(), anchor=anchor)[0])
 
     def naive(anchor_BS: np.ndarray) -> float:
         ratio_BS = np.exp(new - anchor_BS)
