@@ -35,7 +35,7 @@ from skyrl_spec.controller.placement import num_cores
 from skyrl_spec.data.tokenizer import load_tokenizer
 from skyrl_spec.drafts.fresh import write_fresh_mtp
 from skyrl_spec.rollout.actor import EngineActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.rollout.step_times import OFF
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.model import load_spec

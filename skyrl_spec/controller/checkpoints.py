@@ -111,7 +111,9 @@ def resume(trainer: TrainingLoop, policy: PolicyGroup, directory: Path) -> None:
         print(f"skyrl-spec: {directory} has no draft: the draft starts as it is configured", file=sys.stderr)
     if had_draft and not has_draft:
         print(f"skyrl-spec: {directory} has a draft, which is dropped: no draft is enabled", file=sys.stderr)
-    trainer.load_state_dict(policy.load_checkpoint(directory.resolve())["trainer"])
+    with trainer.shifts.workers():
+        state = policy.load_checkpoint(directory.resolve())["trainer"]
+    trainer.load_state_dict(state)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from skyrl_spec.controller.in_turns import InTurns
 from skyrl_spec.controller.lossless import LosslessCanary
 from skyrl_spec.controller.measures import positions_lacking, report_values, timed, train_timings
 from skyrl_spec.controller.rollouts import RolloutSampler, SpeculationMeter
+from skyrl_spec.controller.shifts import ScoringWorkers, Shifts
 from skyrl_spec.controller.source import Sampled, Source
 from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.data.packing import build_train_batch, mini_batches
@@ -60,11 +61,13 @@ class TrainingLoop:
         engines: EngineGroup,
         policy: PolicyGroup,
         sync: WeightSync,
+        shifts: Shifts,
         canary: SyncCanary,
         lossless: LosslessCanary | None = None,
     ):
         self.config, self.stream, self.eval_prompts = config, stream, eval_prompts
-        self.engines, self.policy, self.sync = engines, policy, sync
+        self.engines, self.policy, self.sync, self.shifts = engines, policy, sync, shifts
+        self.scorers = ScoringWorkers(policy, shifts)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.sampler = RolloutSampler(config, engines, tokenizer)
         self.canary, self.lossless = canary, lossless
@@ -151,7 +154,8 @@ class TrainingLoop:
 
         The stream of prompts stays as it is: whoever made it has restored it (``task.load_task``).
         """
-        self.sync.restore(Versions(**state["versions"]))
+        with self.shifts.sync():
+            self.sync.restore(Versions(**state["versions"]))
         self.source.load_state_dict(state)
         self.canary.load_state_dict(state["canary"])
         # A checkpoint of an earlier version has none.
@@ -172,13 +176,14 @@ class TrainingLoop:
             stale_steps = staleness(sampled.rollouts, self.sync.versions, self._max_staleness)
             # The policy's version is the number of steps that trained.
             plan = self.draft_training.plan(self.sync.versions.policy)
-            with self.source.beside(is_last=is_last):
+            with self.shifts.workers(), self.source.beside(is_last=is_last):
                 values |= self._train(self._build_batch(sampled.groups), timings, plan)
+                sends_draft = plan.train and not self._is_undone(plan, values)
             self._sync_left_out = self.source.is_sampling
             with self.source.held(keeps_keys=self._keeps_keys):
                 values |= self.source.draft_metrics()
                 values |= acceptance_gap(values)
-                values |= self._publish(plan, values, timings)
+                values |= self._publish(plan, values, timings, sends_draft=sends_draft)
                 if not self._sync_left_out and not self._keeps_keys:
                     values |= self._run_canaries(timings)
             if self._keeps_keys and self._is_canary_due:
@@ -189,6 +194,8 @@ class TrainingLoop:
                 self._watch.look(values)
         self.source.trained(self.sync.versions)
         values |= self._versions()
+        if self.shifts.move:
+            timings["moves"] = self.shifts.take_seconds()
         timings["step"] = sampled.seconds + time.perf_counter() - start
         if self._max_staleness and sampled.rollouts:
             values |= {names.STALENESS: stale_steps} | self.source.step_metrics(sampled, timings)
@@ -240,16 +247,21 @@ class TrainingLoop:
                 values |= self.lossless.check(self.engines, seed=max(asdict(self.sync.versions).values()))
         return values
 
-    def _publish(self, plan: Plan, values: dict[str, float], timings: dict[str, float]) -> dict[str, float]:
-        """Brings what was trained to the engines, a draft that got worse excepted. Returns metrics."""
-        sends_draft = plan.train
-        if plan.train and self.draft_training.must_undo(values):
+    def _is_undone(self, plan: Plan, values: dict[str, float]) -> bool:
+        """Whether the training of the draft made it worse, and is undone."""
+        is_worse = plan.train and self.draft_training.must_undo(values)
+        if is_worse:
             self.policy.restore_draft(SERVED)
-            sends_draft = False
+        return is_worse
+
+    def _publish(
+        self, plan: Plan, values: dict[str, float], timings: dict[str, float], *, sends_draft: bool
+    ) -> dict[str, float]:
+        """Brings what was trained to the engines. Returns metrics."""
         if self._sync_left_out:
             self.sync.skip(draft=sends_draft)
             return {}
-        with timed(timings, "sync_weights"):
+        with self.shifts.sync(), timed(timings, "sync_weights"):
             num_bytes = self.sync.sync(draft=sends_draft, keeps_keys=self._keeps_keys)
         metrics: dict[str, float] = {names.SYNC_BYTES: num_bytes}
         if "draft" in self.sync.components:

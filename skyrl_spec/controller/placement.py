@@ -34,12 +34,13 @@ from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.planning.environment import cluster_address, use_short_tmpdir
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.derived import (
     engine_dtype,
     max_input_length,
     max_staleness,
     parallel_sizes,
+    sleep_level,
     sync_backend,
     workers_per_node,
 )
@@ -165,6 +166,8 @@ def engine_settings(config: Config) -> EngineSettings:
         seed=config.trainer.seed,
         speculative_config=_speculative_on_any_node(config),
         schedule=config.generator.speculation.schedule,
+        synced=("policy",) if trained_kind(config.trainer) is None else ("policy", "draft"),
+        sleep_level=sleep_level(config),
         weight_sync_backend=sync_backend(config),
         num_threads=max(1, _cores_of_each_side(config) // engine.num_engines) if device == "cpu" else None,
         engine_init_kwargs=engine.engine_init_kwargs,
@@ -211,6 +214,9 @@ def start_actors(
     if config.trainer.placement.colocate_all:
         # vLLM measures the GPU's free memory while it starts. If a worker changes it, vLLM fails or takes less.
         _get(pings, deadline, "rollout engines", config)
+        if settings.sleep_level:
+            # Their weights are those of the checkpoint on disk, and stay.
+            _get([engine.sleep.remote(1) for engine in engines], deadline, "rollout engines", config)
     workers = _create_workers(config, worker_options(config, bundles))
     (store_address,) = _get([workers[0].serve_store.remote()], deadline, "policy workers", config)
     started = [worker.start.remote(store_address, total_optimizer_steps, freeze_policy) for worker in workers]

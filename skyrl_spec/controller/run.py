@@ -163,7 +163,8 @@ def _train_on_cluster(task: Task, output: Output, verbose: bool, watch: SignalWa
     with on_cluster(task, TrainingLoop, ["policy", "draft"] if has_draft else ["policy"], watch, verbose) as running:
         run_steps(running, task, output, watch)
         if trainer.save_final_model:
-            running.policy.save_hf(output.run_dir.resolve())
+            with running.trainer.shifts.scoring():
+                running.policy.save_hf(output.run_dir.resolve())
         settings = engine_settings(task.config)
         # The draft need not be trained.
         if trainer.measure_speedup and settings.speculative_config is not None:
@@ -200,6 +201,7 @@ def on_cluster(
                 with plain_errors(run_dir):
                     if task.resume_from is not None:
                         resume(trainer, policy, task.resume_from)
+                    trainer.shifts.begin()
                     yield Running(trainer, engines, policy, checkpointer, plain, servers)
             except RestartableError as error:
                 error.checkpoint = newest(config)
@@ -272,17 +274,21 @@ def make_trainer(
         plain: engine without a draft, if losslessness is checked.
     """
     from skyrl_spec.controller.lossless import LosslessCanary
+    from skyrl_spec.controller.shifts import ScoringWorkers, Shifts
     from skyrl_spec.settings.derived import coarser_dtype
     from skyrl_spec.sync.canary import SyncCanary, fixed_prompts
     from skyrl_spec.sync.weights import WeightSync
 
     config = task.config
+    keeps_updates = max_staleness(config) > 0
+    sync = WeightSync(policy, engines, backend=sync_backend(config), components=components, keeps_updates=keeps_updates)
+    shifts = Shifts(config, engines, policy, sync)
     settings, sampling, dtype = config.trainer.canary, config.generator.sampling_params, coarser_dtype(config)
     prompts = [prompt.token_ids for prompt in task.stream.prompts]
     canary = SyncCanary(
         settings,
         engines,
-        policy,
+        ScoringWorkers(policy, shifts),
         fixed_prompts(prompts, settings.num_prompts, min(config.trainer.max_prompt_length, _prefill_tokens(config))),
         temperature=sampling.temperature,
         dtype=dtype,
@@ -298,13 +304,8 @@ def make_trainer(
         eval_prompts=task.eval_prompts,
         engines=engines,
         policy=policy,
-        sync=WeightSync(
-            policy,
-            engines,
-            backend=sync_backend(config),
-            components=components,
-            keeps_updates=max_staleness(config) > 0,
-        ),
+        sync=sync,
+        shifts=shifts,
         canary=canary,
         lossless=lossless,
     )

@@ -89,7 +89,8 @@ def _warm_up_on_cluster(task: Task, output: Output, verbose: bool, watch: Signal
 
     with on_cluster(task, DraftWarmup, ["draft"], watch, verbose) as running:
         run_steps(running, task, output, watch)
-        running.policy.save_draft_hf(output.run_dir.resolve())
+        with running.trainer.shifts.scoring():
+            running.policy.save_draft_hf(output.run_dir.resolve())
     output.summarize(next_commands=_next_commands(task.config, output.run_dir))
 
 

@@ -58,7 +58,8 @@ class Patient:
         if self.has_draft:
             # Of the policy alone. The draft's weights must not change with them.
             for _ in range(_NUM_FROZEN_SYNCS):
-                self.trainer.sync.sync(draft=False)
+                with self.trainer.shifts.sync():
+                    self.trainer.sync.sync(draft=False)
             yield self.canary(f"after {_NUM_FROZEN_SYNCS} more syncs")
         yield self.export()
 
@@ -66,7 +67,7 @@ class Patient:
         """Short responses of one engine with its draft's proposals, and the trainer's scores of them."""
         prompts = [prompt.token_ids for prompt in self.task.stream.prompts[:4]]
         proposals = self.running.engines.propose_on_one(prompts, self._short_sampling(), seed=_SEED)
-        return proposals, self.running.policy.score_proposals(proposals)
+        return proposals, self.trainer.scorers.score_proposals(proposals)
 
     def canary(self, check: str) -> Finding:
         """The sync canary at the present versions."""
@@ -177,7 +178,8 @@ class Patient:
     def export(self) -> Finding:
         """The trained weights, exported and read by transformers."""
         folder = Path(self.task.config.trainer.run_dir).resolve()
-        self.running.policy.save_hf(folder)
+        with self.trainer.shifts.scoring():
+            self.running.policy.save_hf(folder)
         try:
             spec = parse_spec(folder / "model", read_config(folder / "model"))
             require_tensors(str(folder / "model"), "export", tensor_shapes(spec))

@@ -11,7 +11,7 @@ from skyrl_spec.controller.placement import engine_settings
 from skyrl_spec.doctor.finding import FAIL, OK, Finding
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.evaluation.measure import lone_engine
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.types import Proposals
 

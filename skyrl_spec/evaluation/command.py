@@ -26,7 +26,7 @@ from skyrl_spec.types import Prompt
 
 if TYPE_CHECKING:
     from skyrl_spec.evaluation.measure import Measurement
-    from skyrl_spec.rollout.engine import EngineSettings
+    from skyrl_spec.rollout.engine_settings import EngineSettings
 
 T = TypeVar("T")
 
@@ -195,7 +195,7 @@ def _first(*values: T | None) -> T:
 
 def _engine_settings(options: EvalDraftOptions, settings: EvalSettings, target: Target) -> EngineSettings:
     from skyrl_spec.controller.placement import num_cores
-    from skyrl_spec.rollout.engine import EngineSettings
+    from skyrl_spec.rollout.engine_settings import EngineSettings
 
     on_cpu, tp = settings.device == "cpu", settings.tensor_parallel_size
     return EngineSettings(

@@ -17,7 +17,7 @@ from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.errors import RunError
 from skyrl_spec.evaluation.prompts import by_category
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Prompt, SpecCounters
 

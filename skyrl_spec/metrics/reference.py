@@ -181,6 +181,12 @@ REFERENCE = (
     Described("timing/policy_train", "s", "Forward, backward and update of the policy."),
     Described("timing/draft_train", "s", "Forward, backward and update of the draft."),
     Described("timing/sync_weights", "s", "Transfer of policy and draft to all engines."),
+    Described(
+        "timing/moves",
+        "s",
+        "Moves between devices and host memory: offload by the workers, sleep and waking of engines. Where settings "
+        "move something.",
+    ),
     Described("timing/canary", "s", "Sync canary, in steps that have one."),
     Described("timing/lossless", "s", "Losslessness canary, in steps that have one."),
     Described("timing/step", "s", "Whole step, without evaluation."),

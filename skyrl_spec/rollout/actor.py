@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings, engine_environment
 from skyrl_spec.sync.weights import Update, load_updates
 from skyrl_spec.types import Versions
 

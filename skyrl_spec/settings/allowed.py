@@ -43,6 +43,8 @@ PROBABILITY = Range(0, 1, high_open=True)
 LEVEL = Range(0, 1, low_open=True, high_open=True)
 # Above 0 and at most 1.
 SHARE = Range(0, 1, low_open=True)
+# Of vLLM, and 0: no sleep.
+SLEEP_LEVELS = Range(0, 2)
 # numpy takes seeds of 32 bits.
 SEEDS = Range(0, 2**32 - 1)
 

@@ -67,6 +67,12 @@ def sync_backend(config: Config) -> str:
     return "ipc" if placement.colocate_all else "nccl"
 
 
+def sleep_level(config: Config) -> int:
+    """Level at which engines sleep while workers train: 0 where they have devices of their own."""
+    level = config.generator.inference_engine.sleep_level
+    return level if config.trainer.placement.colocate_all else 0
+
+
 def engine_dtype(config: Config) -> str:
     """Type of the engines' weights: "fp32" or "bf16"."""
     return config.generator.inference_engine.dtype or config.trainer.policy.megatron_config.dtype

@@ -25,6 +25,7 @@ from skyrl_spec.settings.allowed import (
     RUNNING_REQUESTS,
     SEEDS,
     SHARE,
+    SLEEP_LEVELS,
     Range,
 )
 from skyrl_spec.settings.draft import DflashConfig, DraftTrainingConfig, MtpConfig, WarmupConfig
@@ -56,7 +57,8 @@ class PlacementConfig:
     )
     colocate_all: bool = setting(
         False,
-        "Put one worker and one engine on each GPU (cuda only). The engine keeps its memory while the workers train.",
+        "Put one worker and one engine on each GPU (cuda only). They take turns: the engine sleeps while the worker "
+        "trains (generator.inference_engine.sleep_level), and the worker offloads while the engine samples.",
     )
     timeout_s: float = setting(
         600.0, "Seconds for all processes to be placed and started. Then the run ends with an error.", POSITIVE
@@ -305,6 +307,12 @@ class InferenceEngineConfig:
     max_num_seqs: int = setting(256, "Largest number of responses that an engine generates at the same time.", FROM_ONE)
     enable_prefix_caching: bool = setting(
         True, "Reuse the KV cache of common prompt prefixes. It is emptied after every weight sync."
+    )
+    sleep_level: int = setting(
+        1,
+        "How engines sleep while the workers train, with trainer.placement.colocate_all. 1: their weights wait in host "
+        "memory. 2: they drop them, and every sync brings policy and draft. 0: they keep their memory.",
+        SLEEP_LEVELS,
     )
     enforce_eager: bool = setting(
         False, "Use no compilation and no CUDA graphs. The engine starts sooner and usually generates more slowly."

@@ -30,7 +30,9 @@ def pack_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         payload["names"].append(name)
         payload["dtype_names"].append(str(tensor.dtype).removeprefix("torch."))
         payload["shapes"].append(list(tensor.shape))
-        payload["arrays"].append(tensor.detach().cpu().contiguous().view(_WIRE_DTYPES[tensor.dtype]).numpy())
+        bits = tensor.detach().cpu().contiguous().view(_WIRE_DTYPES[tensor.dtype])
+        # Not ``numpy()``, which forbids for ever that the memory is freed (``training.host_copies``).
+        payload["arrays"].append(np.from_dlpack(bits))
     return payload
 
 

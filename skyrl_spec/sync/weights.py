@@ -90,6 +90,7 @@ class WeightSync:
         self.versions = Versions()
         # Bytes of one copy of each component in the last sync.
         self.num_bytes: dict[Component, int] = {}
+        self._are_gone = False
         self._keeps_updates = keeps_updates
         self._kept: dict[Component, Sequence[ray.ObjectRef]] = {}
         if self._over_ray:
@@ -105,7 +106,12 @@ class WeightSync:
         ``draft=False``: the draft has not changed since the last sync, and is not sent. ``keeps_keys``: requests that
         are paused keep the keys that they have.
         """
-        return self._send(*self._next(draft), keeps_keys=keeps_keys)
+        changed, versions = self._next(draft)
+        return self._send(self.components if self._are_gone else changed, versions, keeps_keys=keeps_keys)
+
+    def weights_are_gone(self) -> None:
+        """Notes that the engines have lost all weights: the next sync sends also what has not changed."""
+        self._are_gone = True
 
     def skip(self, *, draft: bool = True) -> None:
         """Counts a sync that is left out, because the run is told to stop and its engines are busy."""
@@ -134,6 +140,7 @@ class WeightSync:
             }
             self._engines.all("keys_are_old" if keeps_keys else "reset_prefix_cache")
             self._engines.all("set_versions", versions)
+        self._are_gone = False
         return sum(self.num_bytes.values())
 
     def _export(self, components: list[Component]) -> tuple[list[Update], dict[Component, int]]:

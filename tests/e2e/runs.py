@@ -174,11 +174,20 @@ def small_disk(folder: Path) -> list[str]:
 
 def assert_same_run(run_dir: Path, expected: tuple[Path, list[dict[str, Any]]]) -> None:
     """Checks that final weights are bitwise equal, and that the run's metrics, except timings, equal the expected."""
-    records = records_of(run_dir)
-    assert [record[names.STEP] for record in records] == [record[names.STEP] for record in expected[1]]
-    for mine, theirs in zip(records, expected[1], strict=True):
+    assert_same_records(records_of(run_dir), expected[1])
+    assert_same_weights(run_dir, expected[0])
+
+
+def assert_same_records(records: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Checks that all metrics but timings are among the expected."""
+    assert [record[names.STEP] for record in records] == [record[names.STEP] for record in expected]
+    for mine, theirs in zip(records, expected, strict=True):
         assert without_timings(mine).items() <= without_timings(theirs).items()
-    final, other = (load_file(path / "model" / "model.safetensors") for path in (run_dir, expected[0]))
+
+
+def assert_same_weights(run_dir: Path, other_dir: Path) -> None:
+    """Checks that the final weights of two runs are bitwise equal."""
+    final, other = (load_file(path / "model" / "model.safetensors") for path in (run_dir, other_dir))
     assert final.keys() == other.keys()
     assert all(torch.equal(final[name], other[name]) for name in other)
 

@@ -24,7 +24,7 @@ from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.data.dataset import load_prompts
 from skyrl_spec.rollout.actor import actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.sync.weights import WeightSync

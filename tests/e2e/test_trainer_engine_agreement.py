@@ -22,7 +22,7 @@ from transformers import Qwen2ForCausalLM
 from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.rollout.actor import EngineActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
 

@@ -19,7 +19,7 @@ from training import DRAFTS, Record, Setup, assert_trains, bf16_model, loss_shar
 
 from skyrl_spec.controller.placement import start_actors
 from skyrl_spec.rollout.actor import RolloutActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.schema import Config, SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.types import SpecCounters

@@ -1,4 +1,4 @@
-"""Offload to host memory: training is equal to the last bit with it, and what is away is freed, saved and back in time."""
+"""Offload to host memory: training is equal to the last bit, and what is away is freed, saved and back in time."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.rollout.lengths import LengthTable
 from skyrl_spec.settings.schema import SamplingConfig
 

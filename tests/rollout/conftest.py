@@ -13,7 +13,8 @@ from engine_process import EngineProcess
 from recording import DflashRecorder
 from tiny_models import MAX_MODEL_LEN, MTP, dflash, write_tiny_dflash, write_tiny_model, write_tiny_qwen3
 
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings
 
 
 @pytest.fixture(scope="session")

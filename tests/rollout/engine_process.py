@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings, engine_environment
 
 
 class EngineProcess:

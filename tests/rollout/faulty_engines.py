@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from skyrl_spec.rollout import vllm_patches
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings
 
 
 class UnpatchedEngine(RolloutEngine):

@@ -14,7 +14,7 @@ from tiny_models import PROMPT, dflash
 from updates import update
 
 from skyrl_spec.rollout import vllm_patches
-from skyrl_spec.rollout.engine import EngineSettings
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.sync.payload import pack_weights
 
 # The causes: a product with emptied weights, and a RoPE table on the meta device.

@@ -21,7 +21,8 @@ from tiny_checkpoints import make_batch, make_config, write_checkpoint
 from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.workers import PolicyGroup
 from skyrl_spec.rollout.actor import EngineActor, actor_options
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_environment
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings, engine_environment
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.training.worker import PolicyWorker

@@ -12,7 +12,8 @@ from exact import assert_exact_logprobs, generate, second_token_p_value, token_p
 from tiny_models import EOS_TOKEN, LONG_PROMPT, MAX_MODEL_LEN, PROMPT
 
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, context_len
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings, context_len
 from skyrl_spec.rollout.requests import Requests
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import SpecCounters, Versions

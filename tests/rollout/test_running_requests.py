@@ -20,7 +20,8 @@ from torch import Tensor
 from updates import update
 
 from skyrl_spec.rollout import engine as engine_module
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_weights
 from skyrl_spec.types import Generation, SampleRequest, Versions

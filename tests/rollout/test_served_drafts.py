@@ -12,7 +12,8 @@ from engine_process import EngineProcess
 from exact import generate
 from tiny_models import PROMPT
 
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.specs.dflash import exported_dflash_config, read_dflash_spec

@@ -10,7 +10,8 @@ import pytest
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.drafts.speculation import require_exact_rejection, require_exact_sampling
 from skyrl_spec.errors import ConfigError
-from skyrl_spec.rollout.engine import EngineSettings, RolloutEngine, engine_args
+from skyrl_spec.rollout.engine import RolloutEngine
+from skyrl_spec.rollout.engine_settings import EngineSettings, engine_args
 from skyrl_spec.settings.draft import MtpConfig
 from skyrl_spec.settings.schema import Config, SamplingConfig, TrainerConfig
 
