@@ -19,6 +19,7 @@ from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
 from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, SummaryWriter, Writer, pick_samples, read_jsonl
 from skyrl_spec.planning.memory import memory_line, plan_facts, plan_memory
+from skyrl_spec.planning.phases import phase_facts
 from skyrl_spec.settings.compose import to_yaml
 from skyrl_spec.settings.derived import max_staleness, parallel_sizes
 from skyrl_spec.settings.schema import Config
@@ -128,7 +129,7 @@ def show_plan(task: Task, *, num_runs: int = 1) -> None:
     facts.pop("memory")
     plan = plan_memory(task.config, trains_policy=task.trains_policy)
     console = ConsoleWriter(task.steps)
-    console.panel(facts | plan_facts(task.config, plan, num_runs=num_runs))
+    console.panel(facts | plan_facts(task.config, plan, num_runs=num_runs) | phase_facts(task.config, plan))
     console.note("dry run: settings, model, data and devices fit; nothing was started or written")
 
 

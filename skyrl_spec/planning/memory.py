@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from skyrl_spec.drafts.kinds import KINDS, trained_kind
 from skyrl_spec.drafts.kinds.kind import DraftShapes
+from skyrl_spec.drafts.kinds.offloads import offloads
 from skyrl_spec.drafts.kinds.served import build_speculative_config
 from skyrl_spec.settings.derived import (
     engine_dtype,
@@ -66,10 +67,31 @@ class WorkerMemory:
 
 
 @dataclass(frozen=True)
+class Offloaded:
+    """Bytes of a worker that leave the device between training steps. Gradients need no copy in host memory."""
+
+    gradients: int
+    optimizer: int
+    weights: int
+    reference: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.host
+
+    @property
+    def host(self) -> int:
+        return self.optimizer + self.weights + self.reference
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes, except where a field counts tokens."""
 
     worker: WorkerMemory
+    offloaded: Offloaded
+    # Of policy and draft.
+    num_parameters: int
     engine_weights: int
     # In the cache of one engine.
     kv_bytes_per_token: int
@@ -99,6 +121,8 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
     kv_values_per_token = 2 * (spec.num_layers + served.num_layers) * spec.num_kv_heads * spec.head_dim
     return MemoryPlan(
         worker=worker,
+        offloaded=_offloaded(config, worker, count_on_rank(draft, parallel_sizes(config).tp)),
+        num_parameters=count(policy) + count(draft),
         engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
         kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
         checkpoint=num_trained * (size + _optimizer_bytes(size)),
@@ -132,6 +156,18 @@ def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_pol
         reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
         activations=activations(config, spec, tp),
         update=num_trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
+    )
+
+
+def _offloaded(config: Config, worker: WorkerMemory, draft_on_rank: int) -> Offloaded:
+    """``draft_on_rank``: number of the draft's parameters on a rank. The rest that is trained is the policy's."""
+    moved, num_trained = offloads(config), worker.gradients // _FP32
+    num_moved = (num_trained - draft_on_rank) * moved.policy_state + draft_on_rank * moved.draft_state
+    return Offloaded(
+        gradients=num_moved * _FP32,
+        optimizer=worker.optimizer * num_moved // max(1, num_trained),
+        weights=worker.weights * moved.weights,
+        reference=worker.reference * moved.reference,
     )
 
 
@@ -202,19 +238,21 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     size = _weight_bytes(config)
     tokens = max(trainer.max_tokens_per_microbatch, longest_sequence(config))
     megatron = trainer.policy.megatron_config
-    attention, ffn = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
-    # A layer: two norms with their inputs and outputs, q, k, v before and after RoPE, attention, gate, up, product.
-    divided, norms = (3 * attention + 4 * ffn) // tp, 6 * spec.hidden_size
-    of_draft_layer = divided + norms
+    attention, ffn = (spec.num_heads + spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
+    # A layer: q and k before and after RoPE, v and attention; gate and up together and apart, and their product; two
+    # norms with their inputs and outputs. Cosines and sines of RoPE are whole on every rank.
+    divided, norms = ((5 if spec.qk_norm else 3) * attention + 5 * ffn) // tp, 6 * spec.hidden_size
+    rotary = 4 * spec.head_dim
+    of_draft_layer = divided + norms + rotary
     # Of the residual stream and the norms, a rank has all tokens or its part.
     parts = tp if uses_sequence_parallel(megatron, trainer.placement.device) else 1
-    per_layer = divided + norms // parts
+    per_layer = divided + norms // parts + rotary
     layers = spec.num_layers * per_layer
     if megatron.recompute_granularity == "full":
         layers = spec.num_layers * spec.hidden_size // parts + per_layer
     elif megatron.recompute_granularity == "selective":
         recomputed_norms = 2 * spec.hidden_size // parts * ("layernorm" in megatron.recompute_modules)
-        recomputed_mlp = 4 * ffn // tp * ("mlp" in megatron.recompute_modules)
+        recomputed_mlp = 5 * ffn // tp * ("mlp" in megatron.recompute_modules)
         # The layer in the backward pass has everything.
         layers -= (spec.num_layers - 1) * (recomputed_norms + recomputed_mlp)
     kind = trained_kind(trainer)

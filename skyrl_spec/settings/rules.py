@@ -17,6 +17,7 @@ from skyrl_spec.settings.derived import (
     max_staleness,
     parallel_sizes,
     ratio_anchor,
+    sleep_level,
     sync_backend,
     training_interval,
     uses_tis,
@@ -355,11 +356,11 @@ def _check_colocation(config: Config) -> None:
         f"must be {num_workers} with {setting}=true, one for each policy worker; change it",
     )
     require(
-        engine.gpu_memory_utilization <= MAX_COLOCATED_MEMORY,
+        sleep_level(config) > 0 or engine.gpu_memory_utilization <= MAX_COLOCATED_MEMORY,
         f"{_ENGINE}.gpu_memory_utilization",
         engine.gpu_memory_utilization,
-        f"must be at most {MAX_COLOCATED_MEMORY} with {setting}=true, because the trainer needs the rest of the GPU "
-        "for weights, gradients and optimizer state; lower it",
+        f"must be at most {MAX_COLOCATED_MEMORY} with {setting}=true and {_ENGINE}.sleep_level=0, because the trainer "
+        "needs the rest of the GPU for weights, gradients and optimizer state; lower it, or let the engines sleep",
     )
 
 

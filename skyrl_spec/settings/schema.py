@@ -30,6 +30,7 @@ from skyrl_spec.settings.allowed import (
 )
 from skyrl_spec.settings.draft import DflashConfig, DraftTrainingConfig, MtpConfig, WarmupConfig
 from skyrl_spec.settings.field import setting
+from skyrl_spec.settings.hardware import HardwareConfig
 from skyrl_spec.settings.policy import PolicyConfig, RefConfig
 
 
@@ -163,6 +164,7 @@ class TrainerConfig:
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     ref: RefConfig = field(default_factory=RefConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)

@@ -302,7 +302,10 @@ RULES = {
     f"{COLOCATED} {ENGINE}.tensor_parallel_size=2": f"{ENGINE}.tensor_parallel_size=2: must be 1 with",
     f"{COLOCATED} {ENGINE}.num_engines=2": f"{ENGINE}.num_engines=2: must be 1 with trainer.placement.colocate_all",
     f"{COLOCATED} trainer.placement.policy_num_gpus_per_node=2": f"{ENGINE}.num_engines=1: must be 2 with",
-    f"{COLOCATED} {ENGINE}.gpu_memory_utilization=0.7": f"{ENGINE}.gpu_memory_utilization=0.7: must be at most 0.6",
+    f"{COLOCATED} {ENGINE}.sleep_level=0 {ENGINE}.gpu_memory_utilization=0.7": (
+        f"{ENGINE}.gpu_memory_utilization=0.7: must be at most 0.6"
+    ),
+    f"{COLOCATED} {ENGINE}.sleep_level=3": f"{ENGINE}.sleep_level=3: must be at least 0 and at most 2",
     f"{ENGINE}.engine_init_kwargs.speculative_config=1": f"{ENGINE}.engine_init_kwargs.speculative_config=1",
     f"{ENGINE}.speculative_config={{method: mtp, num_speculative_tokens: 0}}": (
         f"{ENGINE}.speculative_config.num_speculative_tokens=0"

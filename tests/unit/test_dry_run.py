@@ -11,7 +11,16 @@ import pytest
 from skyrl_spec.cli import main
 from skyrl_spec.evaluation.arms import arms
 from skyrl_spec.evaluation.compare import asked, is_done
-from skyrl_spec.planning.memory import count, plan_facts, plan_memory, readable, trained_draft_shapes
+from skyrl_spec.planning.memory import (
+    MemoryPlan,
+    count,
+    count_on_rank,
+    plan_facts,
+    plan_memory,
+    readable,
+    trained_draft_shapes,
+)
+from skyrl_spec.planning.phases import largest_model, move_seconds, phase_facts, phases
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.options import CompareOptions
 from skyrl_spec.settings.schema import Config
@@ -182,24 +191,27 @@ def test_arms_differ_in_the_draft_and_seeds_in_the_seed() -> None:
     assert [run.folder for run in arms(config, CompareOptions())] == ["trained", "frozen", "none"]
 
 
+# As published.
+MIMO_7B = {
+    "architectures": ["MiMoForCausalLM"],
+    "vocab_size": 151680,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 640000,
+    "max_position_embeddings": 32768,
+    "num_nextn_predict_layers": 1,
+    "attention_bias": True,
+}
+
+
 def test_sizes_of_a_large_model(tmp_path: Path) -> None:
-    """MiMo-7B's shapes as published; its checkpoint has 7.83 billion parameters with the head."""
-    config_json = {
-        "architectures": ["MiMoForCausalLM"],
-        "vocab_size": 151680,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 640000,
-        "max_position_embeddings": 32768,
-        "num_nextn_predict_layers": 1,
-        "attention_bias": True,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    """MiMo-7B's checkpoint has 7.83 billion parameters with the head."""
+    (tmp_path / "config.json").write_text(json.dumps(MIMO_7B))
     config = load_config(["experiment=mimo_7b_dapo_8gpu", f"trainer.policy.model.path={tmp_path}"])
     plan = plan_memory(config)
     # bf16: 2 bytes each in a sync; 2 + 4 + 8 in a checkpoint.
@@ -232,6 +244,74 @@ def test_the_plan_says_what_sampled_drafts_and_sampling_beside_training_take() -
     assert facts["packs"].endswith("old log-probs from the engines")
     corrected = load_config([*words, "trainer.fully_async.enabled=true", "trainer.algorithm.use_tis=true"])
     assert "use_tis corrects the loss" in plan_facts(corrected, plan_memory(corrected))["asynchronous"]
+
+
+def _colocated(tmp_path: Path, level: int, *words: str) -> tuple[Config, MemoryPlan]:
+    """MiMo-7B on eight GPUs that workers and engines share."""
+    (tmp_path / "config.json").write_text(json.dumps(MIMO_7B))
+    engine = "generator.inference_engine"
+    shared = [f"{engine}.num_engines=8", f"{engine}.sleep_level={level}", f"{engine}.gpu_memory_utilization=0.5"]
+    shared += ["trainer.placement.colocate_all=true", "trainer.placement.policy_num_gpus_per_node=8"]
+    model = f"trainer.policy.model.path={tmp_path}"
+    config = load_config(["experiment=mimo_7b_dapo_8gpu", model, *shared, *words])
+    return config, plan_memory(config)
+
+
+def test_engines_and_workers_take_turns_in_the_plan(tmp_path: Path) -> None:
+    for level in (0, 1, 2):
+        config, plan = _colocated(tmp_path, level, "trainer.algorithm.use_kl_loss=true")
+        sampling, training, sync, save = phases(config, plan)
+        worker = plan.worker
+        assert sampling.gpu == save.gpu == {"engine": 40e9, "worker": 0}
+        # The reference has gone when the updates begin.
+        assert training.gpu["worker"] == worker.total - worker.reference
+        assert sync.gpu["worker"] == worker.weights
+        awake = 40e9 if level == 0 else 0
+        assert (training.gpu["engine"], sync.gpu["engine"]) == (awake, awake or plan.engine_weights)
+        assert sampling.host == {"worker": worker.optimizer + worker.weights + worker.reference}
+        assert training.host == sampling.host | ({"engine's weights": plan.engine_weights} if level == 1 else {})
+    seconds = move_seconds(config, plan)
+    assert seconds["optimizer state"] == pytest.approx(2 * worker.optimizer / 25e9)
+    assert seconds["engine's weights"] == 0
+    assert move_seconds(*_colocated(tmp_path, 1))["engine's weights"] == pytest.approx(2 * plan.engine_weights / 25e9)
+
+
+def test_each_part_stays_if_its_setting_says_so(tmp_path: Path) -> None:
+    stay = ["trainer.policy.optimizer_config.offload_after_step=false", "trainer.algorithm.use_kl_loss=true"]
+    config, plan = _colocated(tmp_path, 1, *stay)
+    spec = load_spec(str(tmp_path), weights=False)
+    of_draft = count_on_rank(trained_draft_shapes(config, spec), 4)
+    assert plan.offloaded.gradients == 4 * of_draft
+    assert plan.offloaded.optimizer == pytest.approx(12 * of_draft / 2, abs=4)
+    config, plan = _colocated(tmp_path, 1, *stay, "trainer.mtp.optimizer_config.offload_after_step=false")
+    assert (plan.offloaded.gradients, plan.offloaded.optimizer) == (0, 0)
+    assert (plan.offloaded.weights, plan.offloaded.reference) == (plan.worker.weights, plan.worker.reference)
+    config, plan = _colocated(
+        tmp_path, 1, *stay, "trainer.policy.megatron_config.cpu_offload=false", "trainer.ref.cpu_offload=false"
+    )
+    assert (plan.offloaded.weights, plan.offloaded.reference) == (0, 0)
+
+
+def test_the_plan_says_what_fits(tmp_path: Path) -> None:
+    config, plan = _colocated(tmp_path, 1)
+    facts = phase_facts(config, plan)
+    assert facts["sampling"].startswith("engine 40.0 GB on the GPU; in host memory worker 1")
+    one = plan.kv_bytes_per_token * 10_240
+    assert f": {int((40e9 - plan.engine_weights) // one)} sequences of 10,240 tokens" in facts["room for keys"]
+    assert "does not fit" not in "".join(facts.values())
+    # A GPU that training just fills, and one a little smaller.
+    exact = plan.worker.total / 1e9
+    config.generator.inference_engine.gpu_memory_utilization = 1.0
+    config.trainer.hardware.gpu_memory_gb = exact
+    assert largest_model(config, plan) == pytest.approx(plan.num_parameters, rel=1e-6)
+    assert "does not fit" not in phase_facts(config, plan)["training"]
+    config.trainer.hardware.gpu_memory_gb = 0.99 * exact
+    assert largest_model(config, plan) < plan.num_parameters
+    assert phase_facts(config, plan)["training"].startswith(
+        f"worker {readable(plan.worker.total)} on the GPU: does not"
+    )
+    on_cpu = load_config(["experiment=cpu_mtp_grpo"])
+    assert phase_facts(on_cpu, plan_memory(on_cpu)) == {}
 
 
 def test_readable_sizes() -> None:
