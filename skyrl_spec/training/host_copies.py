@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skyrl_spec.errors import RunError
+
 
 @dataclass(eq=False)
 class _Copy:
@@ -115,5 +117,11 @@ def _page_locked(num_bytes: int, device: torch.device) -> Tensor:
     host = torch.empty(num_bytes, dtype=torch.uint8)
     if device.type == "cuda":
         # 0: for the device of this process.
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 0))
+        status = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 0))
+        if status:
+            raise RunError(
+                f"offload: {num_bytes} bytes of host memory could not be page-locked (CUDA error {status}); free host "
+                "memory, raise `ulimit -l`, or set offload_after_step, cpu_offload (trainer.policy, trainer.ref) to "
+                "false"
+            )
     return host

@@ -5,6 +5,7 @@ from __future__ import annotations
 from attentions import ATTENTIONS
 from gpu_check import Check
 from measures import FUSIONS, MEMORY, PACKING, PLANS, SPEED, SYNC
+from offloads import OFFLOAD
 from training import DISTRIBUTED, ISOLATION, LONG_ROWS, RECOMPUTE, STEPS
 from vocabularies import LOGPROBS, LOSSES
 
@@ -15,6 +16,7 @@ CHECKS: list[Check] = [
     *LOSSES,
     *LOGPROBS,
     *RECOMPUTE,
+    *OFFLOAD,
     *MEMORY,
     *SPEED,
     *PACKING,

@@ -191,13 +191,13 @@ def _measure_step(device: torch.device, folder: Path, model: str, num_layers: in
 def _trainer_and_batch(
     device: torch.device, model: str, num_layers: int, folder: Path
 ) -> tuple[PolicyTrainer, TrainBatch]:
-    config = write_configs(MODELS[model], folder, num_layers, small=device.type == "cpu", length=_row_length(device))
+    config = write_configs(MODELS[model], folder, num_layers, small=device.type == "cpu", length=row_length(device))
     trainer = build_trainer(config, device)
     # Without old log-probs the ratio is 1, and no token is clipped, which would save its backward pass.
     return trainer, replace(make_rows(config, trainer.spec.vocab_size, num_rows=2), policy_logprobs=None)
 
 
-def _row_length(device: torch.device) -> int:
+def row_length(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 128
 
 
@@ -207,7 +207,7 @@ def _fitting_layers(device: torch.device, model: str, folder: Path) -> int:
         return 8
     free, _ = torch.cuda.mem_get_info()
     depths = range(4, MODELS[model].num_layers + 1, 2)
-    return max(n for n in depths if planned_bytes(MODELS[model], folder, n, _row_length(device)) < 0.8 * free)
+    return max(n for n in depths if planned_bytes(MODELS[model], folder, n, row_length(device)) < 0.8 * free)
 
 
 def _model_flops(trainer: PolicyTrainer, batch: TrainBatch) -> float:
@@ -256,18 +256,18 @@ def _save_trace(trainer: PolicyTrainer, batch: TrainBatch, path: Path) -> None:
 
 def packing(device: torch.device, folder: Path, model: str) -> Figure:
     """Tokens per second in packs, against a document a micro-batch, which is what rows up to the longest allow."""
-    config = write_configs(MODELS[model], folder, 4, small=device.type == "cpu", length=_row_length(device))
+    config = write_configs(MODELS[model], folder, 4, small=device.type == "cpu", length=row_length(device))
     # With 128 blocks of 16 slots, the draft of a document of 400 tokens costs five times its policy, packed or not.
     config.trainer.dflash.anchors_per_sequence = 16
     trainer = build_trainer(config, device)
-    rng, scale = np.random.default_rng(0), _row_length(device) / 8192
+    rng, scale = np.random.default_rng(0), row_length(device) / 8192
     num_documents = 64 if device.type == "cuda" else 8
-    lengths = rng.lognormal(np.log(400 * scale), 1.0, num_documents).astype(int).clip(8, _row_length(device))
+    lengths = rng.lognormal(np.log(400 * scale), 1.0, num_documents).astype(int).clip(8, row_length(device))
     prompts = np.minimum(lengths // 4 + 1, config.trainer.max_prompt_length)
     batch = batch_of_lengths(rng, prompts, lengths - prompts, vocab_size=trainer.spec.vocab_size)
     batch = replace(batch, policy_logprobs=None)
     rates, losses = {}, {}
-    for name, budget in (("packed", _row_length(device)), ("one by one", 1)):
+    for name, budget in (("packed", row_length(device)), ("one by one", 1)):
         config.trainer.max_tokens_per_microbatch = budget
         rates[name] = lengths.sum() / seconds(device, lambda: trainer.forward_backward(batch), repeats=2)
         # The same blocks.
@@ -300,7 +300,7 @@ def export_and_pack(device: torch.device, folder: Path) -> Figure:
     reader = _start_reader()
     on_cuda = device.type == "cuda"
     num_layers, buffer_bytes = (36, GIB) if on_cuda else (4, 2**20)
-    config = write_configs(MODELS["mimo_7b"], folder, num_layers, small=not on_cuda, length=_row_length(device))
+    config = write_configs(MODELS["mimo_7b"], folder, num_layers, small=not on_cuda, length=row_length(device))
     config.trainer.mtp.enabled = False
     trainer = build_trainer(config, device, freeze_policy=True)
     num_bytes = 2 * num_parameters(trainer.model)

@@ -19,7 +19,16 @@ from gpu_pack import Outcome, run_checks
 
 CPU = torch.device("cpu")
 # One of each module. scripts/gpu_pack.sh rehearse runs them all.
-IN_SMALL = ("steps dflash", "flex attention", "varlen attention", "fp32 head", "training step mimo_7b", "weight export")
+IN_SMALL = (
+    "steps dflash",
+    "flex attention",
+    "varlen attention",
+    "fp32 head",
+    "offload mtp",
+    "offload cycles mimo_7b",
+    "training step mimo_7b",
+    "weight export",
+)
 
 
 def run_command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,8 +41,8 @@ def test_checks_pass_in_small_on_a_cpu(tmp_path: Path) -> None:
     done = run_command(tmp_path, "--device", "cpu", *(f"--only={name}" for name in IN_SMALL))
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok", "ok", "waits", "ok", "ok", "ok"]
-    assert last == "5 ok, 1 waits"
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "waits", "ok", "ok", "ok", "ok", "ok"]
+    assert last == "7 ok, 1 waits"
     assert len(json.loads((tmp_path / "result.json").read_text())["checks"]) == len(IN_SMALL)
     report = (tmp_path / "report.md").read_text()
     assert all(f"| {name} |" in report for name in IN_SMALL)

@@ -48,6 +48,8 @@ class Setup:
     recompute: str | None = None
     distributed: bool = False
     long_rows: int = 0
+    # Whether all that can go to host memory goes there after every step.
+    offloads: bool = False
     num_steps: int = NUM_STEPS
 
 
@@ -73,6 +75,9 @@ def train(setup: Setup, path: Path, rank: int = 0, store: dist.Store | None = No
         metrics.append(values(trainer.train_mini_batch(batch).metrics))
         # The buffer still holds what the optimizer used.
         gradients.append({component: _copies(module, "main_grad") for component, module in modules.items()})
+        trainer.offload.training_state()
+        trainer.offload.weights()
+    trainer.offload.require(trainer.model)
     return Record(metrics, gradients, {component: _copies(module, "data") for component, module in modules.items()})
 
 
@@ -90,6 +95,9 @@ def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrain
     config.trainer.policy.megatron_config.recompute_granularity = setup.recompute
     # The recompute of a norm changes the rounding of a sum.
     config.trainer.policy.megatron_config.recompute_modules = ["mlp"]
+    config.trainer.policy.megatron_config.cpu_offload = setup.offloads
+    for part in (config.trainer.policy, config.trainer.mtp, config.trainer.dflash):
+        part.optimizer_config.offload_after_step = setup.offloads
     if setup.long_rows:
         config.trainer.logprobs_chunk_size = config.trainer.mtp.loss_chunk_size = 1024
         config.trainer.dflash.loss_chunk_size, config.trainer.dflash.anchors_per_sequence = 1024, 64
@@ -168,7 +176,7 @@ def num_different(got: Record, wanted: Record) -> int:
     return different
 
 
-def _equal(device: torch.device, folder: Path, trained: str, **changes: Any) -> Figure:
+def equal_with(device: torch.device, folder: Path, trained: str, **changes: Any) -> Figure:
     """Three steps are the same with ``changes`` of the setup, down to the last bit."""
     path = write_model(folder / "model", trained)
     setup = Setup(device.type, draft=trained)
@@ -242,28 +250,28 @@ def _norms(record: Record) -> list[float]:
     return [metrics["policy/grad_norm"] for metrics in record.metrics]
 
 
-def _of_each_draft(name: str, what: str, function: Callable[..., Figure], **arguments: Any) -> list[Check]:
+def of_each_draft(name: str, what: str, function: Callable[..., Figure], **arguments: Any) -> list[Check]:
     return [
         Check(f"{name} {draft}", f"{what}, {draft} draft", partial(function, trained=draft, **arguments))
         for draft in DRAFTS
     ]
 
 
-STEPS = _of_each_draft("steps", "three bf16 steps against fp32 on a CPU", steps_against_fp32)
-LONG_ROWS = _of_each_draft(
+STEPS = of_each_draft("steps", "three bf16 steps against fp32 on a CPU", steps_against_fp32)
+LONG_ROWS = of_each_draft(
     "long rows",
     "one bf16 step with a row of 8,192 tokens against fp32 on a CPU",
     steps_against_fp32,
     long_rows=(8192, 1200),
 )
-ISOLATION = _of_each_draft(
-    "isolation", "what changes of the policy (gradients, weights, metrics) without the draft", _equal, draft=None
+ISOLATION = of_each_draft(
+    "isolation", "what changes of the policy (gradients, weights, metrics) without the draft", equal_with, draft=None
 )
 RECOMPUTE = [
-    *_of_each_draft("recompute", "what changes with recomputed layers", _equal, recompute="full"),
-    *_of_each_draft("recompute of mlp", "what changes with recomputed MLPs", _equal, recompute="selective"),
+    *of_each_draft("recompute", "what changes with recomputed layers", equal_with, recompute="full"),
+    *of_each_draft("recompute of mlp", "what changes with recomputed MLPs", equal_with, recompute="selective"),
 ]
-DISTRIBUTED = _of_each_draft(
+DISTRIBUTED = of_each_draft(
     "distributed optimizer",
     "steps with Megatron's distributed optimizer against without, in fp32 and bf16",
     _nearly_equal,
