@@ -28,11 +28,13 @@ HEADS = (
 def layouts(config: Config) -> dict[str, Config]:
     """The recipe as it is, and with all GPUs shared: engines that keep their memory, and that sleep at both levels."""
     found = {"4 train, 4 sample": config}
-    for name, level, share in (("8, no sleep", 0, 0.5), ("8, level 1", 1, 0.85), ("8, level 2", 2, 0.85)):
+    shared_layouts = (("8, no sleep", 0, 0.5, 1), ("8, level 1", 1, 0.85, 1), ("8, level 2", 2, 0.85, 1))
+    for name, level, share, size in (*shared_layouts, ("8, level 2, engines of 2", 2, 0.85, 2)):
         found[name] = shared = copy.deepcopy(config)
         engine, placement = shared.generator.inference_engine, shared.trainer.placement
         placement.colocate_all, placement.policy_num_gpus_per_node = True, 8
-        engine.num_engines, engine.sleep_level, engine.gpu_memory_utilization = 8, level, share
+        engine.num_engines, engine.tensor_parallel_size = 8 // size, size
+        engine.sleep_level, engine.gpu_memory_utilization = level, share
         if level == 0:
             # Nothing would use the memory.
             shared.trainer.policy.megatron_config.cpu_offload = False

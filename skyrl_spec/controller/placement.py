@@ -208,7 +208,10 @@ def start_actors(
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     gpus = reserve_gpus(config, deadline)
     bundles = bundles_by_rank(gpus)
-    options = engine_options(config, settings, bundles)
+    # They leave their GPUs alone until ``start``.
+    workers = _create_workers(config, worker_options(config, bundles))
+    devices = _get([worker.visible_devices.remote() for worker in workers], deadline, "policy workers", config)
+    options = engine_options(config, settings, bundles, devices)
     engines = [_create_engine(settings, *numbered) for numbered in enumerate(options)]
     pings = [engine.ping.remote() for engine in engines]
     if config.trainer.placement.colocate_all:
@@ -217,7 +220,6 @@ def start_actors(
         if settings.sleep_level:
             # Their weights are those of the checkpoint on disk, and stay.
             _get([engine.sleep.remote(1) for engine in engines], deadline, "rollout engines", config)
-    workers = _create_workers(config, worker_options(config, bundles))
     (store_address,) = _get([workers[0].serve_store.remote()], deadline, "policy workers", config)
     started = [worker.start.remote(store_address, total_optimizer_steps, freeze_policy) for worker in workers]
     _get(started, deadline, "policy workers", config)
@@ -283,13 +285,35 @@ def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupScheduli
 
 
 def engine_options(
-    config: Config, settings: EngineSettings, bundles: list[PlacementGroupSchedulingStrategy]
+    config: Config,
+    settings: EngineSettings,
+    bundles: list[PlacementGroupSchedulingStrategy],
+    devices: list[str],
 ) -> list[dict[str, Any]]:
-    """Ray's options for each engine: its own GPUs or, with ``colocate_all``, a share of the same rank's GPU."""
-    options = actor_options(settings)
-    if config.trainer.placement.colocate_all:
-        return [options | {"num_gpus": _GPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
-    return [options] * config.generator.inference_engine.num_engines
+    """Ray's options for each engine: GPUs of its own or, with ``colocate_all``, those of as many ranks, in their order.
+
+    ``devices``: GPU of each rank, as CUDA names it on its machine.
+    """
+    options, num_engines = actor_options(settings), config.generator.inference_engine.num_engines
+    if not config.trainer.placement.colocate_all:
+        return [options] * num_engines
+    size = settings.tensor_parallel_size
+    if size == 1:
+        shared = options | {"num_gpus": _GPU_SHARE}
+        return [shared | {"scheduling_strategy": bundle} for bundle in bundles[:num_engines]]
+    return [
+        _on_devices(options, devices[first : first + size]) | {"scheduling_strategy": bundles[first]}
+        for first in range(0, num_engines * size, size)
+    ]
+
+
+def _on_devices(options: dict[str, Any], devices: list[str]) -> dict[str, Any]:
+    """``options`` for an actor that sees these GPUs. Ray has no shares of several GPUs, so it does not count them."""
+    variables = options["runtime_env"]["env_vars"] | {
+        "CUDA_VISIBLE_DEVICES": ",".join(devices),
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    }
+    return options | {"num_gpus": 0, "runtime_env": {"env_vars": variables}}
 
 
 def worker_options(config: Config, bundles: list[PlacementGroupSchedulingStrategy]) -> list[dict[str, Any]]:

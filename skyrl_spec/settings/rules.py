@@ -21,6 +21,7 @@ from skyrl_spec.settings.derived import (
     sync_backend,
     training_interval,
     uses_tis,
+    workers_per_node,
 )
 from skyrl_spec.settings.describe import sections
 from skyrl_spec.settings.loss_type import check_loss_type
@@ -342,18 +343,20 @@ def _check_colocation(config: Config) -> None:
         "true",
         "needs trainer.placement.device=cuda, but that is cpu; set it to false",
     )
+    size, num_workers = engine.tensor_parallel_size, parallel_sizes(config).world_size
     require(
-        engine.tensor_parallel_size == 1,
+        workers_per_node(config) % size == 0,
         f"{_ENGINE}.tensor_parallel_size",
-        engine.tensor_parallel_size,
-        f"must be 1 with {setting}=true, because an engine shares the GPU of one worker; set it to 1",
+        size,
+        f"must divide the {workers_per_node(config)} policy workers of a machine with {setting}=true, whose GPUs an "
+        "engine shares; change it",
     )
-    num_workers = parallel_sizes(config).world_size
     require(
-        engine.num_engines == num_workers,
+        engine.num_engines * size <= num_workers,
         f"{_ENGINE}.num_engines",
         engine.num_engines,
-        f"must be {num_workers} with {setting}=true, one for each policy worker; change it",
+        f"must be at most {num_workers // size} with {setting}=true: engines of {size} share the GPUs of {num_workers} "
+        "policy workers; change it",
     )
     require(
         sleep_level(config) > 0 or engine.gpu_memory_utilization <= MAX_COLOCATED_MEMORY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import warnings
@@ -43,6 +44,10 @@ class PolicyWorker:
 
     def ping(self) -> None:
         """Answers a liveness check."""
+
+    def visible_devices(self) -> str:
+        """GPUs that Ray gave this worker, as CUDA names them on its machine."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def serve_store(self) -> tuple[str, int]:
         """Serves the store where the ranks meet, on a port that stays bound; returns this node's IP and the port."""

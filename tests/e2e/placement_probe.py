@@ -50,14 +50,15 @@ class Probe:
         return 0
 
 
-def make_config(num_workers: int, *, colocate_all: bool, num_nodes: int = 1) -> Config:
+def make_config(num_workers: int, *, colocate_all: bool, num_nodes: int = 1, engine_size: int = 1) -> Config:
     """Configuration of ``num_workers`` workers, evenly on ``num_nodes`` machines."""
     config = Config()
     config.trainer.placement.policy_num_nodes = num_nodes
     config.trainer.placement.policy_num_gpus_per_node = num_workers // num_nodes
     config.trainer.placement.colocate_all = colocate_all
     config.trainer.placement.timeout_s = TIMEOUT_S
-    config.generator.inference_engine.num_engines = num_workers
+    config.generator.inference_engine.num_engines = num_workers // engine_size
+    config.generator.inference_engine.tensor_parallel_size = engine_size
     return config
 
 
@@ -66,10 +67,12 @@ def places(config: Config) -> dict[str, list[dict[str, Any]]]:
     gpus = reserve_gpus(config, time.monotonic() + 60.0)
     bundles = bundles_by_rank(gpus)
     probe_class: Any = Probe
-    engines = [
-        probe_class.options(**options).remote() for options in engine_options(config, engine_settings(config), bundles)
-    ]
     workers = [probe_class.options(**options).remote() for options in worker_options(config, bundles)]
+    devices = [place.visible for place in ray.get([worker.place.remote() for worker in workers], timeout=60)]
+    engines = [
+        probe_class.options(**options).remote()
+        for options in engine_options(config, engine_settings(config), bundles, devices)
+    ]
     by_role = {
         name: [asdict(place) for place in ray.get([probe.place.remote() for probe in probes], timeout=60)]
         for name, probes in (("engines", engines), ("workers", workers))
@@ -147,6 +150,7 @@ def main() -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         report = {
             "shared": places(make_config(4, colocate_all=True, num_nodes=NUM_NODES)),
+            "shared_by_two": places(make_config(4, colocate_all=True, num_nodes=NUM_NODES, engine_size=2)),
             "own": places(make_config(2, colocate_all=False)),
             # There are GPUs enough, but on two machines.
             "scattered": refused(GPUS_PER_NODE + 1),

@@ -45,6 +45,14 @@ def test_worker_and_engine_of_a_rank_share_a_gpu(report: dict[str, Any]) -> None
     assert len(set(workers)) == 4
 
 
+def test_an_engine_of_two_gpus_shares_those_of_two_ranks(report: dict[str, Any]) -> None:
+    workers = [gpu(place) for place in report["shared_by_two"]["workers"]]
+    engines = report["shared_by_two"]["engines"]
+    seen = [(engine["node_id"], int(device)) for engine in engines for device in engine["visible"].split(",")]
+    assert len(engines) == 2
+    assert seen == workers
+
+
 @pytest.mark.parametrize("layout", ["shared", "own"])
 def test_neighbours_are_on_a_node(report: dict[str, Any], layout: str) -> None:
     nodes = [place["node_id"] for place in report[layout]["workers"]]
@@ -55,7 +63,7 @@ def test_without_sharing_everyone_has_a_gpu_of_its_own(report: dict[str, Any]) -
     assert len({gpu(place) for name in ("workers", "engines") for place in report["own"][name]}) == 4
 
 
-@pytest.mark.parametrize("layout", ["shared", "own"])
+@pytest.mark.parametrize("layout", ["shared", "shared_by_two", "own"])
 def test_gpus_are_given_back(report: dict[str, Any], layout: str) -> None:
     assert report[layout]["free_gpus"] == 4
 

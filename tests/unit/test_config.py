@@ -17,6 +17,7 @@ from skyrl_spec.settings.schema import Config
 MIMO = "experiment=mimo_7b_dapo_8gpu"
 CPU = "experiment=cpu_mtp_grpo"
 ENGINE = "generator.inference_engine"
+PER_NODE = "trainer.placement.policy_num_gpus_per_node"
 # Overrides of cpu_mtp_grpo that put its one worker and one engine on one GPU.
 COLOCATED = (
     "trainer.placement.device=cuda trainer.placement.colocate_all=true trainer.measure_speedup=false "
@@ -299,9 +300,11 @@ RULES = {
         f"{ENGINE}.weight_sync_backend=nccl: must be ipc with trainer.placement.colocate_all=true"
     ),
     "trainer.placement.colocate_all=true": "trainer.placement.colocate_all=true: needs trainer.placement.device=cuda",
-    f"{COLOCATED} {ENGINE}.tensor_parallel_size=2": f"{ENGINE}.tensor_parallel_size=2: must be 1 with",
-    f"{COLOCATED} {ENGINE}.num_engines=2": f"{ENGINE}.num_engines=2: must be 1 with trainer.placement.colocate_all",
-    f"{COLOCATED} trainer.placement.policy_num_gpus_per_node=2": f"{ENGINE}.num_engines=1: must be 2 with",
+    f"{COLOCATED} {ENGINE}.tensor_parallel_size=2": f"{ENGINE}.tensor_parallel_size=2: must divide the 1 policy",
+    f"{COLOCATED} {ENGINE}.num_engines=2": f"{ENGINE}.num_engines=2: must be at most 1 with trainer.placement.colocate",
+    f"{COLOCATED} {PER_NODE}=2 {ENGINE}.tensor_parallel_size=2 {ENGINE}.num_engines=2": (
+        f"{ENGINE}.num_engines=2: must be at most 1 with"
+    ),
     f"{COLOCATED} {ENGINE}.sleep_level=0 {ENGINE}.gpu_memory_utilization=0.7": (
         f"{ENGINE}.gpu_memory_utilization=0.7: must be at most 0.6"
     ),
