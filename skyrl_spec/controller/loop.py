@@ -120,6 +120,8 @@ class TrainingLoop:
         if trainer.eval_before_train and self.eval_prompts and steps_done == 0:
             on_step(0, self.evaluate(0), [], self.sampler.sample_with_drafts(self.eval_prompts))
         self.source.start(self.sync.versions, num_steps - steps_done)
+        # Moves before the first step are not the step's.
+        self.shifts.take_seconds()
         for step in range(steps_done + 1, num_steps + 1):
             if self.source.is_over:
                 break

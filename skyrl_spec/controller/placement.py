@@ -47,8 +47,8 @@ from skyrl_spec.settings.derived import (
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.training.worker import PolicyWorker
 
-# Share of a GPU that a worker and an engine each reserve with colocate_all. Ray only counts these shares;
-# gpu_memory_utilization divides the memory.
+# Share of a GPU that a worker and an engine each reserve with colocate_all. Ray only counts these shares. The memory is
+# divided by turns, or by gpu_memory_utilization where engines do not sleep.
 _GPU_SHARE = 0.5
 # Tries to start Ray, and its error if its servers are too slow.
 _RAY_STARTS, _TIMED_OUT = 3, "timed out during startup"

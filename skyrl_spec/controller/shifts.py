@@ -12,13 +12,12 @@ On devices of their own the engines stay awake, and workers offload what the set
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.workers import PolicyGroup
-from skyrl_spec.drafts.kinds.offloads import offloads
-from skyrl_spec.settings.derived import sleep_level
+from skyrl_spec.drafts.kinds.offloads import deepest_sleep, offloads
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.types import Proposals, ProposalScores
@@ -29,8 +28,7 @@ class Shifts:
 
     def __init__(self, config: Config, engines: EngineGroup, policy: PolicyGroup, sync: WeightSync):
         self._engines, self._policy, self._sync = engines, policy, sync
-        # What the engines forget at level 2, a sync must bring. It brings no policy that is frozen.
-        self._level = sleep_level(config) if "policy" in sync.components else min(1, sleep_level(config))
+        self._level = deepest_sleep(config, trains_policy="policy" in sync.components)
         moved = offloads(config)
         self._moves_state = moved.policy_state or moved.draft_state
         self._moves_weights = moved.weights
@@ -52,7 +50,8 @@ class Shifts:
         """Context of training. Unless it fails, a ``sync`` must follow: the engines may have lost their weights."""
         self._sleep(self._level)
         yield
-        if self._moves_state:
+        # Where engines wait for memory, the workers give back also what PyTorch has kept.
+        if self._moves_state or self._level:
             with self._timed():
                 self._policy.offload_training_state()
 
@@ -102,7 +101,7 @@ class Shifts:
                 self._engines.all(f"wake_{what}")
 
     def _offload_weights(self) -> None:
-        if self._moves_weights:
+        if self._moves_weights or self._level:
             with self._timed():
                 self._policy.offload_weights()
 
@@ -119,6 +118,7 @@ class ScoringWorkers:
     def __init__(self, policy: PolicyGroup, shifts: Shifts):
         self._policy, self._shifts = policy, shifts
 
-    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+    def score_all(self, answers: Sequence[list[Proposals]]) -> list[ProposalScores]:
+        """Scores of several engines' answers, in one sleep."""
         with self._shifts.scoring():
-            return self._policy.score_proposals(proposals)
+            return [self._policy.score_proposals(answer) for answer in answers]

@@ -67,7 +67,7 @@ class Patient:
         """Short responses of one engine with its draft's proposals, and the trainer's scores of them."""
         prompts = [prompt.token_ids for prompt in self.task.stream.prompts[:4]]
         proposals = self.running.engines.propose_on_one(prompts, self._short_sampling(), seed=_SEED)
-        return proposals, self.trainer.scorers.score_proposals(proposals)
+        return proposals, self.trainer.scorers.score_all([proposals])[0]
 
     def canary(self, check: str) -> Finding:
         """The sync canary at the present versions."""

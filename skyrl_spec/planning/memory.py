@@ -92,6 +92,7 @@ class MemoryPlan:
     offloaded: Offloaded
     # Of policy and draft.
     num_parameters: int
+    trains_policy: bool
     engine_weights: int
     # In the cache of one engine.
     kv_bytes_per_token: int
@@ -123,6 +124,7 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
         worker=worker,
         offloaded=_offloaded(config, worker, count_on_rank(draft, parallel_sizes(config).tp)),
         num_parameters=count(policy) + count(draft),
+        trains_policy=trains_policy,
         engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
         kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
         checkpoint=num_trained * (size + _optimizer_bytes(size)),

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skyrl_spec.drafts.kinds.offloads import deepest_sleep
 from skyrl_spec.planning.memory import MemoryPlan, readable
-from skyrl_spec.settings.derived import longest_sequence, parallel_sizes, sleep_level
+from skyrl_spec.settings.derived import longest_sequence, parallel_sizes
 from skyrl_spec.settings.schema import Config
 
 _GB = 1e9
@@ -35,17 +36,19 @@ class Phase:
 
 def phases(config: Config, plan: MemoryPlan) -> list[Phase]:
     """Phases of a step on a GPU with a worker, and with an engine if they share it."""
-    shares, level = config.trainer.placement.colocate_all, sleep_level(config)
+    shares, level = config.trainer.placement.colocate_all, _sleep_level(config, plan)
     worker, moved = plan.worker, plan.offloaded
     engine = _engine_bytes(config) if shares else 0.0
     asleep, waking = (0.0, float(plan.engine_weights)) if level else (engine, engine)
     lasting = worker.weights + worker.gradients + worker.optimizer + worker.reference
     between = lasting - moved.total
     copies = {"worker": float(moved.host)}
-    sleeping = copies | ({"engine's weights": float(plan.engine_weights)} if level == 1 else {})
+    if level == 1:
+        # vLLM keeps the memory of the copies.
+        copies["engine's weights"] = float(plan.engine_weights)
     return [
         Phase("sampling", {"engine": engine, "worker": between}, copies),
-        Phase("training", {"engine": asleep, "worker": worker.total - moved.reference}, sleeping),
+        Phase("training", {"engine": asleep, "worker": worker.total - moved.reference}, copies),
         Phase("sync", {"engine": waking, "worker": between + moved.weights}, copies),
         Phase(
             "save", {"engine": engine, "worker": between}, copies | {"checkpoint copies": float(plan.checkpoint_copies)}
@@ -58,7 +61,7 @@ def phase_facts(config: Config, plan: MemoryPlan) -> dict[str, str]:
     if config.trainer.placement.device == "cpu":
         return {}
     limit = config.trainer.hardware.gpu_memory_gb * _GB
-    facts = {phase.name: _line(phase, limit) for phase in phases(config, plan)}
+    facts = {f"in {phase.name}": _line(phase, limit) for phase in phases(config, plan)}
     return facts | {
         "moves": _moves(config, plan),
         "room for keys": _room(config, plan),
@@ -68,9 +71,10 @@ def phase_facts(config: Config, plan: MemoryPlan) -> dict[str, str]:
 
 
 def move_seconds(config: Config, plan: MemoryPlan) -> dict[str, float]:
-    """Seconds of a step's moves between a GPU and its host, and of writing a checkpoint, at the speeds of the settings.
+    """Seconds of a step's moves between a GPU and its host, at the speed of the settings.
 
-    Optimizer state comes back while the first micro-batches are computed, so a step waits for less.
+    Optimizer state comes back while the first micro-batches are computed, so a step waits for less. What a canary takes
+    comes on top.
     """
     hardware, moved = config.trainer.hardware, plan.offloaded
     seconds = {
@@ -78,14 +82,16 @@ def move_seconds(config: Config, plan: MemoryPlan) -> dict[str, float]:
         "weights": 2 * moved.weights,
         # Its copy in host memory is always there.
         "reference": moved.reference,
-        "engine's weights": 2 * plan.engine_weights if sleep_level(config) == 1 else 0,
+        "engine's weights": 2 * plan.engine_weights if _sleep_level(config, plan) == 1 else 0,
     }
     return {name: num_bytes / (hardware.host_to_gpu_gb_per_s * _GB) for name, num_bytes in seconds.items()}
 
 
 def save_seconds(config: Config, plan: MemoryPlan) -> float:
-    """Seconds to write a checkpoint. All workers write at the same time."""
-    return plan.checkpoint / parallel_sizes(config).world_size / (config.trainer.hardware.disk_gb_per_s * _GB)
+    """Seconds to write a checkpoint. Workers with different parts write at the same time."""
+    _, tp, dp = parallel_sizes(config)
+    writers = tp * (dp if config.trainer.policy.megatron_config.use_distributed_optimizer else 1)
+    return plan.checkpoint / writers / (config.trainer.hardware.disk_gb_per_s * _GB)
 
 
 def key_bytes(config: Config, plan: MemoryPlan) -> float:
@@ -102,8 +108,9 @@ def largest_model(config: Config, plan: MemoryPlan) -> float:
     limit, worker = config.trainer.hardware.gpu_memory_gb * _GB, plan.worker
     activations = 0 if worker.update > worker.activations else worker.activations
     # An engine that is whole fills its share of the GPU. In a sync it has weights only, if it sleeps otherwise.
-    grows_in_sync = bool(sleep_level(config))
-    rooms = [(_engine_bytes(config) - plan.kv_bytes_per_token * longest_sequence(config), float(plan.engine_weights))]
+    grows_in_sync = bool(_sleep_level(config, plan))
+    one_sequence = plan.kv_bytes_per_token * longest_sequence(config)
+    rooms = [(_engine_bytes(config) - plan.draft_probs - one_sequence, float(plan.engine_weights))]
     for phase in phases(config, plan):
         room, grows = limit, phase.gpu["worker"]
         if phase.name == "training":
@@ -115,6 +122,10 @@ def largest_model(config: Config, plan: MemoryPlan) -> float:
         rooms.append((room, grows))
     factor = min(room / grows for room, grows in rooms if grows > 0)
     return max(0.0, factor) * plan.num_parameters
+
+
+def _sleep_level(config: Config, plan: MemoryPlan) -> int:
+    return deepest_sleep(config, trains_policy=plan.trains_policy)
 
 
 def _engine_bytes(config: Config) -> float:
@@ -131,7 +142,7 @@ def _line(phase: Phase, limit: float) -> str:
 def _moves(config: Config, plan: MemoryPlan) -> str:
     seconds = {name: value for name, value in move_seconds(config, plan).items() if value}
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    step = f"{sum(seconds.values()):.1f} s a step at most ({parts})" if seconds else "none in a step"
+    step = f"{sum(seconds.values()):.1f} s a step ({parts})" if seconds else "none in a step"
     return f"{step}; writing a checkpoint {save_seconds(config, plan):.0f} s"
 
 

@@ -33,7 +33,6 @@ OWN_ENGINE_ARGS = frozenset(
         "kv_cache_memory_bytes",
         "gpu_memory_utilization",
         "enable_sleep_mode",
-        "sleep_preserve_parameter_names",
     }
 )
 # The weight transfer numbers an engine's ranks by tensor parallelism alone. It waits for ever if there are other ranks.

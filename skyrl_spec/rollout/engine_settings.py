@@ -120,9 +120,6 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     else:
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
         args["enable_sleep_mode"] = settings.sleep_level > 0
-    if settings.sleep_level == 2 and "draft" not in settings.synced:
-        # No sync brings it back. vLLM keeps what a pattern matches in host memory.
-        args["sleep_preserve_parameter_names"] = ["draft.*"]
     assert args.keys() <= OWN_ENGINE_ARGS, args.keys() - OWN_ENGINE_ARGS
     return args | settings.engine_init_kwargs
 

@@ -18,7 +18,7 @@ class Sleep:
     """Refuses with ``RuntimeError`` what an engine cannot do now.
 
     Args:
-        synced: what syncs bring. Other weights are kept by vLLM at level 2 as well.
+        synced: what syncs bring. An engine with other weights must not sleep at level 2.
     """
 
     def __init__(self, synced: Sequence[Component]):

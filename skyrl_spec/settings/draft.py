@@ -39,8 +39,8 @@ class OptimizerConfig:
     )
     offload_after_step: bool | None = setting(
         None,
-        "Keep optimizer state and gradients in host memory while engines generate. null: true with "
-        "trainer.placement.colocate_all, else false.",
+        "Keep optimizer state and gradients in host memory while engines generate. null: true where "
+        "engines sleep (trainer.placement.colocate_all), else false.",
     )
 
 

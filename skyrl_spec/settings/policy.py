@@ -47,8 +47,8 @@ class MegatronConfig:
     )
     cpu_offload: bool | None = setting(
         None,
-        "Keep the weights of policy and draft in host memory while engines generate. null: true with "
-        "trainer.placement.colocate_all, else false.",
+        "Keep the weights of policy and draft in host memory while engines generate. null: true where "
+        "engines sleep (trainer.placement.colocate_all), else false.",
     )
     fp32_output_head: bool | None = setting(
         None,
@@ -72,6 +72,6 @@ class RefConfig:
 
     cpu_offload: bool | None = setting(
         None,
-        "Keep its weights in host memory but while it computes log-probs. null: true with "
-        "trainer.placement.colocate_all, else false.",
+        "Keep its weights in host memory but while it computes log-probs. null: true where "
+        "engines sleep (trainer.placement.colocate_all), else false.",
     )

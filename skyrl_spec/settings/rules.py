@@ -30,8 +30,8 @@ from skyrl_spec.settings.schema import Config
 _ENGINE = "generator.inference_engine"
 _MEGATRON = "trainer.policy.megatron_config"
 SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
-# An engine never frees its share of a GPU. The trainer needs the rest: its gradients and optimizer state alone take
-# several times the memory of the weights.
+# An engine that does not sleep never frees its share of a GPU. The trainer needs the rest: its gradients and optimizer
+# state alone take several times the memory of the weights.
 MAX_COLOCATED_MEMORY = 0.6
 
 
@@ -287,12 +287,15 @@ def _check_device_settings(config: Config) -> None:
         "needs an additional engine, which only trainer.placement.device=cpu allows; set it to false",
     )
     truncated = sampling.top_p < 1 or sampling.top_k != -1 or sampling.min_p > 0
+    neither = "ratio_anchor=old use_tis=false (trainer.algorithm)"
+    if max_staleness(config):
+        neither += " trainer.fully_async.allow_uncorrected=true"
     require(
         not (uses_tis(config) and truncated),
         "trainer.algorithm.use_tis",
         "true",
         "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
-        "set top_p=1 top_k=-1 min_p=0 there, or set trainer.algorithm.use_tis=false",
+        f"set top_p=1 top_k=-1 min_p=0 there, or {neither}",
     )
     anchor = ratio_anchor(config)
     require(
@@ -300,7 +303,7 @@ def _check_device_settings(config: Config) -> None:
         "trainer.algorithm.ratio_anchor",
         anchor,
         "needs log-probs of the full distribution, but generator.sampling_params truncates it; "
-        "set top_p=1 top_k=-1 min_p=0 there, or set it to old",
+        f"set top_p=1 top_k=-1 min_p=0 there, or {neither}",
     )
     require(
         anchor == "old" or not uses_tis(config),

@@ -58,7 +58,7 @@ class PlacementConfig:
     )
     colocate_all: bool = setting(
         False,
-        "Put one worker and one engine on each GPU (cuda only). They take turns: the engine sleeps while the worker "
+        "Put workers and engines on the same GPUs (cuda only). They take turns: the engine sleeps while the worker "
         "trains (generator.inference_engine.sleep_level), and the worker offloads while the engine samples.",
     )
     timeout_s: float = setting(

@@ -86,7 +86,9 @@ class Engines(Protocol):
 
 
 class Policy(Protocol):
-    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores: ...
+    def score_all(self, answers: Sequence[list[Proposals]]) -> list[ProposalScores]:
+        """The trainer's scores of each answer."""
+        ...
 
 
 class SyncCanary:
@@ -160,7 +162,7 @@ class SyncCanary:
         raise (RunError if self._last_good is None else SyncMismatchError)(mismatch)
 
     def _compare(self, answers: Sequence[list[Proposals]]) -> list[Agreement]:
-        return [compare(answer, self._policy.score_proposals(answer)) for answer in answers]
+        return [compare(*pair) for pair in zip(answers, self._policy.score_all(answers), strict=True)]
 
     def _measure(self, seeds: range) -> list[list[Agreement]]:
         """One check for each seed: the agreement of every engine."""

@@ -63,7 +63,7 @@ class Offload:
         """Moves the weights of policy and draft, after a sync."""
         if self._moved.weights:
             self._weights.offload()
-            self._release()
+        self._release()
 
     def require(self, model: nn.Module) -> None:
         """Brings back the weights of a forward pass: the reference's, or those of policy and draft."""

@@ -106,6 +106,7 @@ class PolicyTrainer:
         self.reference = self._load_policy(tensors).eval() if config.trainer.algorithm.use_kl_loss else None
         trained_draft = None if self.draft is None else self.draft.trainable
         self.offload = Offload(config, self.model, self.policy, trained_draft, self.reference)
+        self.offload.reference()
 
     def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> dict[str, np.ndarray]:
         """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if one is loaded.

@@ -152,7 +152,9 @@ class PolicyWorker:
         """Sends ``component`` to the engines through the transfer of ``connect``; returns the bytes sent."""
         import torch
 
-        # The sender packs on its own CUDA streams, which do not wait for the optimizer's stream.
+        # The sender packs on its own CUDA streams. They wait neither for the optimizer's, nor for that of weights that
+        # come back.
+        self._trainer.offload.require(self._trainer.model)
         torch.cuda.synchronize()
         self._senders[component].send_weights()
         return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(component))

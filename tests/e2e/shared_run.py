@@ -48,7 +48,8 @@ def make(mistake: str) -> None:
 if __name__ == "__main__":
     level = int(os.environ[LEVEL])
     placement.RolloutActor = ray.remote(SleepingActor)
-    placement.sleep_level = shifts.sleep_level = lambda config: level
+    placement.sleep_level = lambda config: level
+    shifts.deepest_sleep = lambda config, trains_policy=True: level
     start_actors: Any = placement.start_actors
 
     def started(config: Any, settings: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,11 +11,13 @@ import torch
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 
+from skyrl_spec.checkpoint.optimizer_state import optimizers
 from skyrl_spec.checkpoint.pieces import main_replicas, sharded
 from skyrl_spec.models import parallel
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.host_copies import HostCopies
+from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.trainer import PolicyTrainer
 from skyrl_spec.types import SERVED
 
@@ -55,7 +57,16 @@ def _trained_tensors(trainer: PolicyTrainer) -> list[torch.Tensor]:
     parts = (trainer.policy, trainer.draft.trainable)
     weights = [*trainer.model.parameters(), *trainer.draft.draft.module.parameters(), *trainer.reference.parameters()]
     gradients = [buffer.grad_data for part in parts for buffer in part.ddp.buffers]
-    return [*weights, *gradients, *(tensor for part in parts for tensor in part._state_tensors())]
+    return [*weights, *gradients, *(tensor for part in parts for tensor in _optimizer_tensors(part))]
+
+
+def _optimizer_tensors(trainable: Trainable) -> list[torch.Tensor]:
+    """Moments, and what the inner optimizer updates."""
+    inner = [optimizer.optimizer for optimizer in optimizers(trainable)]
+    mains = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
+    states = [value for one in inner for state in one.state.values() for value in state.values()]
+    # Counts of steps stay.
+    return [*mains, *(value for value in states if value.numel() > 1)]
 
 
 def _step(trainer: PolicyTrainer, step: int) -> list[Any]:
@@ -68,7 +79,10 @@ def _step(trainer: PolicyTrainer, step: int) -> list[Any]:
     trainer.offload.training_state()
     exported = _exported(trainer)
     trainer.offload.weights()
-    return [logprobs, [report.metrics for report in reports], exported]
+    # Another sync finds them away.
+    again = _exported(trainer)
+    trainer.offload.weights()
+    return [logprobs, [report.metrics for report in reports], exported, again]
 
 
 def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
@@ -77,6 +91,9 @@ def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
         options = {"dtype": dtype, "distributed": distributed}
         plain = _build(path, ranks, draft, offload=False, **options)
         trainer = _build(path, ranks, draft, offload=True, **options)
+        # The reference is needed first in a step.
+        assert trainer.reference is not None
+        assert _bytes_of(list(trainer.reference.parameters())) == 0
         for step in range(3):
             for one, other in zip(_flat(_step(trainer, step)), _flat(_step(plain, step)), strict=True):
                 assert torch.equal(one, other), (dtype, distributed, step)

@@ -43,6 +43,9 @@ BUNDLE = "tests/megatron/test_bundle.py::test_a_bundle_is_what_the_ranks_hold[mt
 BOXES = "tests/megatron/test_dist_checkpoint.py::test_boxes_are_the_range_in_order"
 CONTINUOUS = "tests/unit/test_groups.py"
 BATCHES, CHECKPOINTER = "tests/unit/test_batches.py", "tests/unit/test_checkpointer.py"
+OFFLOAD = "tests/megatron/test_offload.py::test_training_is_the_same_to_the_last_bit"
+HOST_COPIES = "tests/megatron/test_offload.py"
+SLEEP = "tests/rollout/test_sleep.py"
 RUNNING_REQUESTS = "tests/rollout/test_running_requests.py"
 QUICK = "tests/mutants/quick_resume.py"
 RESUME = f"{QUICK}::test_resume_is_bitwise"
@@ -555,7 +558,7 @@ TRAINING = [
         "training/copies.py",
         [f"{COPIES}[mtp-2-1-bf16]"],
         # An fp32 module's weights are the optimizer's own.
-        ("the optimizer is not told", "self._trainable.optimizer.reload_model_params()", "pass"),
+        ("the optimizer is not told", "self._trainable.take_over_weights()", "pass"),
     ),
     *of(
         "rollout/step_times.py",
@@ -716,7 +719,7 @@ CHECKPOINTS = [
     *of(
         "checkpoint/pieces.py",
         [f"{RESUME}[tp1-1]"],
-        ("second moment saved from the first", '_flat(state["exp_avg_sq"])', '_flat(state["exp_avg"])'),
+        ("second moment saved from the first", 'current(state["exp_avg_sq"])', 'current(state["exp_avg"])'),
     ),
     *of(
         "checkpoint/dist.py",
@@ -738,6 +741,46 @@ CHECKPOINTS = [
     ),
 ]
 
+OFFLOADS = [
+    *of(
+        "training/host_copies.py",
+        [HOST_COPIES],
+        ("copies are made once", "if not (self._are_constant and copy.is_current)", "if not copy.is_current"),
+        ("what comes back is not copied", "copy.on_device().copy_(copy.host, non_blocking=True)", "pass"),
+        ("the device keeps its memory", "copy.storage.resize_(0)", "pass"),
+    ),
+    *of(
+        "training/optimizer.py",
+        [f"{OFFLOAD}[1-1-mtp]"],
+        ("main parameters stay", "yield from (main for main in", "yield from (main for main in () and"),
+    ),
+    *of(
+        "training/trainer.py",
+        [f"{OFFLOAD}[1-1-mtp]"],
+        (
+            "weights that are away are exported",
+            "        self.offload.require(self.model)\n        module",
+            "        module",
+        ),
+        ("a checkpoint of what is away", "self.rules, self.offload.current)", "self.rules)"),
+    ),
+    *of(
+        "rollout/sleep.py",
+        [SLEEP],
+        ("level 2 loses nothing", "self._lacking = set(self._synced)", "self._lacking = set()"),
+        (
+            "keys may wake first",
+            "if not self._has_weights:\n            raise RuntimeError(\"the engine's keys",
+            "if False:\n            raise RuntimeError(\"the engine's keys",
+        ),
+    ),
+    *of(
+        "sync/weights.py",
+        [SYNC],
+        ("what was dropped is not sent", "self.components if self._are_gone else changed", "changed"),
+    ),
+]
+
 MUTANTS: list[Mutant] = [
     *LOSSES,
     *ALGORITHMS,
@@ -749,4 +792,5 @@ MUTANTS: list[Mutant] = [
     *TRAINING,
     *SYNCED,
     *CHECKPOINTS,
+    *OFFLOADS,
 ]

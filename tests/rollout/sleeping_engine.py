@@ -1,15 +1,13 @@
 """A CPU engine that loses in its sleep what an engine on a GPU loses. It stands in for vLLM's allocator on GPUs.
 
-vLLM's CPU worker ignores sleep. Here weights become 0, and keys become NaN until they wake. Weights come back at level
-1, and at level 2 those that ``sleep_preserve_parameter_names`` names. The scheduler, the order of calls and the
-transfer are vLLM's own.
+vLLM's CPU worker ignores sleep. Here weights become 0, and so does what modules keep beside parameters and buffers (a
+DFlash draft has such tensors). All come back at level 1. Keys become NaN, and noise when they wake. The scheduler, the
+order of calls and the transfer are vLLM's own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -26,25 +24,27 @@ def sleep_as_on_a_gpu() -> None:
     CPUWorker.sleep, CPUWorker.wake_up = _sleep, _wake_up
 
 
-def _parameters(worker: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by vLLM's names for ``sleep_preserve_parameter_names``. What policy and draft share comes once."""
-    yield from worker.model_runner.model.named_parameters()
-    shared = {id(parameter) for parameter in worker.model_runner.model.parameters()}
-    draft = worker.get_draft_model()
-    if draft is not None:
-        for name, parameter in draft.named_parameters():
-            if id(parameter) not in shared:
-                yield f"draft.{name}", parameter
+def _lost(worker: Any) -> list[torch.Tensor]:
+    """What vLLM's allocator frees: tensors of policy and draft, but not buffers, which vLLM saves itself."""
+    models = [model for model in (worker.model_runner.model, worker.get_draft_model()) if model is not None]
+    modules = [module for model in models for module in model.modules()]
+    held = [value for module in modules for value in (*module._parameters.values(), *vars(module).values())]
+    saved = {buffer.data_ptr() for model in models for buffer in model.buffers()}
+    # By address: policy and draft share some.
+    return list(
+        {
+            tensor.data_ptr(): tensor
+            for tensor in held
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in saved
+        }.values()
+    )
 
 
 @torch.no_grad()
 def _sleep(worker: Any, level: int = 1) -> None:
-    kept = ["*"] if level == 1 else worker.model_config.sleep_preserve_parameter_names
-    worker.slept = {}
-    for name, parameter in _parameters(worker):
-        if any(fnmatch(name, pattern) for pattern in kept):
-            worker.slept[name] = parameter.clone()
-        parameter.zero_()
+    worker.slept = [(tensor, tensor.clone()) for tensor in _lost(worker)] if level == 1 else []
+    for tensor in _lost(worker):
+        tensor.zero_()
     for keys in worker.model_runner.kv_caches:
         keys.fill_(math.nan)
 
@@ -52,12 +52,11 @@ def _sleep(worker: Any, level: int = 1) -> None:
 @torch.no_grad()
 def _wake_up(worker: Any, tags: list[str] | None = None) -> None:
     if tags is None or "weights" in tags:
-        for name, parameter in _parameters(worker):
-            if name in worker.slept:
-                parameter.copy_(worker.slept[name])
+        for tensor, kept in worker.slept:
+            tensor.copy_(kept)
     if tags is None or "kv_cache" in tags:
         for keys in worker.model_runner.kv_caches:
-            keys.zero_()
+            keys.uniform_(-10, 10)
 
 
 class SleepingEngine(RolloutEngine):

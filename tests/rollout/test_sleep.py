@@ -105,31 +105,12 @@ def test_a_draft_that_no_sync_brings_back_is_named(sleeper: EngineProcess, weigh
     assert run(sleeper) == before
 
 
-def test_a_draft_that_is_not_trained_stays_at_level_2(
-    start_engine: Callable[..., EngineProcess], weights: dict[str, Any]
-) -> None:
-    """It is kept where vLLM keeps it on GPUs, by its name."""
-    settings = {name: value for name, value in weights.items() if name != "parts"}
-    engine = start_engine(SleepingEngine, sleep_level=2, **settings)
-    engine.init_weight_transfer_engine({})
-    before = run(engine)
-    engine.sleep(2)
-    engine.wake_weights()
-    _sync(engine, weights, draft=False)
-    engine.wake_keys()
-    assert run(engine) == before
-    engine.end()
-
-
 def test_vllm_is_told_what_sleeps(base_settings: EngineSettings) -> None:
     assert "enable_sleep_mode" not in engine_args(base_settings)
     on_gpu = replace(base_settings, device="cuda")
     for level in (0, 1, 2):
         args = engine_args(replace(on_gpu, sleep_level=level, synced=("policy", "draft")))
         assert args["enable_sleep_mode"] == (level > 0)
-        assert "sleep_preserve_parameter_names" not in args
-    kept = engine_args(replace(on_gpu, sleep_level=2))
-    assert kept["sleep_preserve_parameter_names"] == ["draft.*"]
 
 
 def test_there_are_two_levels() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,13 +52,14 @@ class Pair:
         generation = replace(ENGINE.generation, versions=self.versions)
         return [[replace(ENGINE, prompt_ids=prompts[0], generation=generation)]]
 
-    def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
+    def score_all(self, answers: Sequence[list[Proposals]]) -> list[ProposalScores]:
         seed = self.seeds[-1]
-        return replace(
+        scores = replace(
             TRAINER,
             policy_logprobs=TRAINER.policy_logprobs.astype(np.float64) + self.policy(seed),
             draft_logprobs=TRAINER.draft_logprobs.astype(np.float64) + self.draft(seed),
         )
+        return [scores] * len(answers)
 
     def checked(self, canary: SyncCanary, version: int) -> dict[str, float]:
         """The metrics of a check after a sync to ``version``, which the engine takes."""

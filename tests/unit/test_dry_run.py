@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from skyrl_spec.cli import main
+from skyrl_spec.drafts.kinds.offloads import deepest_sleep
 from skyrl_spec.evaluation.arms import arms
 from skyrl_spec.evaluation.compare import asked, is_done
 from skyrl_spec.planning.memory import (
@@ -262,18 +263,34 @@ def test_engines_and_workers_take_turns_in_the_plan(tmp_path: Path) -> None:
         config, plan = _colocated(tmp_path, level, "trainer.algorithm.use_kl_loss=true")
         sampling, training, sync, save = phases(config, plan)
         worker = plan.worker
-        assert sampling.gpu == save.gpu == {"engine": 40e9, "worker": 0}
+        # Beside an engine that keeps its memory nothing moves.
+        lasting = 0 if level else worker.weights + worker.gradients + worker.optimizer + worker.reference
+        assert sampling.gpu == save.gpu == {"engine": 40e9, "worker": lasting}
         # The reference has gone when the updates begin.
-        assert training.gpu["worker"] == worker.total - worker.reference
-        assert sync.gpu["worker"] == worker.weights
+        assert training.gpu["worker"] == worker.total - (worker.reference if level else 0)
+        assert sync.gpu["worker"] == lasting or worker.weights
         awake = 40e9 if level == 0 else 0
         assert (training.gpu["engine"], sync.gpu["engine"]) == (awake, awake or plan.engine_weights)
-        assert sampling.host == {"worker": worker.optimizer + worker.weights + worker.reference}
-        assert training.host == sampling.host | ({"engine's weights": plan.engine_weights} if level == 1 else {})
+        copies = worker.optimizer + worker.weights + worker.reference if level else 0
+        asleep = {"engine's weights": plan.engine_weights} if level == 1 else {}
+        assert sampling.host == training.host == sync.host == {"worker": copies} | asleep
     seconds = move_seconds(config, plan)
     assert seconds["optimizer state"] == pytest.approx(2 * worker.optimizer / 25e9)
     assert seconds["engine's weights"] == 0
     assert move_seconds(*_colocated(tmp_path, 1))["engine's weights"] == pytest.approx(2 * plan.engine_weights / 25e9)
+
+
+def test_engines_do_not_lose_what_no_sync_brings(tmp_path: Path) -> None:
+    config, _ = _colocated(tmp_path, 2)
+    assert deepest_sleep(config) == 2
+    assert deepest_sleep(config, trains_policy=False) == 1
+    frozen, _ = _colocated(
+        tmp_path, 2, "trainer.mtp.enabled=false",
+        "generator.inference_engine.speculative_config={method: mtp, num_speculative_tokens: 3}",
+    )  # fmt: skip
+    assert deepest_sleep(frozen) == 1
+    without, _ = _colocated(tmp_path, 2, "trainer.mtp.enabled=false")
+    assert deepest_sleep(without) == 2
 
 
 def test_each_part_stays_if_its_setting_says_so(tmp_path: Path) -> None:
@@ -295,7 +312,7 @@ def test_each_part_stays_if_its_setting_says_so(tmp_path: Path) -> None:
 def test_the_plan_says_what_fits(tmp_path: Path) -> None:
     config, plan = _colocated(tmp_path, 1)
     facts = phase_facts(config, plan)
-    assert facts["sampling"].startswith("engine 40.0 GB on the GPU; in host memory worker 1")
+    assert facts["in sampling"].startswith("engine 40.0 GB on the GPU; in host memory worker 1")
     one = plan.kv_bytes_per_token * 10_240
     assert f": {int((40e9 - plan.engine_weights) // one)} sequences of 10,240 tokens" in facts["room for keys"]
     assert "does not fit" not in "".join(facts.values())
@@ -304,12 +321,13 @@ def test_the_plan_says_what_fits(tmp_path: Path) -> None:
     config.generator.inference_engine.gpu_memory_utilization = 1.0
     config.trainer.hardware.gpu_memory_gb = exact
     assert largest_model(config, plan) == pytest.approx(plan.num_parameters, rel=1e-6)
-    assert "does not fit" not in phase_facts(config, plan)["training"]
+    assert "does not fit" not in phase_facts(config, plan)["in training"]
     config.trainer.hardware.gpu_memory_gb = 0.99 * exact
     assert largest_model(config, plan) < plan.num_parameters
-    assert phase_facts(config, plan)["training"].startswith(
+    assert phase_facts(config, plan)["in training"].startswith(
         f"worker {readable(plan.worker.total)} on the GPU: does not"
     )
+    assert not facts.keys() & plan_facts(config, plan).keys()
     on_cpu = load_config(["experiment=cpu_mtp_grpo"])
     assert phase_facts(on_cpu, plan_memory(on_cpu)) == {}
 

@@ -117,6 +117,20 @@ def test_policy_then_draft_then_the_cache_then_one_version(engines: list[ActorHa
     assert sync.versions == Versions(2, 2)
 
 
+def test_what_engines_have_lost_is_sent_though_it_did_not_change(engines: list[ActorHandle]) -> None:
+    """It keeps its version."""
+    workers = Workers()
+    sync = WeightSync(workers, EngineGroup(engines, timeout_s=60), backend="ray", components=["policy", "draft"])
+    sync.sync()
+    taken(engines)
+    sync.weights_are_gone()
+    sync.sync(draft=False)
+    assert taken(engines) == [[*workers.update("policy"), *workers.update("draft"), "reset", Versions(2, 1)]] * 2
+    # Once.
+    sync.sync(draft=False)
+    assert taken(engines) == [[*workers.update("policy"), "reset", Versions(3, 1)]] * 2
+
+
 def test_what_is_frozen_is_not_sent_and_stays_at_version_0(engines: list[ActorHandle]) -> None:
     workers = Workers()
     sync = WeightSync(workers, EngineGroup(engines, timeout_s=60), backend="ray", components=["draft"])
