@@ -130,7 +130,7 @@ class DflashConfig:
         "Training does not use it.",
     )
     positions_per_step: float = setting(
-        0.3,
+        0.5,
         "Share of the blocks (anchors_per_sequence) that are trained in an optimizer step, drawn anew in each. "
         "1.0: all.",
         SHARE,
