@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -37,12 +38,14 @@ def make(mistake: str) -> None:
     """Does something wrong in this process."""
     if mistake in ("no draft", "no check"):
         WeightSync.weights_are_gone = lambda self: None  # type: ignore[method-assign]
+    wake = shifts.Shifts._wake
     if mistake == "keys first":
-        wake = shifts.Shifts._wake
         order = {"weights": "keys", "keys": "weights"}
         shifts.Shifts._wake = lambda self, what: wake(self, order[what])  # type: ignore[method-assign]
     if mistake == "asleep":
-        shifts.Shifts._wake = lambda self, what: None  # type: ignore[method-assign]
+        # In the first step.
+        sync = shifts.Shifts.sync
+        shifts.Shifts.sync = lambda self: nullcontext() if self._has_begun else sync(self)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
