@@ -102,7 +102,7 @@ def _state(trainer: PolicyTrainer, only: str | None = None) -> dict[str, Any]:
             continue
         initialize_optimizer(part.trainable)
         for key, parameter in part.trainable.module.named_parameters():
-            for kind, flat, start, _ in pieces._tensors(part.trainable, parameter):
+            for kind, flat, start, _ in pieces._tensors(part, parameter):
                 state[f"{name}.{key}.{kind}.{start}"] = flat.clone()
         inner = [optimizer.optimizer for optimizer in optimizers(part.trainable)]
         state[f"{name}.steps"] = [int(entry["step"]) for optimizer in inner for entry in optimizer.state.values()]
@@ -128,7 +128,7 @@ def _full_state(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
     for name, part in trainer.saved_components().items():
         by_kind: dict[str, dict[str, torch.Tensor]] = {}
         for key, parameter in part.trainable.module.named_parameters():
-            tensors = {kind: (flat, start) for kind, flat, start, _ in pieces._tensors(part.trainable, parameter)}
+            tensors = {kind: (flat, start) for kind, flat, start, _ in pieces._tensors(part, parameter)}
             kinds = ["param", "exp_avg", "exp_avg_sq", *(["master"] if parameter.dtype == torch.bfloat16 else [])]
             for kind in kinds:
                 whole = torch.zeros(parameter.numel())

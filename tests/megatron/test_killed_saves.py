@@ -66,7 +66,7 @@ def checksum(trainer: PolicyTrainer) -> float:
     for part in trainer.saved_components().values():
         initialize_optimizer(part.trainable)
         for parameter in part.trainable.module.parameters():
-            for _, flat, _, _ in pieces._tensors(part.trainable, parameter):
+            for _, flat, _, _ in pieces._tensors(part, parameter):
                 total += float(flat.double().sum())
     return total
 

@@ -15,6 +15,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.rollout.engine import RolloutEngine
 from skyrl_spec.rollout.engine_settings import EngineSettings, context_len
 from skyrl_spec.rollout.requests import Requests
+from skyrl_spec.rollout.sleep import Sleep
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import SpecCounters, Versions
 
@@ -182,6 +183,7 @@ def test_requests_are_seeded_on_cpu_alone(device: str) -> None:
 
     engine = RolloutEngine.__new__(RolloutEngine)
     engine._settings, engine._versions, engine._requests = EngineSettings("", device=device), Versions(), Asked()
+    engine._sleep = Sleep(("policy",))
     engine.generate([PROMPT, PROMPT], SamplingConfig(), n=2, seed=5)
     seeds = [params.seed for params in engine._requests.params]
     assert [seed is None for seed in seeds] == [device == "cuda"] * 2
