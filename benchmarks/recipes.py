@@ -19,10 +19,10 @@ from model_shapes import MIMO_7B, QWEN3_8B
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.planning.memory import plan_memory
+from skyrl_spec.planning.training_flops import step_flops
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.derived import parallel_sizes
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.specs import flops
 from skyrl_spec.specs.dflash import dflash_hf_config, fresh_dflash_spec
 from skyrl_spec.specs.model import load_spec
 
@@ -44,22 +44,6 @@ def _write(folder: Path, content: dict[str, object]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(content))
     return str(folder)
-
-
-def step_flops(config: Config, prompt: int, response: int) -> tuple[float, float]:
-    """Operations of a training step, of the policy and of the draft."""
-    trainer, spec = config.trainer, load_spec(config.trainer.policy.model.path, weights=False)
-    policy = flops.policy_training(spec, prompt, response)
-    trunk = spec.num_layers * (
-        flops.layer(spec, prompt + response) + flops.attention(spec, (prompt + response) ** 2 / 2)
-    )
-    # Recompute, and the pass for old log-probs if a batch is several updates.
-    again = trunk * (trainer.policy.megatron_config.recompute_granularity == "full")
-    old = (trunk + flops.head(spec, response)) * (trainer.policy_mini_batch_size < trainer.train_batch_size)
-    kind = trained_kind(trainer)
-    assert kind is not None
-    rows = trainer.train_batch_size * config.generator.n_samples_per_prompt
-    return rows * (policy.total + again + old), rows * kind.training_flops(config, spec, prompt, response).total
 
 
 def main() -> None:

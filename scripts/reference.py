@@ -20,6 +20,7 @@ USAGES = dict.fromkeys(RUNS, "experiment=NAME [KEY=VALUE ...]") | {
     "compare": "experiment=NAME [arms=[ARM,...]] [seeds=N] [KEY=VALUE ...]",
     "doctor": "[target=RUN|DIR|MODEL] [draft=DIR] [experiment=NAME] [KEY=VALUE ...]",
     "eval-draft": "target=RUN|DIR|MODEL [KEY=VALUE ...]",
+    "layouts": "experiment=NAME gpus=N [KEY=VALUE ...]",
     "report": "RUN [RUN ...] [out=DIR]",
     "export": "checkpoint=RUN|DIR out=DIR [KEY=VALUE ...]",
 }

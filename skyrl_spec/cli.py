@@ -19,7 +19,14 @@ from typing import Any, NoReturn, TypeVar
 
 from skyrl_spec.errors import ConfigError, RunError
 from skyrl_spec.settings.describe import describe
-from skyrl_spec.settings.options import CompareOptions, DoctorOptions, EvalDraftOptions, ExportOptions, ReportOptions
+from skyrl_spec.settings.options import (
+    CompareOptions,
+    DoctorOptions,
+    EvalDraftOptions,
+    ExportOptions,
+    LayoutsOptions,
+    ReportOptions,
+)
 from skyrl_spec.settings.schema import Config
 
 Options = TypeVar("Options")
@@ -58,6 +65,11 @@ TOOLS = {
         "compute the same policy and draft, with and without the draft, before and after a training step and its sync. "
         "Settings may follow. The exit code is 1 if a check failed.",
     ),
+    "layouts": (
+        "list the layouts of a run that fit on so many GPUs",
+        "List the layouts of a run that fit on so many GPUs, with estimated seconds of a step, the fastest first. "
+        "Nothing is started, and no weight is read. Settings of the run may follow.",
+    ),
     "report": (
         "draw charts of runs",
         "Write one self-contained HTML page of charts, and each chart as a PNG file. Several runs share the charts.",
@@ -82,6 +94,7 @@ EXAMPLES = {
         "target=examples/arithmetic_dflash/model draft=examples/arithmetic_dflash/draft",
         "experiment=cpu_mtp_grpo --thorough",
     ],
+    "layouts": ["experiment=mimo_7b_dapo_8gpu gpus=8 gpu_memory_gb=80"],
     "report": ["runs/cpu_mtp_grpo"],
     "export": ["checkpoint=runs/cpu_mtp_grpo out=exported"],
 }
@@ -90,6 +103,7 @@ SCHEMAS = {
     "compare": CompareOptions,
     "eval-draft": EvalDraftOptions,
     "doctor": DoctorOptions,
+    "layouts": LayoutsOptions,
     "report": ReportOptions,
     "export": ExportOptions,
 }
@@ -109,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         with _interrupted_by_signals(received):
             if args.command in RUNS:
                 return _run(args.command, words, show_config=args.cfg is not None, verbose=args.verbose)
-            tool = {"eval-draft": _eval_draft, "doctor": _doctor, "report": _report, "export": _export}[args.command]
-            return tool(words, args.verbose)
+            return _TOOLS[args.command](words, args.verbose)
     except RunError as error:
         print(f"skyrl-spec: error: {error}", file=sys.stderr)
         return EXIT_RUN
@@ -266,6 +279,24 @@ def _doctor(words: list[str], verbose: bool) -> int:
     return ended_by_signal(lambda watch: run(options, settings, watch, verbose=verbose))
 
 
+def _layouts(words: list[str], verbose: bool) -> int:
+    from skyrl_spec.planning.layouts import acceptance_length, find_layouts, mean_lengths, table
+    from skyrl_spec.settings.compose import load_config
+
+    options, settings = _options(LayoutsOptions, "layouts", words)
+    config = load_config(settings)
+    _quiet(verbose)
+    found, (prompt, response) = find_layouts(config, options), mean_lengths(config, options)
+    print(
+        f"{len(found)} layouts of {options.gpus} GPUs fit. Estimates for prompts of {prompt:,} and responses of "
+        f"{response:,} tokens, {acceptance_length(config, options):.2g} tokens per decode step, and the speeds of "
+        "trainer.hardware:\n"
+    )
+    print(*table(found, options.show), "", "the first one", sep="\n")
+    print(*(f"  {word}" for word in found[0].layout.words(options.gpus_per_machine)), sep="\n")
+    return EXIT_OK
+
+
 def _report(words: list[str], verbose: bool) -> int:
     from skyrl_spec.settings.compose import read_options
 
@@ -350,3 +381,6 @@ def _dry_run(command: str, config: Config, options: CompareOptions) -> int:
     else:
         show_plan(load_task(config, find(config, "policy"), may_write=False))
     return EXIT_OK
+
+
+_TOOLS = {"eval-draft": _eval_draft, "doctor": _doctor, "layouts": _layouts, "report": _report, "export": _export}

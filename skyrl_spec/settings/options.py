@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyrl_spec.settings.allowed import DEVICES, DTYPES, FROM_ONE, NOT_NEGATIVE, SEEDS, SPECULATIVE_METHODS
+from skyrl_spec.settings.allowed import DEVICES, DTYPES, FROM_ONE, NOT_NEGATIVE, POSITIVE, SEEDS, SPECULATIVE_METHODS
 from skyrl_spec.settings.field import setting
 
 
@@ -17,6 +17,24 @@ class CompareOptions:
         "Drafts to compare: trained in every step, auto or every:N (trained at times), frozen as at the start, none.",
     )
     seeds: int = setting(1, "Runs of each arm, with trainer.seed, trainer.seed + 1, and so on.", FROM_ONE)
+
+
+@dataclass
+class LayoutsOptions:
+    """``skyrl-spec layouts``: which layouts of a run fit on so many GPUs. Settings of the run may follow."""
+
+    gpus: int = setting(0, "GPUs of all machines together. Required.", NOT_NEGATIVE)
+    gpus_per_machine: int = setting(8, "GPUs of a machine. Tensor parallelism stays inside of one.", FROM_ONE)
+    gpu_memory_gb: float | None = setting(
+        None, "Memory of a GPU, in GB. null: trainer.hardware.gpu_memory_gb.", POSITIVE
+    )
+    response: int | None = setting(
+        None, "Mean tokens of a response. null: half of generator.sampling_params.max_generate_length.", FROM_ONE
+    )
+    acceptance_length: float | None = setting(
+        None, "Tokens of a decode step with the draft. null: as if half of the drafted tokens were accepted.", POSITIVE
+    )
+    show: int = setting(10, "Layouts to list, the best ones.", FROM_ONE)
 
 
 @dataclass

@@ -21,7 +21,7 @@ def test_help_lists_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "experiment=cpu_mtp_grpo" in text
     listed = re.findall(r"^    ([a-z-]+)", text, flags=re.MULTILINE)
-    assert listed == ["train", "warmup-draft", "compare", "eval-draft", "doctor", "report", "export"]
+    assert listed == ["train", "warmup-draft", "compare", "eval-draft", "doctor", "layouts", "report", "export"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
