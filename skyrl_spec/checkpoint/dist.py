@@ -249,6 +249,7 @@ def _write_small_files(partial: Path, parallel: Parallel, per_rank: dict[str, Te
 def _per_rank_file(directory: Path, parallel: Parallel, layout: dict[str, int]) -> Path:
     """This rank's file in a checkpoint of ``layout``."""
     tp_rank = parallel.tp_rank if layout["tp"] == parallel.tp_size else 0
+    # Ranks that share packs draw the same.
     return directory / f"rank_dp{parallel.dp_rank}_tp{tp_rank}.safetensors"
 
 

@@ -71,13 +71,14 @@ def tensor_key(name: str, kind: str, rule: Rule) -> str:
 def _tensors(component: SavedComponent, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
     """Parameter and optimizer state: kind, flat tensor, its offset in the parameter, and the index of this replica.
 
-    Without the distributed optimizer every data-parallel rank has a replica. With it, each rank has its own range.
+    Without the distributed optimizer every rank with this part of the model has a replica. With it, each has its own
+    range.
     """
     trainable, current = component.trainable, component.current
-    dp_rank = trainable.parallel.dp_rank
-    yield "param", _flat(current(parameter)), 0, dp_rank
+    number = trainable.parallel.replica
+    yield "param", _flat(current(parameter)), 0, number
     for optimizer in optimizers(trainable):
-        main, start, replica = main_parameter(optimizer, parameter), 0, dp_rank
+        main, start, replica = main_parameter(optimizer, parameter), 0, number
         if main is None:
             continue
         if isinstance(optimizer, DistributedOptimizer):

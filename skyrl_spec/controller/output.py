@@ -92,11 +92,10 @@ def open_output(task: Task) -> Iterator[Output]:
 def facts_of(task: Task) -> dict[str, str]:
     """Rows of the start-up panel."""
     spec, trainer, generator = task.spec, task.config.trainer, task.config.generator
-    _, tp, dp = parallel_sizes(task.config)
     return {
         "model": f"{spec.path} ({spec.architecture}, {spec.num_layers} layers x {spec.hidden_size})",
         "draft": _draft_fact(task.config),
-        "policy": f"{trainer.placement.device}, TP {tp} x DP {dp}, {trainer.policy.megatron_config.dtype}",
+        "policy": f"{trainer.placement.device}, {parallel_sizes(task.config)}, {trainer.policy.megatron_config.dtype}",
         "engines": f"{generator.inference_engine.num_engines} x TP {generator.inference_engine.tensor_parallel_size}",
         "batch": f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples, "
         f"{trainer.train_batch_size // trainer.policy_mini_batch_size} mini-batches",

@@ -40,20 +40,19 @@ class PolicyGroup:
     def __init__(
         self,
         handles: list[Any],
-        places: list[tuple[int, int]],
+        places: list[tuple[int, bool]],
         timeout_s: float,
         gpus: Sequence[PlacementGroup] = (),
     ):
         """Takes workers that are started.
 
         Args:
-            places: data-parallel and tensor-parallel rank of each worker.
+            places: data-parallel replica of each worker, and whether it answers for the replica.
             timeout_s: seconds for the workers to answer one call (``trainer.placement.worker_timeout_s``).
             gpus: reserved GPUs, which ``shutdown`` releases.
         """
         self.handles, self._timeout_s, self._gpus = handles, timeout_s, gpus
-        # Tensor-parallel rank 0 of each replica answers for it.
-        self._leaders = [places.index((dp_rank, 0)) for dp_rank in range(1 + max(dp for dp, _ in places))]
+        self._leaders = [places.index((replica, True)) for replica in range(1 + max(number for number, _ in places))]
 
     def check(self) -> None:
         """Checks that all workers are alive. Call it only while they are idle."""

@@ -1,6 +1,7 @@
 """Interface of a draft in training. The trainer uses it and knows no particular draft.
 
-Shapes: T tokens of a pack, D hidden, v this rank's vocabulary shard, K draft depths.
+Shapes: T tokens of a pack, D hidden, v this rank's vocabulary shard, K draft depths. Where ranks divide a pack
+(``models.context_parallel``), captured states and the teacher's hidden states are those of this rank's tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Supervision:
-    """Supervised draft tokens of a pack, or of a part. A draft extends this class with what its loss needs."""
+    """Supervised draft tokens of this rank, of a pack or of a part. A draft extends this class with what its loss needs."""
 
     # Sum of their weights: their part of the loss's denominator.
     weight: float
@@ -63,7 +64,7 @@ class Supervision:
 
 @dataclass(frozen=True)
 class DraftSums:
-    """Sums of a micro-batch for metrics (float64, no gradient). Division follows the sum over all ranks."""
+    """This rank's sums of a micro-batch for metrics (float64, no gradient). Division follows the sum over all ranks."""
 
     loss: Tensor
     # Supervised tokens at which the draft's and the policy's most probable tokens are equal, by depth.
@@ -135,6 +136,8 @@ class Draft(ABC):
     def supervise(self, pack: Pack, rows: Sequence[int]) -> tuple[Supervision, ...]:
         """Supervision of a pack on the CPU, as CPU tensors. A part for each forward pass of the draft.
 
+        All ranks that share the pack get as many parts. One of them may supervise nothing.
+
         Args:
             rows: numbers of the pack's documents in the mini-batch.
         """
@@ -159,9 +162,9 @@ class Draft(ABC):
         supervision: Supervision,
         denominator: Tensor,
     ) -> tuple[Tensor, DraftSums]:
-        """A part of the loss, divided by the global ``denominator``, and its sums.
+        """This rank's part of the loss, divided by the global ``denominator``, and its sums.
 
-        Gradient reaches only the parameters of ``module``.
+        Collective over tensor-parallel ranks, and those that share the pack. Gradient reaches only the parameters of ``module``.
         """
 
     @abstractmethod

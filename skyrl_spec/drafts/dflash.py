@@ -52,6 +52,7 @@ from skyrl_spec.losses.draft_loss import draft_loss
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.context_parallel import Reach, gathered, sum_over_ranks
 from skyrl_spec.models.conversion import dflash_rules
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, first_tokens, table_length
@@ -64,12 +65,14 @@ from skyrl_spec.specs.model import ModelSpec
 
 @dataclass(frozen=True)
 class DflashSupervision(Supervision):
-    """Blocks that are drawn for a pack. N supervised slots."""
+    """Blocks of this rank that are drawn for a pack. N supervised slots."""
 
     # What the blocks need of the pack, and the index of these tokens in it. Indices in ``blocks`` are those of this.
     read: Pack
     token_S: Tensor
     blocks: Blocks
+    # Rows of the teacher's states that the slots read.
+    reach: Reach
     # Block of each supervised slot, its index among the drafted ones, its target position in the whole pack and the
     # token behind it.
     block_N: Tensor
@@ -121,13 +124,22 @@ class DflashDraft(Draft):
         anchors = draw_anchors(pack, seeds, self._num_anchors_B[list(rows)].tolist())
         # Short documents may have more slots than tokens, so that a pack may need several passes.
         at_a_time = max(self.max_slots // (self.num_positions + 1), 1)
-        parts = [anchors[first : first + at_a_time] for first in range(0, len(anchors), at_a_time)]
+        most, own = len(anchors), anchors
+        if pack.share is not None:
+            owners = pack.share.owners(np.asarray(anchors, np.int64))
+            most = int(np.bincount(owners, minlength=1).max())
+            own = np.asarray(anchors)[owners == pack.share.rank].tolist()
+        parts = [own[first : first + at_a_time] for first in range(0, most, at_a_time)]
         chance_KT = self.chances(pack, rows)
         return tuple(self._supervise_blocks(pack, part, chance_KT) for part in parts)
 
     def _supervise_blocks(self, pack: Pack, anchors: Sequence[int], chance_KT: Tensor) -> DflashSupervision:
-        token_S, read = first_tokens(pack, self._read(pack, anchors))
-        blocks = supervised_blocks(np.searchsorted(token_S.numpy(), anchors).tolist(), read, self.num_positions)
+        """Supervision of these blocks, or of none. The rank of another part needs a block for the exchange of context."""
+        some = anchors or [0]
+        token_S, read = first_tokens(pack, self._read(pack, some))
+        blocks = supervised_blocks(np.searchsorted(token_S.numpy(), some).tolist(), read, self.num_positions)
+        if not anchors:
+            blocks = replace(blocks, supervised_AK=torch.zeros_like(blocks.supervised_AK))
         block_N, slot_N = blocks.supervised_AK.nonzero(as_tuple=True)
         position_N = token_S[blocks.anchor_A[block_N] + slot_N]
         weight_N = self._weights_K[slot_N]
@@ -136,6 +148,7 @@ class DflashDraft(Draft):
             read=read,
             token_S=token_S,
             blocks=blocks,
+            reach=Reach.of(pack, self.num_positions),
             block_N=block_N,
             slot_N=slot_N,
             position_N=position_N,
@@ -153,10 +166,14 @@ class DflashDraft(Draft):
         counts_N[document_A] = np.asarray(anchors) + self.num_positions + 1 - starts_N[document_A]
         return np.minimum(counts_N, np.diff(starts_N)).tolist()
 
-    def forward(self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
-        """Output of the draft at every slot, ``[Q, D]``, for the output head."""
+    def forward(self, context_TD: Tensor, teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
+        """Output of the draft at every slot, ``[Q, D]``, for the output head.
+
+        Args:
+            context_TD: ``context`` of all tokens of ``pack``.
+        """
         return self.module(
-            torch.cat([captured[point] for point in self.capture_points], dim=-1),
+            context_TD,
             self._slot_embeddings(teacher, pack, blocks),
             pack.position_T,
             blocks.position_Q(),
@@ -165,12 +182,27 @@ class DflashDraft(Draft):
             num_positions=table_length(pack.documents.longest + self.num_positions),
         )
 
+    def context(self, captured: dict[CapturePoint, Tensor], pack: Pack, token_S: Tensor) -> Tensor:
+        """What all layers know of these tokens of ``pack``, ``[S, D]``. Collective over ranks that share the pack."""
+        if pack.share is None:
+            return self.module.context([captured[point][token_S] for point in self.capture_points])
+        own_tD = self.module.context([captured[point] for point in self.capture_points])
+        return gathered(own_tD, pack.share)[token_S]
+
     def propose(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        blocks = blocks_at(anchors, pack, torch.ones(len(anchors), self.num_positions, dtype=torch.bool))
-        out_QD = self.forward(captured, teacher, pack, upload(blocks, pack.token_ids_T.device))
-        return out_QD.unflatten(0, (len(anchors), -1))[:, 1:]
+        own_A, device = np.arange(len(anchors)), pack.token_ids_T.device
+        if pack.share is not None:
+            own_A = np.flatnonzero(pack.share.owners(np.asarray(anchors)) == pack.share.rank)
+        own = [anchors[index] for index in own_A] or [0]
+        blocks = blocks_at(own, pack, torch.ones(len(own), self.num_positions, dtype=torch.bool))
+        context_TD = self.context(captured, pack, torch.arange(len(pack.token_ids_T), device=device))
+        out_QD = self.forward(context_TD, teacher, pack, upload(blocks, device))
+        out_AKD = out_QD.unflatten(0, (len(own), -1))[:, 1:]
+        proposed_AKD = out_AKD.new_zeros(len(anchors), *out_AKD.shape[1:])
+        proposed_AKD[torch.from_numpy(own_A)] = out_AKD[: len(own_A)]
+        return sum_over_ranks(proposed_AKD, pack.share)
 
     def loss(
         self,
@@ -182,8 +214,8 @@ class DflashDraft(Draft):
     ) -> tuple[Tensor, DraftSums]:
         assert isinstance(supervision, DflashSupervision)
         blocks, block_N, slot_N = supervision.blocks, supervision.block_N, supervision.slot_N
-        context = {point: captured[point][supervision.token_S] for point in self.capture_points}
-        out_QD = self.forward(context, teacher, supervision.read, blocks)
+        context_SD = self.context(captured, pack, supervision.token_S)
+        out_QD = self.forward(context_SD, teacher, supervision.read, blocks)
         # Any supervision includes a slot 1, whose weight is 1, so the clamp changes only a denominator of 0.
         weights_N = (supervision.weight_N / denominator.clamp(min=1.0)).to(torch.float32)
         mask_KA = blocks.supervised_AK.t()
@@ -191,7 +223,7 @@ class DflashDraft(Draft):
         loss, result = draft_loss(
             self.config.loss_type,
             out_QD[block_N * blocks.num_slots + slot_N + 1][None],
-            teacher.hidden_TD[supervision.position_N],
+            supervision.reach.rows(teacher.hidden_TD, pack.share)[supervision.reach.row_P[supervision.position_N]],
             teacher.output_weight_vD,
             weights_N[None],
             (slot_N * num_blocks + block_N)[None],
@@ -316,9 +348,15 @@ class DflashModule(MegatronModule):
         self.norm = RmsNorm(config, config.hidden_size, config.layernorm_epsilon)
         self._rotary = rotary
 
+    def context(self, captured: Sequence[Tensor]) -> Tensor:
+        """What all layers know of each token, ``[T, D]``, from what was captured of it."""
+        # Megatron's own forward pass of ``fc`` would compute a gradient of the captured states.
+        projected_Td = nn.functional.linear(torch.cat(list(captured), dim=-1), self.fc.weight)
+        return self.hidden_norm(gather_from_tensor_model_parallel_region(projected_Td))
+
     def forward(
         self,
-        context_TE: Tensor,
+        context_TD: Tensor,
         slots_QD: Tensor,
         position_T: Tensor,
         position_Q: Tensor,
@@ -327,12 +365,9 @@ class DflashModule(MegatronModule):
         num_positions: int,
     ) -> Tensor:
         """Output of every slot after the final norm, ``[Q, D]``."""
-        # Megatron's own forward pass of ``fc`` would compute a gradient of the captured states.
-        context_TD = gather_from_tensor_model_parallel_region(nn.functional.linear(context_TE, self.fc.weight))
-        context_TD = self.hidden_norm(context_TD)
         # Layers apply this rank's weights to the context. Its gradient is summed over ranks once, for all layers.
         context_TD = copy_to_tensor_model_parallel_region(context_TD)
-        rotary = self._rotary(num_positions)
+        rotary = self._rotary(num_positions, packed_seq=True)
         rotary_Q, rotary_T = rotary[position_Q], rotary[position_T]
         hidden_QD = slots_QD
         for layer in self.layers:

@@ -39,10 +39,11 @@ from skyrl_spec.losses.draft_loss import draft_loss
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
 from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.context_parallel import Reach, gathered, sum_over_ranks
 from skyrl_spec.models.conversion import mtp_rules
 from skyrl_spec.models.flash import Documents
 from skyrl_spec.models.norm import RmsNorm
-from skyrl_spec.models.pack import Pack, ranges, table_length
+from skyrl_spec.models.pack import Pack, Share, ranges, table_length
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import layer_spec
 from skyrl_spec.models.upload import upload
@@ -66,14 +67,16 @@ class Chains:
     # Both as documents. The bases are the last tokens of each.
     bases: Documents
     tokens: Documents
+    # Rows of the states that the chains read.
+    reach: Reach
 
 
 @dataclass(frozen=True)
 class MtpSupervision(Supervision):
-    """Supervised depths of the chains that are trained. N target positions."""
+    """Supervised depths of the chains that this rank trains. N target positions."""
 
     chains: Chains
-    # ``align.chain_mask`` of these chains
+    # ``align.chain_mask`` of all ranks' chains
     mask_KT: Tensor
     # Bases of the chains in the predicted acceptance length.
     is_counted_T: Tensor
@@ -139,22 +142,29 @@ class MtpDraft(Draft):
             trunk_TD: hidden states of the trunk before its final norm.
             embeds_TD: embeddings of the same positions.
         """
-        layer = self.module.layers[0]
+        layer, reach = self.module.layers[0], chains.reach
         transformer_layer = megatron_patches.mtp_transformer_layer(layer)
-        rotary = self._rotary(table_length(pack.documents.longest + self.num_positions))
-        last_token = len(embeds_TD) - 1
+        rotary = self._rotary(table_length(pack.documents.longest + self.num_positions), packed_seq=True)
+        embeds_XD = reach.rows(embeds_TD, pack.share)
 
         def joined(hidden_ND: Tensor, token_N: Tensor, depth: int) -> Tensor:
             # What lies beyond the pack's end is not supervised.
-            next_embeds_ND = embeds_TD[(token_N + depth).clamp(max=last_token)]
+            next_embeds_ND = embeds_XD[reach.row_P[token_N + depth]]
             if depth == 1:
                 next_embeds_ND = next_embeds_ND.masked_fill((pack.position_T[token_N] == 0)[:, None], 0.0)
             return layer._concat_embeddings(hidden_ND[:, None], next_embeds_ND[:, None])
 
-        joined_S1D = joined(trunk_TD[chains.token_S], chains.token_S, 1)
-        key_SGd, value_SGd = _keys_and_values(transformer_layer, joined_S1D, rotary[pack.position_T[chains.token_S]])
+        def first_keys(token_N: Tensor) -> tuple[Tensor, Tensor]:
+            joined_N1D = joined(trunk_TD[reach.row_P[token_N]], token_N, 1)
+            return _keys_and_values(transformer_layer, joined_N1D, rotary[pack.position_T[token_N]])
+
+        if pack.share is None:
+            key_SGd, value_SGd = first_keys(chains.token_S)
+        else:
+            own_keys = first_keys(pack.own(torch.arange(len(pack.token_ids_T), device=trunk_TD.device)))
+            key_SGd, value_SGd = gathered(torch.stack(own_keys, dim=1), pack.share)[chains.token_S].unbind(1)
         keys = ChainKeys(key_SGd, value_SGd, chains.tokens, chains.bases)
-        hidden_CD, outputs = trunk_TD[chains.base_C], []
+        hidden_CD, outputs = trunk_TD[reach.row_P[chains.base_C]], []
         for depth in range(1, self.num_positions + 1):
             hidden_C1D, *_ = transformer_layer(
                 hidden_states=joined(hidden_CD, chains.base_C, depth),
@@ -173,12 +183,17 @@ class MtpDraft(Draft):
         )
         if not (end_N > begin_N).any():
             return ()
-        chains = _chains(starts_N, begin_N, end_N)
+        chains = _chains(pack, starts_N, begin_N, end_N, self.num_positions)
         is_base_T, is_counted_T = (_is_in(pack, first_N, end_N) for first_N in (begin_N, counted_N))
         mask_KT = chain_mask(pack.loss_mask_T, pack.segment_ids_T, self.num_positions)
-        mask_KT &= torch.stack([shift_right(is_base_T, depth) for depth in range(1, self.num_positions + 1)])
-        position_N = mask_KT.any(dim=0).nonzero().squeeze(1)
-        mask_KN = mask_KT[:, position_N]
+        mask_KT &= _at_targets(is_base_T, self.num_positions)
+        own_KT = mask_KT
+        if pack.share is not None:
+            is_own_T = torch.zeros_like(is_base_T)
+            is_own_T[pack.share.positions] = True
+            own_KT = mask_KT & _at_targets(is_own_T, self.num_positions)
+        position_N = own_KT.any(dim=0).nonzero().squeeze(1)
+        mask_KN = own_KT[:, position_N]
         depth_K1 = torch.arange(1, self.num_positions + 1)[:, None]
         number_T = torch.zeros_like(pack.position_T)
         number_T[chains.base_C] = torch.arange(len(chains.base_C))
@@ -198,12 +213,18 @@ class MtpDraft(Draft):
     def propose(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        starts_N = np.asarray(pack.documents.starts)
-        chains = upload(_chains(starts_N[:-1], starts_N[:-1], starts_N[1:]), pack.token_ids_T.device)
-        out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, chains)
+        starts_N, device = np.asarray(pack.documents.starts), pack.token_ids_T.device
+        chains = _chains(pack, starts_N[:-1], starts_N[:-1], starts_N[1:], self.num_positions)
         # The anchor is the sampled token that a chain starts from. The chain's base is the position before it.
-        base_A = torch.tensor(anchors, device=pack.token_ids_T.device) - 1
-        return out_KCD[:, base_A].transpose(0, 1)
+        base_A, own_A = np.asarray(anchors) - 1, np.arange(len(anchors))
+        if pack.share is not None:
+            own_A = np.flatnonzero(pack.share.owners(base_A) == pack.share.rank)
+        # All bases of this rank are there, ascending.
+        number_a = np.searchsorted(chains.base_C.numpy(), base_A[own_A])
+        out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, upload(chains, device))
+        proposed_AKD = out_KCD.new_zeros(len(anchors), len(out_KCD), out_KCD.shape[2])
+        proposed_AKD[torch.from_numpy(own_A)] = out_KCD[:, torch.from_numpy(number_a)].transpose(0, 1)
+        return sum_over_ranks(proposed_AKD, pack.share)
 
     def loss(
         self,
@@ -219,10 +240,11 @@ class MtpDraft(Draft):
         weights_KN = mask_KN / denominator.clamp(min=1.0).to(torch.float32)
         num_depths, num_chains = out_KCD.shape[:2]
         depth_K1 = torch.arange(num_depths, device=mask_KN.device)[:, None]
+        reach = supervision.chains.reach
         loss, result = draft_loss(
             self.config.loss_type,
             out_KCD.gather(1, supervision.chain_KN[..., None].expand(-1, -1, out_KCD.shape[2])),
-            teacher.hidden_TD[position_N],
+            reach.rows(teacher.hidden_TD, pack.share)[reach.row_P[position_N]],
             teacher.output_weight_vD,
             weights_KN,
             depth_K1 * num_chains + supervision.chain_KN,
@@ -240,27 +262,56 @@ class MtpDraft(Draft):
         accept_prob_KT[:, position_N] = result.accept_prob_KT.double()
         hit_KT = torch.zeros_like(mask_KT)
         hit_KT[:, position_N] = result.accept_label_KT > supervision.chance_KN
+        if pack.share is not None:
+            # A response is followed over the chains of all ranks, by all of them. The first one counts it.
+            accept_prob_KT, hit_KT = sum_over_ranks(torch.stack([accept_prob_KT, hit_KT.double()]), pack.share)
+            hit_KT = hit_KT > 0
         accepted_K, num_followed = followed_acceptance(accept_prob_KT, hit_KT, mask_KT, supervision.is_counted_T)
+        counts = pack.share is None or pack.share.rank == 0
         sums = DraftSums(
             loss=loss.detach().double(),
             top1_agreements_K=(result.top1_KT & mask_KN).sum(dim=1).double(),
             num_targets_K=mask_KN.sum(dim=1).double(),
-            accepted_K=accepted_K,
-            num_chains=num_followed,
+            accepted_K=accepted_K * counts,
+            num_chains=num_followed * counts,
         )
         return loss, sums
 
 
-def _chains(starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray) -> Chains:
-    """Chains with the bases ``begin`` to ``end`` (exclusive) of each document that starts at ``start``, on the CPU.
+def _chains(
+    pack: Pack, starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray, num_positions: int
+) -> Chains:
+    """This rank's chains with the bases ``begin`` to ``end`` (exclusive) of each document from ``start``, on the CPU.
 
-    Documents without a base are left out, and so are the tokens behind the last base.
+    Documents without a base are left out, and so are the tokens behind the last base. A rank without a base gets one
+    that nobody supervises, so that it takes part in the exchange of keys.
     """
+    if pack.share is not None:
+        starts_N, begin_N, end_N = _of_share(pack.share, starts_N, begin_N, end_N)
     is_read_N = end_N > begin_N
     starts_N, begin_N, end_N = starts_N[is_read_N], begin_N[is_read_N], end_N[is_read_N]
     bases, tokens = (Documents.of((end_N - first_N).tolist()) for first_N in (begin_N, starts_N))
     base_C, token_S = (torch.from_numpy(ranges(first_N, end_N)) for first_N in (begin_N, starts_N))
-    return Chains(base_C, token_S, bases, tokens)
+    return Chains(base_C, token_S, bases, tokens, Reach.of(pack, num_positions))
+
+
+def _of_share(
+    share: Share, starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The parts of windows that lie in this rank's chunks, those of one chunk after the other."""
+    chunks = [chunk.tokens for chunk in share.chunks]
+    begin = np.concatenate([np.maximum(begin_N, chunk.start) for chunk in chunks])
+    end = np.concatenate([np.minimum(end_N, chunk.stop) for chunk in chunks])
+    starts = np.tile(starts_N, len(chunks))
+    if (end > begin).any():
+        return starts, begin, end
+    first = chunks[0].start
+    return np.array([share.chunks[0].keys.start]), np.array([first]), np.array([first + 1])
+
+
+def _at_targets(is_base_T: Tensor, num_depths: int) -> Tensor:
+    """Bool ``[K, T]``: whether a chain from one of these bases has this target position at depth d."""
+    return torch.stack([shift_right(is_base_T, depth) for depth in range(1, num_depths + 1)])
 
 
 def _is_in(pack: Pack, first_N: np.ndarray, end_N: np.ndarray) -> Tensor:

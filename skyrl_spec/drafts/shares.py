@@ -34,11 +34,12 @@ class StepRandom:
 
     def chances(self, rows: Sequence[int], lengths: Sequence[int], num: int) -> np.ndarray:
         """Numbers from 0 to 1 for the tokens of rows with these lengths, end to end: float32 ``[num, T]``."""
+        # Token by token, so that a row that is lengthened keeps its numbers.
         parts = [
-            np.random.default_rng((*self.seed_of(row), 1)).random((num, length), np.float32)
+            np.random.default_rng((*self.seed_of(row), 1)).random((length, num), np.float32)
             for row, length in zip(rows, lengths, strict=True)
         ]
-        return np.concatenate(parts, axis=1)
+        return np.ascontiguousarray(np.concatenate(parts).T)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from skyrl_spec.models.context_parallel import shared_attention
 from skyrl_spec.models.flash import Documents, documents_attention
+from skyrl_spec.models.pack import Share
 
 
 @dataclass
@@ -25,6 +27,8 @@ class PackedDocuments(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     documents: Documents | None = None
+    # Context parallelism: this rank's tokens.
+    share: Share | None = None
 
 
 class DocumentAttention(nn.Module):
@@ -49,9 +53,13 @@ class DocumentAttention(nn.Module):
     ) -> Tensor:
         """``[T, 1, H*d]``."""
         assert isinstance(packed_seq_params, PackedDocuments)
-        documents = packed_seq_params.documents
+        documents, share = packed_seq_params.documents, packed_seq_params.share
         assert documents is not None
-        out_THd = documents_attention(query_T1Hd[:, 0], key_T1Gd[:, 0], value_T1Gd[:, 0], documents, self.scale)
+        heads_THd = query_T1Hd[:, 0], key_T1Gd[:, 0], value_T1Gd[:, 0]
+        if share is None:
+            out_THd = documents_attention(*heads_THd, documents, self.scale)
+        else:
+            out_THd = shared_attention(*heads_THd, share, self.scale)
         return out_THd.flatten(1)[:, None]
 
 

@@ -33,7 +33,7 @@ class Captured:
     def __init__(self, *, is_sequence_parallel: bool) -> None:
         self._tensors: dict[CapturePoint, Tensor] = {}
         self._is_listening, self._is_sequence_parallel = False, is_sequence_parallel
-        # Length of the last pack.
+        # This rank's tokens of the last pack.
         self.num_tokens = 0
 
     @contextmanager
@@ -80,7 +80,7 @@ def capture(model: PolicyModel, points: tuple[CapturePoint, ...]) -> Iterator[Ca
 
 
 def _put_length(captured: Captured, _model: nn.Module, args: tuple[Pack]) -> None:
-    captured.num_tokens = len(args[0].token_ids_T)
+    captured.num_tokens = args[0].num_own
 
 
 def _put_input(

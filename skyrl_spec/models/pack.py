@@ -11,8 +11,47 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from skyrl_spec.models.flash import Documents
+
+
+@dataclass(frozen=True)
+class SharedChunk:
+    """Consecutive tokens of a pack, whose activations one rank has."""
+
+    tokens: slice
+    # Tokens whose keys they see: from the start of the first token's document.
+    keys: slice
+    # These keys as documents, and the chunk's tokens, the last ones of each.
+    documents: Documents
+    queries: Documents
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a pack's tokens (``models.context_parallel``): two chunks of equal length, in order."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
+    chunks: tuple[SharedChunk, ...]
+
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """The rows of each chunk in tensors of this rank's tokens."""
+        length = self.chunks[0].tokens.stop - self.chunks[0].tokens.start
+        return slice(0, length), slice(length, 2 * length)
+
+    def owners(self, positions: np.ndarray) -> np.ndarray:
+        """The ranks that have the tokens at these positions of the pack."""
+        numbers = positions // self.rows[0].stop
+        return np.minimum(numbers, 2 * self.size - 1 - numbers)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Index in the pack of each of this rank's tokens."""
+        return np.concatenate([np.arange(chunk.tokens.start, chunk.tokens.stop) for chunk in self.chunks])
 
 
 @dataclass(frozen=True)
@@ -28,6 +67,19 @@ class Pack:
     # Position in the document, from 0.
     position_T: Tensor
     documents: Documents
+    # The tokens whose activations this rank has. None: all.
+    share: Share | None = None
+
+    def own(self, x_T: Tensor) -> Tensor:
+        """The entries of this rank's tokens."""
+        if self.share is None:
+            return x_T
+        return torch.cat([x_T[chunk.tokens] for chunk in self.share.chunks])
+
+    @property
+    def num_own(self) -> int:
+        """Number of this rank's tokens."""
+        return len(self.token_ids_T) if self.share is None else self.share.rows[1].stop
 
 
 def pack_documents(token_ids_T: np.ndarray, loss_mask_T: np.ndarray, lengths: Sequence[int]) -> Pack:

@@ -19,7 +19,11 @@ class Parallel:
     device: torch.device
     rank: int
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    # Ranks with other rows of a batch, and the same part of the model and of a pack.
     dp_group: dist.ProcessGroup
+    # Ranks with the same part of the model, over which gradients are summed.
+    dp_cp_group: dist.ProcessGroup
 
     @property
     def tp_rank(self) -> int:
@@ -28,6 +32,19 @@ class Parallel:
     @property
     def tp_size(self) -> int:
         return dist.get_world_size(self.tp_group)
+
+    @property
+    def cp_rank(self) -> int:
+        return dist.get_rank(self.cp_group)
+
+    @property
+    def cp_size(self) -> int:
+        return dist.get_world_size(self.cp_group)
+
+    @property
+    def replica(self) -> int:
+        """Number of this rank's copy of its part of the model."""
+        return dist.get_rank(self.dp_cp_group)
 
     @property
     def dp_rank(self) -> int:
@@ -43,6 +60,7 @@ def initialize(
     rank: int,
     world_size: int,
     tensor_parallel_size: int,
+    context_parallel_size: int = 1,
     device: torch.device,
     store: dist.Store,
     timeout_s: float,
@@ -62,18 +80,22 @@ def initialize(
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    return lay_out(tensor_parallel_size, device)
+    return lay_out(tensor_parallel_size, device, context_parallel_size)
 
 
-def lay_out(tensor_parallel_size: int, device: torch.device) -> Parallel:
+def lay_out(tensor_parallel_size: int, device: torch.device, context_parallel_size: int = 1) -> Parallel:
     """Lays Megatron's groups over the process group that exists."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size, context_parallel_size=context_parallel_size
+    )
     megatron_patches.prepare(device)
     return Parallel(
         device=device,
         rank=dist.get_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 

@@ -111,16 +111,17 @@ class PolicyModel(GPTModel):
     """GPTModel whose forward pass stops before the output layer."""
 
     def forward(self, pack: Pack) -> Tensor:
-        """Hidden states after the final norm, ``[T, D]``, whole on every rank."""
-        num_tokens = len(pack.token_ids_T)
-        if self.config.sequence_parallel:
+        """Hidden states of this rank's tokens after the final norm, ``[T, D]``, equal on tensor-parallel ranks."""
+        num_tokens = pack.num_own
+        if self.config.sequence_parallel and pack.share is None:
             pack = padded(pack, self.config.tensor_model_parallel_size)
-        hidden_T1D = self.embedding(input_ids=pack.token_ids_T[None], position_ids=None)
+        hidden_T1D = self.embedding(input_ids=pack.own(pack.token_ids_T)[None], position_ids=None)
+        rotary = self.rotary_pos_emb(table_length(pack.documents.longest), packed_seq=True)
         hidden_T1D = self.decoder(
             hidden_states=hidden_T1D,
             attention_mask=None,
-            rotary_pos_emb=self.rotary_pos_emb(table_length(pack.documents.longest))[pack.position_T],
-            packed_seq_params=PackedDocuments(documents=pack.documents),
+            rotary_pos_emb=rotary[pack.own(pack.position_T)],
+            packed_seq_params=PackedDocuments(documents=pack.documents, share=pack.share),
         )
         return whole(hidden_T1D, num_tokens) if self.config.sequence_parallel else hidden_T1D[:, 0]
 

@@ -1,6 +1,6 @@
 """Which layouts of a run fit on so many GPUs, and what a step of each would take: ``skyrl-spec layouts``.
 
-    candidates     who trains and who samples, tensor parallelism of both, what is recomputed
+    candidates     who trains and who samples, tensor parallelism of both, context parallelism, what is recomputed
       -> fit       every phase of ``planning.phases`` and a sequence of the greatest length, within a GPU's memory
       -> estimate  seconds of a step, at the speeds of ``trainer.hardware``
       -> best first
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.errors import ConfigError
@@ -21,7 +22,7 @@ from skyrl_spec.planning.memory import MemoryPlan, plan_memory
 from skyrl_spec.planning.phases import key_bytes, move_seconds, phases
 from skyrl_spec.planning.training_flops import step_flops
 from skyrl_spec.planning.validation import validate
-from skyrl_spec.settings.derived import engine_dtype, longest_sequence, max_staleness, parallel_sizes
+from skyrl_spec.settings.derived import ParallelSizes, engine_dtype, longest_sequence, max_staleness, parallel_sizes
 from skyrl_spec.settings.describe import describe
 from skyrl_spec.settings.options import LayoutsOptions
 from skyrl_spec.settings.rules import check_allowed
@@ -31,6 +32,8 @@ from skyrl_spec.specs.model import ModelSpec, load_spec
 
 # Passes over a layer that end in a collective of tensor parallelism: two in each direction.
 _COLLECTIVES_PER_LAYER = 4
+# Of keys and values under context parallelism: gathered in each direction, and their gradients scattered.
+_GATHERS_PER_LAYER = 3
 _RECOMPUTES = (None, "selective", "full")
 
 
@@ -40,6 +43,7 @@ class Layout:
 
     trainers: int
     tp: int
+    cp: int
     engines: int
     engine_tp: int
     is_shared: bool
@@ -57,6 +61,7 @@ class Layout:
             f"trainer.placement.policy_num_nodes={machines}",
             f"trainer.placement.policy_num_gpus_per_node={self.trainers // machines}",
             f"trainer.policy.megatron_config.tensor_model_parallel_size={self.tp}",
+            f"trainer.policy.megatron_config.context_parallel_size={self.cp}",
             f"trainer.policy.megatron_config.recompute_granularity={self.recompute or 'null'}",
             f"generator.inference_engine.num_engines={self.engines}",
             f"generator.inference_engine.tensor_parallel_size={self.engine_tp}",
@@ -69,7 +74,8 @@ class Layout:
         placement.colocate_all, machines = self.is_shared, max(1, self.trainers // per_machine)
         placement.policy_num_nodes, placement.policy_num_gpus_per_node = machines, self.trainers // machines
         megatron = config.trainer.policy.megatron_config
-        megatron.tensor_model_parallel_size, megatron.recompute_granularity = self.tp, self.recompute
+        megatron.tensor_model_parallel_size, megatron.context_parallel_size = self.tp, self.cp
+        megatron.recompute_granularity = self.recompute
         engine.num_engines, engine.tensor_parallel_size = self.engines, self.engine_tp
         return config
 
@@ -131,7 +137,7 @@ def find_layouts(config: Config, options: LayoutsOptions) -> list[Estimate]:
             "lower trainer.max_tokens_per_microbatch or the lengths"
         )
     # Of equal times, the one with less communication.
-    return sorted(best.values(), key=lambda one: (round(one.step_s, 3), one.layout.tp, one.layout.engine_tp))
+    return sorted(best.values(), key=lambda one: (round(one.step_s, 3), one.layout.tp * one.layout.cp, one.layout.engine_tp))
 
 
 def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iterator[Layout]:
@@ -144,18 +150,28 @@ def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iter
     found = False
     for is_shared, trainers in ((True, options.gpus), *((False, count) for count in range(1, options.gpus))):
         sampling = options.gpus if is_shared else options.gpus - trainers
-        for tp in _sizes(trainers, spec, options.gpus_per_machine):
-            for engine_tp in _sizes(sampling, spec, options.gpus_per_machine):
-                for recompute in _RECOMPUTES:
-                    layout = Layout(trainers, tp, sampling // engine_tp, engine_tp, is_shared, recompute)
-                    if _is_allowed(config, layout, options.gpus_per_machine, broken):
-                        found = True
-                        yield layout
+        replicas = _replicas(trainers, spec, options.gpus_per_machine)
+        engines = _tensor_sizes(sampling, spec, options.gpus_per_machine)
+        for (tp, cp), engine_tp, recompute in product(replicas, engines, _RECOMPUTES):
+            layout = Layout(trainers, tp, cp, sampling // engine_tp, engine_tp, is_shared, recompute)
+            if _is_allowed(config, layout, options.gpus_per_machine, broken):
+                found = True
+                yield layout
     if broken and not found:
         raise broken[0]
 
 
-def _sizes(gpus: int, spec: ModelSpec, per_machine: int) -> list[int]:
+def _replicas(gpus: int, spec: ModelSpec, per_machine: int) -> list[tuple[int, int]]:
+    """Tensor- and context-parallel sizes of a replica, which stays within a machine."""
+    contexts = [2**power for power in range(per_machine.bit_length())]
+    return [
+        (tp, cp)
+        for tp, cp in product(_tensor_sizes(gpus, spec, per_machine), contexts)
+        if tp * cp <= per_machine and gpus % (tp * cp) == 0
+    ]
+
+
+def _tensor_sizes(gpus: int, spec: ModelSpec, per_machine: int) -> list[int]:
     """Tensor-parallel sizes of the model on so many GPUs, within a machine."""
     shapes = (gpus, spec.num_heads, spec.num_kv_heads, spec.ffn_hidden_size)
     powers = (2**power for power in range(per_machine.bit_length()))
@@ -166,7 +182,7 @@ def _is_allowed(config: Config, layout: Layout, per_machine: int, broken: list[C
     if layout.trainers > per_machine and layout.trainers % per_machine:
         return False
     rows = config.trainer.policy_mini_batch_size * config.generator.n_samples_per_prompt
-    if layout.trainers // layout.tp > rows:
+    if layout.trainers // (layout.tp * layout.cp) > rows:
         return False
     try:
         validate(layout.applied(config, per_machine))
@@ -228,17 +244,21 @@ def _training_seconds(
     config: Config, plan: MemoryPlan, spec: ModelSpec, options: LayoutsOptions, prompt: int, response: int
 ) -> float:
     hardware, trainer = config.trainer.hardware, config.trainer
-    world_size, tp, dp = parallel_sizes(config)
+    world_size, tp, cp, dp = parallel_sizes(config)
     computed_s = sum(step_flops(config, prompt, response)) / (world_size * hardware.gpu_tflops * 1e12 * hardware.mfu)
     tokens = trainer.train_batch_size * config.generator.n_samples_per_prompt * (prompt + response) / dp
     size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
     passes = _COLLECTIVES_PER_LAYER * (1.5 if trainer.policy.megatron_config.recompute_granularity == "full" else 1)
-    tp_bytes = passes * spec.num_layers * tokens * spec.hidden_size * size * _sent(tp)
+    tp_bytes = passes * spec.num_layers * tokens / cp * spec.hidden_size * size * _sent(tp)
+    # An all-gather or a reduce-scatter is half of an all-reduce.
+    gathers = _GATHERS_PER_LAYER + (trainer.policy.megatron_config.recompute_granularity == "full")
+    key_values = 2 * spec.num_kv_heads * spec.head_dim / tp
+    cp_bytes = gathers * spec.num_layers * tokens * key_values * size * _sent(cp) / 2
     updates = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
     is_within = world_size <= options.gpus_per_machine
     speed = hardware.gpu_to_gpu_gb_per_s if is_within else hardware.network_gb_per_s
-    dp_bytes = updates * plan.worker.gradients * _sent(dp)
-    return computed_s + tp_bytes / (hardware.gpu_to_gpu_gb_per_s * 1e9) + dp_bytes / (speed * 1e9)
+    dp_bytes = updates * plan.worker.gradients * _sent(dp * cp)
+    return computed_s + (tp_bytes + cp_bytes) / (hardware.gpu_to_gpu_gb_per_s * 1e9) + dp_bytes / (speed * 1e9)
 
 
 def _sent(ranks: int) -> float:
@@ -276,7 +296,8 @@ def table(found: Sequence[Estimate], limit: int) -> list[str]:
     rows: list[Sequence[str]] = [heads]
     for rank, one in enumerate(found[:limit], start=1):
         layout = one.layout
-        train = f"{layout.trainers}: TP {layout.tp} x DP {layout.trainers // layout.tp}"
+        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, layout.trainers // (layout.tp * layout.cp))
+        train = f"{layout.trainers}: {sizes}"
         sample = f"{layout.engines} x TP {layout.engine_tp}{' (shared)' if layout.is_shared else ''}"
         seconds = (one.step_s, one.sampling_s, one.training_s, one.moves_s)
         cells = (f"{value:.0f} s" for value in seconds)

@@ -17,6 +17,7 @@ from skyrl_spec.settings.derived import (
     engine_dtype,
     longest_sequence,
     max_staleness,
+    pack_tokens,
     parallel_sizes,
     ratio_anchor,
     sync_backend,
@@ -146,11 +147,11 @@ def _draft_probs(config: Config, spec: ModelSpec) -> int:
 
 def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_policy: bool) -> WorkerMemory:
     trainer, size = config.trainer, _weight_bytes(config)
-    _, tp, dp = parallel_sizes(config)
+    _, tp, cp, dp = parallel_sizes(config)
     policy_on_rank, draft_on_rank = count_on_rank(tensor_shapes(spec), tp, padded=True), count_on_rank(draft, tp)
     num_trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
-    # The distributed optimizer divides a rank's optimizer state over data parallelism.
-    shards = dp if trainer.policy.megatron_config.use_distributed_optimizer else 1
+    # The distributed optimizer divides a rank's optimizer state over all ranks with the same part of the model.
+    shards = dp * cp if trainer.policy.megatron_config.use_distributed_optimizer else 1
     return WorkerMemory(
         weights=(policy_on_rank + draft_on_rank) * size,
         gradients=num_trained * _FP32,
@@ -177,7 +178,7 @@ def _checkpoint_copies(config: Config, worker: WorkerMemory, draft: Shapes, *, t
     """Bytes of what a worker writes: its part of the trained weights and of the optimizer state."""
     if not config.trainer.policy.megatron_config.async_dist_ckpt_save:
         return 0
-    _, tp, _ = parallel_sizes(config)
+    tp = parallel_sizes(config).tp
     weights = worker.weights if trains_policy else count_on_rank(draft, tp) * _weight_bytes(config)
     return weights + worker.optimizer
 
@@ -238,8 +239,8 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     """Estimated bytes that a full micro-batch keeps for its backward pass, and a chunk of logits."""
     trainer = config.trainer
     size = _weight_bytes(config)
-    tokens = max(trainer.max_tokens_per_microbatch, longest_sequence(config))
     megatron = trainer.policy.megatron_config
+    tokens = max(trainer.max_tokens_per_microbatch, -(-longest_sequence(config) // megatron.context_parallel_size))
     attention, ffn = (spec.num_heads + spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
     # A layer: q and k before and after RoPE, v and attention; gate and up together and apart, and their product; two
     # norms with their inputs and outputs. Cosines and sines of RoPE are whole on every rank.
@@ -278,7 +279,7 @@ def memory_line(plan: MemoryPlan) -> str:
 
 def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[str, str]:
     """Facts that ``trainer.dry_run`` prints after the start-up panel, one per line."""
-    world_size, tp, dp = parallel_sizes(config)
+    sizes = parallel_sizes(config)
     trainer, engine, worker = config.trainer, config.generator.inference_engine, plan.worker
     on_cpu = trainer.placement.device == "cpu"
     drafted = build_speculative_config(config) is not None
@@ -286,9 +287,9 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
     own_gpus = 0 if trainer.placement.colocate_all else engine.num_engines * engine.tensor_parallel_size
     shares = ", ".join(f"{name} {readable(part)}" for name, part in worker.parts.items() if part)
     facts = {
-        "processes": f"driver, scorer, {world_size} x worker (TP {tp} x DP {dp}), {engine.num_engines} x engine "
+        "processes": f"driver, scorer, {sizes.world_size} x worker ({sizes}), {engine.num_engines} x engine "
         f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
-        "GPUs": "none" if on_cpu else f"{world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
+        "GPUs": "none" if on_cpu else f"{sizes.world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
         **_steps(config),
         "packs": _packs(config),
@@ -334,7 +335,7 @@ def _steps(config: Config) -> dict[str, str]:
 
 def _packs(config: Config) -> str:
     trainer = config.trainer
-    budget, longest = trainer.max_tokens_per_microbatch, longest_sequence(config)
+    budget, longest = pack_tokens(config), longest_sequence(config)
     alone = f" (sequences of up to {longest:,} have a pack to themselves)" if longest > budget else ""
     is_one_update = trainer.update_epochs_per_batch == 1 and trainer.policy_mini_batch_size == trainer.train_batch_size
     source = "the update itself, the only one of a step" if is_one_update else "a forward pass before the updates"

@@ -89,8 +89,8 @@ def move_seconds(config: Config, plan: MemoryPlan) -> dict[str, float]:
 
 def save_seconds(config: Config, plan: MemoryPlan) -> float:
     """Seconds to write a checkpoint. Workers with different parts write at the same time."""
-    _, tp, dp = parallel_sizes(config)
-    writers = tp * (dp if config.trainer.policy.megatron_config.use_distributed_optimizer else 1)
+    sizes = parallel_sizes(config)
+    writers = sizes.tp * (sizes.dp * sizes.cp if config.trainer.policy.megatron_config.use_distributed_optimizer else 1)
     return plan.checkpoint / writers / (config.trainer.hardware.disk_gb_per_s * _GB)
 
 

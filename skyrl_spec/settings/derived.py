@@ -10,35 +10,51 @@ from skyrl_spec.settings.schema import Config
 
 
 class ParallelSizes(NamedTuple):
-    """Number of policy workers, workers per model replica, and replicas."""
+    """Number of policy workers, and of ranks in each parallelism: tensor, context and data."""
 
     world_size: int
     tp: int
+    cp: int
     dp: int
+
+    def __str__(self) -> str:
+        context = f" x CP {self.cp}" if self.cp > 1 else ""
+        return f"TP {self.tp}{context} x DP {self.dp}"
 
 
 def parallel_sizes(config: Config) -> ParallelSizes:
     """Sizes of the policy workers' parallel layout.
 
     Raises:
-        ConfigError: the number of workers is not a multiple of the tensor-parallel size.
+        ConfigError: the number of workers is not a multiple of the workers of a replica.
     """
-    placement = config.trainer.placement
-    tp = config.trainer.policy.megatron_config.tensor_model_parallel_size
+    placement, megatron = config.trainer.placement, config.trainer.policy.megatron_config
+    tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
     world_size = placement.policy_num_nodes * workers_per_node(config)
-    if world_size % tp:
-        raise ConfigError(
-            f"trainer.policy.megatron_config.tensor_model_parallel_size={tp}: must divide the {world_size} policy "
-            "workers (policy_num_nodes x policy_num_gpus_per_node); change it or "
-            "trainer.placement.policy_num_gpus_per_node"
+    if world_size % (tp * cp):
+        setting = "trainer.policy.megatron_config"
+        sizes = (
+            f"tensor_model_parallel_size={tp}: must divide"
+            if cp == 1
+            else f"context_parallel_size={cp}: times tensor_model_parallel_size={tp} must divide"
         )
-    return ParallelSizes(world_size, tp, world_size // tp)
+        raise ConfigError(
+            f"{setting}.{sizes} the {world_size} policy workers (policy_num_nodes x policy_num_gpus_per_node); "
+            "change it or trainer.placement.policy_num_gpus_per_node"
+        )
+    return ParallelSizes(world_size, tp, cp, world_size // (tp * cp))
 
 
 def workers_per_node(config: Config) -> int:
     """Number of policy workers on each machine."""
-    per_node = config.trainer.placement.policy_num_gpus_per_node
-    return config.trainer.policy.megatron_config.tensor_model_parallel_size if per_node is None else per_node
+    per_node, megatron = config.trainer.placement.policy_num_gpus_per_node, config.trainer.policy.megatron_config
+    replica = megatron.tensor_model_parallel_size * megatron.context_parallel_size
+    return replica if per_node is None else per_node
+
+
+def pack_tokens(config: Config) -> int:
+    """Most tokens of a pack, unless a sequence is longer."""
+    return config.trainer.max_tokens_per_microbatch * config.trainer.policy.megatron_config.context_parallel_size
 
 
 def max_input_length(config: Config) -> int:

@@ -23,6 +23,11 @@ class MegatronConfig:
     """Parallel layout and precision of the policy workers. Several replicas of the model are data-parallel."""
 
     tensor_model_parallel_size: int = setting(1, "Workers that share one replica of the model.", FROM_ONE)
+    context_parallel_size: int = setting(
+        1,
+        "Workers that divide the tokens of every pack, for long sequences: each holds the activations of its part.",
+        FROM_ONE,
+    )
     sequence_parallel: bool | None = setting(
         None,
         "Divide activations between matrix products over the workers of a replica: less memory. null: true on cuda if "

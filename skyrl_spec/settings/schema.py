@@ -54,7 +54,7 @@ class PlacementConfig:
         1, "Machines with policy workers. On cuda each holds policy_num_gpus_per_node workers.", FROM_ONE
     )
     policy_num_gpus_per_node: int | None = setting(
-        None, "Policy workers on each machine. null: tensor_model_parallel_size, which is one replica.", FROM_ONE
+        None, "Policy workers on each machine. null: one replica (tensor_model_parallel_size x context_parallel_size).", FROM_ONE
     )
     colocate_all: bool = setting(
         False,
@@ -194,8 +194,8 @@ class TrainerConfig:
     eval_batch_size: int = setting(1024, "Held-out prompts sent to the engines at the same time.", FROM_ONE)
     max_tokens_per_microbatch: int = setting(
         8192,
-        "Tokens in one forward and backward pass of a worker. Sequences are packed end to end up to this number. A "
-        "longer sequence has a pass to itself.",
+        "Tokens in one forward and backward pass of a worker. Sequences are packed end to end up to this number, times "
+        "context_parallel_size. A longer sequence has a pass to itself.",
         FROM_ONE,
     )
     logprobs_chunk_size: int = setting(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
+from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.types import Proposals, TrainBatch
 
@@ -29,7 +30,9 @@ class BlockPack:
     drafted_AK: Tensor
 
 
-def block_packs(proposals: Sequence[Proposals], num_positions: int, budget: int) -> Iterator[BlockPack]:
+def block_packs(
+    proposals: Sequence[Proposals], num_positions: int, budget: int, context: ContextRanks | None = None
+) -> Iterator[BlockPack]:
     """All blocks in their order, in packs of at most ``budget`` tokens. A longer document has a pack to itself.
 
     The draft computes ``num_positions`` drafted tokens. The engine's blocks may be longer, which are cut, or shorter.
@@ -43,19 +46,22 @@ def block_packs(proposals: Sequence[Proposals], num_positions: int, budget: int)
         for anchor, drafted in zip(item.anchors, item.drafted, strict=True):
             document = tokens[: anchor + 1] + drafted + padding
             if blocks and num_tokens + len(document) > budget:
-                yield _block_pack(blocks, num_positions)
+                yield _block_pack(blocks, num_positions, context)
                 blocks, num_tokens = [], 0
             blocks.append((document, anchor, drafted[:num_positions]))
             num_tokens += len(document)
     if blocks:
-        yield _block_pack(blocks, num_positions)
+        yield _block_pack(blocks, num_positions, context)
 
 
-def _block_pack(blocks: Sequence[tuple[list[int], int, list[int]]], num_positions: int) -> BlockPack:
+def _block_pack(
+    blocks: Sequence[tuple[list[int], int, list[int]]], num_positions: int, context: ContextRanks | None
+) -> BlockPack:
     documents, anchors, drafted = zip(*blocks, strict=True)
     token_ids = np.concatenate(documents)
     pack = pack_documents(token_ids, np.ones(len(token_ids), bool), [len(document) for document in documents])
     starts = pack.documents.starts
+    pack = pack if context is None else context.divide(pack)
     return BlockPack(
         pack, tuple(start + anchor for start, anchor in zip(starts, anchors, strict=False)), torch.tensor(drafted)
     )

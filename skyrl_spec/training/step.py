@@ -16,6 +16,7 @@ from skyrl_spec.algorithms.kl import kl_k3
 from skyrl_spec.algorithms.policy_loss import POLICY_LOSSES, ResponseTokens
 from skyrl_spec.algorithms.token_loss import truncated_importance
 from skyrl_spec.losses.logprobs import TokenLogprobs, vocab_parallel_logprobs
+from skyrl_spec.models.context_parallel import ContextRanks, Reach, placed
 from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.settings.algorithm import AlgorithmConfig
 from skyrl_spec.types import TrainBatch
@@ -28,9 +29,11 @@ class Micro:
     # Numbers of the documents in the batch, for the host.
     rows: tuple[int, ...]
     pack: Pack
-    # Index of the position before each response token, and the token.
-    position_N: Tensor
-    target_N: Tensor
+    # Row, among this rank's tokens, of the position before each response token, and the token. With context
+    # parallelism only of the response tokens ``own_n``, whose log-probs this rank computes.
+    position_n: Tensor
+    target_n: Tensor
+    own_n: Tensor | None
     # Index of each response token's row in ``rows``, and the number of response tokens of each row.
     response_N: Tensor
     lengths_R: Tensor
@@ -41,15 +44,21 @@ class Micro:
     ref_logprobs_N: Tensor | None
 
 
-def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
-    """The micro-batch of these rows of ``batch``, on the CPU. Without rows, one token that has no loss."""
+def build_micro(batch: TrainBatch, rows: np.ndarray, context: ContextRanks | None = None) -> Micro:
+    """The micro-batch of these rows of ``batch``, on the CPU. Without rows, one token that has no loss.
+
+    Args:
+        context: ranks that divide the pack.
+    """
     if not len(rows):
-        return _nothing()
+        return _nothing(context)
     lengths = batch.lengths[rows]
     is_token_BS = np.arange(batch.token_ids.shape[1]) < lengths[:, None]
     loss_mask_T = batch.loss_mask[rows][is_token_BS]
     pack = pack_documents(batch.token_ids[rows][is_token_BS], loss_mask_T, lengths.tolist())
+    pack = pack if context is None else context.divide(pack)
     index_N = np.flatnonzero(loss_mask_T)
+    own_n, position_n = _own(pack, index_N - 1)
     lengths_R = (batch.loss_mask[rows] & is_token_BS).sum(axis=1)
 
     def of_responses(values_BS: np.ndarray) -> Tensor:
@@ -58,8 +67,9 @@ def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
     return Micro(
         rows=tuple(rows.tolist()),
         pack=pack,
-        position_N=torch.from_numpy(index_N - 1),
-        target_N=pack.token_ids_T[index_N],
+        position_n=position_n,
+        target_n=pack.token_ids_T[index_N if own_n is None else index_N[own_n.numpy()]],
+        own_n=own_n,
         response_N=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths_R)),
         lengths_R=torch.from_numpy(lengths_R),
         loss_weights_N=of_responses(batch.loss_weights),
@@ -70,10 +80,21 @@ def build_micro(batch: TrainBatch, rows: np.ndarray) -> Micro:
     )
 
 
-def _nothing() -> Micro:
+def _own(pack: Pack, position_N: np.ndarray) -> tuple[Tensor | None, Tensor]:
+    """Which of these positions of the pack are this rank's (None: all), and their rows among its tokens."""
+    if pack.share is None:
+        return None, torch.from_numpy(position_N)
+    own_n = np.flatnonzero(pack.share.owners(position_N) == pack.share.rank)
+    return torch.from_numpy(own_n), Reach.of(pack, 0).row_P[torch.from_numpy(position_N[own_n])]
+
+
+def _nothing(context: ContextRanks | None) -> Micro:
     index, value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     pack = pack_documents(np.zeros(1, np.int64), np.zeros(1, bool), [1])
-    return Micro((), pack, index, index, index, index, value, value, value, value, value)
+    if context is not None:
+        pack = context.divide(pack)
+    own = None if context is None else index
+    return Micro((), pack, index, index, own, index, index, value, value, value, value, value)
 
 
 def response_logprobs(
@@ -87,17 +108,24 @@ def response_logprobs(
     group: torch.distributed.ProcessGroup,
     fp32_logits: bool = False,
 ) -> TokenLogprobs:
-    """Log-prob of every response token, and entropy of the distribution at the position before it."""
-    return vocab_parallel_logprobs(
-        hidden_TD[micro.position_N],
+    """Log-prob of every response token, and entropy of the distribution at the position before it.
+
+    ``hidden_TD`` has this rank's tokens. The result is that of all ranks, which compute the loss of it alike.
+    """
+    own = vocab_parallel_logprobs(
+        hidden_TD[micro.position_n],
         output_weight_vD,
-        micro.target_N,
+        micro.target_n,
         vocab_size=vocab_size,
         temperature=temperature,
         chunk_size=chunk_size,
         group=group,
         fp32_logits=fp32_logits,
     )
+    if micro.own_n is None:
+        return own
+    logprobs_N, entropy_N = placed(torch.stack(own), micro.own_n, len(micro.loss_weights_N), micro.pack.share)
+    return TokenLogprobs(logprobs_N, entropy_N.detach())
 
 
 def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logprobs: Sequence[Tensor]) -> np.ndarray:

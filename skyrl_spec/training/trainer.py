@@ -31,12 +31,13 @@ from skyrl_spec.drafts.base import Supervision, Teacher, draft_metrics, num_sums
 from skyrl_spec.losses.logprobs import TokenLogprobs
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.capture import Captured, capture
+from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
 from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
-from skyrl_spec.settings.derived import ratio_anchor, uses_fp32_head, uses_tis
+from skyrl_spec.settings.derived import pack_tokens, ratio_anchor, uses_fp32_head, uses_tis
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
 from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
@@ -60,8 +61,9 @@ class Example:
     supervisions: tuple[Supervision, ...]
 
 
-def _supervised_weight(example: Example) -> float:
-    return sum(part.weight for part in example.supervisions)
+def _size(example: Example) -> tuple[bool, int]:
+    """Orders micro-batches alike on all ranks that share them: with supervision, then by response tokens."""
+    return bool(example.supervisions), len(example.micro.loss_weights_N)
 
 
 class PolicyTrainer:
@@ -80,6 +82,8 @@ class PolicyTrainer:
         megatron = config.trainer.policy.megatron_config
         self._draft_clock = DeviceClock(parallel.device)
         self._trunk_config = transformer_config(spec, megatron, parallel.device)
+        self._context = ContextRanks.of(parallel, is_sequence_parallel=self._trunk_config.sequence_parallel)
+        self._budget = pack_tokens(config)
         tensors = HfTensors(spec.path)
         self.rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
         self.model = self._load_policy(tensors)
@@ -136,7 +140,7 @@ class PolicyTrainer:
         self._trained_draft = self.draft if draft else None
         self._draft_clock.reset()
         examples, denominator = self._examples(batch)
-        self._to_hold = max(examples, key=_supervised_weight) if draft and scored else None
+        self._to_hold = max(examples, key=_size) if draft and scored else None
         logprobs: list[Tensor] = []
         metrics = self._reduce(self._run(examples, denominator, logprobs))
         metrics |= self.optimizer_step(scored if draft else ())
@@ -167,12 +171,12 @@ class PolicyTrainer:
                     hidden_TD = self._hidden(self.model, example.micro.pack, captured)
                 sums += self._train_draft(captured, hidden_TD, example, denominator)
         self.draft.trainable.reduce_grads()
-        dist.all_reduce(sums, group=self.parallel.dp_group)
+        dist.all_reduce(sums, group=self.parallel.dp_cp_group)
         metrics = draft_metrics(sums.tolist()) | self._draft_step()
         return StepReport(metrics=metrics, draft_train_s=time.perf_counter() - start)
 
     def forward_backward(self, batch: TrainBatch) -> Tensor:
-        """Computes the gradients of ``batch``, summed over data-parallel ranks, in both gradient buffers.
+        """Computes the gradients of ``batch``, summed over data- and context-parallel ranks, in both gradient buffers.
 
         Returns:
             This rank's sums for ``_reduce``, float64: the policy's, then the draft's.
@@ -228,7 +232,7 @@ class PolicyTrainer:
     def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
         """Scores of an engine's responses under the policy, and of its drafted tokens under the draft.
 
-        Collective over tensor-parallel ranks only: data-parallel replicas are equal.
+        Collective over the ranks of a replica only: data-parallel replicas are equal.
         """
         batch = response_batch(proposals)
         policy_logprobs = self._logprobs(self.model, batch, np.arange(len(batch)))[batch.loss_mask]
@@ -236,7 +240,7 @@ class PolicyTrainer:
         scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
         if self.draft is not None:
             with self._capture(self.draft) as captured:
-                packs = block_packs(proposals, num_positions, self.config.trainer.max_tokens_per_microbatch)
+                packs = block_packs(proposals, num_positions, self._budget, self._context)
                 scores = [self._score_blocks(upload(pack, self.parallel.device), captured) for pack in packs] or scores
         logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*scores, strict=True))
         return ProposalScores(policy_logprobs, logprobs, favourites)
@@ -330,7 +334,9 @@ class PolicyTrainer:
         logprobs.append(tokens.logprobs_T.detach())
         algorithm, anchor = self.config.trainer.algorithm, ratio_anchor(self.config)
         loss, micro_sums = policy_loss(tokens, micro, algorithm, anchor=anchor, has_tis=uses_tis(self.config))
-        sums[: len(micro_sums)] += micro_sums
+        # Ranks that share a pack compute the same.
+        if self.parallel.cp_rank == 0:
+            sums[: len(micro_sums)] += micro_sums
         # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
 
@@ -340,11 +346,11 @@ class PolicyTrainer:
 
     def _micros(self, batch: TrainBatch, rows: np.ndarray) -> list[Micro]:
         """Packs of these rows, on the CPU. One without a loss if there are no rows, for the collectives."""
-        packs = pack_rows(batch.lengths[rows], self.config.trainer.max_tokens_per_microbatch)
-        return [build_micro(batch, rows[pack]) for pack in packs] or [build_micro(batch, rows)]
+        packs = pack_rows(batch.lengths[rows], self._budget) or [np.zeros(0, np.int64)]
+        return [build_micro(batch, rows[pack], self._context) for pack in packs]
 
     def _examples(self, batch: TrainBatch) -> tuple[list[Example], Tensor]:
-        """This rank's micro-batches, uploaded, and the weight of their supervision over all data-parallel ranks."""
+        """This rank's micro-batches, uploaded, and the weight of the supervision of all ranks."""
         device = self.parallel.device
         micros = self._micros(batch, self._local_rows(batch))
         if self._trained_draft is None:
@@ -358,7 +364,7 @@ class PolicyTrainer:
             ]
             weight = sum(part.weight for example in examples for part in example.supervisions)
             total = torch.tensor(weight, dtype=torch.float64, device=device)
-            dist.all_reduce(total, group=self.parallel.dp_group)
+            dist.all_reduce(total, group=self.parallel.dp_cp_group)
         return [upload(example, device) for example in examples], total
 
     def _hidden(self, model: torch.nn.Module, pack: Pack, captured: Captured | None) -> Tensor:
@@ -392,7 +398,7 @@ class PolicyTrainer:
         assert self._held is not None
         sums = self.draft.copies.score(self.draft.draft, self._held, scored)
         self._held = self._to_hold = None
-        dist.all_reduce(sums, group=self.parallel.dp_group)
+        dist.all_reduce(sums, group=self.parallel.dp_cp_group)
         return score_metrics(scored, sums.flatten().tolist())
 
     def _teacher(self, hidden_TD: Tensor) -> Teacher:
@@ -425,8 +431,8 @@ class PolicyTrainer:
         return nullcontext() if draft is None else capture(self.model, draft.draft.capture_points)
 
     def _reduce(self, sums: Tensor) -> Metrics:
-        """Metrics of all data-parallel ranks, in one collective. Losses already carry their denominator."""
-        dist.all_reduce(sums, group=self.parallel.dp_group)
+        """Metrics of all ranks, in one collective. Losses already carry their denominator."""
+        dist.all_reduce(sums, group=self.parallel.dp_cp_group)
         values = sums.tolist()
         loss, *token_sums, num_tokens = values[: len(POLICY_SUMS) + 1]
         metrics = {"policy/policy_loss": Metric(loss, 1)}

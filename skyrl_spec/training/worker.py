@@ -80,6 +80,7 @@ class PolicyWorker:
             rank=self._rank,
             world_size=self._world_size,
             tensor_parallel_size=self._config.trainer.policy.megatron_config.tensor_model_parallel_size,
+            context_parallel_size=self._config.trainer.policy.megatron_config.context_parallel_size,
             device=device,
             store=self._store,
             timeout_s=placement.collective_timeout_s,
@@ -88,9 +89,10 @@ class PolicyWorker:
         spec = load_spec(self._config.trainer.policy.model.path)
         self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps, freeze_policy=freeze_policy)
 
-    def place(self) -> tuple[int, int]:
-        """Data-parallel and tensor-parallel rank."""
-        return self._trainer.parallel.dp_rank, self._trainer.parallel.tp_rank
+    def place(self) -> tuple[int, bool]:
+        """Number of the data-parallel replica, and whether this rank answers for it."""
+        ranks = self._trainer.parallel
+        return ranks.dp_rank, ranks.tp_rank == ranks.cp_rank == 0
 
     def forward_logprobs(self, batch: TrainBatch, policy: bool) -> dict[str, np.ndarray]:
         return self._trainer.forward_logprobs(batch, policy=policy)
@@ -120,7 +122,7 @@ class PolicyWorker:
         """Chunks of weights in Ray's object store, and their bytes. All ranks gather; only rank 0 returns chunks."""
         from skyrl_spec.sync.payload import pack_chunks, payload_bytes
 
-        if self._trainer.parallel.dp_rank > 0:
+        if self._trainer.parallel.replica > 0:
             return []
         chunks = pack_chunks(self._trainer.export(component))
         if self._rank > 0:

@@ -45,9 +45,9 @@ def _local_gradients(trainable: Trainable) -> dict[nn.Parameter, Tensor]:
 
 def _gather_data_parallel(bucket: Tensor, parallel: Parallel) -> None:
     """Fills ``bucket``: each rank of the distributed optimizer has the sum of its own equal part only."""
-    parts = bucket.chunk(parallel.dp_size)
+    parts = bucket.chunk(dist.get_world_size(parallel.dp_cp_group))
     gathered = [torch.empty_like(part) for part in parts]
-    dist.all_gather(gathered, parts[parallel.dp_rank].clone(), group=parallel.dp_group)
+    dist.all_gather(gathered, parts[parallel.replica].clone(), group=parallel.dp_cp_group)
     bucket.copy_(torch.cat(gathered))
 
 

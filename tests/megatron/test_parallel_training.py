@@ -5,6 +5,7 @@ Real PolicyTrainers on real gloo processes; every rank writes what it has, the t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,41 @@ TOLERANCE = 1e-5
 # Of a weight's largest difference, where updates move it by about the learning rate.
 WEIGHT_TOLERANCE = 1e-3 * LR
 
-# Tensor parallelism, data parallelism, distributed optimizer, sequence parallelism.
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    distributed: bool = False
+    sequence_parallel: bool = False
+
+
+ONE_RANK = Layout()
 LAYOUTS = {
-    "tp2": (2, 1, False, False),
-    "tp2, sequence parallel": (2, 1, False, True),
-    "dp2": (1, 2, False, False),
-    "dp2, distributed optimizer": (1, 2, True, False),
+    "tp2": Layout(tp=2),
+    "tp2, sequence parallel": Layout(tp=2, sequence_parallel=True),
+    "dp2": Layout(dp=2),
+    "dp2, distributed optimizer": Layout(dp=2, distributed=True),
+    "cp2": Layout(cp=2),
+    "cp2, distributed optimizer": Layout(cp=2, distributed=True),
+}
+LARGE_LAYOUTS = {
+    "cp2, tp2": Layout(cp=2, tp=2),
+    "cp2, tp2, sequence parallel": Layout(cp=2, tp=2, sequence_parallel=True),
+    "cp2, dp2, distributed optimizer": Layout(cp=2, dp=2, distributed=True),
+    "cp4": Layout(cp=4),
 }
 
 
-def _config(path: Path, draft: str, tp: int, distributed: bool, sequence_parallel: bool) -> Config:
-    config = make_config(path, draft=draft, tp=tp, distributed=distributed, sequence_parallel=sequence_parallel)
+def _config(path: Path, draft: str, layout: Layout) -> Config:
+    config = make_config(
+        path,
+        draft=draft,
+        tp=layout.tp,
+        cp=layout.cp,
+        distributed=layout.distributed,
+        sequence_parallel=layout.sequence_parallel,
+    )
     trainer = config.trainer
     for optimizer in (trainer.policy.optimizer_config, trainer.mtp.optimizer_config, trainer.dflash.optimizer_config):
         optimizer.lr = LR
@@ -54,9 +79,9 @@ def _weights(trainer: PolicyTrainer) -> dict[Component, dict[str, Tensor]]:
     return {component: {name: tensor.clone() for name, tensor in trainer.export(component)} for component in COMPONENTS}
 
 
-def _train(rank: int, path: Path, draft: str, tp: int, distributed: bool, sequence_parallel: bool, out: Path) -> None:
+def _train(rank: int, path: Path, draft: str, layout: Layout, out: Path) -> None:
     torch.manual_seed(0)
-    config, ranks = _config(path, draft, tp, distributed, sequence_parallel), parallel.lay_out(tp, torch.device("cpu"))
+    config, ranks = _config(path, draft, layout), parallel.lay_out(layout.tp, torch.device("cpu"), layout.cp)
     trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
     record: dict[str, Any] = {"start": _weights(trainer), "metrics": [], "gradients": []}
     for step in range(NUM_STEPS):
@@ -67,19 +92,12 @@ def _train(rank: int, path: Path, draft: str, tp: int, distributed: bool, sequen
     torch.save(record, out / f"{rank}.pt")
 
 
-def train(
-    path: Path,
-    draft: str,
-    out: Path,
-    tp: int = 1,
-    dp: int = 1,
-    distributed: bool = False,
-    sequence_parallel: bool = False,
-) -> list[Any]:
+def train(path: Path, draft: str, out: Path, layout: Layout = ONE_RANK) -> list[Any]:
     """What each rank has of a few steps."""
     out.mkdir()
-    run_distributed(_train, tp * dp, path, draft, tp, distributed, sequence_parallel, out)
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(tp * dp)]
+    num_ranks = layout.tp * layout.cp * layout.dp
+    run_distributed(_train, num_ranks, path, draft, layout, out)
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 
 def _assert_gradients_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], where: str) -> None:
@@ -122,7 +140,19 @@ def single(checkpoint: Path, draft: str, tmp_path_factory: pytest.TempPathFactor
 def test_every_layout_gives_the_same_losses_gradients_and_weights(
     checkpoint: Path, draft: str, single: dict[str, Any], layout: str, tmp_path: Path
 ) -> None:
-    for rank, record in enumerate(train(checkpoint, draft, tmp_path / "ranks", *LAYOUTS[layout])):
+    _check_layout(LAYOUTS[layout], checkpoint, draft, single, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGE_LAYOUTS)
+def test_layouts_of_four_ranks_give_the_same(
+    checkpoint: Path, draft: str, single: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    _check_layout(LARGE_LAYOUTS[layout], checkpoint, draft, single, tmp_path)
+
+
+def _check_layout(layout: Layout, checkpoint: Path, draft: str, single: dict[str, Any], tmp_path: Path) -> None:
+    for rank, record in enumerate(train(checkpoint, draft, tmp_path / "ranks", layout)):
         for step in range(NUM_STEPS):
             where = f"rank {rank}, step {step}"
             mine, theirs = record["metrics"][step], single["metrics"][step]

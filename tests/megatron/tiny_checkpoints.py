@@ -80,6 +80,7 @@ def make_config(
     path: Path,
     *,
     tp: int = 1,
+    cp: int = 1,
     draft: str | None = "mtp",
     dtype: str = "fp32",
     distributed: bool = False,
@@ -92,6 +93,7 @@ def make_config(
     # Far below actual gradient norms, so that clipping is active.
     trainer.policy.optimizer_config.max_grad_norm = 0.01
     trainer.policy.megatron_config.tensor_model_parallel_size = tp
+    trainer.policy.megatron_config.context_parallel_size = cp
     trainer.policy.megatron_config.dtype = dtype
     trainer.policy.megatron_config.use_distributed_optimizer = distributed
     trainer.policy.megatron_config.sequence_parallel = sequence_parallel

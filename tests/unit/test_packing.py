@@ -126,10 +126,10 @@ def test_a_pack_has_each_response_token_with_its_values(rollouts: list[Rollout],
         assert micro.pack.segment_ids_T.tolist() == [
             number for number, r in enumerate(sources, start=1) for _ in r.prompt.token_ids + r.generation.token_ids
         ]
-        values = zip(micro.target_N, micro.rollout_logprobs_N, micro.advantages_N, strict=True)
+        values = zip(micro.target_n, micro.rollout_logprobs_N, micro.advantages_N, strict=True)
         assert [tuple(map(float, value)) for value in values] == trained
         # The distribution over a token is that of the position before it.
-        assert torch.equal(micro.pack.token_ids_T[micro.position_N + 1], micro.target_N)
+        assert torch.equal(micro.pack.token_ids_T[micro.position_n + 1], micro.target_n)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -182,7 +182,7 @@ def test_a_rank_without_rows_computes_a_token_without_loss() -> None:
     micro = build_micro(batch, rows)
     assert len(micro.pack.token_ids_T) == 1
     assert not micro.pack.loss_mask_T.any()
-    assert len(micro.target_N) == 0
+    assert len(micro.target_n) == 0
 
 
 @given(rollouts=rollout_lists(), dp_size=st.integers(1, 4))
