@@ -11,7 +11,9 @@ weights. Batches:
 - decay: 256 responses of log-normal length, as a rollout has. They all begin at once and do not end by themselves.
 
 All alternatives take turns in every round: an engine without a draft, and one engine with a draft whose length is
-pinned, also to off, or chosen. A rate is a median over rounds, a ratio the median of the ratios within a round.
+pinned, also to off, or chosen. Their order is random, and a process that was idle first samples a little: otherwise
+whoever comes after the other engine would be slower. A rate is a median over rounds, a ratio the median of the ratios
+within a round.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ SAMPLING = SamplingConfig(max_generate_length=LONGEST)
 NONE, PINNED_OFF, AUTO = "none", "off", "auto"
 # Least number of requests in a measurement.
 NUM_REQUESTS = 32
+# Requests that wake an engine up.
+WARMING = 8
 
 
 class BenchEngine(EngineActor):
@@ -94,7 +98,7 @@ class Rates:
 
     def row(self, title: str) -> str:
         medians = {name: statistics.median(rates) for name, rates in self.tok_s.items()}
-        fixed = {name: rate for name, rate in medians.items() if name.isdigit()}
+        fixed = {name: medians[name] for name in sorted(medians) if name.isdigit()}
         best_fixed = max(fixed, key=lambda name: fixed[name])
         best = best_fixed if fixed[best_fixed] > medians[NONE] else NONE
         rates = [medians[NONE], medians[PINNED_OFF], *fixed.values(), medians[AUTO]]
@@ -158,10 +162,7 @@ def compare(name: str, sizes: list[int], rounds: int, mtp_model: Path) -> None:
                 # The first round is a warm-up.
                 for number in range(-1, rounds):
                     chosen = list(islice(stream, num_requests))
-                    order = list(engines)
-                    # Each goes first at times.
-                    shift = (number + 1) % len(order)
-                    for alternative in order[shift:] + order[:shift]:
+                    for alternative in np.random.default_rng(number + 1).permutation(list(engines)).tolist():
                         tok_s = measure(engines[alternative], alternative, chosen, size, number)
                         if number >= 0:
                             rates.add(alternative, tok_s)
@@ -170,6 +171,9 @@ def compare(name: str, sizes: list[int], rounds: int, mtp_model: Path) -> None:
 
 def measure(handle: Any, alternative: str, prompts: list[list[int]], size: int, number: int) -> float:
     pinned = int(alternative) if alternative.isdigit() else OFF if alternative == PINNED_OFF else None
+    # Nothing is learned from steps of a pinned length.
+    ray.get(handle.pin.remote(OFF))
+    ray.get(handle.tokens_per_s.remote(prompts[:WARMING], WARMING, 0))
     ray.get(handle.pin.remote(pinned))
     if size > 0:
         return ray.get(handle.tokens_per_s.remote(prompts, size, 1000 * (number + 1)))

@@ -1,7 +1,8 @@
 """Save and load of the trained components, in Megatron's distributed checkpoint format. Both are collective.
 
 Files. A checkpoint has Megatron's files (``.metadata``, ``*.distcp``, ``metadata.json``, ``common.pt``), one
-``rank_dpI_tpJ.safetensors`` per rank with its RNG states, and ``checkpoint.json``. The latter holds everything that is
+``rank_dpI_tpJ.safetensors`` (with ``_cpK`` for a second and further ranks that share packs) per rank with its RNG
+states, and ``checkpoint.json``. The latter holds everything that is
 small and equal on all ranks: step counts, schedules, the caller's ``extra``, and names and shapes for checks.
 
 Tensors. Parameters, Adam moments and fp32 masters are cut by the rules that also load and export weights
@@ -154,8 +155,8 @@ def _raise(error: BaseException | None) -> None:
 def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loaded:
     """Loads ``components`` in place and sets torch's CPU generator. ``directory`` may hold more components.
 
-    The parallel layout may differ from the layout of the save. Then per-rank states come from the rank with the same
-    data-parallel index and tensor-parallel index 0, so that they are equal within a tensor-parallel group. A
+    The parallel layout may differ from the layout of the save. Then per-rank states come from the first rank of the
+    replica with the same data-parallel index, so that they are equal within a replica. A
     data-parallel index that the save did not have keeps its present state.
 
     Raises:
@@ -199,7 +200,7 @@ def _parallel(components: Mapping[Component, SavedComponent]) -> Parallel:
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:
-    return {"tp": parallel.tp_size, "dp": parallel.dp_size}
+    return {"tp": parallel.tp_size, "cp": parallel.cp_size, "dp": parallel.dp_size}
 
 
 def _together(step: Callable[[], T]) -> T:
@@ -249,8 +250,10 @@ def _write_small_files(partial: Path, parallel: Parallel, per_rank: dict[str, Te
 def _per_rank_file(directory: Path, parallel: Parallel, layout: dict[str, int]) -> Path:
     """This rank's file in a checkpoint of ``layout``."""
     tp_rank = parallel.tp_rank if layout["tp"] == parallel.tp_size else 0
-    # Ranks that share packs draw the same.
-    return directory / f"rank_dp{parallel.dp_rank}_tp{tp_rank}.safetensors"
+    # Older checkpoints do not know it.
+    cp_rank = parallel.cp_rank if layout.get("cp", 1) == parallel.cp_size else 0
+    context = f"_cp{cp_rank}" if cp_rank else ""
+    return directory / f"rank_dp{parallel.dp_rank}_tp{tp_rank}{context}.safetensors"
 
 
 def _read_per_rank(directory: Path, parallel: Parallel, layout: dict[str, int]) -> dict[str, Tensor]:

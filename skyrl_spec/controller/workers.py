@@ -40,19 +40,19 @@ class PolicyGroup:
     def __init__(
         self,
         handles: list[Any],
-        places: list[tuple[int, bool]],
+        places: list[tuple[int, int]],
         timeout_s: float,
         gpus: Sequence[PlacementGroup] = (),
     ):
         """Takes workers that are started.
 
         Args:
-            places: data-parallel replica of each worker, and whether it answers for the replica.
+            places: data-parallel replica of each worker, and its number in the replica, whose first worker answers.
             timeout_s: seconds for the workers to answer one call (``trainer.placement.worker_timeout_s``).
             gpus: reserved GPUs, which ``shutdown`` releases.
         """
         self.handles, self._timeout_s, self._gpus = handles, timeout_s, gpus
-        self._leaders = [places.index((replica, True)) for replica in range(1 + max(number for number, _ in places))]
+        self._leaders = [places.index((replica, 0)) for replica in range(1 + max(number for number, _ in places))]
 
     def check(self) -> None:
         """Checks that all workers are alive. Call it only while they are idle."""

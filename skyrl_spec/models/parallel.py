@@ -47,6 +47,11 @@ class Parallel:
         return dist.get_rank(self.dp_cp_group)
 
     @property
+    def rank_in_replica(self) -> int:
+        """Number of this rank among those with the same rows of a batch."""
+        return self.tp_rank + self.tp_size * self.cp_rank
+
+    @property
     def dp_rank(self) -> int:
         return dist.get_rank(self.dp_group)
 

@@ -89,10 +89,9 @@ class PolicyWorker:
         spec = load_spec(self._config.trainer.policy.model.path)
         self._trainer = PolicyTrainer(self._config, spec, ranks, total_optimizer_steps, freeze_policy=freeze_policy)
 
-    def place(self) -> tuple[int, bool]:
-        """Number of the data-parallel replica, and whether this rank answers for it."""
-        ranks = self._trainer.parallel
-        return ranks.dp_rank, ranks.tp_rank == ranks.cp_rank == 0
+    def place(self) -> tuple[int, int]:
+        """Number of the data-parallel replica, and of this rank in it."""
+        return self._trainer.parallel.dp_rank, self._trainer.parallel.rank_in_replica
 
     def forward_logprobs(self, batch: TrainBatch, policy: bool) -> dict[str, np.ndarray]:
         return self._trainer.forward_logprobs(batch, policy=policy)

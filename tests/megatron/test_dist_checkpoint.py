@@ -48,6 +48,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2-bf16": {"dtype": "bf16"},
     "dp2-distributed": {"distributed": True},
     "dp2-distributed-bf16": {"distributed": True, "dtype": "bf16"},
+    "cp2": {"cp": 2},
+    "cp2-distributed-bf16": {"cp": 2, "distributed": True, "dtype": "bf16"},
     "tp1-distributed": {"distributed": True},
     "tp1-distributed-bf16": {"distributed": True, "dtype": "bf16"},
 }
@@ -60,9 +62,12 @@ TO_TWO_RANKS = [
     ("dp2-distributed-bf16", "tp2-bf16"),
     ("dp2-distributed", "dp2"),
     ("tp2-bf16", "dp2-distributed-bf16"),
+    ("tp1-distributed", "cp2"),
+    ("cp2-distributed-bf16", "tp2-bf16"),
+    ("dp2-distributed-bf16", "cp2-distributed-bf16"),
 ]
 TO_ONE_RANK = [
-    [("tp2", "tp1"), ("dp2", "tp1"), ("dp2-distributed-bf16", "tp1-bf16")],
+    [("tp2", "tp1"), ("dp2", "tp1"), ("cp2", "tp1-distributed"), ("dp2-distributed-bf16", "tp1-bf16")],
     [("tp2-bf16", "tp1-bf16"), ("dp2-distributed", "tp1-distributed"), ("dp2-bf16", "tp1-distributed-bf16")],
 ]
 
@@ -77,10 +82,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _build(model: Path, layout: str, **options: Any) -> PolicyTrainer:
     """Trainer in the groups of ``layout``, which replace the present groups."""
     options = LAYOUTS[layout] | options
-    tp = options.get("tp", 1)
+    tp, cp = options.get("tp", 1), options.get("cp", 1)
     if parallel.parallel_state.is_initialized():
         parallel.parallel_state.destroy_model_parallel()
-    ranks = parallel.lay_out(tp, torch.device("cpu"))
+    ranks = parallel.lay_out(tp, torch.device("cpu"), cp)
     config = make_config(model, **options)
     config.trainer.policy.optimizer_config.num_warmup_steps = 2
     config.trainer.policy.optimizer_config.scheduler = "cosine"
@@ -136,7 +141,7 @@ def _full_state(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
                     flat, start = tensors[kind]
                     whole[start : start + flat.numel()] = flat.float()
                 if kind != "param" and trainer.config.trainer.policy.megatron_config.use_distributed_optimizer:
-                    torch.distributed.all_reduce(whole, group=trainer.parallel.dp_group)
+                    torch.distributed.all_reduce(whole, group=trainer.parallel.dp_cp_group)
                 by_kind.setdefault(kind, {})[key] = whole.view(parameter.shape)
         for kind, tensors in by_kind.items():
             stand_in = torch.nn.Module()
@@ -199,11 +204,11 @@ def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]
         assert loaded.extra == EXTRA
         _assert_same(_full_state(trainer), torch.load(root / source / "full.pt", weights_only=True))
         assert all(part.trainable.scheduler.num_steps == 2 for part in trainer.saved_components().values())
-        # States come from the same data-parallel index, or stay. They are equal within a tensor-parallel group.
+        # States come from the same data-parallel index, or stay. They are equal within a replica.
         saved_world = 1 if source.startswith("tp1") else 2
         saved_dp = 2 if source.startswith("dp2") else 1
         if trainer.parallel.dp_rank < saved_dp:
-            from_rank = trainer.parallel.dp_rank if LAYOUTS[source].get("tp", 1) == 1 else 0
+            from_rank = trainer.parallel.dp_rank if source.startswith(("tp1", "dp2")) else 0
             if source.split("-")[0] == target.split("-")[0]:
                 from_rank = rank
             assert from_rank < saved_world

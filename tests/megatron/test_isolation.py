@@ -25,15 +25,15 @@ from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.trainer import PolicyTrainer
 
-# Tensor-parallel and data-parallel size.
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+# Tensor-, context- and data-parallel size.
+LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2))
 # Tokens of a micro-batch: several micro-batches, and one.
 MICRO_BATCHES = {"accumulated": 40, "at once": 1000}
 
 
 def _build(path: Path, ranks: Parallel, draft: str | None, max_tokens: int, **options: Any) -> PolicyTrainer:
     torch.manual_seed(0)
-    config = make_config(path, tp=ranks.tp_size, draft=draft, **options)
+    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, draft=draft, **options)
     config.trainer.max_tokens_per_microbatch = max_tokens
     return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
 
@@ -83,8 +83,8 @@ def _assert_equal(mine: Any, theirs: Any, where: str) -> None:
         assert mine == theirs, where
 
 
-def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
-    ranks = parallel.lay_out(tp, torch.device("cpu"))
+def _check(_rank: int, path: Path, draft: str, tp: int, cp: int) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"), cp)
     for dtype, distributed, (name, micro_rows) in product(("fp32", "bf16"), (False, True), MICRO_BATCHES.items()):
         where = f"{dtype}, distributed optimizer {distributed}, {name}"
         # One combination in two has both.
@@ -93,7 +93,8 @@ def _check(_rank: int, path: Path, draft: str, tp: int) -> None:
         trainer = _build(path, ranks, draft, micro_rows, **options)
         with_draft = _train(trainer)
         _assert_equal(with_draft, without, where)
-        assert len(without["optimizer"]) > 2 * len(without["weights"]) / max(1, ranks.dp_size), where
+        num_replicas = ranks.dp_size * ranks.cp_size
+        assert len(without["optimizer"]) > 2 * len(without["weights"]) / num_replicas, where
         assert without["metrics"][-1]["policy/grad_norm"] > 0.01, f"{where}: clipping was to be active"
         _check_draft_alone(trainer, where)
 
@@ -114,13 +115,13 @@ def _check_draft_alone(trainer: PolicyTrainer, where: str) -> None:
 
 
 # Four processes are slow on two cores, so with both parallelisms embeddings are untied only.
-CASES = [(*layout, tied) for layout in LAYOUTS for tied in (False, True) if not tied or layout != (2, 2)]
+CASES = [(*layout, tied) for layout in LAYOUTS for tied in (False, True) if not tied or layout != (2, 1, 2)]
 
 
 @pytest.mark.parametrize("draft", ["mtp", "dflash"])
-@pytest.mark.parametrize(("tp", "dp", "tied"), CASES)
+@pytest.mark.parametrize(("tp", "cp", "dp", "tied"), CASES)
 def test_the_draft_does_not_change_a_bit_of_the_policy(
-    tmp_path: Path, tp: int, dp: int, draft: str, tied: bool
+    tmp_path: Path, tp: int, cp: int, dp: int, draft: str, tied: bool
 ) -> None:
     path = write_model(tmp_path / "model", draft, tied=tied)
-    run_distributed(_check, tp * dp, path, draft, tp, timeout_s=300.0)
+    run_distributed(_check, tp * cp * dp, path, draft, tp, cp, timeout_s=300.0)

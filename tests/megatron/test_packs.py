@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 def _record(path: Path, ranks: parallel.Parallel, draft: str, budget: int, batch: TrainBatch) -> dict[str, Any]:
     """Sums, gradients and log-probs of one batch."""
-    config = make_config(path, tp=ranks.tp_size, draft=draft)
+    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, draft=draft)
     config.trainer.max_tokens_per_microbatch = budget
     trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
     assert trainer.draft is not None
@@ -42,8 +42,8 @@ def _record(path: Path, ranks: parallel.Parallel, draft: str, budget: int, batch
     return {"metrics": metrics, "gradients": gradients, "logprobs": logprobs}
 
 
-def _check_budgets(_rank: int, path: Path, draft: str, tp: int) -> None:
-    ranks = parallel.lay_out(tp, torch.device("cpu"))
+def _check_budgets(_rank: int, path: Path, draft: str, tp: int, cp: int) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"), cp)
     batch = batch_of_lengths(np.random.default_rng(0), PROMPTS, RESPONSES, untrained_row=3)
     alone = _record(path, ranks, draft, 1, batch)
     assert alone["metrics"]["draft/loss"] > 0
@@ -59,11 +59,12 @@ def _check_budgets(_rank: int, path: Path, draft: str, tp: int) -> None:
             np.testing.assert_allclose(packed["logprobs"], alone["logprobs"], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("tp", "tied"), [(1, False), (1, True), (2, False)])
+@pytest.mark.parametrize(("tp", "cp", "tied"), [(1, 1, False), (1, 1, True), (2, 1, False), (1, 2, False)])
 @pytest.mark.parametrize("draft", ["mtp", "dflash"])
-def test_packs_give_what_documents_alone_give(tmp_path: Path, draft: str, tp: int, tied: bool) -> None:
+def test_packs_give_what_documents_alone_give(tmp_path: Path, draft: str, tp: int, cp: int, tied: bool) -> None:
     """Losses, metrics, every gradient and log-probs, for documents of 1 token to more than the budget, in any order."""
-    run_distributed(_check_budgets, tp, write_model(tmp_path / "model", draft, tied=tied), draft, tp)
+    model = write_model(tmp_path / "model", draft, tied=tied)
+    run_distributed(_check_budgets, tp * cp, model, draft, tp, cp)
 
 
 def _copies(seed: int) -> TrainBatch:

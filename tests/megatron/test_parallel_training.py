@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from gradients import hf_gradients
 from spawn import run_distributed
 from tiny_checkpoints import make_batch, make_config, write_model
 from torch import Tensor
 
+from skyrl_spec.data.packing import gather_shards
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
 from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.trainer import PolicyTrainer
-from skyrl_spec.types import Component
+from skyrl_spec.types import Component, Generation, Proposals, Versions
 
 COMPONENTS: tuple[Component, ...] = ("policy", "draft")
 NUM_STEPS = 3
@@ -41,6 +44,13 @@ class Layout:
 
 
 ONE_RANK = Layout()
+# Of an engine: two responses, the second with two blocks.
+PROPOSALS = [
+    Proposals([5, 6, 7], Generation([8, 9, 10, 11], [0.0] * 4, "length", Versions()), [3], [[9, 10, 11]], [[0.0] * 3]),
+    Proposals(
+        [1, 2], Generation([3, 4, 5, 6, 7], [0.0] * 5, "length", Versions()), [2, 4], [[4, 4, 9], [6, 7, 1]], [[0.0] * 3] * 2
+    ),
+]
 LAYOUTS = {
     "tp2": Layout(tp=2),
     "tp2, sequence parallel": Layout(tp=2, sequence_parallel=True),
@@ -89,6 +99,13 @@ def _train(rank: int, path: Path, draft: str, layout: Layout, out: Path) -> None
         record["gradients"].append({component: hf_gradients(trainer, component) for component in COMPONENTS})
         record["metrics"].append(values(trainer._reduce(sums) | trainer.optimizer_step()))
     record["weights"] = _weights(trainer)
+    scores = trainer.score_proposals(PROPOSALS)
+    record["scores"] = torch.from_numpy(np.concatenate([scores.policy_logprobs, scores.draft_logprobs.flatten()]))
+    batch = make_batch(seed=9)
+    mine = trainer.forward_logprobs(batch)["policy_logprobs"]
+    shards = [None] * ranks.dp_size
+    dist.all_gather_object(shards, {"logprobs": mine}, group=ranks.dp_group)
+    record["logprobs"] = torch.from_numpy(gather_shards(batch, shards)["logprobs"])
     torch.save(record, out / f"{rank}.pt")
 
 
@@ -161,5 +178,8 @@ def _check_layout(layout: Layout, checkpoint: Path, draft: str, single: dict[str
                 _assert_gradients_equal(
                     record["gradients"][step][component], single["gradients"][step][component], where
                 )
+        # After a few updates that are equal but for rounding.
+        for name in ("scores", "logprobs"):
+            torch.testing.assert_close(record[name], single[name], atol=WEIGHT_TOLERANCE * 100, rtol=0)
         for component in COMPONENTS:
             _assert_weights_equal(record["weights"][component], single, component, f"rank {rank}")

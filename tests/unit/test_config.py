@@ -46,7 +46,7 @@ def test_without_overrides_the_schema_and_grpo_hold() -> None:
 def test_the_eight_gpu_recipe() -> None:
     config = load_config([MIMO])
     assert config.trainer.policy.model.path == "XiaomiMiMo/MiMo-7B-RL"
-    assert parallel_sizes(config) == (4, 4, 1)
+    assert parallel_sizes(config) == (4, 4, 1, 1)
     engine = config.generator.inference_engine
     assert parallel_sizes(config).world_size + engine.num_engines * engine.tensor_parallel_size == 8
     assert config.trainer.mtp.enabled
@@ -418,11 +418,20 @@ def test_sync_backend_follows_the_placement(overrides: list[str], backend: str) 
 @pytest.mark.parametrize(
     ("overrides", "layout"),
     [
-        ([], (1, 1, 1)),
-        (["trainer.policy.megatron_config.tensor_model_parallel_size=2"], (2, 2, 1)),
-        (["trainer.placement.policy_num_gpus_per_node=2"], (2, 1, 2)),
-        (["trainer.placement.policy_num_nodes=2", "trainer.placement.policy_num_gpus_per_node=4"], (8, 1, 8)),
+        ([], (1, 1, 1, 1)),
+        (["trainer.policy.megatron_config.tensor_model_parallel_size=2"], (2, 2, 1, 1)),
+        (["trainer.policy.megatron_config.context_parallel_size=2"], (2, 1, 2, 1)),
+        (["trainer.placement.policy_num_gpus_per_node=2"], (2, 1, 1, 2)),
+        (["trainer.placement.policy_num_nodes=2", "trainer.placement.policy_num_gpus_per_node=4"], (8, 1, 1, 8)),
+        (
+            [
+                "trainer.placement.policy_num_gpus_per_node=8",
+                "trainer.policy.megatron_config.tensor_model_parallel_size=2",
+                "trainer.policy.megatron_config.context_parallel_size=2",
+            ],
+            (8, 2, 2, 2),
+        ),
     ],
 )
-def test_parallel_layout(overrides: list[str], layout: tuple[int, int, int]) -> None:
+def test_parallel_layout(overrides: list[str], layout: tuple[int, int, int, int]) -> None:
     assert parallel_sizes(load_config([CPU, *overrides])) == layout
