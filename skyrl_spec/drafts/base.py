@@ -56,7 +56,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Supervision:
-    """Supervised draft tokens of this rank, of a pack or of a part. A draft extends this class with what its loss needs."""
+    """This rank's supervised draft tokens of a pack, or of a part of it. A draft adds what its loss needs."""
 
     # Sum of their weights: their part of the loss's denominator.
     weight: float
@@ -164,7 +164,7 @@ class Draft(ABC):
     ) -> tuple[Tensor, DraftSums]:
         """This rank's part of the loss, divided by the global ``denominator``, and its sums.
 
-        Collective over tensor-parallel ranks, and those that share the pack. Gradient reaches only the parameters of ``module``.
+        Collective over tensor-parallel ranks, and those that share the pack. Gradient reaches only ``module``.
         """
 
     @abstractmethod

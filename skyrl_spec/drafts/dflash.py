@@ -134,7 +134,7 @@ class DflashDraft(Draft):
         return tuple(self._supervise_blocks(pack, part, chance_KT) for part in parts)
 
     def _supervise_blocks(self, pack: Pack, anchors: Sequence[int], chance_KT: Tensor) -> DflashSupervision:
-        """Supervision of these blocks, or of none. The rank of another part needs a block for the exchange of context."""
+        """Supervision of these blocks, or of none: a rank needs a block to take part in the exchange of context."""
         some = anchors or [0]
         token_S, read = first_tokens(pack, self._read(pack, some))
         blocks = supervised_blocks(np.searchsorted(token_S.numpy(), some).tolist(), read, self.num_positions)
@@ -195,7 +195,7 @@ class DflashDraft(Draft):
         own_A, device = np.arange(len(anchors)), pack.token_ids_T.device
         if pack.share is not None:
             own_A = np.flatnonzero(pack.share.owners(np.asarray(anchors)) == pack.share.rank)
-        own = [anchors[index] for index in own_A] or [0]
+        own = [anchors[index] for index in own_A.tolist()] or [0]
         blocks = blocks_at(own, pack, torch.ones(len(own), self.num_positions, dtype=torch.bool))
         context_TD = self.context(captured, pack, torch.arange(len(pack.token_ids_T), device=device))
         out_QD = self.forward(context_TD, teacher, pack, upload(blocks, device))

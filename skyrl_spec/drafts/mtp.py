@@ -278,9 +278,7 @@ class MtpDraft(Draft):
         return loss, sums
 
 
-def _chains(
-    pack: Pack, starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray, num_positions: int
-) -> Chains:
+def _chains(pack: Pack, starts_N: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray, num_positions: int) -> Chains:
     """This rank's chains with the bases ``begin`` to ``end`` (exclusive) of each document from ``start``, on the CPU.
 
     Documents without a base are left out, and so are the tokens behind the last base. A rank without a base gets one

@@ -137,7 +137,9 @@ def find_layouts(config: Config, options: LayoutsOptions) -> list[Estimate]:
             "lower trainer.max_tokens_per_microbatch or the lengths"
         )
     # Of equal times, the one with less communication.
-    return sorted(best.values(), key=lambda one: (round(one.step_s, 3), one.layout.tp * one.layout.cp, one.layout.engine_tp))
+    return sorted(
+        best.values(), key=lambda one: (round(one.step_s, 3), one.layout.tp * one.layout.cp, one.layout.engine_tp)
+    )
 
 
 def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iterator[Layout]:

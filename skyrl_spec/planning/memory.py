@@ -289,7 +289,9 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
     facts = {
         "processes": f"driver, scorer, {sizes.world_size} x worker ({sizes}), {engine.num_engines} x engine "
         f"(TP {engine.tensor_parallel_size}){', engine without a draft' if plain_engines else ''}",
-        "GPUs": "none" if on_cpu else f"{sizes.world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
+        "GPUs": "none"
+        if on_cpu
+        else f"{sizes.world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
         **_steps(config),
         "packs": _packs(config),

@@ -54,7 +54,9 @@ class PlacementConfig:
         1, "Machines with policy workers. On cuda each holds policy_num_gpus_per_node workers.", FROM_ONE
     )
     policy_num_gpus_per_node: int | None = setting(
-        None, "Policy workers on each machine. null: one replica (tensor_model_parallel_size x context_parallel_size).", FROM_ONE
+        None,
+        "Policy workers on each machine. null: one replica (tensor_model_parallel_size x context_parallel_size).",
+        FROM_ONE,
     )
     colocate_all: bool = setting(
         False,

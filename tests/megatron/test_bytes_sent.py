@@ -1,4 +1,4 @@
-"""Bytes that ranks send in a training step, counted in its collectives: the formulas of docs/gpus.md, "What is sent"."""
+"""Bytes that ranks send in a training step, counted in its collectives: docs/gpus.md, "What is sent"."""
 
 from __future__ import annotations
 

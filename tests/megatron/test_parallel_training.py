@@ -34,6 +34,7 @@ TOLERANCE = 1e-5
 # Of a weight's largest difference, where updates move it by about the learning rate.
 WEIGHT_TOLERANCE = 1e-3 * LR
 
+
 @dataclass(frozen=True)
 class Layout:
     tp: int = 1
@@ -48,7 +49,11 @@ ONE_RANK = Layout()
 PROPOSALS = [
     Proposals([5, 6, 7], Generation([8, 9, 10, 11], [0.0] * 4, "length", Versions()), [3], [[9, 10, 11]], [[0.0] * 3]),
     Proposals(
-        [1, 2], Generation([3, 4, 5, 6, 7], [0.0] * 5, "length", Versions()), [2, 4], [[4, 4, 9], [6, 7, 1]], [[0.0] * 3] * 2
+        [1, 2],
+        Generation([3, 4, 5, 6, 7], [0.0] * 5, "length", Versions()),
+        [2, 4],
+        [[4, 4, 9], [6, 7, 1]],
+        [[0.0] * 3] * 2,
     ),
 ]
 LAYOUTS = {
