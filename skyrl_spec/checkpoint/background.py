@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from skyrl_spec.checkpoint.dist import Save, on_all_ranks
 from skyrl_spec.checkpoint.pieces import SavedComponent
+from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.types import Component
 
 # Seconds between looks at the threads of all ranks, for one that waits for them.
@@ -43,12 +44,13 @@ class BackgroundSaver:
         components: Mapping[Component, SavedComponent],
         extra: dict[str, Any],
         per_rank: dict[str, Tensor] | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         """Copies what is saved, and begins to write it. For the arguments and errors see ``dist.save``."""
         assert self._writing is None
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        save = Save(directory, components, extra, per_rank, copies=True)
+        save = Save(directory, components, extra, per_rank, parallel, copies=True)
         self._writing = _Writing(save, self._group)
         self._writing.start()
 

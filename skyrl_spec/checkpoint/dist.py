@@ -1,8 +1,8 @@
 """Save and load of the trained components, in Megatron's distributed checkpoint format. Both are collective.
 
 Files. A checkpoint has Megatron's files (``.metadata``, ``*.distcp``, ``metadata.json``, ``common.pt``), one
-``rank_dpI_tpJ.safetensors`` (with ``_cpK`` for a second and further ranks that share packs) per rank with its RNG
-states, and ``checkpoint.json``. The latter holds everything that is
+``rank_dpI_tpJ.safetensors`` per rank with its RNG states (with ``_cpK`` for ranks that share packs with the first, and
+``_ppL`` for stages that are L before the last), and ``checkpoint.json``. The latter holds everything that is
 small and equal on all ranks: step counts, schedules, the caller's ``extra``, and names and shapes for checks.
 
 Tensors. Parameters, Adam moments and fp32 masters are cut by the rules that also load and export weights
@@ -69,17 +69,19 @@ def save(
     components: Mapping[Component, SavedComponent],
     extra: dict[str, Any],
     per_rank: dict[str, Tensor] | None = None,
+    parallel: Parallel | None = None,
 ) -> None:
     """Writes ``components`` to ``directory`` (named ``step_N``), which appears when it is complete.
 
     Args:
         extra: plain data for JSON, equal on all ranks.
         per_rank: small tensors of this rank, such as states of generators. torch's CPU generator is always saved.
+        parallel: that of the components. Needed on a pipeline stage that has none.
 
     Raises:
         RunError: it could not be written. Raised on all ranks; earlier checkpoints are untouched.
     """
-    save, error = Save(directory, components, extra, per_rank), None
+    save, error = Save(directory, components, extra, per_rank, parallel), None
     try:
         save.write()
     except (OSError, CheckpointException) as raised:
@@ -96,6 +98,7 @@ class Save:
         components: Mapping[Component, SavedComponent],
         extra: dict[str, Any],
         per_rank: dict[str, Tensor] | None = None,
+        parallel: Parallel | None = None,
         *,
         copies: bool = False,
     ):
@@ -104,11 +107,13 @@ class Save:
         Raises:
             RunError: nothing can be written there.
         """
-        self._directory, self._parallel = directory, _parallel(components)
+        self._directory = directory
+        self._parallel = parallel = parallel or _parallel(components)
         for component in components.values():
             initialize_optimizer(component.trainable)
         self._tensors = main_replicas(sharded(components), copies=copies)
-        self._record = {"layout": _layout(self._parallel), "parts": _describe(components), "extra": extra}
+        parts = _of_all_stages(_describe(components), parallel)
+        self._record = {"layout": _layout(parallel), "parts": parts, "extra": extra}
         with self._plain_errors():
             _together(lambda: folders.begin(directory) if self._parallel.rank == 0 else None)
             partial = folders.partial(directory)
@@ -152,7 +157,9 @@ def _raise(error: BaseException | None) -> None:
         raise error
 
 
-def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loaded:
+def load(
+    directory: Path, components: Mapping[Component, SavedComponent], parallel: Parallel | None = None
+) -> Loaded:
     """Loads ``components`` in place and sets torch's CPU generator. ``directory`` may hold more components.
 
     The parallel layout may differ from the layout of the save. Then per-rank states come from the first rank of the
@@ -163,8 +170,9 @@ def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loa
         ConfigError: the checkpoint is incomplete or unreadable, or a component is missing or of another model or dtype.
             Raised on all ranks, before any change, except that an unreadable file may leave components half loaded.
     """
-    parallel = _parallel(components)
-    record = _together(lambda: _check(directory, components))
+    parallel = parallel or _parallel(components)
+    here = _of_all_stages(_identities(components), parallel)
+    record = _together(lambda: _check(directory, here))
     for component in components.values():
         initialize_optimizer(component.trainable)
     try:
@@ -174,8 +182,8 @@ def load(directory: Path, components: Mapping[Component, SavedComponent]) -> Loa
             f"trainer.resume_path={directory}: cannot be read ({reason(error)}); resume from another checkpoint"
         ) from None
     for name, component in components.items():
-        described = record["parts"][name]
-        set_steps(component.trainable, described["optimizer_steps"], described["scheduler"]["num_steps"])
+        saved = record["parts"][name]
+        set_steps(component.trainable, saved["optimizer_steps"], saved["scheduler"]["num_steps"])
     per_rank = _together(lambda: _read_per_rank(directory, parallel, record["layout"]))
     if per_rank:
         torch.set_rng_state(per_rank.pop(_TORCH_RNG))
@@ -200,7 +208,7 @@ def _parallel(components: Mapping[Component, SavedComponent]) -> Parallel:
 
 
 def _layout(parallel: Parallel) -> dict[str, int]:
-    return {"tp": parallel.tp_size, "cp": parallel.cp_size, "dp": parallel.dp_size}
+    return {"tp": parallel.tp_size, "cp": parallel.cp_size, "pp": parallel.pp_size, "dp": parallel.dp_size}
 
 
 def _together(step: Callable[[], T]) -> T:
@@ -250,10 +258,11 @@ def _write_small_files(partial: Path, parallel: Parallel, per_rank: dict[str, Te
 def _per_rank_file(directory: Path, parallel: Parallel, layout: dict[str, int]) -> Path:
     """This rank's file in a checkpoint of ``layout``."""
     tp_rank = parallel.tp_rank if layout["tp"] == parallel.tp_size else 0
-    # Older checkpoints do not know it.
+    # Older checkpoints do not know them.
     cp_rank = parallel.cp_rank if layout.get("cp", 1) == parallel.cp_size else 0
-    context = f"_cp{cp_rank}" if cp_rank else ""
-    return directory / f"rank_dp{parallel.dp_rank}_tp{tp_rank}{context}.safetensors"
+    stages_behind = parallel.pp_size - 1 - parallel.pp_rank if layout.get("pp", 1) == parallel.pp_size else 0
+    others = "".join(f"_{name}{number}" for name, number in (("cp", cp_rank), ("pp", stages_behind)) if number)
+    return directory / f"rank_dp{parallel.dp_rank}_tp{tp_rank}{others}.safetensors"
 
 
 def _read_per_rank(directory: Path, parallel: Parallel, layout: dict[str, int]) -> dict[str, Tensor]:
@@ -266,12 +275,30 @@ def _read_per_rank(directory: Path, parallel: Parallel, layout: dict[str, int]) 
         ) from None
 
 
-def _describe(components: Mapping[Component, SavedComponent]) -> dict[str, Any]:
-    """Names and shapes that a load checks, and counters that it sets. Independent of the parallel layout."""
+def _of_all_stages(described: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """What is described of the whole components, from what each rank says of its pipeline stage. Collective."""
+    merged: dict[str, Any] = {}
+    for of_rank in on_all_ranks(described) if parallel.pp_size > 1 else [described]:
+        for name, part in of_rank.items():
+            known = merged.setdefault(name, part)
+            merged[name] = known | {"shapes": known["shapes"] | part["shapes"]}
+    return merged
+
+
+def _identities(components: Mapping[Component, SavedComponent]) -> dict[str, Any]:
+    """Names, shapes and types that a load checks."""
     return {
-        name: {
-            "dtypes": sorted(_dtypes(component)),
-            "shapes": _shapes(component),
+        name: {"dtypes": sorted(_dtypes(component)), "shapes": _shapes(component)}
+        for name, component in components.items()
+    }
+
+
+def _describe(components: Mapping[Component, SavedComponent]) -> dict[str, Any]:
+    """``_identities``, and counters that a load sets."""
+    identities = _identities(components)
+    return {
+        name: identities[name]
+        | {
             "optimizer_steps": optimizer_steps(component.trainable),
             "scheduler": component.trainable.scheduler.state_dict(),
         }
@@ -295,18 +322,18 @@ def _shapes(component: SavedComponent) -> dict[str, list[int]]:
     }
 
 
-def _check(directory: Path, components: Mapping[Component, SavedComponent]) -> dict[str, Any]:
-    """Record of the checkpoint, checked against ``components``."""
+def _check(directory: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Record of the checkpoint, checked against the components of this run."""
     record = folders.read_record(directory)
     _check_index(directory)
     setting, saved_components = f"trainer.resume_path={directory}", record["parts"]
-    for name, component in components.items():
+    for name, part in described.items():
         if name not in saved_components:
             raise ConfigError(
                 f"{setting}: holds no {name} (it has: {', '.join(sorted(saved_components))}); "
                 f"resume without the {name}, or from another checkpoint"
             )
-        saved, shapes = saved_components[name], _shapes(component)
+        saved, shapes = saved_components[name], part["shapes"]
         if saved["shapes"] != shapes:
             differing = sorted(
                 key for key in saved["shapes"].keys() | shapes if saved["shapes"].get(key) != shapes.get(key)
@@ -318,10 +345,10 @@ def _check(directory: Path, components: Mapping[Component, SavedComponent]) -> d
                 f"({len(differing)} tensors differ); set the model it was trained from, or resume from another "
                 "checkpoint"
             )
-        if saved["dtypes"] != sorted(_dtypes(component)):
+        if saved["dtypes"] != part["dtypes"]:
             raise ConfigError(
                 f"{setting}: its {name} was trained in {'+'.join(saved['dtypes'])}, this run is set to "
-                f"{'+'.join(sorted(_dtypes(component)))}; set trainer.policy.megatron_config.dtype={saved['dtypes'][0]}"
+                f"{'+'.join(part['dtypes'])}; set trainer.policy.megatron_config.dtype={saved['dtypes'][0]}"
             )
     return record
 

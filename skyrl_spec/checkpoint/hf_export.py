@@ -30,6 +30,16 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _COPIES = re.compile(r"(^|\.)(embed_tokens|lm_head|shared_head\.head)\.weight$")
 
 
+class Exported(Protocol):
+    """Part of ``training.exports.Exports`` that an export uses."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def draft_source(self) -> Path | None: ...
+    def draft_hf_config(self) -> dict[str, Any] | None: ...
+
+
 class ExportedTrainer(Protocol):
     """Part of ``training.trainer.PolicyTrainer`` that an export uses."""
 
@@ -37,13 +47,7 @@ class ExportedTrainer(Protocol):
     parallel: Parallel
 
     @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def draft_source(self) -> Path | None:
-        """Checkpoint directory with the draft's tensors. None without a draft."""
-        ...
-
-    def draft_hf_config(self) -> dict[str, Any] | None: ...
+    def exports(self) -> Exported: ...
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]: ...
 
 
@@ -54,21 +58,21 @@ def save_hf(trainer: ExportedTrainer, run_dir: Path) -> None:
     it is complete.
     """
     components: list[Component] = ["policy"]
-    if trainer.draft_source == trainer.spec.path:
+    if trainer.exports.draft_source == trainer.spec.path:
         components.append("draft")
     _save_model(trainer, components, run_dir / "model")
-    if trainer.draft_source not in (None, trainer.spec.path):
+    if trainer.exports.draft_source not in (None, trainer.spec.path):
         save_draft(trainer, run_dir)
 
 
 def save_draft(trainer: ExportedTrainer, run_dir: Path) -> None:
     """Writes the draft to ``run_dir/draft``, or to ``run_dir/model`` with the starting policy that it is a part of."""
-    if trainer.draft_source == trainer.spec.path:
+    if trainer.exports.draft_source == trainer.spec.path:
         _save_model(trainer, ["draft"], run_dir / "model")
         return
     weights = _gather(trainer, ["draft"])
     if trainer.parallel.rank == 0:
-        config = trainer.draft_hf_config()
+        config = trainer.exports.draft_hf_config()
         assert config is not None
         write_draft(weights, config, run_dir / "draft")
 
@@ -127,7 +131,7 @@ def complete(target: Path) -> Iterator[Path]:
 def _save_model(trainer: ExportedTrainer, components: list[Component], target: Path) -> None:
     weights = _gather(trainer, components)
     if trainer.parallel.rank == 0:
-        write_model(weights, trainer.spec.path, trainer.dtype, target)
+        write_model(weights, trainer.spec.path, trainer.exports.dtype, target)
 
 
 def _gather(trainer: ExportedTrainer, components: list[Component]) -> dict[str, Tensor]:

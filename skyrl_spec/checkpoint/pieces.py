@@ -36,7 +36,7 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
         parameters = megatron_patches.named_parameters(module)
         # Any other state would be lost silently.
         stateful = {
-            megatron_patches.canonical_name(key)
+            megatron_patches.name_in_model(module, key)
             for key, value in module.state_dict().items()
             if isinstance(value, Tensor)
         }
@@ -102,6 +102,8 @@ class _Place:
     full_shape: tuple[int, ...]
     offset: tuple[int, ...]
     tp_replica: int
+    # 1 for the last stage's copy of an embedding that is also the output head.
+    stage_replica: int
     # The number of padding rows depends on the tensor-parallel size. They and their optimizer state are zero.
     padded: bool
 
@@ -118,6 +120,8 @@ class _Place:
             full_shape=tuple(full),
             offset=tuple(offset),
             tp_replica=parallel.tp_rank if rule.shard_axis is None else 0,
+            # Megatron's mark.
+            stage_replica=int(getattr(parameter, "shared", False)),
             padded=exported < math.prod(full),
         )
 
@@ -134,7 +138,7 @@ class _Place:
                 global_shape=self.full_shape,
                 global_offset=tuple(a + b for a, b in zip(corner, self.offset, strict=True)),
                 axis_fragmentations=None,
-                replica_id=(self.tp_replica, replica),
+                replica_id=(self.stage_replica, self.tp_replica, replica),
                 allow_shape_mismatch=self.padded,
             )
             position += numel

@@ -82,7 +82,8 @@ class PolicyGroup:
         answers: list[StepReport] = self._all("train_mini_batch", ray.put(batch), draft, scored)
         shards = [answers[leader].policy_logprobs for leader in self._leaders]
         known = [{"logprobs": shard} for shard in shards if shard is not None]
-        return replace(answers[0], policy_logprobs=gather_shards(batch, known)["logprobs"]) if known else answers[0]
+        report = answers[self._leaders[0]]
+        return replace(report, policy_logprobs=gather_shards(batch, known)["logprobs"]) if known else report
 
     def offload_training_state(self) -> None:
         """Moves optimizer state and gradients to host memory, where the settings say so, until the next update."""
@@ -94,11 +95,11 @@ class PolicyGroup:
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft alone."""
-        return self._all("train_draft", ray.put(batch))[0]
+        return self._all("train_draft", ray.put(batch))[self._leaders[0]]
 
     def score_proposals(self, proposals: list[Proposals]) -> ProposalScores:
         """Log-probs of policy and draft for an engine's responses and drafted tokens."""
-        return self._all("score_proposals", ray.put(proposals))[0]
+        return self._all("score_proposals", ray.put(proposals))[self._leaders[0]]
 
     def export(self, component: Component) -> list[tuple[ray.ObjectRef, int]]:
         """Weights in Ray's object store: chunks and their sizes in bytes."""

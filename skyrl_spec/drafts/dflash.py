@@ -51,12 +51,13 @@ from skyrl_spec.drafts.shares import StepRandom, draw_numbers
 from skyrl_spec.losses.draft_loss import draft_loss
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
-from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.capture import CapturePoint, layer_output
 from skyrl_spec.models.context_parallel import Reach, gathered, sum_over_ranks
 from skyrl_spec.models.conversion import dflash_rules
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, first_tokens, table_length
 from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.models.policy import WITHOUT_PIPELINE
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, exported_dflash_config, read_dflash_spec
@@ -107,9 +108,7 @@ class DflashDraft(Draft):
         self.vocab_size = target.vocab_size
         self.module = build_dflash(self.spec, trunk, parallel)
         self.rules = dflash_rules(self.spec.layers)
-        self.capture_points = tuple(
-            CapturePoint(f"decoder.layers.{layer}", "output") for layer in self.spec.target_layer_ids
-        )
+        self.capture_points = tuple(map(layer_output, self.spec.target_layer_ids))
         self.random = StepRandom(seed)
         # Largest number of slots in a forward pass. A single block may have more.
         self.max_slots = max_slots
@@ -395,6 +394,7 @@ def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel)
         recompute_method=None,
         recompute_num_layers=None,
         sequence_parallel=False,
+        **WITHOUT_PIPELINE,
     )
     with megatron_patches.megatron_device(parallel.device):
         rotary = RotaryEmbedding(

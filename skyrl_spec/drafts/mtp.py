@@ -38,20 +38,19 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.losses.draft_loss import draft_loss
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import key_value_rows
-from skyrl_spec.models.capture import CapturePoint
+from skyrl_spec.models.capture import EMBEDDING, CapturePoint
 from skyrl_spec.models.context_parallel import Reach, gathered, sum_over_ranks
 from skyrl_spec.models.conversion import mtp_rules
 from skyrl_spec.models.flash import Documents
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, Share, ranges, table_length
 from skyrl_spec.models.parallel import Parallel
-from skyrl_spec.models.policy import layer_spec
+from skyrl_spec.models.policy import WITHOUT_PIPELINE, layer_spec
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import MtpConfig
 from skyrl_spec.specs.model import ModelSpec
 
 TRUNK_HIDDEN = CapturePoint("decoder.final_layernorm", "input")
-EMBEDDING = CapturePoint("embedding", "output")
 
 
 @dataclass(frozen=True)
@@ -354,6 +353,7 @@ def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPred
         recompute_method=None,
         recompute_num_layers=None,
         sequence_parallel=False,
+        **WITHOUT_PIPELINE,
     )
     layer = get_mtp_layer_spec_for_backend(layer_spec(config, ChainAttention), backend=_Backend())
     spec = ModuleSpec(

@@ -17,10 +17,19 @@ from skyrl_spec.models.sequence_parallel import whole
 
 @dataclass(frozen=True)
 class CapturePoint:
-    """First input or output of the submodule named ``module``."""
+    """First input or output of the submodule that is named ``module`` in the whole model."""
 
     module: str
     side: Literal["input", "output"]
+
+
+# The embedding's output, which a stage that has none makes of its copy.
+EMBEDDING = CapturePoint("embedding", "output")
+
+
+def layer_output(layer: int) -> CapturePoint:
+    """Output of a layer, from 0."""
+    return CapturePoint(f"decoder.layers.{layer}", "output")
 
 
 class Captured:
@@ -55,19 +64,31 @@ class Captured:
 
         Under sequence parallelism this is collective over tensor-parallel ranks.
         """
-        tensors, self._tensors = self._tensors, {}
+        tensors = self.take_parts()
         if self._is_sequence_parallel:
             return {point: whole(tensor, self.num_tokens) for point, tensor in tensors.items()}
         return {point: tensor[:, 0] for point, tensor in tensors.items()}
 
+    def take_parts(self) -> dict[CapturePoint, Tensor]:
+        """``take`` without what other tensor-parallel ranks have: the model's own tensors, ``[T, 1, D]``."""
+        tensors, self._tensors = self._tensors, {}
+        return tensors
+
+    def add_parts(self, tensors: dict[CapturePoint, Tensor]) -> None:
+        """Adds tensors of other pipeline stages to the last forward pass."""
+        self._tensors |= tensors
+
 
 @contextmanager
 def capture(model: PolicyModel, points: tuple[CapturePoint, ...]) -> Iterator[Captured]:
-    """Hooks on ``model`` at ``points``, removed at the end of the context."""
+    """Hooks on ``model`` at those of ``points`` that its stage has, removed at the end of the context."""
     captured = Captured(is_sequence_parallel=model.config.sequence_parallel)
     handles = [model.register_forward_pre_hook(partial(_put_length, captured))]
+    modules = {model.whole_name(name): module for name, module in model.named_modules()}
     for point in points:
-        module = model.get_submodule(point.module)
+        module = modules.get(point.module)
+        if module is None:
+            continue
         if point.side == "input":
             handles.append(module.register_forward_pre_hook(partial(_put_input, captured, point), with_kwargs=True))
         else:

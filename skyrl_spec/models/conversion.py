@@ -203,9 +203,18 @@ def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> 
     """HF names and full tensors, on every tensor-parallel rank. All of these ranks must iterate."""
     parameters = megatron_patches.named_parameters(module)
     for rule in rules:
-        shard = parameters[rule.megatron].detach()
-        full = _gather(shard, rule, parallel)
-        yield from zip(rule.hf, rule.from_canonical(full), strict=True)
+        yield from zip(rule.hf, full_tensors(rule, parameters[rule.megatron], parallel), strict=True)
+
+
+def full_tensors(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[Tensor]:
+    """The HF tensors of ``rule``, on every tensor-parallel rank. Collective over these ranks."""
+    return rule.from_canonical(_gather(parameter.detach(), rule, parallel))
+
+
+def own_rules(module: nn.Module, rules: list[Rule]) -> list[Rule]:
+    """The rules of the parameters that a pipeline stage has."""
+    names = megatron_patches.named_parameters(module).keys()
+    return [rule for rule in rules if rule.megatron in names]
 
 
 def hf_shapes(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[torch.Size]:

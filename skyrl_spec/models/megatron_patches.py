@@ -144,6 +144,25 @@ def no_current_stream() -> Iterator[None]:
 
 
 @contextmanager
+def groups_of_this_rank() -> Iterator[None]:
+    """Context in which Megatron's optimizer takes this rank's parameter groups for those of all ranks.
+
+    It compares them over all ranks of the world, but a module of one pipeline stage has no optimizer on the others. Can
+    go when Megatron compares them over the ranks of the optimizer.
+    """
+    real = torch.distributed.all_gather_object
+
+    def all_like_this(found: list[Any], own: Any, group: Any = None) -> None:
+        found[:] = [own] * len(found)
+
+    torch.distributed.all_gather_object = all_like_this
+    try:
+        yield
+    finally:
+        torch.distributed.all_gather_object = real
+
+
+@contextmanager
 def megatron_device(device: torch.device) -> Iterator[None]:
     """Context for every call into Megatron that allocates or reduces: building, schedules, optimizer steps."""
     if device.type == "cpu":
@@ -214,6 +233,12 @@ def canonical_name(name: str) -> str:
     return name.replace(f".{new}.", f".{old}.")
 
 
+def name_in_model(module: nn.Module, name: str) -> str:
+    """``canonical_name`` of a parameter of ``module``, in the whole model if that is a pipeline stage."""
+    whole_name: Callable[[str], str] = getattr(module, "whole_name", lambda name: name)
+    return whole_name(canonical_name(name))
+
+
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of ``module`` by ``canonical_name``."""
-    return {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+    """Parameters of ``module`` by ``name_in_model``."""
+    return {name_in_model(module, name): parameter for name, parameter in module.named_parameters()}

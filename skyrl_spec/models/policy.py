@@ -29,8 +29,10 @@ from skyrl_spec.models.sequence_parallel import padded, whole
 from skyrl_spec.settings.derived import uses_sequence_parallel
 from skyrl_spec.settings.policy import MegatronConfig
 from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
+from skyrl_spec.specs.stages import Stages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LAYERS = "decoder.layers."
 
 
 def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.device) -> TransformerConfig:
@@ -56,6 +58,15 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=megatron.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
+        # Packs differ in length. Every stage knows the lengths (``training.pipeline``).
+        variable_seq_lengths=megatron.pipeline_model_parallel_size > 1,
+        # Megatron checks the default of a model without experts too.
+        moe_token_dispatcher_type="alltoall",
+        # A wait of the host for every tensor, for versions of PyTorch before 2.0.
+        batch_p2p_sync=False,
         sequence_parallel=uses_sequence_parallel(megatron, device.type),
         use_cpu_initialization=device.type == "cpu",
         # Every weight is read from a checkpoint.
@@ -107,15 +118,44 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Docu
     )
 
 
+# Settings of a pipeline, for a module that one stage has whole.
+WITHOUT_PIPELINE: dict[str, Any] = {
+    "pipeline_model_parallel_size": 1,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "variable_seq_lengths": False,
+}
+
+
 class PolicyModel(GPTModel):
-    """GPTModel whose forward pass stops before the output layer."""
+    """GPTModel whose forward pass stops before the output layer, or the layers of one pipeline stage."""
+
+    # Of the whole model, that the stages before this one have.
+    num_layers_before = 0
+    # On the last stage, for a draft: this rank's rows of the first stage's embedding, as of ``refresh_embedding``.
+    embedding_copy_vD: Tensor | None = None
+
+    def whole_name(self, name: str) -> str:
+        """Name in the whole model of a parameter or module of this stage."""
+        if name == "output_layer.weight" and self.share_embeddings_and_output_weights:
+            return "embedding.word_embeddings.weight"
+        if self.num_layers_before == 0 or not name.startswith(_LAYERS):
+            return name
+        number, *rest = name.removeprefix(_LAYERS).split(".", 1)
+        return ".".join([f"{_LAYERS}{int(number) + self.num_layers_before}", *rest])
 
     def forward(self, pack: Pack) -> Tensor:
-        """Hidden states of this rank's tokens after the final norm, ``[T, D]``, equal on tensor-parallel ranks."""
+        """Hidden states of this rank's tokens after the final norm, ``[T, D]``, equal on tensor-parallel ranks.
+
+        A stage that is not the last returns what the next one takes over, ``[T, 1, D]``, with a part of the tokens
+        under sequence parallelism.
+        """
         num_tokens = pack.num_own
         if self.config.sequence_parallel and pack.share is None:
             pack = padded(pack, self.config.tensor_model_parallel_size)
-        hidden_T1D = self.embedding(input_ids=pack.own(pack.token_ids_T)[None], position_ids=None)
+        hidden_T1D = None
+        if self.pre_process:
+            hidden_T1D = self.embedding(input_ids=pack.own(pack.token_ids_T)[None], position_ids=None)
         rotary = self.rotary_pos_emb(table_length(pack.documents.longest), packed_seq=True)
         hidden_T1D = self.decoder(
             hidden_states=hidden_T1D,
@@ -123,6 +163,8 @@ class PolicyModel(GPTModel):
             rotary_pos_emb=rotary[pack.own(pack.position_T)],
             packed_seq_params=PackedDocuments(documents=pack.documents, share=pack.share),
         )
+        if not self.post_process:
+            return hidden_T1D
         return whole(hidden_T1D, num_tokens) if self.config.sequence_parallel else hidden_T1D[:, 0]
 
     @torch.no_grad()
@@ -131,13 +173,30 @@ class PolicyModel(GPTModel):
 
         Megatron's own module would cut them into parts under sequence parallelism.
         """
-        words = self.embedding.word_embeddings
-        local = token_ids - words.vocab_start_index
-        is_remote = (local < 0) | (local >= len(words.weight))
-        rows = F.embedding(local.masked_fill(is_remote, 0), words.weight).masked_fill(is_remote[..., None], 0)
+        weight_vD, group = self._embedding_vD(), self.pg_collection.tp
+        local = token_ids - dist.get_rank(group) * len(weight_vD)
+        is_remote = (local < 0) | (local >= len(weight_vD))
+        rows = F.embedding(local.masked_fill(is_remote, 0), weight_vD).masked_fill(is_remote[..., None], 0)
         if self.config.tensor_model_parallel_size > 1:
-            dist.all_reduce(rows, group=words.tp_group)
+            dist.all_reduce(rows, group=group)
         return rows
+
+    def _embedding_vD(self) -> Tensor:
+        if self.pre_process:
+            return self.embedding.word_embeddings.weight
+        if self.share_embeddings_and_output_weights:
+            return self.output_weight_vD()
+        assert self.embedding_copy_vD is not None
+        return self.embedding_copy_vD
+
+    @torch.no_grad()
+    def refresh_embedding(self, parallel: Parallel) -> None:
+        """Copies the embedding from the first stage to the last, where drafts read it. Collective over the two."""
+        if parallel.ends_group is None or self.share_embeddings_and_output_weights:
+            return
+        if not self.pre_process and self.embedding_copy_vD is None:
+            self.embedding_copy_vD = torch.empty_like(self.output_layer.weight)
+        dist.broadcast(self._embedding_vD(), parallel.rank_of_stage(0), group=parallel.ends_group)
 
     def output_weight_vD(self) -> Tensor:
         """This rank's rows of the output head, which is the embedding if they are tied."""
@@ -146,19 +205,23 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
-def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel) -> PolicyModel:
-    """The policy on this rank's device, weights not yet loaded."""
+def build_policy(spec: ModelSpec, config: TransformerConfig, parallel: Parallel, stages: Stages) -> PolicyModel:
+    """The policy, or this stage of it, on this rank's device, weights not yet loaded."""
+    layers = stages.layers(parallel.pp_rank)
     with megatron_patches.megatron_device(parallel.device):
         model = PolicyModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(config)] * spec.num_layers, layer_norm=RmsNorm
+                layer_specs=[layer_spec(config)] * len(layers), layer_norm=RmsNorm
             ),
             vocab_size=padded_vocab_size(spec.vocab_size, parallel.tp_size),
             max_sequence_length=spec.max_position_embeddings,
+            pre_process=parallel.is_first_stage,
+            post_process=parallel.is_last_stage,
             share_embeddings_and_output_weights=spec.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
         )
+        model.num_layers_before = layers.start
         # Norms are built in fp32.
         return model.to(parallel.device, config.params_dtype)

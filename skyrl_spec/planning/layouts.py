@@ -246,7 +246,7 @@ def _training_seconds(
     config: Config, plan: MemoryPlan, spec: ModelSpec, options: LayoutsOptions, prompt: int, response: int
 ) -> float:
     hardware, trainer = config.trainer.hardware, config.trainer
-    world_size, tp, cp, dp = parallel_sizes(config)
+    world_size, tp, cp, _, dp = parallel_sizes(config)
     computed_s = sum(step_flops(config, prompt, response)) / (world_size * hardware.gpu_tflops * 1e12 * hardware.mfu)
     tokens = trainer.train_batch_size * config.generator.n_samples_per_prompt * (prompt + response) / dp
     size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
@@ -298,7 +298,7 @@ def table(found: Sequence[Estimate], limit: int) -> list[str]:
     rows: list[Sequence[str]] = [heads]
     for rank, one in enumerate(found[:limit], start=1):
         layout = one.layout
-        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, layout.trainers // (layout.tp * layout.cp))
+        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, 1, layout.trainers // (layout.tp * layout.cp))
         train = f"{layout.trainers}: {sizes}"
         sample = f"{layout.engines} x TP {layout.engine_tp}{' (shared)' if layout.is_shared else ''}"
         seconds = (one.step_s, one.sampling_s, one.training_s, one.moves_s)

@@ -147,7 +147,7 @@ def _draft_probs(config: Config, spec: ModelSpec) -> int:
 
 def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_policy: bool) -> WorkerMemory:
     trainer, size = config.trainer, _weight_bytes(config)
-    _, tp, cp, dp = parallel_sizes(config)
+    _, tp, cp, _, dp = parallel_sizes(config)
     policy_on_rank, draft_on_rank = count_on_rank(tensor_shapes(spec), tp, padded=True), count_on_rank(draft, tp)
     num_trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
     # The distributed optimizer divides a rank's optimizer state over all ranks with the same part of the model.

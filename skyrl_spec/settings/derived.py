@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from skyrl_spec.errors import ConfigError
@@ -10,16 +11,17 @@ from skyrl_spec.settings.schema import Config
 
 
 class ParallelSizes(NamedTuple):
-    """Number of policy workers, and of ranks in each parallelism: tensor, context and data."""
+    """Number of policy workers, and of ranks in each parallelism: tensor, context, pipeline and data."""
 
     world_size: int
     tp: int
     cp: int
+    pp: int
     dp: int
 
     def __str__(self) -> str:
-        context = f" x CP {self.cp}" if self.cp > 1 else ""
-        return f"TP {self.tp}{context} x DP {self.dp}"
+        others = "".join(f" x {name} {size}" for name, size in (("CP", self.cp), ("PP", self.pp)) if size > 1)
+        return f"TP {self.tp}{others} x DP {self.dp}"
 
 
 def parallel_sizes(config: Config) -> ParallelSizes:
@@ -29,27 +31,28 @@ def parallel_sizes(config: Config) -> ParallelSizes:
         ConfigError: the number of workers is not a multiple of the workers of a replica.
     """
     placement, megatron = config.trainer.placement, config.trainer.policy.megatron_config
-    tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
-    world_size = placement.policy_num_nodes * workers_per_node(config)
-    if world_size % (tp * cp):
-        setting = "trainer.policy.megatron_config"
-        sizes = (
-            f"tensor_model_parallel_size={tp}: must divide"
-            if cp == 1
-            else f"context_parallel_size={cp}: times tensor_model_parallel_size={tp} must divide"
-        )
+    sizes = _model_sizes(megatron)
+    world_size, replica = placement.policy_num_nodes * workers_per_node(config), math.prod(sizes.values())
+    if world_size % replica:
+        first, *others = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+        verb = f"times {' times '.join(others)} must divide" if others else "must divide"
         raise ConfigError(
-            f"{setting}.{sizes} the {world_size} policy workers (policy_num_nodes x policy_num_gpus_per_node); "
-            "change it or trainer.placement.policy_num_gpus_per_node"
+            f"trainer.policy.megatron_config.{first}: {verb} the {world_size} policy workers (policy_num_nodes x "
+            "policy_num_gpus_per_node); change it or trainer.placement.policy_num_gpus_per_node"
         )
-    return ParallelSizes(world_size, tp, cp, world_size // (tp * cp))
+    return ParallelSizes(world_size, *sizes.values(), world_size // replica)
+
+
+def _model_sizes(megatron: MegatronConfig) -> dict[str, int]:
+    """Ranks of one replica in each parallelism, by setting."""
+    names = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+    return {name: getattr(megatron, name) for name in names}
 
 
 def workers_per_node(config: Config) -> int:
     """Number of policy workers on each machine."""
     per_node, megatron = config.trainer.placement.policy_num_gpus_per_node, config.trainer.policy.megatron_config
-    replica = megatron.tensor_model_parallel_size * megatron.context_parallel_size
-    return replica if per_node is None else per_node
+    return math.prod(_model_sizes(megatron).values()) if per_node is None else per_node
 
 
 def pack_tokens(config: Config) -> int:

@@ -28,6 +28,22 @@ class MegatronConfig:
         "Workers that divide the tokens of every pack, for long sequences: each holds the activations of its part.",
         FROM_ONE,
     )
+    pipeline_model_parallel_size: int = setting(
+        1,
+        "Stages of consecutive layers, each on workers of its own. For models that do not fit otherwise, across "
+        "machines: stages send little to each other, but wait for each other.",
+        FROM_ONE,
+    )
+    num_layers_in_first_pipeline_stage: int | None = setting(
+        None,
+        "Layers of the first stage, which also has the embedding. null: as many as the others.",
+        FROM_ONE,
+    )
+    num_layers_in_last_pipeline_stage: int | None = setting(
+        None,
+        "Layers of the last stage, which also has the output head and the draft. null: as many as the others.",
+        FROM_ONE,
+    )
     sequence_parallel: bool | None = setting(
         None,
         "Divide activations between matrix products over the workers of a replica: less memory. null: true on cuda if "

@@ -31,10 +31,13 @@ class TrainableDraft:
 def load_draft(
     config: Config, spec: ModelSpec, trunk: TransformerConfig, parallel: Parallel, total_policy_steps: int
 ) -> TrainableDraft | None:
-    """The draft that ``config`` trains, if it trains one, for a policy with ``total_policy_steps`` optimizer steps."""
+    """The draft that ``config`` trains, for a policy with ``total_policy_steps`` optimizer steps.
+
+    None if it trains none, and on other pipeline stages than the last.
+    """
     trainer = config.trainer
     kind = trained_kind(trainer)
-    if kind is None:
+    if kind is None or not parallel.is_last_stage:
         return None
     draft = kind.build(config, spec, trunk, parallel)
     draft.fp32_logits = uses_fp32_head(config)
@@ -48,6 +51,7 @@ def load_draft(
         parallel,
         -(-total_policy_steps // (training_interval(trainer.draft.train) or 1)),
         trainer.max_skipped_updates,
+        is_on_one_stage=True,
     )
     copies = DraftCopies(trainable)
     copies.keep(FROZEN)

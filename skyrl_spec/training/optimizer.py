@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_meg
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -63,8 +65,11 @@ class Trainable:
         parallel: Parallel,
         total_steps: int,
         max_skipped_updates: int,
+        *,
+        is_on_one_stage: bool = False,
     ):
-        self.parallel = parallel
+        """``is_on_one_stage``: other pipeline stages have no part of the module."""
+        self.parallel, self._is_on_one_stage = parallel, is_on_one_stage
         self._max_skipped, self._skipped_in_a_row = max_skipped_updates, 0
         self.module = module
         with megatron_patches.megatron_device(parallel.device):
@@ -77,9 +82,15 @@ class Trainable:
                 ),
                 module=module,
             )
-            self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-                _megatron_optimizer_config(optimizer, megatron, config.params_dtype), [self.ddp]
-            )
+            with megatron_patches.groups_of_this_rank() if is_on_one_stage else nullcontext():
+                self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+                    _megatron_optimizer_config(optimizer, megatron, config.params_dtype), [self.ddp]
+                )
+        if is_on_one_stage and parallel.stage_group is not None:
+            # Megatron would sum the norm over all stages.
+            is_sharded = megatron.use_distributed_optimizer
+            for one in optimizers(self):
+                one.grad_stats_parallel_group = parallel.stage_group if is_sharded else parallel.tp_group
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
         self.state = HostCopies(self._state_tensors, parallel.device)
 
@@ -94,7 +105,9 @@ class Trainable:
     def reduce_grads(self) -> None:
         """Sums gradients over data-parallel ranks. Every rank must call it, with or without tokens."""
         with megatron_patches.megatron_device(self.parallel.device):
-            finalize_model_grads([self.ddp], num_tokens=None)
+            has_others = self._is_on_one_stage and self.parallel.pp_size > 1
+            groups = _groups_of_stage(self.parallel) if has_others else None
+            finalize_model_grads([self.ddp], num_tokens=None, pg_collection=groups)
 
     def step(self) -> OptimizerStep:
         """Clips the gradient, updates the module and advances the schedule, unless the gradient is not finite.
@@ -155,6 +168,15 @@ class Trainable:
         for optimizer in self.optimizer.chained_optimizers if is_chained else [self.optimizer]:
             if parameters := optimizer.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, grad_norm)
+
+
+def _groups_of_stage(parallel: Parallel) -> ProcessGroupCollection:
+    """Groups for Megatron's sums of gradients of a module that no other stage has a part of."""
+    groups = ProcessGroupCollection()
+    groups.tp, groups.pp, groups.dp_cp = parallel.tp_group, parallel.pp_group, parallel.dp_cp_group
+    # Megatron takes None for its own group of all stages.
+    groups.embd = groups.pos_embd = parallel.alone_group
+    return groups
 
 
 def _megatron_optimizer_config(

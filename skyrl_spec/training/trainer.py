@@ -8,13 +8,15 @@ Megatron's schedule runs a mini-batch micro-batch by micro-batch:
 
 Then gradients are summed over data-parallel ranks, and the policy's and the draft's optimizers step independently. With
 a frozen policy (warm-up of a draft), only the draft is trained.
+
+In a pipeline, a rank has the layers of one stage. The last stage has the draft and the losses.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +24,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from skyrl_spec.checkpoint.pieces import SavedComponent
 from skyrl_spec.data.packing import pack_rows, shard_rows
+from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.drafts.base import Supervision, Teacher, draft_metrics, num_sums
 from skyrl_spec.losses.logprobs import TokenLogprobs
 from skyrl_spec.models import megatron_patches
-from skyrl_spec.models.capture import Captured, capture
+from skyrl_spec.models.capture import EMBEDDING, Captured, CapturePoint, capture
 from skyrl_spec.models.context_parallel import ContextRanks
-from skyrl_spec.models.conversion import HfTensors, Rule, export_weights, hf_shapes, load_weights, policy_rules
+from skyrl_spec.models.conversion import HfTensors, load_weights, own_rules
 from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.derived import pack_tokens, ratio_anchor, uses_fp32_head, uses_tis
 from skyrl_spec.settings.schema import Config
-from skyrl_spec.specs.model import ModelSpec, padded_vocab_size
+from skyrl_spec.specs.model import ModelSpec
+from skyrl_spec.specs.stages import Stages
+from skyrl_spec.training import pipeline
 from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
 from skyrl_spec.training.device_clock import DeviceClock
 from skyrl_spec.training.draft import TrainableDraft, load_draft
+from skyrl_spec.training.exports import Exports
 from skyrl_spec.training.offload import Offload
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch, score_blocks
@@ -66,6 +71,11 @@ def _size(example: Example) -> tuple[bool, int]:
     return bool(example.supervisions), len(example.micro.loss_weights_N)
 
 
+def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+    """For Megatron's schedule, in a forward pass whose results are already taken."""
+    return output, torch.zeros((), dtype=torch.int, device=output.device), None
+
+
 class PolicyTrainer:
     """Policy, draft and reference of one rank. Most methods are collective: all ranks call them together."""
 
@@ -84,9 +94,12 @@ class PolicyTrainer:
         self._trunk_config = transformer_config(spec, megatron, parallel.device)
         self._context = ContextRanks.of(parallel, is_sequence_parallel=self._trunk_config.sequence_parallel)
         self._budget = pack_tokens(config)
-        tensors = HfTensors(spec.path)
-        self.rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, parallel.tp_size))
+        tensors, kind = HfTensors(spec.path), trained_kind(config.trainer)
+        self._stages = Stages.of(spec.num_layers, megatron)
+        self.exports = Exports(config, spec, parallel, self._stages, self._trunk_config.params_dtype)
         self.model = self._load_policy(tensors)
+        layers = [] if kind is None else kind.captured_layers(config.trainer)
+        self._states_of_stages = pipeline.StatesOfStages(parallel, self._stages, layers)
         # A frozen policy needs neither gradients nor optimizer state.
         self.policy = (
             None
@@ -102,8 +115,10 @@ class PolicyTrainer:
             )
         )
         self.draft = load_draft(config, spec, self._trunk_config, parallel, total_optimizer_steps)
-        # The draft in steps that train it, None in others.
-        self._trained_draft = self.draft
+        # The draft in steps that train it, None in others and on other stages.
+        self._trained_draft, self._trains_draft = self.draft, True
+        self._draft_kind = kind
+        self.weights_changed()
         # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
         self._to_hold: Example | None = None
         self._held: Held | None = None
@@ -120,7 +135,7 @@ class PolicyTrainer:
 
         Returns:
             ``policy_logprobs`` and ``ref_logprobs``, ``[rows of the shard, S]`` float32, 0 outside the response. The
-            shard is that of ``data.packing.shard_rows``.
+            shard is that of ``data.packing.shard_rows``. Zeros but on the last stage.
         """
         rows = self._local_rows(batch)
         logprobs = {"policy_logprobs": self._logprobs(self.model, batch, rows)} if policy else {}
@@ -137,7 +152,7 @@ class PolicyTrainer:
             scored: copies of the draft (``draft_copies``) whose acceptance length is predicted, on one micro-batch.
         """
         start = time.perf_counter()
-        self._trained_draft = self.draft if draft else None
+        self._trains_draft, self._trained_draft = draft, self.draft if draft else None
         self._draft_clock.reset()
         examples, denominator = self._examples(batch)
         self._to_hold = max(examples, key=_size) if draft and scored else None
@@ -146,33 +161,45 @@ class PolicyTrainer:
         metrics |= self.optimizer_step(scored if draft else ())
         draft_s = self._draft_clock.seconds()
         report = StepReport(metrics, time.perf_counter() - start - draft_s, draft_s)
-        if batch.policy_logprobs is None:
+        if batch.policy_logprobs is None and logprobs:
             micros = [example.micro for example in examples]
             report.policy_logprobs = in_rows(batch, self._local_rows(batch), micros, logprobs)
         return report
 
     @property
-    def draft_copies(self) -> DraftCopies:
-        """Copies of the draft's weights."""
-        assert self.draft is not None
+    def draft_copies(self) -> DraftCopies | None:
+        """Copies of the draft's weights. None on other stages than the draft's."""
         self.offload.require(self.model)
-        return self.draft.copies
+        return None if self.draft is None else self.draft.copies
+
+    def weights_changed(self) -> None:
+        """Tells that the policy's weights are others, which the draft's stage may have a copy of. Collective."""
+        if self._draft_kind is not None:
+            self.model.refresh_embedding(self.parallel)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
-        assert self.draft is not None
         start = time.perf_counter()
         examples, denominator = self._examples(batch)
         sums = self._zero_sums()
-        self.draft.trainable.zero_grad()
-        with self._capture(self.draft) as captured:
-            for example in examples:
+        if self.draft is not None:
+            self.draft.trainable.zero_grad()
+        with self._captured_by_draft() as captured:
+
+            def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+                example = next(data)
                 with torch.no_grad():
-                    hidden_TD = self._hidden(self.model, example.micro.pack, captured)
-                sums += self._train_draft(captured, hidden_TD, example, denominator)
-        self.draft.trainable.reduce_grads()
-        dist.all_reduce(sums, group=self.parallel.dp_cp_group)
-        metrics = draft_metrics(sums.tolist()) | self._draft_step()
+                    hidden_TD = self._hidden(model, example.micro.pack, captured)
+                if self.draft is not None:
+                    sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
+                return hidden_TD, _no_loss
+
+            self._run_forward(forward_step, self.model, examples, [example.micro.pack for example in examples])
+        metrics: Metrics = {}
+        if self.draft is not None:
+            self.draft.trainable.reduce_grads()
+            dist.all_reduce(sums, group=self.parallel.dp_cp_group)
+            metrics = draft_metrics(sums.tolist()) | self._draft_step()
         return StepReport(metrics=metrics, draft_train_s=time.perf_counter() - start)
 
     def forward_backward(self, batch: TrainBatch) -> Tensor:
@@ -191,7 +218,7 @@ class PolicyTrainer:
         self.policy.zero_grad()
         if self._trained_draft is not None:
             self._trained_draft.trainable.zero_grad()
-        with self._capture(self._trained_draft) as captured:
+        with self._captured_by_draft(is_read=self._trains_draft) as captured:
 
             def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 example = next(data)
@@ -201,16 +228,8 @@ class PolicyTrainer:
                         draft_sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
                 return hidden_TD, lambda hidden: self._policy_loss(hidden, example.micro, policy_sums, logprobs)
 
-            with megatron_patches.megatron_device(self.parallel.device):
-                get_forward_backward_func()(
-                    forward_step_func=forward_step,
-                    data_iterator=iter(examples),
-                    model=self.policy.ddp,
-                    num_microbatches=len(examples),
-                    # Without pipeline parallelism no shape is negotiated.
-                    seq_length=1,
-                    micro_batch_size=1,
-                )
+            packs = [example.micro.pack for example in examples]
+            pipeline.run(forward_step, self.policy.ddp, examples, packs, self.parallel)
         self.policy.reduce_grads()
         if self._trained_draft is not None:
             with self._draft_clock:
@@ -226,7 +245,9 @@ class PolicyTrainer:
                 metrics |= self._draft_step()
                 if scored:
                     metrics |= self._score_copies(scored)
-        return metrics | self.policy.step().metrics("policy")
+        metrics |= self.policy.step().metrics("policy")
+        self.weights_changed()
+        return metrics
 
     @torch.no_grad()
     def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
@@ -234,14 +255,13 @@ class PolicyTrainer:
 
         Collective over the ranks of a replica only: data-parallel replicas are equal.
         """
-        batch = response_batch(proposals)
+        batch, kind = response_batch(proposals), self._draft_kind
         policy_logprobs = self._logprobs(self.model, batch, np.arange(len(batch)))[batch.loss_mask]
-        num_positions = 0 if self.draft is None else self.draft.draft.num_positions
+        num_positions = 0 if kind is None else kind.num_positions(self.config.trainer)
         scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
-        if self.draft is not None:
-            with self._capture(self.draft) as captured:
-                packs = block_packs(proposals, num_positions, self._budget, self._context)
-                scores = [self._score_blocks(upload(pack, self.parallel.device), captured) for pack in packs] or scores
+        if kind is not None:
+            blocks = list(block_packs(proposals, num_positions, self._budget, self._context))
+            scores += self._score_blocks(blocks) if blocks else []
         logprobs, favourites = (np.concatenate(arrays) for arrays in zip(*scores, strict=True))
         return ProposalScores(policy_logprobs, logprobs, favourites)
 
@@ -257,24 +277,16 @@ class PolicyTrainer:
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
         """HF names and full tensors, in the layout that vLLM loads. All tensor-parallel ranks must iterate."""
         self.offload.require(self.model)
-        module, rules = self._exported(component)
-        return export_weights(module, rules, self.parallel)
-
-    def export_shapes(self, component: Component) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor that ``export`` yields, in its order. No communication."""
-        module, rules = self._exported(component)
-        parameters = megatron_patches.named_parameters(module)
-        return [
-            (name, parameters[rule.megatron].dtype, tuple(shape))
-            for rule in rules
-            for name, shape in zip(rule.hf, hf_shapes(rule, parameters[rule.megatron], self.parallel), strict=True)
-        ]
+        if component == "policy":
+            return self.exports.tensors(component, self.model)
+        return self.exports.tensors(component, None if self.draft is None else self.draft.draft.module)
 
     def saved_components(self) -> dict[Component, SavedComponent]:
         """Trained components, for a checkpoint."""
         saved: dict[Component, SavedComponent] = {}
         if self.policy is not None:
-            saved["policy"] = SavedComponent(self.policy, self.rules, self.offload.current)
+            rules = own_rules(self.model, self.exports.rules["policy"])
+            saved["policy"] = SavedComponent(self.policy, rules, self.offload.current)
         if self.draft is not None:
             saved["draft"] = SavedComponent(self.draft.trainable, self.draft.draft.rules, self.offload.current)
         return saved
@@ -284,36 +296,27 @@ class PolicyTrainer:
         """Dtype of the policy's parameters."""
         return next(self.model.parameters()).dtype
 
-    @property
-    def draft_source(self) -> Path | None:
-        """Checkpoint directory with the draft's tensors. None without a draft."""
-        return None if self.draft is None else self.draft.draft.source
-
-    def draft_hf_config(self) -> dict[str, Any] | None:
-        """``config.json`` of the exported draft. None without a draft with its own directory."""
-        return None if self.draft is None else self.draft.draft.hf_config(self.dtype)
-
-    def _exported(self, component: Component) -> tuple[torch.nn.Module, list[Rule]]:
-        """Module and conversion rules of ``component``."""
-        if component == "policy":
-            return self.model, self.rules
-        assert self.draft is not None
-        return self.draft.draft.module, self.draft.draft.rules
-
     def _load_policy(self, tensors: HfTensors) -> PolicyModel:
-        model = build_policy(self.spec, self._trunk_config, self.parallel)
-        load_weights(model, self.rules, tensors, self.parallel)
+        model = build_policy(self.spec, self._trunk_config, self.parallel, self._stages)
+        load_weights(model, own_rules(model, self.exports.rules["policy"]), tensors, self.parallel)
         return model
 
     @torch.no_grad()
     def _logprobs(self, model: PolicyModel, batch: TrainBatch, rows: np.ndarray) -> np.ndarray:
         """Log-probs of the response tokens of these rows, ``[len(rows), S]``, 0 elsewhere."""
-        micros = self._micros(batch, rows)
-        return in_rows(batch, rows, micros, [self._logprobs_of(model, micro) for micro in micros])
+        micros, logprobs = self._micros(batch, rows), list[Tensor]()
 
-    def _logprobs_of(self, model: PolicyModel, micro: Micro) -> Tensor:
-        micro = upload(micro, self.parallel.device)
-        return self._token_logprobs(model, self._hidden(model, micro.pack, None), micro).logprobs_T
+        def forward_step(data: Iterator[Micro], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro = upload(next(data), self.parallel.device)
+            hidden_TD = self._hidden(stage, micro.pack, None)
+            if self.parallel.is_last_stage:
+                logprobs.append(self._token_logprobs(model, hidden_TD, micro).logprobs_T)
+            return hidden_TD, _no_loss
+
+        self._run_forward(forward_step, model, micros, [micro.pack for micro in micros])
+        if not logprobs:
+            return np.zeros((len(rows), batch.token_ids.shape[1]), np.float32)
+        return in_rows(batch, rows, micros, logprobs)
 
     def _token_logprobs(self, model: PolicyModel, hidden_TD: Tensor, micro: Micro) -> TokenLogprobs:
         return response_logprobs(
@@ -374,7 +377,21 @@ class PolicyTrainer:
             megatron_patches.megatron_device(self.parallel.device),
             nullcontext() if captured is None else captured.listening(),
         ):
-            return model(pack)
+            hidden_TD = model(pack)
+        if captured is not None and not self.parallel.is_last_stage:
+            self._states_of_stages.send(captured)
+        elif captured is not None:
+            self._states_of_stages.receive(captured, pack, self._trunk_config)
+        return hidden_TD
+
+    def _run_forward(
+        self,
+        forward_step: pipeline.ForwardStep[Any],
+        model: PolicyModel,
+        items: Sequence[Any],
+        packs: Sequence[Pack],
+    ) -> None:
+        pipeline.run(forward_step, model, items, packs, self.parallel, forward_only=True)
 
     def _train_draft(
         self, captured: Captured | None, hidden_TD: Tensor, example: Example, denominator: Tensor
@@ -382,7 +399,7 @@ class PolicyTrainer:
         """Runs the draft forward and backward on detached tensors; returns its sums (``DraftSums.flat``)."""
         assert self._trained_draft is not None
         assert captured is not None
-        states, teacher, total = captured.take(), self._teacher(hidden_TD), self._zero_sums()
+        states, teacher, total = self._states(captured, example.micro.pack), self._teacher(hidden_TD), self._zero_sums()
         if example is self._to_hold:
             self._held = Held(states, teacher, example.micro.pack, example.supervisions)
         for supervision in example.supervisions:
@@ -401,18 +418,44 @@ class PolicyTrainer:
         dist.all_reduce(sums, group=self.parallel.dp_cp_group)
         return score_metrics(scored, sums.flatten().tolist())
 
+    def _states(self, captured: Captured, pack: Pack) -> dict[CapturePoint, Tensor]:
+        """What the draft reads of a micro-batch."""
+        states = captured.take()
+        assert self.draft is not None
+        if EMBEDDING in self.draft.draft.capture_points and EMBEDDING not in states:
+            states[EMBEDDING] = self.model.embed(pack.own(pack.token_ids_T))
+        return states
+
     def _teacher(self, hidden_TD: Tensor) -> Teacher:
         return Teacher(hidden_TD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
 
-    def _score_blocks(self, blocks: BlockPack, captured: Captured | None) -> tuple[np.ndarray, np.ndarray]:
-        """Log-prob of every drafted token under this draft, and this draft's most probable token, ``[A, K]``."""
-        assert self.draft is not None
+    def _score_blocks(self, blocks: Sequence[BlockPack]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each pack, the log-prob of every drafted token under this draft, and its most probable token, ``[A, K]``.
+
+        Empty but on the last stage.
+        """
+        scores: list[tuple[np.ndarray, np.ndarray]] = []
+        with self._captured_by_draft() as captured:
+
+            def forward_step(data: Iterator[BlockPack], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+                block = upload(next(data), self.parallel.device)
+                hidden_TD = self._hidden(model, block.pack, captured)
+                if self.draft is not None:
+                    scores.append(self._score_block(self.draft, block, captured, hidden_TD))
+                return hidden_TD, _no_loss
+
+            self._run_forward(forward_step, self.model, blocks, [block.pack for block in blocks])
+        return scores
+
+    def _score_block(
+        self, draft: TrainableDraft, block: BlockPack, captured: Captured | None, hidden_TD: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
         assert captured is not None
-        teacher = self._teacher(self._hidden(self.model, blocks.pack, captured))
+        teacher = self._teacher(hidden_TD)
         return score_blocks(
-            self.draft.draft.propose(captured.take(), teacher, blocks.pack, blocks.anchors),
+            draft.draft.propose(self._states(captured, block.pack), teacher, block.pack, block.anchors),
             teacher.output_weight_vD,
-            blocks.drafted_AK,
+            block.drafted_AK,
             vocab_size=self.spec.vocab_size,
             chunk_size=self.config.trainer.logprobs_chunk_size,
             group=self.parallel.tp_group,
@@ -427,8 +470,16 @@ class PolicyTrainer:
         width = 0 if self._trained_draft is None else num_sums(self._trained_draft.draft.num_positions)
         return torch.zeros(width, dtype=torch.float64, device=self.parallel.device)
 
-    def _capture(self, draft: TrainableDraft | None) -> AbstractContextManager[Captured | None]:
-        return nullcontext() if draft is None else capture(self.model, draft.draft.capture_points)
+    @contextmanager
+    def _captured_by_draft(self, *, is_read: bool = True) -> Iterator[Captured | None]:
+        """Hooks for what the draft reads of this stage. ``is_read=False``: no draft reads anything."""
+        if self._draft_kind is None or not is_read:
+            yield None
+            return
+        points = self._states_of_stages.own_points if self.draft is None else self.draft.draft.capture_points
+        with capture(self.model, points) as captured:
+            yield captured
+        self._states_of_stages.finish()
 
     def _reduce(self, sums: Tensor) -> Metrics:
         """Metrics of all ranks, in one collective. Losses already carry their denominator."""

@@ -81,6 +81,7 @@ class PolicyWorker:
             world_size=self._world_size,
             tensor_parallel_size=self._config.trainer.policy.megatron_config.tensor_model_parallel_size,
             context_parallel_size=self._config.trainer.policy.megatron_config.context_parallel_size,
+            pipeline_parallel_size=self._config.trainer.policy.megatron_config.pipeline_model_parallel_size,
             device=device,
             store=self._store,
             timeout_s=placement.collective_timeout_s,
@@ -100,10 +101,12 @@ class PolicyWorker:
         return self._trainer.train_mini_batch(batch, draft=draft, scored=scored)
 
     def keep_draft(self, copy: str) -> None:
-        self._trainer.draft_copies.keep(copy)
+        if (copies := self._trainer.draft_copies) is not None:
+            copies.keep(copy)
 
     def restore_draft(self, copy: str) -> None:
-        self._trainer.draft_copies.restore(copy)
+        if (copies := self._trainer.draft_copies) is not None:
+            copies.restore(copy)
 
     def offload_training_state(self) -> None:
         self._trainer.offload.training_state()
@@ -136,7 +139,7 @@ class PolicyWorker:
 
         trainer = self._trainer
         sources = {
-            component: ExportSource(trainer.export_shapes(component), partial(trainer.export, component))
+            component: ExportSource(trainer.exports.shapes(component), partial(trainer.export, component))
             for component in components
         }
         self._senders = build_senders(
@@ -158,13 +161,14 @@ class PolicyWorker:
         self._trainer.offload.require(self._trainer.model)
         torch.cuda.synchronize()
         self._senders[component].send_weights()
-        return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.export_shapes(component))
+        return sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in self._trainer.exports.shapes(component))
 
     def save_checkpoint(self, directory: Path, extra: dict[str, Any]) -> None:
         """Saves the trained components, with the driver's ``extra``."""
         from skyrl_spec.checkpoint import dist
 
-        dist.save(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
+        trainer = self._trainer
+        dist.save(directory, trainer.saved_components(), extra, trainer.random_state(), trainer.parallel)
 
     def begin_save(self, directory: Path, extra: dict[str, Any]) -> None:
         """Begins a save beside training; see ``save_checkpoint``."""
@@ -172,7 +176,8 @@ class PolicyWorker:
 
         if self._saver is None:
             self._saver = BackgroundSaver(self._config.trainer.placement.collective_timeout_s)
-        self._saver.begin(directory, self._trainer.saved_components(), extra, self._trainer.random_state())
+        trainer = self._trainer
+        self._saver.begin(directory, trainer.saved_components(), extra, trainer.random_state(), trainer.parallel)
 
     def finish_save(self, wait: bool) -> bool:
         """Whether the save beside training is complete. ``wait``: waits until it is."""
@@ -191,8 +196,9 @@ class PolicyWorker:
         # ``dist.load`` refuses a checkpoint without the policy, or without the only trained component.
         required = {"policy"} if len(trained) > 1 else set(trained)
         components = {name: component for name, component in trained.items() if name in saved | required}
-        loaded = dist.load(directory, components)
+        loaded = dist.load(directory, components, self._trainer.parallel)
         self._trainer.set_random_state(loaded.per_rank)
+        self._trainer.weights_changed()
         return loaded.extra
 
     def export_checkpoint(self, directory: Path, target: Path) -> None:

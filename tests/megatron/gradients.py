@@ -15,13 +15,15 @@ from skyrl_spec.types import Component
 
 
 def hf_gradients(trainer: PolicyTrainer, component: Component) -> dict[str, Tensor]:
-    """Gradient of every HF tensor of ``component``, summed over data-parallel ranks. Collective; equal on every rank.
+    """Gradient of every HF tensor of ``component`` that this pipeline stage has, summed over data-parallel ranks.
 
-    The buffers are only read: an optimizer step may follow.
+    Collective; equal on every rank of the stage. The buffers are only read: an optimizer step may follow.
     """
-    trainable = trainer.policy if component == "policy" else trainer.draft.trainable
-    module, rules = trainer._exported(component)
-    parameters, gradients = megatron_patches.named_parameters(module), _local_gradients(trainable)
+    saved = trainer.saved_components().get(component)
+    if saved is None:
+        return {}
+    trainable, rules = saved.trainable, saved.rules
+    parameters, gradients = megatron_patches.named_parameters(trainable.module), _local_gradients(trainable)
     found: dict[str, Tensor] = {}
     for rule in rules:
         full = _gather_tensor_parallel(gradients[parameters[rule.megatron]], rule, trainer.parallel)

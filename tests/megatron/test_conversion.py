@@ -17,6 +17,7 @@ from skyrl_spec.models.conversion import HfTensors, export_weights, hf_shapes, l
 from skyrl_spec.models.policy import build_policy, transformer_config
 from skyrl_spec.settings.policy import MegatronConfig
 from skyrl_spec.specs.model import load_spec, padded_vocab_size
+from skyrl_spec.specs.stages import Stages
 
 # fp32; two implementations add in another order.
 TOLERANCE = 1e-5
@@ -25,7 +26,7 @@ TOLERANCE = 1e-5
 def _check_checkpoint(path: Path, ranks: parallel.Parallel) -> None:
     spec = load_spec(str(path))
     config = MegatronConfig(tensor_model_parallel_size=ranks.tp_size, dtype="fp32")
-    model = build_policy(spec, transformer_config(spec, config, ranks.device), ranks)
+    model = build_policy(spec, transformer_config(spec, config, ranks.device), ranks, Stages((spec.num_layers,)))
     rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, ranks.tp_size))
     source = load_file(path / "model.safetensors")
     load_weights(model, rules, HfTensors(path), ranks)
@@ -69,7 +70,8 @@ def test_every_architecture_round_trips_and_equals_transformers(tmp_path: Path, 
 def _load_broken(_rank: int, path: Path, expected: str) -> None:
     ranks = parallel.lay_out(1, torch.device("cpu"))
     spec = load_spec(str(path))
-    model = build_policy(spec, transformer_config(spec, MegatronConfig(dtype="fp32"), ranks.device), ranks)
+    config = transformer_config(spec, MegatronConfig(dtype="fp32"), ranks.device)
+    model = build_policy(spec, config, ranks, Stages((spec.num_layers,)))
     with pytest.raises(ConfigError, match=expected):
         load_weights(model, policy_rules(spec, padded_vocab_size(spec.vocab_size, 1)), HfTensors(path), ranks)
 

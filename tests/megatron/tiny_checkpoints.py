@@ -81,6 +81,7 @@ def make_config(
     *,
     tp: int = 1,
     cp: int = 1,
+    pp: int = 1,
     draft: str | None = "mtp",
     dtype: str = "fp32",
     distributed: bool = False,
@@ -94,6 +95,7 @@ def make_config(
     trainer.policy.optimizer_config.max_grad_norm = 0.01
     trainer.policy.megatron_config.tensor_model_parallel_size = tp
     trainer.policy.megatron_config.context_parallel_size = cp
+    trainer.policy.megatron_config.pipeline_model_parallel_size = pp
     trainer.policy.megatron_config.dtype = dtype
     trainer.policy.megatron_config.use_distributed_optimizer = distributed
     trainer.policy.megatron_config.sequence_parallel = sequence_parallel

@@ -169,6 +169,16 @@ class DflashKind(DraftKind):
         assert trainer.dflash.path is not None
         return dflash_rules(read_dflash_spec(trainer.dflash.path).layers)
 
+    def num_positions(self, trainer: TrainerConfig) -> int:
+        return trainer.dflash.num_speculative_tokens or self._served(trainer).block_size - 1
+
+    def captured_layers(self, trainer: TrainerConfig) -> list[int]:
+        return list(self._served(trainer).target_layer_ids)
+
+    def _served(self, trainer: TrainerConfig) -> DflashSpec:
+        assert trainer.dflash.path is not None
+        return read_dflash_spec(trainer.dflash.path, weights=False)
+
     def hf_config(self, trainer: TrainerConfig, torch_dtype: str) -> dict[str, Any]:
         dflash = trainer.dflash
         assert dflash.path is not None

@@ -144,6 +144,14 @@ class DraftKind(ABC):
     def rules(self, trainer: TrainerConfig, spec: ModelSpec) -> list[Rule]:
         """Conversion of the draft's weights. Imports Megatron."""
 
+    @abstractmethod
+    def num_positions(self, trainer: TrainerConfig) -> int:
+        """Drafted tokens of a chain in training, of a draft whose settings are decided."""
+
+    def captured_layers(self, trainer: TrainerConfig) -> list[int]:
+        """Layers of the policy whose outputs the draft reads."""
+        return []
+
     def hf_config(self, trainer: TrainerConfig, torch_dtype: str) -> dict[str, Any] | None:
         """config.json of an exported draft. None: it is a part of the policy's checkpoint.
 

@@ -34,7 +34,7 @@ class MtpKind(DraftKind):
 
     def describe(self, trainer: TrainerConfig) -> str:
         mtp = trainer.mtp
-        depths = mtp.unroll_steps or mtp.num_speculative_tokens
+        depths = self.num_positions(trainer)
         return f"MTP head, k={mtp.num_speculative_tokens}, trained {depths} deep, {mtp.loss_type}"
 
     def check_user_speculation(self, user: dict[str, Any]) -> None:
@@ -76,11 +76,11 @@ class MtpKind(DraftKind):
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
         mtp = config.trainer.mtp
         # Keys of all tokens count as a layer.
-        return tokens + math.ceil(mtp.positions_per_step * tokens) * (mtp.unroll_steps or mtp.num_speculative_tokens)
+        return tokens + math.ceil(mtp.positions_per_step * tokens) * self.num_positions(config.trainer)
 
     def training_flops(self, config: Config, spec: ModelSpec, prompt: int, response: int) -> Flops:
         mtp, hidden = config.trainer.mtp, spec.hidden_size
-        depths = mtp.unroll_steps or mtp.num_speculative_tokens
+        depths = self.num_positions(config.trainer)
         # The first base is the last token of the prompt, and a base drafts after the next token.
         num_bases = max(response - 1, 0)
         probability, first, end = mean_window(num_bases, mtp.positions_per_step)
@@ -116,6 +116,9 @@ class MtpKind(DraftKind):
         from skyrl_spec.models.conversion import mtp_rules
 
         return mtp_rules(spec)
+
+    def num_positions(self, trainer: TrainerConfig) -> int:
+        return trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
 
 
 def _refusal(path: str, reason: str) -> ConfigError:
