@@ -157,9 +157,7 @@ def _raise(error: BaseException | None) -> None:
         raise error
 
 
-def load(
-    directory: Path, components: Mapping[Component, SavedComponent], parallel: Parallel | None = None
-) -> Loaded:
+def load(directory: Path, components: Mapping[Component, SavedComponent], parallel: Parallel | None = None) -> Loaded:
     """Loads ``components`` in place and sets torch's CPU generator. ``directory`` may hold more components.
 
     The parallel layout may differ from the layout of the save. Then per-rank states come from the first rank of the

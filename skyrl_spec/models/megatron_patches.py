@@ -155,7 +155,7 @@ def groups_of_this_rank() -> Iterator[None]:
     def all_like_this(found: list[Any], own: Any, group: Any = None) -> None:
         found[:] = [own] * len(found)
 
-    torch.distributed.all_gather_object = all_like_this
+    torch.distributed.all_gather_object = all_like_this  # type: ignore[assignment]
     try:
         yield
     finally:

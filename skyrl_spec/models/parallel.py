@@ -26,8 +26,8 @@ class Parallel:
     dp_cp_group: dist.ProcessGroup
     # Ranks with the other layers of the model, in their order, and the same part of each matrix.
     pp_group: dist.ProcessGroup
-    # The same ranks, for what travels beside the pipeline; the first and the last of them; all ranks of this stage; this
-    # rank alone. None without pipeline parallelism.
+    # None without pipeline parallelism: the same ranks, for what travels beside the pipeline; the first and the last of
+    # them; all ranks of this stage; this rank alone.
     side_group: dist.ProcessGroup | None = None
     ends_group: dist.ProcessGroup | None = None
     stage_group: dist.ProcessGroup | None = None

@@ -40,7 +40,8 @@ def parallel_sizes(config: Config) -> ParallelSizes:
             f"trainer.policy.megatron_config.{first}: {verb} the {world_size} policy workers (policy_num_nodes x "
             "policy_num_gpus_per_node); change it or trainer.placement.policy_num_gpus_per_node"
         )
-    return ParallelSizes(world_size, *sizes.values(), world_size // replica)
+    tp, cp, pp = sizes.values()
+    return ParallelSizes(world_size, tp, cp, pp, world_size // replica)
 
 
 def _model_sizes(megatron: MegatronConfig) -> dict[str, int]:

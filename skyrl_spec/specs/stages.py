@@ -40,8 +40,8 @@ class Stages:
             given += [f"last_pipeline_stage={last}"] * (last is not None)
             ends = "".join(f" with {_SETTING}.num_layers_in_{one}" for one in given)
             raise ConfigError(
-                f"{_SETTING}.pipeline_model_parallel_size={size}: {left} of the model's {num_layers} layers are left for "
-                f"{num_others} stages{ends}; set {_SETTING}.num_layers_in_first_pipeline_stage and "
+                f"{_SETTING}.pipeline_model_parallel_size={size}: {left} of the model's {num_layers} layers are left "
+                f"for {num_others} stages{ends}; set {_SETTING}.num_layers_in_first_pipeline_stage and "
                 "num_layers_in_last_pipeline_stage so that equal numbers are left for the others"
             )
         middle = [others] * num_others

@@ -1,7 +1,6 @@
-"""Micro-batches through the stages of the policy, by Megatron's schedule, and what a draft reads of earlier stages.
+"""Micro-batches through the stages of the policy, by Megatron's schedule.
 
-Every stage has the same packs, so each knows the shape of what it receives, and no shapes are sent. The draft is on the
-last stage. Captured states of earlier stages go there beside the pipeline, straight from their stage.
+Every stage has the same packs, so each knows the shape of what it receives, and no shapes are sent.
 
 Shapes: T tokens of this rank, or its part of them under sequence parallelism, D hidden.
 """
@@ -17,14 +16,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from skyrl_spec.models import megatron_patches
-from skyrl_spec.models.capture import Captured, CapturePoint, layer_output
 from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
-from skyrl_spec.specs.stages import Stages
 
 Item = TypeVar("Item")
 # (items, model) -> (output, loss of it): Megatron's ``forward_step_func``.
@@ -68,6 +64,11 @@ def run(
         )
 
 
+def no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+    """For a forward pass whose results are already taken: a loss function for Megatron's schedule."""
+    return output, torch.zeros((), dtype=torch.int, device=output.device), None
+
+
 def state_shape(pack: Pack, config: Any) -> list[int]:
     """Shape of a layer's output ``[T, 1, D]`` on this rank."""
     ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
@@ -96,46 +97,3 @@ def _groups(parallel: Parallel) -> ProcessGroupCollection:
     groups.embd = parallel_state.get_embedding_group(check_initialized=False)
     groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
     return groups
-
-
-class StatesOfStages:
-    """Carries outputs of layers from their stages to the last one, in the order of micro-batches.
-
-    Args:
-        layers: numbers of the layers whose outputs the draft reads, equal on all stages.
-    """
-
-    def __init__(self, parallel: Parallel, stages: Stages, layers: Sequence[int]):
-        self._parallel = parallel
-        last = parallel.pp_size - 1
-        # Both sides go through them in this order.
-        self._sent = [(stages.of_layer(layer), layer_output(layer)) for layer in layers if stages.of_layer(layer) < last]
-        self._under_way: list[tuple[Any, Tensor]] = []
-
-    @property
-    def own_points(self) -> tuple[CapturePoint, ...]:
-        """What this stage captures for the last one."""
-        return tuple(point for stage, point in self._sent if stage == self._parallel.pp_rank)
-
-    def send(self, captured: Captured) -> None:
-        """Sends what this stage has captured of a micro-batch. Returns before it has arrived."""
-        states = captured.take_parts()
-        last = self._parallel.rank_of_stage(self._parallel.pp_size - 1)
-        for point in self.own_points:
-            state_T1D = states[point].contiguous()
-            self._under_way.append((dist.isend(state_T1D, last, group=self._parallel.side_group), state_T1D))
-        self._under_way = [(work, state) for work, state in self._under_way if not work.is_completed()]
-
-    def receive(self, captured: Captured, pack: Pack, config: TransformerConfig) -> None:
-        """On the last stage: adds what the others have captured of a micro-batch."""
-        device, states = self._parallel.device, {}
-        for stage, point in self._sent:
-            states[point] = torch.empty(state_shape(pack, config), dtype=config.params_dtype, device=device)
-            dist.recv(states[point], self._parallel.rank_of_stage(stage), group=self._parallel.side_group)
-        captured.add_parts(states)
-
-    def finish(self) -> None:
-        """Waits until everything has arrived."""
-        for work, _ in self._under_way:
-            work.wait()
-        self._under_way = []

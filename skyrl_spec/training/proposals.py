@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl_spec.drafts.base import Draft, Teacher
 from skyrl_spec.losses.logprobs import vocab_parallel_argmax, vocab_parallel_logprobs
+from skyrl_spec.models.capture import CapturePoint
 from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.pack import Pack, pack_documents
 from skyrl_spec.types import Proposals, TrainBatch
@@ -67,19 +69,20 @@ def _block_pack(
     )
 
 
-def score_blocks(
-    proposed_AJD: Tensor, output_weight_vD: Tensor, drafted_AK: Tensor, **head: Any
+def score_block(
+    draft: Draft, states: dict[CapturePoint, Tensor], teacher: Teacher, block: BlockPack, **head: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-prob of every drafted token, and the most probable token at its place, ``[A, K]``.
+    """Log-prob of every drafted token under this draft, and its most probable token there, ``[A, K]``.
 
     Args:
-        proposed_AJD: hidden states of the draft (``Draft.propose``), of K drafted tokens or more.
         head: options of ``losses.logprobs``.
     """
-    num_positions = drafted_AK.shape[1]
-    drafted_TD = proposed_AJD[:, :num_positions].flatten(0, 1)
-    logprobs = vocab_parallel_logprobs(drafted_TD, output_weight_vD, drafted_AK.flatten(), temperature=1.0, **head)
-    favourites_T = vocab_parallel_argmax(drafted_TD, output_weight_vD, **head)
+    num_positions, weight_vD = block.drafted_AK.shape[1], teacher.output_weight_vD
+    # The draft may compute more tokens than the engine drafted.
+    proposed_AKD = draft.propose(states, teacher, block.pack, block.anchors)[:, :num_positions]
+    drafted_TD = proposed_AKD.flatten(0, 1)
+    logprobs = vocab_parallel_logprobs(drafted_TD, weight_vD, block.drafted_AK.flatten(), temperature=1.0, **head)
+    favourites_T = vocab_parallel_argmax(drafted_TD, weight_vD, **head)
     shape = (-1, num_positions)
     return logprobs.logprobs_T.float().view(shape).cpu().numpy(), favourites_T.view(shape).cpu().numpy()
 

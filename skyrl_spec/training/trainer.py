@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +26,9 @@ from torch import Tensor
 
 from skyrl_spec.checkpoint.pieces import SavedComponent
 from skyrl_spec.data.packing import pack_rows, shard_rows
-from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.drafts.base import Supervision, Teacher, draft_metrics, num_sums
+from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.losses.logprobs import TokenLogprobs
-from skyrl_spec.models import megatron_patches
-from skyrl_spec.models.capture import EMBEDDING, Captured, CapturePoint, capture
 from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.conversion import HfTensors, load_weights, own_rules
 from skyrl_spec.models.pack import Pack
@@ -46,11 +42,12 @@ from skyrl_spec.specs.stages import Stages
 from skyrl_spec.training import pipeline
 from skyrl_spec.training.copies import DraftCopies, Held, score_metrics
 from skyrl_spec.training.device_clock import DeviceClock
-from skyrl_spec.training.draft import TrainableDraft, load_draft
+from skyrl_spec.training.draft import load_draft
+from skyrl_spec.training.draft_states import DraftStates
 from skyrl_spec.training.exports import Exports
 from skyrl_spec.training.offload import Offload
 from skyrl_spec.training.optimizer import Trainable
-from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch, score_blocks
+from skyrl_spec.training.proposals import BlockPack, block_packs, response_batch, score_block
 from skyrl_spec.training.step import POLICY_SUMS, Micro, build_micro, in_rows, policy_loss, response_logprobs
 from skyrl_spec.types import Component, Metric, Metrics, Proposals, ProposalScores, StepReport, TrainBatch
 
@@ -69,11 +66,6 @@ class Example:
 def _size(example: Example) -> tuple[bool, int]:
     """Orders micro-batches alike on all ranks that share them: with supervision, then by response tokens."""
     return bool(example.supervisions), len(example.micro.loss_weights_N)
-
-
-def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
-    """For Megatron's schedule, in a forward pass whose results are already taken."""
-    return output, torch.zeros((), dtype=torch.int, device=output.device), None
 
 
 class PolicyTrainer:
@@ -98,8 +90,6 @@ class PolicyTrainer:
         self._stages = Stages.of(spec.num_layers, megatron)
         self.exports = Exports(config, spec, parallel, self._stages, self._trunk_config.params_dtype)
         self.model = self._load_policy(tensors)
-        layers = [] if kind is None else kind.captured_layers(config.trainer)
-        self._states_of_stages = pipeline.StatesOfStages(parallel, self._stages, layers)
         # A frozen policy needs neither gradients nor optimizer state.
         self.policy = (
             None
@@ -118,6 +108,13 @@ class PolicyTrainer:
         # The draft in steps that train it, None in others and on other stages.
         self._trained_draft, self._trains_draft = self.draft, True
         self._draft_kind = kind
+        self._draft_states = DraftStates(
+            self.model,
+            parallel,
+            self._stages,
+            None if kind is None else kind.captured_layers(config.trainer),
+            () if self.draft is None else self.draft.draft.capture_points,
+        )
         self.weights_changed()
         # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
         self._to_hold: Example | None = None
@@ -184,22 +181,23 @@ class PolicyTrainer:
         sums = self._zero_sums()
         if self.draft is not None:
             self.draft.trainable.zero_grad()
-        with self._captured_by_draft() as captured:
+        with self._draft_states.read():
 
             def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 example = next(data)
                 with torch.no_grad():
-                    hidden_TD = self._hidden(model, example.micro.pack, captured)
+                    hidden_TD = self._hidden(model, example.micro.pack)
                 if self.draft is not None:
-                    sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
-                return hidden_TD, _no_loss
+                    sums.add_(self._train_draft(hidden_TD, example, denominator))
+                return hidden_TD, pipeline.no_loss
 
-            self._run_forward(forward_step, self.model, examples, [example.micro.pack for example in examples])
+            packs = [example.micro.pack for example in examples]
+            pipeline.run(forward_step, self.model, examples, packs, self.parallel, forward_only=True)
         metrics: Metrics = {}
         if self.draft is not None:
             self.draft.trainable.reduce_grads()
             dist.all_reduce(sums, group=self.parallel.dp_cp_group)
-            metrics = draft_metrics(sums.tolist()) | self._draft_step()
+            metrics = draft_metrics(sums.tolist()) | self.draft.trainable.step().metrics("draft")
         return StepReport(metrics=metrics, draft_train_s=time.perf_counter() - start)
 
     def forward_backward(self, batch: TrainBatch) -> Tensor:
@@ -218,14 +216,14 @@ class PolicyTrainer:
         self.policy.zero_grad()
         if self._trained_draft is not None:
             self._trained_draft.trainable.zero_grad()
-        with self._captured_by_draft(is_read=self._trains_draft) as captured:
+        with self._draft_states.read(is_read=self._trains_draft):
 
             def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 example = next(data)
-                hidden_TD = self._hidden(model, example.micro.pack, captured)
+                hidden_TD = self._hidden(model, example.micro.pack)
                 if self._trained_draft is not None:
                     with self._draft_clock:
-                        draft_sums.add_(self._train_draft(captured, hidden_TD, example, denominator))
+                        draft_sums.add_(self._train_draft(hidden_TD, example, denominator))
                 return hidden_TD, lambda hidden: self._policy_loss(hidden, example.micro, policy_sums, logprobs)
 
             packs = [example.micro.pack for example in examples]
@@ -242,7 +240,7 @@ class PolicyTrainer:
         metrics: Metrics = {}
         if self._trained_draft is not None:
             with self._draft_clock:
-                metrics |= self._draft_step()
+                metrics |= self._trained_draft.trainable.step().metrics("draft")
                 if scored:
                     metrics |= self._score_copies(scored)
         metrics |= self.policy.step().metrics("policy")
@@ -308,12 +306,13 @@ class PolicyTrainer:
 
         def forward_step(data: Iterator[Micro], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             micro = upload(next(data), self.parallel.device)
-            hidden_TD = self._hidden(stage, micro.pack, None)
+            hidden_TD = self._hidden(stage, micro.pack, is_read=False)
             if self.parallel.is_last_stage:
                 logprobs.append(self._token_logprobs(model, hidden_TD, micro).logprobs_T)
-            return hidden_TD, _no_loss
+            return hidden_TD, pipeline.no_loss
 
-        self._run_forward(forward_step, model, micros, [micro.pack for micro in micros])
+        packs = [micro.pack for micro in micros]
+        pipeline.run(forward_step, model, micros, packs, self.parallel, forward_only=True)
         if not logprobs:
             return np.zeros((len(rows), batch.token_ids.shape[1]), np.float32)
         return in_rows(batch, rows, micros, logprobs)
@@ -323,12 +322,19 @@ class PolicyTrainer:
             hidden_TD,
             model.output_weight_vD(),
             micro,
-            vocab_size=self.spec.vocab_size,
             temperature=self.config.generator.sampling_params.temperature,
-            chunk_size=self.config.trainer.logprobs_chunk_size,
-            group=self.parallel.tp_group,
-            fp32_logits=uses_fp32_head(self.config),
+            **self._head,
         )
+
+    @property
+    def _head(self) -> dict[str, Any]:
+        """Options of ``losses.logprobs``."""
+        return {
+            "vocab_size": self.spec.vocab_size,
+            "chunk_size": self.config.trainer.logprobs_chunk_size,
+            "group": self.parallel.tp_group,
+            "fp32_logits": uses_fp32_head(self.config),
+        }
 
     def _policy_loss(
         self, hidden_TD: Tensor, micro: Micro, sums: Tensor, logprobs: list[Tensor]
@@ -370,36 +376,16 @@ class PolicyTrainer:
             dist.all_reduce(total, group=self.parallel.dp_cp_group)
         return [upload(example, device) for example in examples], total
 
-    def _hidden(self, model: torch.nn.Module, pack: Pack, captured: Captured | None) -> Tensor:
-        """Hidden states after the trunk's forward pass, ``[T, D]``. Hooks fill ``captured``."""
+    def _hidden(self, model: torch.nn.Module, pack: Pack, *, is_read: bool = True) -> Tensor:
+        """Hidden states after the trunk's forward pass, ``[T, D]``. ``is_read``: the draft reads some of it."""
         self.offload.require(model)
-        with (
-            megatron_patches.megatron_device(self.parallel.device),
-            nullcontext() if captured is None else captured.listening(),
-        ):
-            hidden_TD = model(pack)
-        if captured is not None and not self.parallel.is_last_stage:
-            self._states_of_stages.send(captured)
-        elif captured is not None:
-            self._states_of_stages.receive(captured, pack, self._trunk_config)
-        return hidden_TD
+        return self._draft_states.forward(model, pack, is_read=is_read)
 
-    def _run_forward(
-        self,
-        forward_step: pipeline.ForwardStep[Any],
-        model: PolicyModel,
-        items: Sequence[Any],
-        packs: Sequence[Pack],
-    ) -> None:
-        pipeline.run(forward_step, model, items, packs, self.parallel, forward_only=True)
-
-    def _train_draft(
-        self, captured: Captured | None, hidden_TD: Tensor, example: Example, denominator: Tensor
-    ) -> Tensor:
+    def _train_draft(self, hidden_TD: Tensor, example: Example, denominator: Tensor) -> Tensor:
         """Runs the draft forward and backward on detached tensors; returns its sums (``DraftSums.flat``)."""
         assert self._trained_draft is not None
-        assert captured is not None
-        states, teacher, total = self._states(captured, example.micro.pack), self._teacher(hidden_TD), self._zero_sums()
+        states, teacher = self._draft_states.take(example.micro.pack), self._teacher(hidden_TD)
+        total = self._zero_sums()
         if example is self._to_hold:
             self._held = Held(states, teacher, example.micro.pack, example.supervisions)
         for supervision in example.supervisions:
@@ -418,14 +404,6 @@ class PolicyTrainer:
         dist.all_reduce(sums, group=self.parallel.dp_cp_group)
         return score_metrics(scored, sums.flatten().tolist())
 
-    def _states(self, captured: Captured, pack: Pack) -> dict[CapturePoint, Tensor]:
-        """What the draft reads of a micro-batch."""
-        states = captured.take()
-        assert self.draft is not None
-        if EMBEDDING in self.draft.draft.capture_points and EMBEDDING not in states:
-            states[EMBEDDING] = self.model.embed(pack.own(pack.token_ids_T))
-        return states
-
     def _teacher(self, hidden_TD: Tensor) -> Teacher:
         return Teacher(hidden_TD.detach(), self.model.output_weight_vD().detach(), self.model.embed)
 
@@ -435,51 +413,23 @@ class PolicyTrainer:
         Empty but on the last stage.
         """
         scores: list[tuple[np.ndarray, np.ndarray]] = []
-        with self._captured_by_draft() as captured:
+        with self._draft_states.read():
 
             def forward_step(data: Iterator[BlockPack], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 block = upload(next(data), self.parallel.device)
-                hidden_TD = self._hidden(model, block.pack, captured)
+                hidden_TD = self._hidden(model, block.pack)
                 if self.draft is not None:
-                    scores.append(self._score_block(self.draft, block, captured, hidden_TD))
-                return hidden_TD, _no_loss
+                    states, teacher = self._draft_states.take(block.pack), self._teacher(hidden_TD)
+                    scores.append(score_block(self.draft.draft, states, teacher, block, **self._head))
+                return hidden_TD, pipeline.no_loss
 
-            self._run_forward(forward_step, self.model, blocks, [block.pack for block in blocks])
+            packs = [block.pack for block in blocks]
+            pipeline.run(forward_step, self.model, blocks, packs, self.parallel, forward_only=True)
         return scores
-
-    def _score_block(
-        self, draft: TrainableDraft, block: BlockPack, captured: Captured | None, hidden_TD: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        assert captured is not None
-        teacher = self._teacher(hidden_TD)
-        return score_blocks(
-            draft.draft.propose(self._states(captured, block.pack), teacher, block.pack, block.anchors),
-            teacher.output_weight_vD,
-            block.drafted_AK,
-            vocab_size=self.spec.vocab_size,
-            chunk_size=self.config.trainer.logprobs_chunk_size,
-            group=self.parallel.tp_group,
-            fp32_logits=uses_fp32_head(self.config),
-        )
-
-    def _draft_step(self) -> Metrics:
-        assert self._trained_draft is not None
-        return self._trained_draft.trainable.step().metrics("draft")
 
     def _zero_sums(self) -> Tensor:
         width = 0 if self._trained_draft is None else num_sums(self._trained_draft.draft.num_positions)
         return torch.zeros(width, dtype=torch.float64, device=self.parallel.device)
-
-    @contextmanager
-    def _captured_by_draft(self, *, is_read: bool = True) -> Iterator[Captured | None]:
-        """Hooks for what the draft reads of this stage. ``is_read=False``: no draft reads anything."""
-        if self._draft_kind is None or not is_read:
-            yield None
-            return
-        points = self._states_of_stages.own_points if self.draft is None else self.draft.draft.capture_points
-        with capture(self.model, points) as captured:
-            yield captured
-        self._states_of_stages.finish()
 
     def _reduce(self, sums: Tensor) -> Metrics:
         """Metrics of all ranks, in one collective. Losses already carry their denominator."""

@@ -42,7 +42,8 @@ def _check_reference(_rank: int, path: Path, tp: int) -> None:
     assert len(supervisions) > 1, "all blocks fit into one pass"
     for supervision in supervisions:
         blocks, read = supervision.blocks, {point: states[supervision.token_S] for point, states in trunk.items()}
-        out_AsD = draft.forward(read, teacher, supervision.read, blocks).unflatten(0, (-1, blocks.num_slots))
+        context_SD = draft.context(trunk, pack, supervision.token_S)
+        out_AsD = draft.forward(context_SD, teacher, supervision.read, blocks).unflatten(0, (-1, blocks.num_slots))
         weights = torch.randn(out_AsD.shape, generator=torch.Generator().manual_seed(1))
         for block, (anchor, start) in enumerate(zip(blocks.anchors, blocks.starts, strict=True)):
             aux = torch.stack([read[point][start:] for point in draft.capture_points], dim=1)
@@ -84,7 +85,7 @@ def _check_round_trip(_rank: int, path: Path) -> None:
     assert exported.keys() == weights.keys()
     for name, tensor in exported.items():
         assert torch.equal(tensor, weights[name]), name
-    shapes = {name: (dtype, shape) for name, dtype, shape in trainer.export_shapes("draft")}
+    shapes = {name: (dtype, shape) for name, dtype, shape in trainer.exports.shapes("draft")}
     assert shapes == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in exported.items()}
 
 

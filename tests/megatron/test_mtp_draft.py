@@ -41,7 +41,7 @@ def _check_reference(_rank: int, path: Path) -> None:
             trainer.model(pack)
         trunk = captured.take()
         starts = np.asarray(pack.documents.starts)
-        chains = _chains(starts[:-1], starts[:-1], starts[1:])
+        chains = _chains(pack, starts[:-1], starts[:-1], starts[1:], NUM_DEPTHS)
         outputs = draft.forward(trunk[TRUNK_HIDDEN], trunk[EMBEDDING], pack, chains)
         for tokens in pack.documents.slices():
             expected = head(trunk[TRUNK_HIDDEN][None, tokens], trunk[EMBEDDING][None, tokens], NUM_DEPTHS)

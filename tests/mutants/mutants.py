@@ -762,7 +762,7 @@ OFFLOADS = [
             "        self.offload.require(self.model)\n        module",
             "        module",
         ),
-        ("a checkpoint of what is away", "self.rules, self.offload.current)", "self.rules)"),
+        ("a checkpoint of what is away", "rules, self.offload.current)", "rules)"),
     ),
     *of(
         "rollout/sleep.py",
