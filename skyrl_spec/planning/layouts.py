@@ -1,6 +1,6 @@
 """Which layouts of a run fit on so many GPUs, and what a step of each would take: ``skyrl-spec layouts``.
 
-    candidates     who trains and who samples, tensor parallelism of both, context parallelism, what is recomputed
+    candidates     who trains and who samples, in which parallelism, what is recomputed
       -> fit       every phase of ``planning.phases`` and a sequence of the greatest length, within a GPU's memory
       -> estimate  seconds of a step, at the speeds of ``trainer.hardware``
       -> best first
@@ -22,7 +22,14 @@ from skyrl_spec.planning.memory import MemoryPlan, plan_memory
 from skyrl_spec.planning.phases import key_bytes, move_seconds, phases
 from skyrl_spec.planning.training_flops import step_flops
 from skyrl_spec.planning.validation import validate
-from skyrl_spec.settings.derived import ParallelSizes, engine_dtype, longest_sequence, max_staleness, parallel_sizes
+from skyrl_spec.settings.derived import (
+    ParallelSizes,
+    engine_dtype,
+    longest_sequence,
+    max_staleness,
+    pack_tokens,
+    parallel_sizes,
+)
 from skyrl_spec.settings.describe import describe
 from skyrl_spec.settings.options import LayoutsOptions
 from skyrl_spec.settings.rules import check_allowed
@@ -44,6 +51,7 @@ class Layout:
     trainers: int
     tp: int
     cp: int
+    pp: int
     engines: int
     engine_tp: int
     is_shared: bool
@@ -62,6 +70,7 @@ class Layout:
             f"trainer.placement.policy_num_gpus_per_node={self.trainers // machines}",
             f"trainer.policy.megatron_config.tensor_model_parallel_size={self.tp}",
             f"trainer.policy.megatron_config.context_parallel_size={self.cp}",
+            f"trainer.policy.megatron_config.pipeline_model_parallel_size={self.pp}",
             f"trainer.policy.megatron_config.recompute_granularity={self.recompute or 'null'}",
             f"generator.inference_engine.num_engines={self.engines}",
             f"generator.inference_engine.tensor_parallel_size={self.engine_tp}",
@@ -75,6 +84,8 @@ class Layout:
         placement.policy_num_nodes, placement.policy_num_gpus_per_node = machines, self.trainers // machines
         megatron = config.trainer.policy.megatron_config
         megatron.tensor_model_parallel_size, megatron.context_parallel_size = self.tp, self.cp
+        megatron.pipeline_model_parallel_size = self.pp
+        megatron.num_layers_in_first_pipeline_stage = megatron.num_layers_in_last_pipeline_stage = None
         megatron.recompute_granularity = self.recompute
         engine.num_engines, engine.tensor_parallel_size = self.engines, self.engine_tp
         return config
@@ -138,7 +149,8 @@ def find_layouts(config: Config, options: LayoutsOptions) -> list[Estimate]:
         )
     # Of equal times, the one with less communication.
     return sorted(
-        best.values(), key=lambda one: (round(one.step_s, 3), one.layout.tp * one.layout.cp, one.layout.engine_tp)
+        best.values(),
+        key=lambda one: (round(one.step_s, 3), one.layout.tp * one.layout.cp * one.layout.pp, one.layout.engine_tp),
     )
 
 
@@ -154,8 +166,8 @@ def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iter
         sampling = options.gpus if is_shared else options.gpus - trainers
         replicas = _replicas(trainers, spec, options.gpus_per_machine)
         engines = _tensor_sizes(sampling, spec, options.gpus_per_machine)
-        for (tp, cp), engine_tp, recompute in product(replicas, engines, _RECOMPUTES):
-            layout = Layout(trainers, tp, cp, sampling // engine_tp, engine_tp, is_shared, recompute)
+        for (tp, cp, pp), engine_tp, recompute in product(replicas, engines, _RECOMPUTES):
+            layout = Layout(trainers, tp, cp, pp, sampling // engine_tp, engine_tp, is_shared, recompute)
             if _is_allowed(config, layout, options.gpus_per_machine, broken):
                 found = True
                 yield layout
@@ -163,13 +175,13 @@ def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iter
         raise broken[0]
 
 
-def _replicas(gpus: int, spec: ModelSpec, per_machine: int) -> list[tuple[int, int]]:
-    """Tensor- and context-parallel sizes of a replica, which stays within a machine."""
-    contexts = [2**power for power in range(per_machine.bit_length())]
+def _replicas(gpus: int, spec: ModelSpec, per_machine: int) -> list[tuple[int, int, int]]:
+    """Tensor-, context- and pipeline-parallel sizes of a replica. Each stage stays within a machine."""
+    powers = [2**power for power in range(gpus.bit_length())]
     return [
-        (tp, cp)
-        for tp, cp in product(_tensor_sizes(gpus, spec, per_machine), contexts)
-        if tp * cp <= per_machine and gpus % (tp * cp) == 0
+        (tp, cp, pp)
+        for tp, cp, pp in product(_tensor_sizes(gpus, spec, per_machine), powers, powers)
+        if tp * cp <= per_machine and gpus % (tp * cp * pp) == 0 and spec.num_layers % pp == 0
     ]
 
 
@@ -184,7 +196,7 @@ def _is_allowed(config: Config, layout: Layout, per_machine: int, broken: list[C
     if layout.trainers > per_machine and layout.trainers % per_machine:
         return False
     rows = config.trainer.policy_mini_batch_size * config.generator.n_samples_per_prompt
-    if layout.trainers // (layout.tp * layout.cp) > rows:
+    if layout.trainers // (layout.tp * layout.cp * layout.pp) > rows:
         return False
     try:
         validate(layout.applied(config, per_machine))
@@ -246,21 +258,29 @@ def _training_seconds(
     config: Config, plan: MemoryPlan, spec: ModelSpec, options: LayoutsOptions, prompt: int, response: int
 ) -> float:
     hardware, trainer = config.trainer.hardware, config.trainer
-    world_size, tp, cp, _, dp = parallel_sizes(config)
+    world_size, tp, cp, pp, dp = parallel_sizes(config)
     computed_s = sum(step_flops(config, prompt, response)) / (world_size * hardware.gpu_tflops * 1e12 * hardware.mfu)
-    tokens = trainer.train_batch_size * config.generator.n_samples_per_prompt * (prompt + response) / dp
+    rows = trainer.train_batch_size * config.generator.n_samples_per_prompt * trainer.update_epochs_per_batch
+    tokens = rows * (prompt + response) / dp
     size = DTYPES[trainer.policy.megatron_config.dtype].num_bytes
     passes = _COLLECTIVES_PER_LAYER * (1.5 if trainer.policy.megatron_config.recompute_granularity == "full" else 1)
-    tp_bytes = passes * spec.num_layers * tokens / cp * spec.hidden_size * size * _sent(tp)
+    layers = spec.num_layers / pp
+    tp_bytes = passes * layers * tokens / cp * spec.hidden_size * size * _sent(tp)
     # An all-gather or a reduce-scatter is half of an all-reduce.
     gathers = _GATHERS_PER_LAYER + (trainer.policy.megatron_config.recompute_granularity == "full")
     key_values = 2 * spec.num_kv_heads * spec.head_dim / tp
-    cp_bytes = gathers * spec.num_layers * tokens * key_values * size * _sent(cp) / 2
+    cp_bytes = gathers * layers * tokens * key_values * size * _sent(cp) / 2
     updates = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
+    # Stages wait for the first micro-batch and after the last one.
+    num_micros = max(1.0, tokens / updates / pack_tokens(config))
+    computed_s *= 1 + (pp - 1) / num_micros
+    # States to the next stage, and gradients back.
+    pp_bytes = (pp > 1) * 2 * tokens / cp * spec.hidden_size * size
     is_within = world_size <= options.gpus_per_machine
     speed = hardware.gpu_to_gpu_gb_per_s if is_within else hardware.network_gb_per_s
     dp_bytes = updates * plan.worker.gradients * _sent(dp * cp)
-    return computed_s + (tp_bytes + cp_bytes) / (hardware.gpu_to_gpu_gb_per_s * 1e9) + dp_bytes / (speed * 1e9)
+    inside_s = (tp_bytes + cp_bytes) / (hardware.gpu_to_gpu_gb_per_s * 1e9)
+    return computed_s + inside_s + (dp_bytes + pp_bytes) / (speed * 1e9)
 
 
 def _sent(ranks: int) -> float:
@@ -298,7 +318,8 @@ def table(found: Sequence[Estimate], limit: int) -> list[str]:
     rows: list[Sequence[str]] = [heads]
     for rank, one in enumerate(found[:limit], start=1):
         layout = one.layout
-        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, 1, layout.trainers // (layout.tp * layout.cp))
+        replica = layout.tp * layout.cp * layout.pp
+        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, layout.pp, layout.trainers // replica)
         train = f"{layout.trainers}: {sizes}"
         sample = f"{layout.engines} x TP {layout.engine_tp}{' (shared)' if layout.is_shared else ''}"
         seconds = (one.step_s, one.sampling_s, one.training_s, one.moves_s)

@@ -29,7 +29,8 @@ from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import Shapes
 from skyrl_spec.specs.flops import policy_training
-from skyrl_spec.specs.model import ModelSpec, load_spec, padded_vocab_size, tensor_shapes
+from skyrl_spec.specs.model import EMBEDDING, ModelSpec, load_spec, padded_vocab_size, tensor_shapes
+from skyrl_spec.specs.stages import Stages
 
 _FP32 = DTYPES["fp32"].num_bytes
 
@@ -89,7 +90,9 @@ class Offloaded:
 class MemoryPlan:
     """Bytes, except where a field counts tokens."""
 
+    # On the pipeline stage that needs most, and totals of all stages.
     worker: WorkerMemory
+    stage_totals: tuple[int, ...]
     offloaded: Offloaded
     # Of policy and draft.
     num_parameters: int
@@ -119,11 +122,18 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
     size, engine_size = _weight_bytes(config), DTYPES[engine_dtype(config)].num_bytes
     engine_tp, served = engine.tensor_parallel_size, _served_draft(config, spec)
     num_trained = count(draft) + (count(policy) if trains_policy else 0)
-    worker = _worker_memory(config, spec, draft, trains_policy=trains_policy)
+    stages = Stages.of(spec.num_layers, trainer.policy.megatron_config)
+    workers = [
+        _worker_memory(config, spec, draft, stages, stage, trains_policy=trains_policy)
+        for stage in range(len(stages.num_layers))
+    ]
+    fullest = max(range(len(workers)), key=lambda stage: workers[stage].total)
+    worker, has_draft = workers[fullest], fullest == stages.last
     kv_values_per_token = 2 * (spec.num_layers + served.num_layers) * spec.num_kv_heads * spec.head_dim
     return MemoryPlan(
         worker=worker,
-        offloaded=_offloaded(config, worker, count_on_rank(draft, parallel_sizes(config).tp)),
+        stage_totals=tuple(one.total for one in workers),
+        offloaded=_offloaded(config, worker, count_on_rank(draft, parallel_sizes(config).tp) if has_draft else 0),
         num_parameters=count(policy) + count(draft),
         trains_policy=trains_policy,
         engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
@@ -145,21 +155,37 @@ def _draft_probs(config: Config, spec: ModelSpec) -> int:
     return 2 * num_tokens * spec.vocab_size * _FP32
 
 
-def _worker_memory(config: Config, spec: ModelSpec, draft: Shapes, *, trains_policy: bool) -> WorkerMemory:
+def _worker_memory(
+    config: Config, spec: ModelSpec, draft: Shapes, stages: Stages, stage: int, *, trains_policy: bool
+) -> WorkerMemory:
     trainer, size = config.trainer, _weight_bytes(config)
     _, tp, cp, _, dp = parallel_sizes(config)
-    policy_on_rank, draft_on_rank = count_on_rank(tensor_shapes(spec), tp, padded=True), count_on_rank(draft, tp)
+    policy, copied = _of_stage(tensor_shapes(spec), spec, stages, stage), 0
+    if stage != stages.last:
+        draft = {}
+    elif draft and stage > 0 and not spec.tie_word_embeddings:
+        # The draft's copy of the embedding, which the first stage has.
+        copied = count_on_rank({EMBEDDING: (spec.vocab_size, spec.hidden_size)}, tp, padded=True)
+    policy_on_rank, draft_on_rank = count_on_rank(policy, tp, padded=True), count_on_rank(draft, tp)
     num_trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
     # The distributed optimizer divides a rank's optimizer state over all ranks with the same part of the model.
     shards = dp * cp if trainer.policy.megatron_config.use_distributed_optimizer else 1
     return WorkerMemory(
-        weights=(policy_on_rank + draft_on_rank) * size,
+        weights=(policy_on_rank + draft_on_rank + copied) * size,
         gradients=num_trained * _FP32,
         optimizer=num_trained * _optimizer_bytes(size) // shards,
         reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
-        activations=activations(config, spec, tp),
+        activations=activations(config, spec, tp, stages, stage),
         update=num_trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
     )
+
+
+def _of_stage(shapes: Shapes, spec: ModelSpec, stages: Stages, stage: int) -> Shapes:
+    """The policy's tensors on a pipeline stage. The last one has a tied head of its own."""
+    kept = {name: shape for name, shape in shapes.items() if stages.of_tensor(name) == stage}
+    if spec.tie_word_embeddings and stage == stages.last:
+        kept[EMBEDDING] = shapes[EMBEDDING]
+    return kept
 
 
 def _offloaded(config: Config, worker: WorkerMemory, draft_on_rank: int) -> Offloaded:
@@ -235,8 +261,11 @@ def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
     return total
 
 
-def activations(config: Config, spec: ModelSpec, tp: int) -> int:
-    """Estimated bytes that a full micro-batch keeps for its backward pass, and a chunk of logits."""
+def activations(config: Config, spec: ModelSpec, tp: int, stages: Stages, stage: int) -> int:
+    """Estimated bytes that full micro-batches keep for their backward pass on a stage, and a chunk of logits.
+
+    A stage keeps as many micro-batches as there are stages from it on.
+    """
     trainer = config.trainer
     size = _weight_bytes(config)
     megatron = trainer.policy.megatron_config
@@ -250,14 +279,17 @@ def activations(config: Config, spec: ModelSpec, tp: int) -> int:
     # Of the residual stream and the norms, a rank has all tokens or its part.
     parts = tp if uses_sequence_parallel(megatron, trainer.placement.device) else 1
     per_layer = divided + norms // parts + rotary
-    layers = spec.num_layers * per_layer
+    kept = (stages.last + 1 - stage) * stages.num_layers[stage]
+    layers = kept * per_layer
     if megatron.recompute_granularity == "full":
-        layers = spec.num_layers * spec.hidden_size // parts + per_layer
+        layers = kept * spec.hidden_size // parts + per_layer
     elif megatron.recompute_granularity == "selective":
         recomputed_norms = 2 * spec.hidden_size // parts * ("layernorm" in megatron.recompute_modules)
         recomputed_mlp = 5 * ffn // tp * ("mlp" in megatron.recompute_modules)
         # The layer in the backward pass has everything.
-        layers -= (spec.num_layers - 1) * (recomputed_norms + recomputed_mlp)
+        layers -= (kept - 1) * (recomputed_norms + recomputed_mlp)
+    if stage != stages.last:
+        return tokens * layers * size
     kind = trained_kind(trainer)
     draft_tokens = 0 if kind is None else kind.training_layer_tokens(config, spec, tokens)
     # The logits of a chunk, their softmax and their gradient.
@@ -293,6 +325,7 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         if on_cpu
         else f"{sizes.world_size + own_gpus}{' (shared)' if trainer.placement.colocate_all else ''}",
         "worker": f"about {readable(worker.total)} each: {shares}",
+        **_stages(plan),
         **_steps(config),
         "packs": _packs(config),
         **_training(config),
@@ -303,6 +336,14 @@ def plan_facts(config: Config, plan: MemoryPlan, *, num_runs: int = 1) -> dict[s
         "tokens": f"at most {plan.tokens_per_step:,} per step, prompts included",
     }
     return facts if num_runs == 1 else facts | {"runs": f"{num_runs}, one after the other"}
+
+
+def _stages(plan: MemoryPlan) -> dict[str, str]:
+    if len(plan.stage_totals) == 1:
+        return {}
+    first, *middle, last = map(readable, plan.stage_totals)
+    totals = [f"{first} (with the embedding)", *middle, f"{last} (with output head and draft)"]
+    return {"stages": f"{', '.join(totals)}; the line above is the fullest"}
 
 
 def _saves(config: Config, plan: MemoryPlan) -> str:

@@ -24,6 +24,7 @@ from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.entries import Entries
 from skyrl_spec.specs.files import INDEX, POLICY_PATH, read_config, read_config_only, require_tensors, stray_files
 from skyrl_spec.specs.model import ModelSpec, parse_spec, require_tied_head, tensor_shapes
+from skyrl_spec.specs.stages import Stages
 
 # vLLM's attention on CPU needs a multiple of this.
 CPU_HEAD_DIM_MULTIPLE = 32
@@ -149,6 +150,7 @@ def num_gpus() -> int:
 
 
 def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
+    Stages.of(spec.num_layers, config.trainer.policy.megatron_config)
     engine_tp = config.generator.inference_engine.tensor_parallel_size
     layouts = (
         ("trainer.policy.megatron_config.tensor_model_parallel_size", parallel_sizes(config).tp),

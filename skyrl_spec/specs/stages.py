@@ -56,10 +56,22 @@ class Stages:
         """The stage that has this layer."""
         return next(stage for stage in range(len(self.num_layers)) if layer in self.layers(stage))
 
+    @property
+    def last(self) -> int:
+        return len(self.num_layers) - 1
+
+    def of_tensor(self, name: str) -> int:
+        """The first stage that has a tensor of the trunk, by its name in a checkpoint."""
+        if name.startswith("model.embed_tokens."):
+            return 0
+        if name.startswith("model.layers."):
+            return self.of_layer(int(name.split(".")[2]))
+        return self.last
+
     def of_parameter(self, name: str) -> int:
         """The first stage that has a parameter of the trunk, by its name in Megatron."""
         if name.startswith("embedding."):
             return 0
         if name.startswith("decoder.layers."):
             return self.of_layer(int(name.split(".")[2]))
-        return len(self.num_layers) - 1
+        return self.last

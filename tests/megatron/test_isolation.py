@@ -6,6 +6,7 @@ failed.
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import product
 from pathlib import Path
@@ -25,15 +26,16 @@ from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.optimizer import Trainable
 from skyrl_spec.training.trainer import PolicyTrainer
 
-# Tensor-, context- and data-parallel size.
-LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2))
+# Tensor-, context-, pipeline- and data-parallel size.
+LAYOUTS = ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (2, 1, 1, 2))
+LARGE_LAYOUTS = ((2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1))
 # Tokens of a micro-batch: several micro-batches, and one.
 MICRO_BATCHES = {"accumulated": 40, "at once": 1000}
 
 
 def _build(path: Path, ranks: Parallel, draft: str | None, max_tokens: int, **options: Any) -> PolicyTrainer:
     torch.manual_seed(0)
-    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, draft=draft, **options)
+    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, pp=ranks.pp_size, draft=draft, **options)
     config.trainer.max_tokens_per_microbatch = max_tokens
     return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
 
@@ -83,8 +85,8 @@ def _assert_equal(mine: Any, theirs: Any, where: str) -> None:
         assert mine == theirs, where
 
 
-def _check(_rank: int, path: Path, draft: str, tp: int, cp: int) -> None:
-    ranks = parallel.lay_out(tp, torch.device("cpu"), cp)
+def _check(_rank: int, path: Path, draft: str, tp: int, cp: int, pp: int) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"), cp, pp)
     for dtype, distributed, (name, micro_rows) in product(("fp32", "bf16"), (False, True), MICRO_BATCHES.items()):
         where = f"{dtype}, distributed optimizer {distributed}, {name}"
         # One combination in two has both.
@@ -102,7 +104,6 @@ def _check(_rank: int, path: Path, draft: str, tp: int, cp: int) -> None:
 def _check_draft_alone(trainer: PolicyTrainer, where: str) -> None:
     """The draft's backward pass gives every parameter of the draft a gradient, and no parameter of the policy."""
     assert trainer.policy is not None
-    assert trainer.draft is not None
     trainer.policy.zero_grad()
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train_draft(make_batch(seed=7))
@@ -110,18 +111,29 @@ def _check_draft_alone(trainer: PolicyTrainer, where: str) -> None:
         assert parameter.main_grad.abs().max() == 0, (where, name)
         assert parameter.grad is None, (where, name)
         assert torch.equal(parameter, before[name]), (where, name)
+    if trainer.draft is None:
+        assert not trainer.parallel.is_last_stage
+        return
     for name, gradient in _gradients(trainer.draft.trainable).items():
         assert gradient.abs().max() > 0, (where, name)
 
 
 # Four processes are slow on two cores, so with both parallelisms embeddings are untied only.
-CASES = [(*layout, tied) for layout in LAYOUTS for tied in (False, True) if not tied or layout != (2, 1, 2)]
+CASES = [(layout, tied) for layout in LAYOUTS for tied in (False, True) if not tied or math.prod(layout) < 4]
 
 
 @pytest.mark.parametrize("draft", ["mtp", "dflash"])
-@pytest.mark.parametrize(("tp", "cp", "dp", "tied"), CASES)
+@pytest.mark.parametrize(("layout", "tied"), CASES)
 def test_the_draft_does_not_change_a_bit_of_the_policy(
-    tmp_path: Path, tp: int, cp: int, dp: int, draft: str, tied: bool
+    tmp_path: Path, layout: tuple[int, int, int, int], draft: str, tied: bool
 ) -> None:
     path = write_model(tmp_path / "model", draft, tied=tied)
-    run_distributed(_check, tp * cp * dp, path, draft, tp, cp, timeout_s=300.0)
+    run_distributed(_check, math.prod(layout), path, draft, *layout[:3], timeout_s=300.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["mtp", "dflash"])
+@pytest.mark.parametrize("layout", LARGE_LAYOUTS)
+def test_nor_in_layouts_of_several_kinds(tmp_path: Path, layout: tuple[int, int, int, int], draft: str) -> None:
+    path = write_model(tmp_path / "model", draft)
+    run_distributed(_check, math.prod(layout), path, draft, *layout[:3], timeout_s=600.0)
