@@ -55,6 +55,7 @@ def check_rules(config: Config) -> None:
         f"{_MEGATRON}.recompute_modules", config.trainer.policy.megatron_config.recompute_modules, RECOMPUTE_MODULES
     )
     _check_sequence_parallel(config)
+    _check_pipeline(config)
     _check_draft_training(config)
     check_loss_type("trainer.mtp.loss_type", config.trainer.mtp.loss_type)
     check_loss_type("trainer.dflash.loss_type", config.trainer.dflash.loss_type)
@@ -193,6 +194,17 @@ def _check_sequence_parallel(config: Config) -> None:
         f"must be null or false with {_MEGATRON}.tensor_model_parallel_size=1, which has nobody to divide the tokens "
         "with; change one",
     )
+
+
+def _check_pipeline(config: Config) -> None:
+    megatron = config.trainer.policy.megatron_config
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        require(
+            getattr(megatron, name) is None or megatron.pipeline_model_parallel_size > 1,
+            f"{_MEGATRON}.{name}",
+            getattr(megatron, name),
+            f"must be null with {_MEGATRON}.pipeline_model_parallel_size=1, which has one stage; change one",
+        )
 
 
 def _check_batches(config: Config) -> None:

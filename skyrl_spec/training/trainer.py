@@ -432,7 +432,9 @@ class PolicyTrainer:
         return torch.zeros(width, dtype=torch.float64, device=self.parallel.device)
 
     def _reduce(self, sums: Tensor) -> Metrics:
-        """Metrics of all ranks, in one collective. Losses already carry their denominator."""
+        """Metrics of all ranks, in one collective. Losses carry their denominator. Nothing but on the last stage."""
+        if not self.parallel.is_last_stage:
+            return {}
         dist.all_reduce(sums, group=self.parallel.dp_cp_group)
         values = sums.tolist()
         loss, *token_sums, num_tokens = values[: len(POLICY_SUMS) + 1]

@@ -290,6 +290,14 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=3"],
         ("tensor_model_parallel_size=3: must divide the model's 4 attention heads", "set a divisor of 4"),
     ),
+    "more stages than layers": (
+        lambda _: ["trainer.policy.megatron_config.pipeline_model_parallel_size=64"],
+        ("pipeline_model_parallel_size=64: the model has 12 layers, and every stage needs one", "lower it"),
+    ),
+    "layers that do not divide into stages": (
+        lambda _: ["trainer.policy.megatron_config.pipeline_model_parallel_size=5"],
+        ("pipeline_model_parallel_size=5: 12 of the model's 12 layers are left for 5 stages", "num_layers_in_first"),
+    ),
     "TP that does not divide the key-value heads": (
         lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=4"],
         ("tensor_model_parallel_size=4: must divide the model's 2 key-value heads", "set a divisor of 2"),

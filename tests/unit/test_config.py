@@ -46,7 +46,7 @@ def test_without_overrides_the_schema_and_grpo_hold() -> None:
 def test_the_eight_gpu_recipe() -> None:
     config = load_config([MIMO])
     assert config.trainer.policy.model.path == "XiaomiMiMo/MiMo-7B-RL"
-    assert parallel_sizes(config) == (4, 4, 1, 1)
+    assert parallel_sizes(config) == (4, 4, 1, 1, 1)
     engine = config.generator.inference_engine
     assert parallel_sizes(config).world_size + engine.num_engines * engine.tensor_parallel_size == 8
     assert config.trainer.mtp.enabled
@@ -236,6 +236,16 @@ RULES = {
     "trainer.policy.megatron_config.tensor_model_parallel_size=2 trainer.placement.policy_num_gpus_per_node=3": (
         "trainer.policy.megatron_config.tensor_model_parallel_size=2: must divide the 3 policy workers"
     ),
+    f"{MEGATRON}.context_parallel_size=2 trainer.placement.policy_num_gpus_per_node=3": (
+        f"{MEGATRON}.context_parallel_size=2: must divide the 3 policy workers"
+    ),
+    f"{MEGATRON}.pipeline_model_parallel_size=2 {MEGATRON}.tensor_model_parallel_size=2 "
+    "trainer.placement.policy_num_gpus_per_node=6": (
+        f"{MEGATRON}.tensor_model_parallel_size=2: times pipeline_model_parallel_size=2 must divide the 6 policy workers"
+    ),
+    f"{MEGATRON}.num_layers_in_last_pipeline_stage=2": (
+        f"{MEGATRON}.num_layers_in_last_pipeline_stage=2: must be null with {MEGATRON}.pipeline_model_parallel_size=1"
+    ),
     "trainer.policy.model.path=''": "trainer.policy.model.path='': must name a model",
     "trainer.placement.device=tpu": "trainer.placement.device=tpu: must be cpu or cuda",
     "trainer.placement.policy_num_gpus_per_node=3": "trainer.policy_mini_batch_size=8: times generator.n_samples",
@@ -418,20 +428,21 @@ def test_sync_backend_follows_the_placement(overrides: list[str], backend: str) 
 @pytest.mark.parametrize(
     ("overrides", "layout"),
     [
-        ([], (1, 1, 1, 1)),
-        (["trainer.policy.megatron_config.tensor_model_parallel_size=2"], (2, 2, 1, 1)),
-        (["trainer.policy.megatron_config.context_parallel_size=2"], (2, 1, 2, 1)),
-        (["trainer.placement.policy_num_gpus_per_node=2"], (2, 1, 1, 2)),
-        (["trainer.placement.policy_num_nodes=2", "trainer.placement.policy_num_gpus_per_node=4"], (8, 1, 1, 8)),
+        ([], (1, 1, 1, 1, 1)),
+        (["trainer.policy.megatron_config.tensor_model_parallel_size=2"], (2, 2, 1, 1, 1)),
+        (["trainer.policy.megatron_config.context_parallel_size=2"], (2, 1, 2, 1, 1)),
+        (["trainer.policy.megatron_config.pipeline_model_parallel_size=2"], (2, 1, 1, 2, 1)),
+        (["trainer.placement.policy_num_gpus_per_node=2"], (2, 1, 1, 1, 2)),
+        (["trainer.placement.policy_num_nodes=2", "trainer.placement.policy_num_gpus_per_node=4"], (8, 1, 1, 1, 8)),
         (
             [
                 "trainer.placement.policy_num_gpus_per_node=8",
                 "trainer.policy.megatron_config.tensor_model_parallel_size=2",
                 "trainer.policy.megatron_config.context_parallel_size=2",
             ],
-            (8, 2, 2, 2),
+            (8, 2, 2, 1, 2),
         ),
     ],
 )
-def test_parallel_layout(overrides: list[str], layout: tuple[int, int, int, int]) -> None:
+def test_parallel_layout(overrides: list[str], layout: tuple[int, int, int, int, int]) -> None:
     assert parallel_sizes(load_config([CPU, *overrides])) == layout
