@@ -241,7 +241,7 @@ RULES = {
     ),
     f"{MEGATRON}.pipeline_model_parallel_size=2 {MEGATRON}.tensor_model_parallel_size=2 "
     "trainer.placement.policy_num_gpus_per_node=6": (
-        f"{MEGATRON}.tensor_model_parallel_size=2: times pipeline_model_parallel_size=2 must divide the 6 policy workers"
+        f"{MEGATRON}.tensor_model_parallel_size=2: times pipeline_model_parallel_size=2 must divide the 6 policy "
     ),
     f"{MEGATRON}.num_layers_in_last_pipeline_stage=2": (
         f"{MEGATRON}.num_layers_in_last_pipeline_stage=2: must be null with {MEGATRON}.pipeline_model_parallel_size=1"
