@@ -55,6 +55,8 @@ class DraftStates:
         if not self._has_draft or not is_read:
             yield
             return
+        # The policy may have other weights than before.
+        self._model.refresh_embedding(self._parallel)
         with capture(self._model, self._points) as self._captured:
             yield
         self._captured = None

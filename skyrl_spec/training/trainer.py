@@ -115,7 +115,6 @@ class PolicyTrainer:
             None if kind is None else kind.captured_layers(config.trainer),
             () if self.draft is None else self.draft.draft.capture_points,
         )
-        self.weights_changed()
         # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
         self._to_hold: Example | None = None
         self._held: Held | None = None
@@ -168,11 +167,6 @@ class PolicyTrainer:
         """Copies of the draft's weights. None on other stages than the draft's."""
         self.offload.require(self.model)
         return None if self.draft is None else self.draft.copies
-
-    def weights_changed(self) -> None:
-        """Tells that the policy's weights are others, which the draft's stage may have a copy of. Collective."""
-        if self._draft_kind is not None:
-            self.model.refresh_embedding(self.parallel)
 
     def train_draft(self, batch: TrainBatch) -> StepReport:
         """One optimizer step of the draft on this rank's shard of ``batch``. The policy runs forward only."""
@@ -243,9 +237,7 @@ class PolicyTrainer:
                 metrics |= self._trained_draft.trainable.step().metrics("draft")
                 if scored:
                     metrics |= self._score_copies(scored)
-        metrics |= self.policy.step().metrics("policy")
-        self.weights_changed()
-        return metrics
+        return metrics | self.policy.step().metrics("policy")
 
     @torch.no_grad()
     def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:

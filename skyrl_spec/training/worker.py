@@ -198,7 +198,6 @@ class PolicyWorker:
         components = {name: component for name, component in trained.items() if name in saved | required}
         loaded = dist.load(directory, components, self._trainer.parallel)
         self._trainer.set_random_state(loaded.per_rank)
-        self._trainer.weights_changed()
         return loaded.extra
 
     def export_checkpoint(self, directory: Path, target: Path) -> None:

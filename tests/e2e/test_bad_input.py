@@ -291,12 +291,8 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         ("tensor_model_parallel_size=3: must divide the model's 4 attention heads", "set a divisor of 4"),
     ),
     "more stages than layers": (
-        lambda _: ["trainer.policy.megatron_config.pipeline_model_parallel_size=64"],
-        ("pipeline_model_parallel_size=64: the model has 12 layers, and every stage needs one", "lower it"),
-    ),
-    "layers that do not divide into stages": (
-        lambda _: ["trainer.policy.megatron_config.pipeline_model_parallel_size=5"],
-        ("pipeline_model_parallel_size=5: 12 of the model's 12 layers are left for 5 stages", "num_layers_in_first"),
+        lambda _: ["trainer.policy.megatron_config.pipeline_model_parallel_size=2"],
+        ("pipeline_model_parallel_size=2: the model has fewer layers, 1, and every stage needs one", "lower it"),
     ),
     "TP that does not divide the key-value heads": (
         lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=4"],

@@ -31,7 +31,10 @@ def test_layers_are_divided_as_the_settings_say() -> None:
     ("arguments", "line"),
     [
         ((12, 5), "pipeline_model_parallel_size=5: 12 of the model's 12 layers are left for 5 stages; set"),
-        ((12, 13), "pipeline_model_parallel_size=13: the model has 12 layers, and every stage needs one; lower it"),
+        (
+            (12, 13),
+            "pipeline_model_parallel_size=13: the model has fewer layers, 12, and every stage needs one; lower it",
+        ),
         ((12, 2, 5, 6), "1 of the model's 12 layers are left for 0 stages with trainer.policy.megatron_config.num_la"),
         ((12, 3, 6, 6), "0 of the model's 12 layers are left for 1 stages"),
         ((12, 3, 12), "0 of the model's 12 layers are left for 2 stages"),
