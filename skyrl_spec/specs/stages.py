@@ -30,8 +30,8 @@ class Stages:
             return cls((num_layers,))
         if size > num_layers:
             raise ConfigError(
-                f"{_SETTING}.pipeline_model_parallel_size={size}: the model has fewer layers, {num_layers}, and every stage "
-                "needs one; lower it"
+                f"{_SETTING}.pipeline_model_parallel_size={size}: the model has fewer layers, {num_layers}, and every "
+                "stage needs one; lower it"
             )
         left, num_others = num_layers - (first or 0) - (last or 0), size - (first is not None) - (last is not None)
         others = left // num_others if num_others else 0

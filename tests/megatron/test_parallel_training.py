@@ -43,6 +43,8 @@ class Layout:
     dp: int = 1
     distributed: bool = False
     sequence_parallel: bool = False
+    # Layers of the last stage.
+    last: int | None = None
 
 
 ONE_RANK = Layout()
@@ -90,6 +92,7 @@ def _config(path: Path, draft: str, layout: Layout) -> Config:
         sequence_parallel=layout.sequence_parallel,
     )
     trainer = config.trainer
+    trainer.policy.megatron_config.num_layers_in_last_pipeline_stage = layout.last
     for optimizer in (trainer.policy.optimizer_config, trainer.mtp.optimizer_config, trainer.dflash.optimizer_config):
         optimizer.lr = LR
         # About the size of a gradient's entry. With an epsilon far below it an update is the learning rate times the
@@ -172,6 +175,22 @@ def test_every_layout_gives_the_same_losses_gradients_and_weights(
     checkpoint: Path, draft: str, single: dict[str, Any], layout: str, tmp_path: Path
 ) -> None:
     _check_layout(LAYOUTS[layout], checkpoint, draft, single, tmp_path)
+
+
+# Stages in the middle have neither end of the model. A draft reads layers of all stages.
+DEEP_LAYOUTS = {
+    "pp3, uneven": (Layout(pp=3, last=1), 5, False),
+    "pp4, tied": (Layout(pp=4), 4, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEEP_LAYOUTS)
+def test_pipelines_with_stages_in_the_middle_give_the_same(draft: str, name: str, tmp_path: Path) -> None:
+    layout, num_layers, tied = DEEP_LAYOUTS[name]
+    checkpoint = write_model(tmp_path / "model", draft, tied=tied, num_layers=num_layers)
+    single = train(checkpoint, draft, tmp_path / "single")[0]
+    _check_layout(layout, checkpoint, draft, single, tmp_path)
 
 
 @pytest.mark.slow

@@ -22,13 +22,13 @@ VOCAB_SIZE = 97
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
 
 
-def tiny_config(architecture: str, tied: bool) -> PreTrainedConfig:
+def tiny_config(architecture: str, tied: bool, num_layers: int = 2) -> PreTrainedConfig:
     kind = Qwen3Config if architecture.startswith("Qwen3") else Qwen2Config
     return kind(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -40,10 +40,12 @@ def tiny_config(architecture: str, tied: bool) -> PreTrainedConfig:
     )
 
 
-def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied: bool = False, seed: int = 0) -> Path:
+def write_checkpoint(
+    path: Path, architecture: str = "MiMoForCausalLM", *, tied: bool = False, seed: int = 0, num_layers: int = 2
+) -> Path:
     """Writes random fp32 weights. Norms and biases are random too, so that a mix-up shows."""
     torch.manual_seed(seed)
-    config = tiny_config(architecture, tied)
+    config = tiny_config(architecture, tied, num_layers)
     model = (Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen2ForCausalLM)(config)
     weights = dict(model.state_dict())
     extra: dict[str, object] = {"architectures": [architecture], "rope_theta": 10000.0, "dtype": "float32"}
@@ -63,12 +65,12 @@ def write_checkpoint(path: Path, architecture: str = "MiMoForCausalLM", *, tied:
     return path
 
 
-def write_model(path: Path, draft: str, *, tied: bool = False) -> Path:
+def write_model(path: Path, draft: str, *, tied: bool = False, num_layers: int = 2) -> Path:
     """Writes a policy checkpoint for ``draft`` ("mtp" or "dflash"), and a DFlash draft next to it."""
     if draft == "mtp":
-        return write_checkpoint(path, "MiMoForCausalLM", tied=tied)
-    write_checkpoint(path, "Qwen3ForCausalLM", tied=tied)
-    write_tiny_dflash(dflash_path(path), path, seed=0, target_layer_ids=[0, 1])
+        return write_checkpoint(path, "MiMoForCausalLM", tied=tied, num_layers=num_layers)
+    write_checkpoint(path, "Qwen3ForCausalLM", tied=tied, num_layers=num_layers)
+    write_tiny_dflash(dflash_path(path), path, seed=0, target_layer_ids=list(range(num_layers)))
     return path
 
 
