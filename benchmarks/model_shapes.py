@@ -27,3 +27,9 @@ QWEN3_8B: dict[str, Any] = _OF_BOTH | {
     "vocab_size": 151_936,
     "intermediate_size": 12_288,
 }
+QWEN3_32B: dict[str, Any] = QWEN3_8B | {
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "intermediate_size": 25_600,
+}

@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from model_shapes import MIMO_7B, QWEN3_8B
+from model_shapes import MIMO_7B, QWEN3_8B, QWEN3_32B
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.planning.memory import plan_memory
@@ -26,7 +26,11 @@ from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dflash import dflash_hf_config, fresh_dflash_spec
 from skyrl_spec.specs.model import load_spec
 
-MODELS = {"mimo_7b_dapo_8gpu": MIMO_7B, "qwen3_8b_dflash_dapo_8gpu": QWEN3_8B}
+MODELS = {
+    "mimo_7b_dapo_8gpu": MIMO_7B,
+    "qwen3_8b_dflash_dapo_8gpu": QWEN3_8B,
+    "qwen3_32b_dflash_dapo_16gpu": QWEN3_32B,
+}
 
 
 def recipe(name: str, folder: Path) -> Config:

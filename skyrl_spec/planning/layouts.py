@@ -251,7 +251,10 @@ def acceptance_length(config: Config, options: LayoutsOptions) -> float:
 
 def _num_drafted(config: Config) -> int:
     kind = trained_kind(config.trainer)
-    return 0 if kind is None else int(kind.speculative_config(config.trainer)["num_speculative_tokens"])
+    if kind is None:
+        return 0
+    spec = load_spec(config.trainer.policy.model.path, weights=False)
+    return kind.speculative_config(config.trainer)["num_speculative_tokens"] or kind.num_positions(config, spec)
 
 
 def _training_seconds(

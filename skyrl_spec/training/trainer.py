@@ -112,7 +112,7 @@ class PolicyTrainer:
             self.model,
             parallel,
             self._stages,
-            None if kind is None else kind.captured_layers(config.trainer),
+            None if kind is None else kind.captured_layers(config, spec),
             () if self.draft is None else self.draft.draft.capture_points,
         )
         # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
@@ -247,7 +247,7 @@ class PolicyTrainer:
         """
         batch, kind = response_batch(proposals), self._draft_kind
         policy_logprobs = self._logprobs(self.model, batch, np.arange(len(batch)))[batch.loss_mask]
-        num_positions = 0 if kind is None else kind.num_positions(self.config.trainer)
+        num_positions = 0 if kind is None else kind.num_positions(self.config, self.spec)
         scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
         if kind is not None:
             blocks = list(block_packs(proposals, num_positions, self._budget, self._context))

@@ -139,6 +139,23 @@ def test_a_draft_that_gets_worse_is_set_back_and_not_sent(tmp_path: Path) -> Non
     assert all(torch.equal(saved[name], shipped[name].float()) for name in heads)
 
 
+def test_a_run_in_stages_goes_on_with_divided_packs(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_dflash_grpo", *SMALL, "trainer.eval_before_train=false", "trainer.canary.interval=1"]
+    megatron = "trainer.policy.megatron_config"
+    stages = [f"{megatron}.pipeline_model_parallel_size=2", "trainer.ckpt_interval=1", "trainer.max_training_steps=1"]
+    _, first = finish(tmp_path / "stages", *overrides, *stages)
+    checkpoint = tmp_path / "stages" / "checkpoints" / "step_1"
+    packs = [f"{megatron}.context_parallel_size=2", "trainer.max_training_steps=2"]
+    go_on = ["trainer.resume_mode=from_path", f"trainer.resume_path={checkpoint}"]
+    _, second = finish(tmp_path / "packs", *overrides, *packs, *go_on)
+    assert [record["trainer/step"] for record in [*first, *second]] == [1, 2]
+    for record in [*first, *second]:
+        # Policy and draft of the engines are those of the workers.
+        assert record[names.CANARY_POLICY] < 1e-4
+        assert record[names.CANARY_DRAFT] < 1e-4
+        assert record["draft/grad_norm"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",

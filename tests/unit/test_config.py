@@ -26,9 +26,7 @@ COLOCATED = (
 
 
 def test_the_promised_experiments_exist() -> None:
-    assert {"cpu_mtp_grpo", "cpu_mtp_dapo", "cpu_dflash_grpo", "mimo_7b_dapo_8gpu", "qwen3_8b_dflash_dapo_8gpu"} <= set(
-        available("experiment")
-    )
+    assert {"cpu_mtp_grpo", "cpu_mtp_dapo", "cpu_dflash_grpo", "mimo_7b_dapo_8gpu"} <= set(available("experiment"))
 
 
 @pytest.mark.parametrize("experiment", available("experiment"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from model_shapes import QWEN3_8B
 from test_dry_run import MIMO_7B
 
 from skyrl_spec.cli import main
@@ -107,6 +108,25 @@ def test_the_command_lists_and_names_the_words_of_the_first(
     assert " layouts of 8 GPUs fit." in text.splitlines()[0]
     assert [line.split()[0] for line in text.splitlines()[3:5]] == ["1", "2"]
     assert "  trainer.placement.colocate_all=" in text
+
+
+def test_replicas_of_every_parallelism_are_listed(words: list[str]) -> None:
+    found = find_layouts(load_config(words), LayoutsOptions(gpus=16))
+    for name in ("tp", "cp", "pp"):
+        assert {getattr(one.layout, name) for one in found} >= {1, 2, 4}, name
+    # Stages wait for each other, so that a pipeline alone is slower than replicas alone.
+    seconds = {(one.layout.tp, one.layout.cp, one.layout.pp): one.training_s for one in reversed(found)}
+    assert seconds[2, 1, 1] < seconds[2, 1, 2] < seconds[2, 1, 4]
+    # With GPUs that have room for one more layer, but not for a replica.
+    small = find_layouts(load_config(words), LayoutsOptions(gpus=8, gpu_memory_gb=40))
+    assert all(one.layout.tp * one.layout.pp > 2 for one in small)
+
+
+def test_a_draft_whose_settings_are_open_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    words = [f"trainer.policy.model.path={tmp_path}", "trainer.dflash.path=null", "trainer.dflash.num_layers=5"]
+    found = find_layouts(load_config(["experiment=qwen3_8b_dflash_dapo_8gpu", *words]), LayoutsOptions(gpus=8))
+    assert found[0].step_s > 0
 
 
 def test_nothing_that_fits_is_an_error_with_the_least(words: list[str]) -> None:

@@ -169,15 +169,12 @@ class DflashKind(DraftKind):
         assert trainer.dflash.path is not None
         return dflash_rules(read_dflash_spec(trainer.dflash.path).layers)
 
-    def num_positions(self, trainer: TrainerConfig) -> int:
-        return trainer.dflash.num_speculative_tokens or self._served(trainer).block_size - 1
+    def num_positions(self, config: Config, spec: ModelSpec) -> int:
+        dflash = config.trainer.dflash
+        return dflash.num_speculative_tokens or _spec_at(config, spec, dflash.path).block_size - 1
 
-    def captured_layers(self, trainer: TrainerConfig) -> list[int]:
-        return list(self._served(trainer).target_layer_ids)
-
-    def _served(self, trainer: TrainerConfig) -> DflashSpec:
-        assert trainer.dflash.path is not None
-        return read_dflash_spec(trainer.dflash.path, weights=False)
+    def captured_layers(self, config: Config, spec: ModelSpec) -> list[int]:
+        return list(_spec_at(config, spec, config.trainer.dflash.path).target_layer_ids)
 
     def hf_config(self, trainer: TrainerConfig, torch_dtype: str) -> dict[str, Any]:
         dflash = trainer.dflash

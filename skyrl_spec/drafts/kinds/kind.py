@@ -145,10 +145,10 @@ class DraftKind(ABC):
         """Conversion of the draft's weights. Imports Megatron."""
 
     @abstractmethod
-    def num_positions(self, trainer: TrainerConfig) -> int:
-        """Drafted tokens of a chain in training, of a draft whose settings are decided."""
+    def num_positions(self, config: Config, spec: ModelSpec) -> int:
+        """Drafted tokens of a chain in training."""
 
-    def captured_layers(self, trainer: TrainerConfig) -> list[int]:
+    def captured_layers(self, config: Config, spec: ModelSpec) -> list[int]:
         """Layers of the policy whose outputs the draft reads."""
         return []
 

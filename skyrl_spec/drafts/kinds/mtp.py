@@ -34,7 +34,7 @@ class MtpKind(DraftKind):
 
     def describe(self, trainer: TrainerConfig) -> str:
         mtp = trainer.mtp
-        depths = self.num_positions(trainer)
+        depths = mtp.unroll_steps or mtp.num_speculative_tokens
         return f"MTP head, k={mtp.num_speculative_tokens}, trained {depths} deep, {mtp.loss_type}"
 
     def check_user_speculation(self, user: dict[str, Any]) -> None:
@@ -76,11 +76,11 @@ class MtpKind(DraftKind):
     def training_layer_tokens(self, config: Config, spec: ModelSpec, tokens: int) -> int:
         mtp = config.trainer.mtp
         # Keys of all tokens count as a layer.
-        return tokens + math.ceil(mtp.positions_per_step * tokens) * self.num_positions(config.trainer)
+        return tokens + math.ceil(mtp.positions_per_step * tokens) * self.num_positions(config, spec)
 
     def training_flops(self, config: Config, spec: ModelSpec, prompt: int, response: int) -> Flops:
         mtp, hidden = config.trainer.mtp, spec.hidden_size
-        depths = self.num_positions(config.trainer)
+        depths = self.num_positions(config, spec)
         # The first base is the last token of the prompt, and a base drafts after the next token.
         num_bases = max(response - 1, 0)
         probability, first, end = mean_window(num_bases, mtp.positions_per_step)
@@ -117,8 +117,8 @@ class MtpKind(DraftKind):
 
         return mtp_rules(spec)
 
-    def num_positions(self, trainer: TrainerConfig) -> int:
-        return trainer.mtp.unroll_steps or trainer.mtp.num_speculative_tokens
+    def num_positions(self, config: Config, spec: ModelSpec) -> int:
+        return config.trainer.mtp.unroll_steps or config.trainer.mtp.num_speculative_tokens
 
 
 def _refusal(path: str, reason: str) -> ConfigError:
