@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from skyrl_spec.errors import ConfigError
@@ -23,7 +24,7 @@ from skyrl_spec.settings.derived import (
     uses_tis,
     workers_per_node,
 )
-from skyrl_spec.settings.describe import sections
+from skyrl_spec.settings.describe import Section, sections
 from skyrl_spec.settings.loss_type import check_loss_type
 from skyrl_spec.settings.schema import Config
 
@@ -35,13 +36,18 @@ SAMPLINGS = ("generator.sampling_params", "generator.eval_sampling_params")
 MAX_COLOCATED_MEMORY = 0.6
 
 
+@cache
+def _sections() -> tuple[Section, ...]:
+    return tuple(sections(Config))
+
+
 def check_rules(config: Config) -> None:
     """Checks the allowed values of every setting, then all rules.
 
     Raises:
         ConfigError: the first rule that ``config`` breaks.
     """
-    all_sections = list(sections(Config))
+    all_sections = _sections()
     for section in all_sections:
         for setting in section.settings:
             check_allowed(setting.name, get_setting(config, setting.name), setting.allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -54,7 +55,7 @@ class Stages:
 
     def of_layer(self, layer: int) -> int:
         """The stage that has this layer."""
-        return next(stage for stage in range(len(self.num_layers)) if layer in self.layers(stage))
+        return bisect_right(list(accumulate(self.num_layers)), layer)
 
     @property
     def last(self) -> int:

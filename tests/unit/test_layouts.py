@@ -34,7 +34,8 @@ def test_what_is_listed_fits_and_can_be_started(words: list[str]) -> None:
     assert [one.step_s for one in found] == sorted(one.step_s for one in found)
     assert len({replace(one.layout, recompute=None) for one in found}) == len(found) > 20
     assert {one.layout.is_shared for one in found} == {True, False}
-    for one in found:
+    # Composing one takes a fifth of a second.
+    for one in found[:: len(found) // 20]:
         # As a user would paste it.
         pasted = load_config([*words, *one.layout.words(options.gpus_per_machine)])
         assert pasted == one.layout.applied(config, options.gpus_per_machine)
