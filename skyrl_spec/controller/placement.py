@@ -50,6 +50,8 @@ from skyrl_spec.training.worker import PolicyWorker
 # Share of a GPU that a worker and an engine each reserve with colocate_all. Ray only counts these shares. The memory is
 # divided by turns, or by gpu_memory_utilization where engines do not sleep.
 _GPU_SHARE = 0.5
+# Share of a core that a worker reserves on CPU, so that Ray has something to spread over machines.
+_CPU_SHARE = 0.01
 # Tries to start Ray, and its error if its servers are too slow.
 _RAY_STARTS, _TIMED_OUT = 3, "timed out during startup"
 
@@ -207,7 +209,7 @@ def start_actors(
     """
     deadline = time.monotonic() + config.trainer.placement.timeout_s
     gpus = reserve_gpus(config, deadline)
-    bundles = bundles_by_rank(gpus)
+    bundles = worker_bundles(config, gpus)
     # They leave their GPUs alone until ``start``.
     workers = _create_workers(config, worker_options(config, bundles))
     devices = _get([worker.visible_devices.remote() for worker in workers], deadline, "policy workers", config)
@@ -252,20 +254,24 @@ def _restart_engine(config: Config, settings: EngineSettings, options: list[dict
 
 
 def reserve_gpus(config: Config, deadline: float) -> list[PlacementGroup]:
-    """Reserves a GPU for each policy worker: ``policy_num_nodes`` groups, each on one machine. Empty on CPU.
+    """Reserves a GPU for each policy worker: ``policy_num_nodes`` groups, each on one machine.
 
-    Two groups may be on the same machine if it has enough GPUs. Removing the groups releases the GPUs, and Ray removes
-    them when the driver's connection ends.
+    Two groups may be on the same machine if it has enough GPUs. On CPU it is one group with a bundle for the workers of
+    each machine; empty for one machine. Bundles are on different machines as far as there are some. Removing the groups
+    releases what they reserve, and Ray removes them when the driver's connection ends.
 
     Raises:
         RunError: the GPUs were not free by ``deadline`` (of ``time.monotonic``).
     """
     placement = config.trainer.placement
+    per_node, num_nodes = workers_per_node(config), placement.policy_num_nodes
     if placement.device == "cpu":
-        return []
-    node = [{"GPU": 1, "CPU": 1}] * workers_per_node(config)
-    groups = [placement_group(node, strategy="STRICT_PACK") for _ in range(placement.policy_num_nodes)]
-    what = f"{len(node)} policy workers on each of {placement.policy_num_nodes} machines"
+        nodes = [{"CPU": _CPU_SHARE * per_node}] * num_nodes
+        groups = [placement_group(nodes, strategy="SPREAD")] if num_nodes > 1 else []
+    else:
+        node = [{"GPU": 1, "CPU": 1}] * per_node
+        groups = [placement_group(node, strategy="STRICT_PACK") for _ in range(num_nodes)]
+    what = f"{per_node} policy workers on each of {num_nodes} machines"
     try:
         _get([group.ready() for group in groups], deadline, what, config)
     except RunError:
@@ -284,6 +290,12 @@ def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupScheduli
     ]
 
 
+def worker_bundles(config: Config, groups: list[PlacementGroup]) -> list[PlacementGroupSchedulingStrategy]:
+    """Bundle of each worker, by rank. Empty if they need none."""
+    shared_by = workers_per_node(config) if config.trainer.placement.device == "cpu" else 1
+    return [bundle for bundle in bundles_by_rank(groups) for _ in range(shared_by)]
+
+
 def engine_options(
     config: Config,
     settings: EngineSettings,
@@ -295,6 +307,9 @@ def engine_options(
     ``devices``: GPU of each rank, as CUDA names it on its machine.
     """
     options, num_engines = actor_options(settings), config.generator.inference_engine.num_engines
+    if config.trainer.placement.device == "cpu":
+        # They reserve nothing by which Ray would spread them.
+        return [options | {"scheduling_strategy": "SPREAD"}] * num_engines
     if not config.trainer.placement.colocate_all:
         return [options] * num_engines
     size = settings.tensor_parallel_size
@@ -322,9 +337,11 @@ def worker_options(config: Config, bundles: list[PlacementGroupSchedulingStrateg
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if placement.device == "cpu":
         environment["OMP_NUM_THREADS"] = str(_threads_per_worker(config))
-        # On CPU, engines and workers take turns on the same cores, so they reserve none in Ray.
+        # On CPU, engines and workers take turns on the same cores, so they reserve next to nothing in Ray.
         options = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
-        return [options] * parallel_sizes(config).world_size
+        if not bundles:
+            return [options] * parallel_sizes(config).world_size
+        return [options | {"num_cpus": _CPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
     share = _GPU_SHARE if placement.colocate_all else 1
     options = {"num_cpus": 1, "num_gpus": share, "runtime_env": {"env_vars": environment}}
     return [options | {"scheduling_strategy": bundle} for bundle in bundles]

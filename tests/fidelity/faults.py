@@ -146,6 +146,7 @@ class _FaultyWorker(PolicyWorker.__ray_metadata__.modified_class):  # type: igno
         elif fault == "shifted layers":
             layers = [int(point.module.rsplit(".", 1)[1]) for point in self._right]
             draft.capture_points = tuple(CapturePoint(f"decoder.layers.{layer - 1}", "output") for layer in layers)
+        self._trainer._draft_states._points = draft.capture_points
 
 
 FaultyWorker = ray.remote(_FaultyWorker)

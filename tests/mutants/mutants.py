@@ -32,6 +32,7 @@ ISOLATED = (
 )
 DRAFT_LOSS = "tests/megatron/test_draft_loss.py::test_loss_and_gradients_equal_the_definition"
 GRADIENTS = "tests/megatron/test_policy_gradients.py::test_gradients_equal_autograds"
+DIVIDED = "tests/dist/test_context_parallel.py::test_divided_packs_compute_what_whole_ones_do"
 LAYOUTS = "tests/megatron/test_parallel_training.py::test_every_layout_gives_the_same_losses_gradients_and_weights"
 COPIES = "tests/megatron/test_draft_copies.py::test_copies_are_scored_beside_the_training"
 DRAFT_TRAINING = "tests/unit/test_draft_training.py"
@@ -129,6 +130,53 @@ LOSSES = [
             "a nucleus of one rank",
             "_over_ranks(mass_c, shard).sum(0)",
             "_over_ranks(mass_c, shard)[shard.rank]",
+        ),
+    ),
+    *of(
+        "models/context_parallel.py",
+        [f"{DIVIDED}[2]", f"{DIVIDED}[3]"],
+        ("keys from the chunk's start", "keys=slice(begin, end)", "keys=slice(first, end)"),
+        (
+            "gradients of keys stay where they are",
+            "_sum_of_own_rows(keys_grad, share), None",
+            "keys_grad[: len(keys_t2Gd)], None",
+        ),
+        (
+            "rows of the wrong chunk",
+            "(share.rank + 1, 2 * share.size - share.rank)",
+            "(share.rank + 1, share.rank + 1)",
+        ),
+        ("chunks in the order of ranks", "second_Rc.flip(0)]).flatten", "second_Rc]).flatten"),
+        ("positions begin again in what is added", "torch.arange(last, last + num_added)", "torch.arange(num_added)"),
+    ),
+    *of(
+        "training/trainer.py",
+        [f"{LAYOUTS}[mtp-untied-cp2]"],
+        ("ranks that share a pack all count", "if self.parallel.cp_rank == 0:", "if True:"),
+    ),
+    *of(
+        "drafts/mtp.py",
+        [f"{LAYOUTS}[mtp-untied-cp2]"],
+        ("chains of a pack count twice", "accepted_K=accepted_K * counts", "accepted_K=accepted_K"),
+        ("a response followed on one rank", "hit_KT = hit_KT > 0", "hit_KT = hit_KT < 0"),
+    ),
+    *of(
+        "training/draft_states.py",
+        [f"{LAYOUTS}[mtp-untied-pp2]"],
+        ("the embedding of the start", "self._model.refresh_embedding(self._parallel)", "self._has_draft or None"),
+    ),
+    *of(
+        "training/draft_states.py",
+        [f"{LAYOUTS}[dflash-untied-pp2]"],
+        ("states of one stage only", "captured.add_parts(states)", "captured.add_parts(dict.fromkeys(states, 0))"),
+    ),
+    *of(
+        "checkpoint/pieces.py",
+        ["tests/megatron/test_dist_checkpoint.py::test_resume_is_bitwise_and_resharding_and_errors"],
+        (
+            "ranks of a pack are one replica",
+            "number = trainable.parallel.replica",
+            "number = trainable.parallel.dp_rank",
         ),
     ),
     *of(
@@ -277,13 +325,13 @@ DRAFTS = [
         ("rotary position stays at depth 1", "[chains.base_C] + depth - 1]", "[chains.base_C]]"),
         (
             "embedding of the same token",
-            "(token_N + depth).clamp",
-            "(token_N + depth - 1).clamp",
+            "reach.row_P[token_N + depth]",
+            "reach.row_P[token_N + depth - 1]",
         ),
         (
             "depth-1 keys of another place",
-            "rotary[pack.position_T[chains.token_S]]",
-            "rotary[pack.position_T[chains.token_S] + 1]",
+            "rotary[pack.position_T[token_N]]",
+            "rotary[pack.position_T[token_N] + 1]",
         ),
     ),
     *of(
@@ -297,8 +345,8 @@ DRAFTS = [
         ("draft one position off", "(position_N - depth_K1).clamp(min=0)", "(position_N - depth_K1 + 1).clamp(min=0)"),
         (
             "teacher one position off",
-            "teacher.hidden_TD[position_N]",
-            "teacher.hidden_TD[position_N - 1]",
+            "[reach.row_P[position_N]]",
+            "[reach.row_P[position_N - 1]]",
         ),
     ),
     *of(
@@ -367,8 +415,8 @@ DRAFTS = [
         [f"{DFLASH_BLOCKS}[1]"],
         (
             "captured layers in another order",
-            "for point in self.capture_points]",
-            "for point in self.capture_points[::-1]]",
+            "[captured[point][token_S] for point in self.capture_points]",
+            "[captured[point][token_S] for point in self.capture_points[::-1]]",
         ),
         ("mask tokens in place of the anchor's", "slots_AsD[:, 0] = rows[:-1]", "slots_AsD[:, 1] = rows[:-1]"),
     ),
@@ -384,7 +432,11 @@ DRAFTS = [
     *of(
         "drafts/dflash.py",
         [f"{DRAFT_LOSS}[dflash-soft_ce]"],
-        ("captured layers shifted by one", '{layer}", "output")', '{layer}", "input")'),
+        (
+            "captured layers shifted by one",
+            "map(layer_output, self.spec.target_layer_ids)",
+            "map(layer_output, [layer - 1 for layer in self.spec.target_layer_ids])",
+        ),
         (
             "loss on the anchor's slot",
             "* blocks.num_slots + slot_N + 1]",
@@ -416,7 +468,7 @@ SHARED = [
         "drafts/mtp.py",
         [f"{DRAFT_SHARE}[1-mtp]"],
         ("windows of neighbours", "of_rows[list(rows)]", "of_rows[::-1][list(rows)]"),
-        ("chains outside the window", "mask_KT &= torch.stack", "torch.stack"),
+        ("chains outside the window", "mask_KT &= _at_targets(", "_at_targets("),
     ),
     *of(
         "drafts/mtp.py",
@@ -484,20 +536,24 @@ MODELS = [
     *of(
         "models/policy.py",
         [f"{ISOLATED}[dflash]"],
-        ("draft's gradient reaches the embedding", "@torch.no_grad()", "@torch.enable_grad()"),
+        (
+            "draft's gradient reaches the embedding",
+            "@torch.no_grad()\n    def embed",
+            "@torch.enable_grad()\n    def embed",
+        ),
     ),
     *of(
         "models/policy.py",
         [f"{CONVERSION}[1]"],
-        ("every token at position 0", "[pack.position_T]", "[pack.position_T * 0]"),
+        ("every token at position 0", "[pack.own(pack.position_T)]", "[pack.own(pack.position_T * 0)]"),
     ),
     *of(
         "models/attention.py",
         [f"{PACKED}[1.0-mtp]"],
         (
             "documents of a pack see one another",
-            "documents = packed_seq_params.documents",
-            "documents = Documents.of([len(query_T1Hd)])",
+            "documents, share = packed_seq_params.documents,",
+            "documents, share = Documents.of([len(query_T1Hd)]),",
         ),
     ),
     *of(
@@ -509,7 +565,7 @@ TRAINING = [
     *of(
         "training/step.py",
         [f"{GRADIENTS}[one rank-Qwen2ForCausalLM untied-token_mean]"],
-        ("log-prob predicted by the token itself", "torch.from_numpy(index_N - 1)", "torch.from_numpy(index_N)"),
+        ("log-prob predicted by the token itself", "_own(pack, index_N - 1)", "_own(pack, index_N)"),
         (
             "mean of a micro-batch in place of its sum",
             "(micro.loss_weights_N * loss_N).sum()",
@@ -539,7 +595,7 @@ TRAINING = [
     *of(
         "training/trainer.py",
         [f"{LAYOUTS}[mtp-untied-dp2]"],
-        ("draft's denominator not all-reduced", "dist.all_reduce(total, group=self.parallel.dp_group)", "pass"),
+        ("draft's denominator not all-reduced", "dist.all_reduce(total, group=self.parallel.dp_cp_group)", "pass"),
         ("policy's gradients not all-reduced", "self.policy.reduce_grads()", "pass"),
     ),
     *of(
@@ -725,8 +781,8 @@ CHECKPOINTS = [
         "checkpoint/dist.py",
         [f"{RESUME}[tp1-1]"],
         ("random state not restored", "torch.set_rng_state(per_rank.pop(_TORCH_RNG))", "per_rank.pop(_TORCH_RNG)"),
-        ("optimizer steps start again", 'described["optimizer_steps"], described', "0, described"),
-        ("schedule starts again", 'described["scheduler"]["num_steps"]', "0"),
+        ("optimizer steps start again", 'saved["optimizer_steps"], saved', "0, saved"),
+        ("schedule starts again", 'saved["scheduler"]["num_steps"]', "0"),
     ),
     *of(
         "checkpoint/folders.py",
@@ -759,10 +815,10 @@ OFFLOADS = [
         [f"{OFFLOAD}[1-1-mtp]"],
         (
             "weights that are away are exported",
-            "        self.offload.require(self.model)\n        module",
-            "        module",
+            "        self.offload.require(self.model)\n        if component",
+            "        if component",
         ),
-        ("a checkpoint of what is away", "rules, self.offload.current)", "rules)"),
+        ("a checkpoint of what is away", "self.policy, rules, self.offload.current)", "self.policy, rules)"),
     ),
     *of(
         "rollout/sleep.py",
