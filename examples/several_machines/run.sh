@@ -13,20 +13,26 @@ if [ "${1:-}" != --cpu ]; then
 fi
 shift
 
+wait_for() {
+    until grep -q "Ray runtime started" "$folder/$1"; do
+        kill -0 "$2" 2>/dev/null || { cat "$folder/$1"; exit 1; }
+        sleep 0.5
+    done
+}
+
 # Ray's sockets need a short path.
 folder=$(mktemp -d /tmp/skyrl-XXXX)
 port=${PORT:-6399}
-export RAY_USAGE_STATS_ENABLED=0
-ray start --head --node-ip-address=127.0.0.1 --port="$port" --num-cpus=1 --include-dashboard=false --temp-dir="$folder" --block >"$folder/first" 2>&1 &
+# Nobody else joins it, so it needs no token.
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=disabled
+ray start --head --port="$port" --num-cpus=1 --include-dashboard=false --temp-dir="$folder" --block >"$folder/first" 2>&1 &
 first=$!
 second=
 trap 'kill $second $first 2>/dev/null || true; wait; rm -rf "$folder"' EXIT
-until ray health-check --address="127.0.0.1:$port" 2>/dev/null; do
-    kill -0 $first 2>/dev/null || { cat "$folder/first"; exit 1; }
-    sleep 0.5
-done
-ray start --address="127.0.0.1:$port" --node-ip-address=127.0.0.1 --num-cpus=1 --block >"$folder/second" 2>&1 &
+wait_for first $first
+ray start --address="127.0.0.1:$port" --num-cpus=1 --block >"$folder/second" 2>&1 &
 second=$!
+wait_for second $second
 
 # A stage of the model and an engine on each node.
 RAY_ADDRESS="127.0.0.1:$port" skyrl-spec train experiment=cpu_dflash_grpo \

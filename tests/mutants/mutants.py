@@ -171,15 +171,6 @@ LOSSES = [
         ("states of one stage only", "captured.add_parts(states)", "captured.add_parts(dict.fromkeys(states, 0))"),
     ),
     *of(
-        "checkpoint/pieces.py",
-        ["tests/megatron/test_dist_checkpoint.py::test_resume_is_bitwise_and_resharding_and_errors"],
-        (
-            "ranks of a pack are one replica",
-            "number = trainable.parallel.replica",
-            "number = trainable.parallel.dp_rank",
-        ),
-    ),
-    *of(
         "losses/chains.py",
         [f"{DRAFT_LOSS}[mtp-accept]"],
         ("every token of a chain by itself", "accepted_C = accepted_C * (1 - terms_C)", "accepted_C = 1 - terms_C"),
