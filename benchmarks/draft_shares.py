@@ -134,8 +134,8 @@ def make_arms_trainer(names: list[str], first_scored: int) -> type:
             with capture(self.model, self._arms[0].draft.draft.capture_points) as captured:
                 for index, micro in enumerate(micros):
                     pack = upload(micro.pack, self.parallel.device)
-                    with torch.no_grad():
-                        teacher = self._teacher(self._hidden(self.model, pack, captured))
+                    with torch.no_grad(), captured.listening():
+                        teacher = self._teacher(self.model(pack))
                     held = captured.take(), teacher, pack
                     for arm, score, train in zip(self._arms, scored, trained, strict=True):
                         if score is not None:
