@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -177,7 +177,3 @@ class Draft(ABC):
         drafted tokens takes them from the pack, so every anchor, an index in the pack, has at least K tokens of its
         document behind it.
         """
-
-    def hf_config(self, dtype: torch.dtype) -> dict[str, Any] | None:
-        """``config.json`` of the exported draft. None: the draft is a part of the policy's checkpoint."""
-        return None

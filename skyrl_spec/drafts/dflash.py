@@ -60,7 +60,7 @@ from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import WITHOUT_PIPELINE
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import DflashConfig
-from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, exported_dflash_config, read_dflash_spec
+from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, read_dflash_spec
 from skyrl_spec.specs.model import ModelSpec
 
 
@@ -250,9 +250,6 @@ class DflashDraft(Draft):
             num_chains=is_complete_A.sum().double(),
         )
         return loss, sums
-
-    def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
-        return exported_dflash_config(self.spec, str(dtype).removeprefix("torch."), self.config)
 
     def _slot_embeddings(self, teacher: Teacher, pack: Pack, blocks: Blocks) -> Tensor:
         """Embeddings of the slots, ``[Q, D]``: in each block the anchor's token, then mask tokens."""
