@@ -6,7 +6,7 @@ stage, in the order of micro-batches. The embedding is computed again, from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ class DraftStates:
     Args:
         layers: numbers of the layers whose outputs the draft reads, equal on all stages. None: there is no draft.
         points: what the draft reads, on the last stage.
+        require: brings the weights of a model back, should they be in host memory.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class DraftStates:
         stages: Stages,
         layers: Sequence[int] | None,
         points: Sequence[CapturePoint],
+        require: Callable[[torch.nn.Module], None],
     ):
+        self._require = require
         self._model, self._parallel, self._has_draft, self._points = model, parallel, layers is not None, tuple(points)
         last = parallel.pp_size - 1
         # Both sides go through them in this order.
@@ -55,6 +58,7 @@ class DraftStates:
         if not self._has_draft or not is_read:
             yield
             return
+        self._require(self._model)
         # The policy may have other weights than before.
         self._model.refresh_embedding(self._parallel)
         with capture(self._model, self._points) as self._captured:
@@ -66,6 +70,7 @@ class DraftStates:
 
     def forward(self, model: torch.nn.Module, pack: Pack, *, is_read: bool = True) -> Tensor:
         """This stage's part of a forward pass. What the draft reads goes to the last stage, where ``take`` finds it."""
+        self._require(model)
         captured = self._captured if is_read else None
         with megatron_patches.megatron_device(self._parallel.device):
             if captured is None:

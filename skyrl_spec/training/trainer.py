@@ -31,7 +31,6 @@ from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.losses.logprobs import TokenLogprobs
 from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.conversion import HfTensors, load_weights, own_rules
-from skyrl_spec.models.pack import Pack
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
@@ -108,13 +107,6 @@ class PolicyTrainer:
         # The draft in steps that train it, None in others and on other stages.
         self._trained_draft, self._trains_draft = self.draft, True
         self._draft_kind = kind
-        self._draft_states = DraftStates(
-            self.model,
-            parallel,
-            self._stages,
-            None if kind is None else kind.captured_layers(config, spec),
-            () if self.draft is None else self.draft.draft.capture_points,
-        )
         # The micro-batch on which copies of the draft are scored, and what the draft reads of it.
         self._to_hold: Example | None = None
         self._held: Held | None = None
@@ -122,6 +114,14 @@ class PolicyTrainer:
         trained_draft = None if self.draft is None else self.draft.trainable
         self.offload = Offload(config, self.model, self.policy, trained_draft, self.reference)
         self.offload.reference()
+        self._draft_states = DraftStates(
+            self.model,
+            parallel,
+            self._stages,
+            None if kind is None else kind.captured_layers(config, spec),
+            () if self.draft is None else self.draft.draft.capture_points,
+            self.offload.require,
+        )
 
     def forward_logprobs(self, batch: TrainBatch, *, policy: bool = True) -> dict[str, np.ndarray]:
         """Log-probs of this rank's shard of ``batch`` under the policy, and under the reference if one is loaded.
@@ -180,7 +180,7 @@ class PolicyTrainer:
             def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 example = next(data)
                 with torch.no_grad():
-                    hidden_TD = self._hidden(model, example.micro.pack)
+                    hidden_TD = self._draft_states.forward(model, example.micro.pack)
                 if self.draft is not None:
                     sums.add_(self._train_draft(hidden_TD, example, denominator))
                 return hidden_TD, pipeline.no_loss
@@ -214,7 +214,7 @@ class PolicyTrainer:
 
             def forward_step(data: Iterator[Example], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 example = next(data)
-                hidden_TD = self._hidden(model, example.micro.pack)
+                hidden_TD = self._draft_states.forward(model, example.micro.pack)
                 if self._trained_draft is not None:
                     with self._draft_clock:
                         draft_sums.add_(self._train_draft(hidden_TD, example, denominator))
@@ -298,7 +298,7 @@ class PolicyTrainer:
 
         def forward_step(data: Iterator[Micro], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             micro = upload(next(data), self.parallel.device)
-            hidden_TD = self._hidden(stage, micro.pack, is_read=False)
+            hidden_TD = self._draft_states.forward(stage, micro.pack, is_read=False)
             if self.parallel.is_last_stage:
                 logprobs.append(self._token_logprobs(model, hidden_TD, micro).logprobs_T)
             return hidden_TD, pipeline.no_loss
@@ -368,11 +368,6 @@ class PolicyTrainer:
             dist.all_reduce(total, group=self.parallel.dp_cp_group)
         return [upload(example, device) for example in examples], total
 
-    def _hidden(self, model: torch.nn.Module, pack: Pack, *, is_read: bool = True) -> Tensor:
-        """Hidden states after the trunk's forward pass, ``[T, D]``. ``is_read``: the draft reads some of it."""
-        self.offload.require(model)
-        return self._draft_states.forward(model, pack, is_read=is_read)
-
     def _train_draft(self, hidden_TD: Tensor, example: Example, denominator: Tensor) -> Tensor:
         """Runs the draft forward and backward on detached tensors; returns its sums (``DraftSums.flat``)."""
         assert self._trained_draft is not None
@@ -409,7 +404,7 @@ class PolicyTrainer:
 
             def forward_step(data: Iterator[BlockPack], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
                 block = upload(next(data), self.parallel.device)
-                hidden_TD = self._hidden(model, block.pack)
+                hidden_TD = self._draft_states.forward(model, block.pack)
                 if self.draft is not None:
                     states, teacher = self._draft_states.take(block.pack), self._teacher(hidden_TD)
                     scores.append(score_block(self.draft.draft, states, teacher, block, **self._head))

@@ -167,6 +167,11 @@ LOSSES = [
     ),
     *of(
         "training/draft_states.py",
+        [f"{OFFLOAD}[1-2-1-mtp]"],
+        ("an embedding that is away is sent", "        self._require(self._model)\n", ""),
+    ),
+    *of(
+        "training/draft_states.py",
         [f"{LAYOUTS}[dflash-untied-pp2]"],
         ("states of one stage only", "captured.add_parts(states)", "captured.add_parts(dict.fromkeys(states, 0))"),
     ),
@@ -798,12 +803,12 @@ OFFLOADS = [
     ),
     *of(
         "training/optimizer.py",
-        [f"{OFFLOAD}[1-1-mtp]"],
+        [f"{OFFLOAD}[1-1-1-mtp]"],
         ("main parameters stay", "yield from (main for main in", "yield from (main for main in () and"),
     ),
     *of(
         "training/trainer.py",
-        [f"{OFFLOAD}[1-1-mtp]"],
+        [f"{OFFLOAD}[1-1-1-mtp]"],
         (
             "weights that are away are exported",
             "        self.offload.require(self.model)\n        if component",
