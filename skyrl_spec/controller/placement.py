@@ -22,7 +22,7 @@ from ray.util.placement_group import (
     placement_group,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.lossless import PlainEngine
@@ -308,8 +308,10 @@ def engine_options(
     """
     options, num_engines = actor_options(settings), config.generator.inference_engine.num_engines
     if config.trainer.placement.device == "cpu":
-        # They reserve nothing by which Ray would spread them.
-        return [options | {"scheduling_strategy": "SPREAD"}] * num_engines
+        # They reserve nothing by which Ray would spread them. One whose node is lost goes to another.
+        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        places = [NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True) for index in range(num_engines)]
+        return [options | {"scheduling_strategy": place} for place in places]
     if not config.trainer.placement.colocate_all:
         return [options] * num_engines
     size = settings.tensor_parallel_size
