@@ -274,7 +274,7 @@ def _read_per_rank(directory: Path, parallel: Parallel, layout: dict[str, int]) 
 
 
 def _of_all_stages(described: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
-    """What is described of the whole components, from what each rank says of its pipeline stage. Collective."""
+    """The description of whole components, from those that each rank gives of its pipeline stage. Collective."""
     merged: dict[str, Any] = {}
     for of_rank in on_all_ranks(described) if parallel.pp_size > 1 else [described]:
         for name, part in of_rank.items():

@@ -282,7 +282,7 @@ def reserve_gpus(config: Config, deadline: float) -> list[PlacementGroup]:
 
 
 def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupSchedulingStrategy]:
-    """Bundle of each rank, machine after machine: neighbours form tensor-parallel groups. Empty on CPU."""
+    """Bundle of each rank, machine after machine: neighbours form tensor-parallel groups."""
     return [
         PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         for group in groups

@@ -182,7 +182,7 @@ class DflashDraft(Draft):
         )
 
     def context(self, captured: dict[CapturePoint, Tensor], pack: Pack, token_S: Tensor) -> Tensor:
-        """What all layers know of these tokens of ``pack``, ``[S, D]``. Collective over ranks that share the pack."""
+        """Context of these tokens of ``pack``, ``[S, D]``. Collective over ranks that share the pack."""
         if pack.share is None:
             return self.module.context([captured[point][token_S] for point in self.capture_points])
         own_tD = self.module.context([captured[point] for point in self.capture_points])
@@ -345,7 +345,7 @@ class DflashModule(MegatronModule):
         self._rotary = rotary
 
     def context(self, captured: Sequence[Tensor]) -> Tensor:
-        """What all layers know of each token, ``[T, D]``, from what was captured of it."""
+        """Context of each token, ``[T, D]``, which all layers share, from its captured states."""
         # Megatron's own forward pass of ``fc`` would compute a gradient of the captured states.
         projected_Td = nn.functional.linear(torch.cat(list(captured), dim=-1), self.fc.weight)
         return self.hidden_norm(gather_from_tensor_model_parallel_region(projected_Td))

@@ -128,7 +128,7 @@ def max_staleness(config: Config) -> int:
 
 
 def ratio_anchor(config: Config) -> str:
-    """What the policy's loss compares the policy with: "old" or "rollout"."""
+    """Log-probs that the policy's loss compares the policy with: "old" or "rollout"."""
     algorithm = config.trainer.algorithm
     by_default = "rollout" if max_staleness(config) and algorithm.use_tis is None else "old"
     return algorithm.ratio_anchor or by_default

@@ -25,7 +25,7 @@ from skyrl_spec.types import Component
 
 @dataclass(frozen=True)
 class Exports:
-    """What is exported, known on every rank. ``dtype`` is that of all parameters."""
+    """Names, shapes and tensors of an export. Every rank knows the first two. ``dtype`` is that of all parameters."""
 
     config: Config
     spec: ModelSpec

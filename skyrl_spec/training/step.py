@@ -81,7 +81,7 @@ def build_micro(batch: TrainBatch, rows: np.ndarray, context: ContextRanks | Non
 
 
 def _own(pack: Pack, position_N: np.ndarray) -> tuple[Tensor | None, Tensor]:
-    """Which of these positions of the pack are this rank's (None: all), and their rows among its tokens."""
+    """Indices of the positions whose tokens this rank has (None: all), and their rows among its tokens."""
     if pack.share is None:
         return None, torch.from_numpy(position_N)
     own_n = np.flatnonzero(pack.share.owners(position_N) == pack.share.rank)

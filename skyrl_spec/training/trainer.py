@@ -151,7 +151,7 @@ class PolicyTrainer:
         self._trains_draft, self._trained_draft = draft, self.draft if draft else None
         self._draft_clock.reset()
         examples, denominator = self._examples(batch)
-        self._to_hold = max(examples, key=_size) if draft and scored else None
+        self._to_hold = max(examples, key=_size) if scored and self._trained_draft is not None else None
         logprobs: list[Tensor] = []
         metrics = self._reduce(self._run(examples, denominator, logprobs))
         metrics |= self.optimizer_step(scored if draft else ())
@@ -265,7 +265,7 @@ class PolicyTrainer:
             self.draft.draft.random.num_steps = int(state.get(_STEPS, 0))
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
-        """HF names and full tensors, in the layout that vLLM loads. All tensor-parallel ranks must iterate."""
+        """HF names and full tensors, in the layout that vLLM loads. All ranks of a replica must iterate."""
         self.offload.require(self.model)
         if component == "policy":
             return self.exports.tensors(component, self.model)

@@ -22,7 +22,7 @@ class Offloads(NamedTuple):
 
 
 def offloads(config: Config) -> Offloads:
-    """What the settings move. Where engines sleep that is everything, unless a setting says no."""
+    """The parts that the settings move. Where engines sleep that is everything, unless a setting says no."""
     trainer, kind = config.trainer, trained_kind(config.trainer)
     draft = False if kind is None else kind.settings(trainer).optimizer_config.offload_after_step
     settings = (
