@@ -123,11 +123,10 @@ class DflashDraft(Draft):
         anchors = draw_anchors(pack, seeds, self._num_anchors_B[list(rows)].tolist())
         # Short documents may have more slots than tokens, so that a pack may need several passes.
         at_a_time = max(self.max_slots // (self.num_positions + 1), 1)
-        most, own = len(anchors), anchors
+        anchor_A = np.asarray(anchors, np.int64)
+        own, most = anchor_A[pack.owned(anchor_A)].tolist(), len(anchors)
         if pack.share is not None:
-            owners = pack.share.owners(np.asarray(anchors, np.int64))
-            most = int(np.bincount(owners, minlength=1).max())
-            own = np.asarray(anchors)[owners == pack.share.rank].tolist()
+            most = int(np.bincount(pack.share.owners(anchor_A), minlength=1).max())
         parts = [own[first : first + at_a_time] for first in range(0, most, at_a_time)]
         chance_KT = self.chances(pack, rows)
         return tuple(self._supervise_blocks(pack, part, chance_KT) for part in parts)
@@ -191,9 +190,7 @@ class DflashDraft(Draft):
     def propose(
         self, captured: dict[CapturePoint, Tensor], teacher: Teacher, pack: Pack, anchors: Sequence[int]
     ) -> Tensor:
-        own_A, device = np.arange(len(anchors)), pack.token_ids_T.device
-        if pack.share is not None:
-            own_A = np.flatnonzero(pack.share.owners(np.asarray(anchors)) == pack.share.rank)
+        own_A, device = pack.owned(np.asarray(anchors)), pack.token_ids_T.device
         own = [anchors[index] for index in own_A.tolist()] or [0]
         blocks = blocks_at(own, pack, torch.ones(len(own), self.num_positions, dtype=torch.bool))
         context_TD = self.context(captured, pack, torch.arange(len(pack.token_ids_T), device=device))

@@ -215,9 +215,8 @@ class MtpDraft(Draft):
         starts_N, device = np.asarray(pack.documents.starts), pack.token_ids_T.device
         chains = _chains(pack, starts_N[:-1], starts_N[:-1], starts_N[1:], self.num_positions)
         # The anchor is the sampled token that a chain starts from. The chain's base is the position before it.
-        base_A, own_A = np.asarray(anchors) - 1, np.arange(len(anchors))
-        if pack.share is not None:
-            own_A = np.flatnonzero(pack.share.owners(base_A) == pack.share.rank)
+        base_A = np.asarray(anchors) - 1
+        own_A = pack.owned(base_A)
         # All bases of this rank are there, ascending.
         number_a = np.searchsorted(chains.base_C.numpy(), base_A[own_A])
         out_KCD = self.forward(captured[TRUNK_HIDDEN], captured[EMBEDDING], pack, upload(chains, device))

@@ -76,6 +76,12 @@ class Pack:
             return x_T
         return torch.cat([x_T[chunk.tokens] for chunk in self.share.chunks])
 
+    def owned(self, positions: np.ndarray) -> np.ndarray:
+        """Indices of those of these positions of the pack whose tokens this rank has."""
+        if self.share is None:
+            return np.arange(len(positions))
+        return np.flatnonzero(self.share.owners(positions) == self.share.rank)
+
     @property
     def num_own(self) -> int:
         """Number of this rank's tokens."""

@@ -84,7 +84,7 @@ def _own(pack: Pack, position_N: np.ndarray) -> tuple[Tensor | None, Tensor]:
     """Indices of the positions whose tokens this rank has (None: all), and their rows among its tokens."""
     if pack.share is None:
         return None, torch.from_numpy(position_N)
-    own_n = np.flatnonzero(pack.share.owners(position_N) == pack.share.rank)
+    own_n = pack.owned(position_N)
     return torch.from_numpy(own_n), Reach.of(pack, 0).row_P[torch.from_numpy(position_N[own_n])]
 
 

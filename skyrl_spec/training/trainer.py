@@ -281,11 +281,6 @@ class PolicyTrainer:
             saved["draft"] = SavedComponent(self.draft.trainable, self.draft.draft.rules, self.offload.current)
         return saved
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the policy's parameters."""
-        return next(self.model.parameters()).dtype
-
     def _load_policy(self, tensors: HfTensors) -> PolicyModel:
         model = build_policy(self.spec, self._trunk_config, self.parallel, self._stages)
         load_weights(model, own_rules(model, self.exports.rules["policy"]), tensors, self.parallel)
