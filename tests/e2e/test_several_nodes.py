@@ -40,26 +40,23 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def places(address: str) -> dict[str, set[str]]:
-    """Nodes of the actors that live, by class."""
-    state = GlobalState()
-    options = ray._raylet.GcsClientOptions.create(address, None, True, False)
-    state._initialize_global_state(options)
-    found: dict[str, set[str]] = defaultdict(set)
-    for actor in state.actor_table(None, None, "ALIVE").values():
-        found[actor["ActorClassName"]].add(actor["Address"]["NodeID"])
-    state.disconnect()
-    return found
-
-
 def _wait(run: Run, cluster: Cluster, num_records: int) -> dict[str, set[str]]:
-    """Waits for so many steps, and returns where actors were then."""
+    """Waits for so many steps, and returns the nodes on which actors were seen meanwhile, by class.
+
+    A short run may be over before somebody who waited for its steps can ask.
+    """
+    state = GlobalState()
+    state._initialize_global_state(ray._raylet.GcsClientOptions.create(cluster.address, None, True, False))
+    found: dict[str, set[str]] = defaultdict(set)
     deadline = time.monotonic() + 180
     while len(records_of(run.run_dir)) < num_records:
         assert run.process.poll() is None, run.output(10)
         assert time.monotonic() < deadline
+        for actor in state.actor_table(None, None, "ALIVE").values():
+            found[actor["ActorClassName"]].add(actor["Address"]["NodeID"])
         time.sleep(0.2)
-    return places(cluster.address)
+    state.disconnect()
+    return found
 
 
 def test_stages_and_engines_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
