@@ -79,11 +79,15 @@ def set_steps(trainable: TrainableState, optimizer_steps: int, schedule_steps: i
 
 
 def main_parameter(optimizer: MegatronOptimizer, parameter: Tensor) -> Tensor | None:
-    """Tensor that the inner optimizer updates for ``parameter``. None if another data-parallel rank holds it."""
+    """Tensor that the inner optimizer updates for ``parameter``.
+
+    None if another data-parallel rank holds it, or another optimizer: experts have one of their own.
+    """
     if isinstance(optimizer, DistributedOptimizer):
         if parameter not in optimizer.model_param_gbuf_map:
             return None
         group, index = optimizer.model_param_group_index_map[parameter]
         return optimizer.optimizer.param_groups[group]["params"][index]
     # Megatron sets main_param on 16-bit parameters only.
-    return parameter.main_param if hasattr(parameter, "main_param") else parameter
+    main = parameter.main_param if hasattr(parameter, "main_param") else parameter
+    return main if main in optimizer.optimizer.state else None

@@ -44,7 +44,8 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
             stateful ^ parameters.keys()
         )
         for rule in component.rules:
-            for kind, flat, start, replica in _tensors(component, parameters[rule.megatron]):
+            is_expert = rule.expert_axis is not None
+            for kind, flat, start, replica in _tensors(component, parameters[rule.megatron], is_expert=is_expert):
                 place = _Place.of(rule, parameters[rule.megatron], component.trainable.parallel)
                 key = tensor_key(name, kind, rule)
                 for index, piece in enumerate(place.pieces(key, flat, start, replica)):
@@ -68,14 +69,16 @@ def tensor_key(name: str, kind: str, rule: Rule) -> str:
     return f"{name}.{kind}.{rule.megatron}"
 
 
-def _tensors(component: SavedComponent, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
+def _tensors(
+    component: SavedComponent, parameter: Tensor, *, is_expert: bool
+) -> Iterator[tuple[str, Tensor, int, int]]:
     """Parameter and optimizer state: kind, flat tensor, its offset in the parameter, and the index of this replica.
 
     Without the distributed optimizer every rank with this part of the model has a replica. With it, each has its own
     range.
     """
     trainable, current = component.trainable, component.current
-    number = trainable.parallel.replica
+    number = trainable.parallel.expert_replica if is_expert else trainable.parallel.replica
     yield "param", _flat(current(parameter)), 0, number
     for optimizer in optimizers(trainable):
         main, start, replica = main_parameter(optimizer, parameter), 0, number
@@ -111,15 +114,16 @@ class _Place:
     def of(rule: Rule, parameter: Tensor, parallel: Parallel) -> _Place:
         local = tuple(canonical_shard(parameter.detach(), rule).shape)
         full, offset = list(local), [0] * len(local)
-        if rule.shard_axis is not None:
-            full[rule.shard_axis] *= parallel.tp_size
-            offset[rule.shard_axis] = parallel.tp_rank * local[rule.shard_axis]
+        cuts = rule.cuts(parallel)
+        for cut in cuts:
+            full[cut.axis] *= cut.size
+            offset[cut.axis] = cut.rank * local[cut.axis]
         exported = sum(math.prod(shape) for shape in hf_shapes(rule, parameter, parallel))
         return _Place(
             local_shape=local,
             full_shape=tuple(full),
             offset=tuple(offset),
-            tp_replica=parallel.tp_rank if rule.shard_axis is None else 0,
+            tp_replica=0 if cuts else parallel.tp_rank,
             # Megatron's mark.
             stage_replica=int(getattr(parameter, "shared", False)),
             padded=exported < math.prod(full),

@@ -57,7 +57,7 @@ from skyrl_spec.models.conversion import dflash_rules
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, first_tokens, table_length
 from skyrl_spec.models.parallel import Parallel
-from skyrl_spec.models.policy import WITHOUT_PIPELINE
+from skyrl_spec.models.policy import draft_config
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import DflashConfig
 from skyrl_spec.specs.dflash import DflashSpec, decay_gamma, read_dflash_spec
@@ -369,12 +369,9 @@ class DflashModule(MegatronModule):
 
 
 def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel) -> DflashModule:
-    """The draft's module on this rank's device, weights not yet loaded.
-
-    Recompute is off: the draft is a few layers deep. So is sequence parallelism: a share of the slots is few.
-    """
+    """The draft's module on this rank's device, weights not yet loaded."""
     layers = spec.layers
-    config = replace(
+    config = draft_config(
         trunk,
         num_layers=layers.num_layers,
         ffn_hidden_size=layers.ffn_hidden_size,
@@ -384,11 +381,6 @@ def build_dflash(spec: DflashSpec, trunk: TransformerConfig, parallel: Parallel)
         layernorm_epsilon=layers.rms_norm_eps,
         add_qkv_bias=False,
         qk_layernorm=True,
-        recompute_granularity=None,
-        recompute_method=None,
-        recompute_num_layers=None,
-        sequence_parallel=False,
-        **WITHOUT_PIPELINE,
     )
     with megatron_patches.megatron_device(parallel.device):
         rotary = RotaryEmbedding(

@@ -12,7 +12,7 @@ Conventions are MiMo's, as vLLM serves it (``model_executor/models/mimo_mtp.py``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ from skyrl_spec.models.flash import Documents
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, Share, ranges, table_length
 from skyrl_spec.models.parallel import Parallel
-from skyrl_spec.models.policy import WITHOUT_PIPELINE, layer_spec
+from skyrl_spec.models.policy import draft_config, layer_spec
 from skyrl_spec.models.upload import upload
 from skyrl_spec.settings.draft import MtpConfig
 from skyrl_spec.specs.model import ModelSpec
@@ -342,18 +342,9 @@ class _Backend(LocalSpecProvider):
 def _build_block(trunk: TransformerConfig, parallel: Parallel) -> MultiTokenPredictionBlock:
     """One MTP layer of the trunk's shape.
 
-    Recompute is off, because ``ChainKeys`` would take the keys of a depth again when the layer runs again. Sequence
-    parallelism is off: a share of the chains is few.
+    With recompute, ``ChainKeys`` would take the keys of a depth again when the layer runs again.
     """
-    config = replace(
-        trunk,
-        mtp_num_layers=1,
-        recompute_granularity=None,
-        recompute_method=None,
-        recompute_num_layers=None,
-        sequence_parallel=False,
-        **WITHOUT_PIPELINE,
-    )
+    config = draft_config(trunk, mtp_num_layers=1)
     layer = get_mtp_layer_spec_for_backend(layer_spec(config, ChainAttention), backend=_Backend())
     spec = ModuleSpec(
         module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])

@@ -3,6 +3,9 @@
 A rule brings HF tensors into a *canonical* layout, in which tensor parallelism cuts a single axis: QKV is
 ``[groups, (heads of a group + 2) * head_dim, D]``, gate and up are ``[2, ffn, D]``. A rank's shard is a chunk along
 that axis, flattened to the shape of the Megatron parameter. An export gathers the chunks and inverts the rule.
+
+The weights of all experts of a layer are one parameter. Expert parallelism cuts the axis of experts, and the tensor
+parallelism of experts another one.
 """
 
 from __future__ import annotations
@@ -36,12 +39,37 @@ class Rule:
     from_canonical: Callable[[Tensor], list[Tensor]]
     # Leading axes of the canonical layout into which the rows of the parameter unfold.
     rows: tuple[int, ...] = (-1,)
+    # Axis of experts in the canonical layout. None: every rank of an expert-parallel group has the parameter.
+    expert_axis: int | None = None
 
     @property
-    def partition_dim(self) -> int:
-        """Sharded dimension of the parameter, in which all unfolded axes of ``rows`` are dimension 0."""
-        assert self.shard_axis is not None
-        return max(0, self.shard_axis - len(self.rows) + 1)
+    def partition_dim(self) -> int | None:
+        """Divided dimension of the parameter, in which all unfolded axes of ``rows`` are dimension 0."""
+        axis = self.expert_axis if self.shard_axis is None else self.shard_axis
+        return None if axis is None else max(0, axis - len(self.rows) + 1)
+
+    def cuts(self, parallel: Parallel) -> list[Cut]:
+        """Who divides which axes."""
+        is_expert = self.expert_axis is not None
+        tensor_group = parallel.expert_tp_group if is_expert else parallel.tp_group
+        by_axis = ((self.shard_axis, tensor_group), (self.expert_axis, parallel.ep_group))
+        return [Cut(axis, group) for axis, group in by_axis if axis is not None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An axis of the canonical layout that the ranks of a group divide."""
+
+    axis: int
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
 
 
 def plain(megatron: str, hf: str, shard_axis: int | None) -> Rule:
@@ -79,6 +107,22 @@ def gate_up(megatron: str, hf_prefix: str) -> Rule:
     return Rule(megatron, names, 1, torch.stack, lambda full: list(full.unbind()), rows=(2, -1))
 
 
+def experts_gate_up(megatron: str, hf_prefix: str, num_experts: int) -> Rule:
+    """Gate and up projections of all experts: ``[experts, 2, ffn, D]``."""
+    names = tuple(f"{hf_prefix}{e}.{name}_proj.weight" for e in range(num_experts) for name in ("gate", "up"))
+
+    def merge(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors).unflatten(0, (num_experts, 2))
+
+    return Rule(megatron, names, 2, merge, lambda full: list(full.flatten(0, 1).unbind()), expert_axis=0)
+
+
+def experts_down(megatron: str, hf_prefix: str, num_experts: int) -> Rule:
+    """Down projections of all experts: ``[experts, D, ffn]``."""
+    names = tuple(f"{hf_prefix}{e}.down_proj.weight" for e in range(num_experts))
+    return Rule(megatron, names, 2, torch.stack, lambda full: list(full.unbind()), expert_axis=0)
+
+
 def input_projection(megatron: str, hf: str) -> Rule:
     """Input projection of an MTP layer, with its halves swapped.
 
@@ -98,8 +142,7 @@ def layer_rules(megatron: str, hf: str, spec: ModelSpec) -> list[Rule]:
         qkv(f"{megatron}self_attention.linear_qkv.weight", f"{hf}self_attn.", "weight", spec),
         plain(f"{megatron}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", 1),
         plain(f"{megatron}pre_mlp_layernorm.weight", f"{hf}post_attention_layernorm.weight", None),
-        gate_up(f"{megatron}mlp.linear_fc1.weight", f"{hf}mlp."),
-        plain(f"{megatron}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", 1),
+        *_mlp_rules(f"{megatron}mlp.", f"{hf}mlp.", spec),
     ]
     if spec.qkv_bias:
         rules.append(qkv(f"{megatron}self_attention.linear_qkv.bias", f"{hf}self_attn.", "bias", spec))
@@ -109,6 +152,19 @@ def layer_rules(megatron: str, hf: str, spec: ModelSpec) -> list[Rule]:
             for name in "qk"
         ]
     return rules
+
+
+def _mlp_rules(megatron: str, hf: str, spec: ModelSpec) -> list[Rule]:
+    if spec.experts is None:
+        return [
+            gate_up(f"{megatron}linear_fc1.weight", hf),
+            plain(f"{megatron}linear_fc2.weight", f"{hf}down_proj.weight", 1),
+        ]
+    return [
+        plain(f"{megatron}router.weight", f"{hf}gate.weight", None),
+        experts_gate_up(f"{megatron}experts.gate_up_E2FD", f"{hf}experts.", spec.experts.num),
+        experts_down(f"{megatron}experts.down_EDF", f"{hf}experts.", spec.experts.num),
+    ]
 
 
 def policy_rules(spec: ModelSpec, padded_vocab: int) -> list[Rule]:
@@ -185,8 +241,8 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
         parameter = parameters[rule.megatron]
         try:
             canonical = rule.to_canonical([tensors[name] for name in rule.hf])
-            if rule.shard_axis is not None:
-                canonical = canonical.chunk(parallel.tp_size, dim=rule.shard_axis)[parallel.tp_rank]
+            for cut in rule.cuts(parallel):
+                canonical = canonical.chunk(cut.size, dim=cut.axis)[cut.rank]
             shard = canonical.reshape(parameter.shape)
         except RuntimeError as error:
             raise ConfigError(
@@ -195,19 +251,19 @@ def load_weights(module: nn.Module, rules: list[Rule], tensors: HfTensors, paral
             ) from None
         with torch.no_grad():
             parameter.copy_(shard)
-        if rule.shard_axis is not None:
+        if rule.partition_dim is not None:
             _mark_sharded(parameter, rule.partition_dim)
 
 
 def export_weights(module: nn.Module, rules: list[Rule], parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
-    """HF names and full tensors, on every tensor-parallel rank. All of these ranks must iterate."""
+    """HF names and full tensors. All ranks that divide a parameter must iterate, and have them."""
     parameters = megatron_patches.named_parameters(module)
     for rule in rules:
         yield from zip(rule.hf, full_tensors(rule, parameters[rule.megatron], parallel), strict=True)
 
 
 def full_tensors(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[Tensor]:
-    """The HF tensors of ``rule``, on every tensor-parallel rank. Collective over these ranks."""
+    """The HF tensors of ``rule``. Collective over the ranks that divide it, and each has the result."""
     return rule.from_canonical(_gather(parameter.detach(), rule, parallel))
 
 
@@ -221,8 +277,8 @@ def hf_shapes(rule: Rule, parameter: Tensor, parallel: Parallel) -> list[torch.S
     """Shapes of the HF tensors of ``rule``, without communication."""
     shard = parameter.detach().to("meta")
     canonical = canonical_shard(shard, rule)
-    if rule.shard_axis is not None:
-        canonical = torch.cat([canonical] * parallel.tp_size, dim=rule.shard_axis)
+    for cut in rule.cuts(parallel):
+        canonical = torch.cat([canonical] * cut.size, dim=cut.axis)
     return [tensor.shape for tensor in rule.from_canonical(canonical)]
 
 
@@ -237,11 +293,12 @@ def _mark_sharded(parameter: Tensor, dim: int) -> None:
 
 def _gather(shard: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
     canonical = canonical_shard(shard, rule)
-    if rule.shard_axis is None or parallel.tp_size == 1:
-        return canonical
-    shards = [torch.empty_like(canonical) for _ in range(parallel.tp_size)]
-    dist.all_gather(shards, canonical.contiguous(), group=parallel.tp_group)
-    return torch.cat(shards, dim=rule.shard_axis)
+    for cut in rule.cuts(parallel):
+        if cut.size > 1:
+            shards = [torch.empty_like(canonical) for _ in range(cut.size)]
+            dist.all_gather(shards, canonical.contiguous(), group=cut.group)
+            canonical = torch.cat(shards, dim=cut.axis)
+    return canonical
 
 
 def canonical_shard(shard: Tensor, rule: Rule) -> Tensor:

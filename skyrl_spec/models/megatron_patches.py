@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import nn
 from torch.distributed import checkpoint
 from torch.overrides import TorchFunctionMode
@@ -118,13 +121,73 @@ def norm_recompute_without_fp8() -> None:
     init.__defaults__ = (None,)
 
 
+def router_without_transformer_engine() -> None:
+    """Makes the router's product find out that Transformer Engine is missing. 0.16 asks for a name it did not define.
+
+    Can go with Megatron 0.16.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def expert_counts_are_on_cpu() -> None:
+    """Makes the dispatcher of tokens take counts as they are, without a CUDA stream that would bring them here.
+
+    Can go when it makes its CUDA stream on a CUDA device only.
+    """
+
+    def no_copy(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        for name in ("input_splits", "output_splits"):
+            if isinstance(counts := getattr(self, name), torch.Tensor):
+                setattr(self, name, counts.tolist())
+        return tokens_per_expert
+
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    for name in ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"):
+        if not hasattr(dispatcher, name):
+            raise RuntimeError(
+                f"{token_dispatcher.__name__}.MoEAlltoAllTokenDispatcher.{name} is gone: "
+                "fix skyrl_spec.models.megatron_patches.expert_counts_are_on_cpu"
+            )
+    dispatcher.cuda_dtoh_stream = object()
+    dispatcher._maybe_dtoh_and_synchronize = no_copy
+
+
+def uneven_parts_on_gloo() -> None:
+    """Makes ranks exchange parts of different lengths, which NCCL does and gloo refuses.
+
+    Experts that several ranks share need it. Can go when gloo takes tensors of different lengths.
+    """
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(part, group, None, *args)
+        padded = part.new_zeros(max(sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = gather(padded, group).unflatten(0, (len(sizes), -1))
+        return torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)])
+
+    def reduce_uneven(whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, None, *args)
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_uneven, reduce_uneven
+
+
 def prepare(device: torch.device) -> None:
     """Applies the fixes for ``device``. Call it once per process, before Megatron builds anything."""
     norm_recompute_without_fp8()
+    router_without_transformer_engine()
     if device.type == "cpu":
         current_device_is_cpu()
         replace_rng_tracker()
         recompute_keeps_cpu_rng_alone()
+        expert_counts_are_on_cpu()
+        uneven_parts_on_gloo()
     else:
         megatron_random.model_parallel_cuda_manual_seed(0)
 

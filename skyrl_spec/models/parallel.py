@@ -26,6 +26,11 @@ class Parallel:
     dp_cp_group: dist.ProcessGroup
     # Ranks with the other layers of the model, in their order, and the same part of each matrix.
     pp_group: dist.ProcessGroup
+    # Of experts: ranks with the others of a layer, ranks that share each of its matrices, and ranks with the same
+    # experts, over which their gradients are summed. They are laid over the ranks of a stage on their own.
+    ep_group: dist.ProcessGroup
+    expert_tp_group: dist.ProcessGroup
+    expert_dp_group: dist.ProcessGroup
     # None without pipeline parallelism: the same ranks, for what travels beside the pipeline; the first and the last of
     # them; all ranks of this stage; this rank alone.
     side_group: dist.ProcessGroup | None = None
@@ -53,6 +58,16 @@ class Parallel:
     def replica(self) -> int:
         """Number of this rank's copy of its part of the model."""
         return dist.get_rank(self.dp_cp_group)
+
+    @property
+    def expert_replica(self) -> int:
+        """Number of this rank's copy of its experts."""
+        return dist.get_rank(self.expert_dp_group)
+
+    @property
+    def divides_experts(self) -> bool:
+        """Whether other ranks, of other replicas too, have the rest of a layer's experts."""
+        return dist.get_world_size(self.ep_group) * dist.get_world_size(self.expert_tp_group) > 1
 
     @property
     def rank_in_replica(self) -> int:
@@ -96,6 +111,8 @@ def initialize(
     tensor_parallel_size: int,
     context_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int = 1,
     device: torch.device,
     store: dist.Store,
     timeout_s: float,
@@ -115,7 +132,14 @@ def initialize(
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    return lay_out(tensor_parallel_size, device, context_parallel_size, pipeline_parallel_size)
+    return lay_out(
+        tensor_parallel_size,
+        device,
+        context_parallel_size,
+        pipeline_parallel_size,
+        expert_parallel_size,
+        expert_tensor_parallel_size,
+    )
 
 
 def lay_out(
@@ -123,12 +147,16 @@ def lay_out(
     device: torch.device,
     context_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int = 1,
 ) -> Parallel:
     """Lays Megatron's groups over the process group that exists."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
     )
     megatron_patches.prepare(device)
     pipeline = {} if pipeline_parallel_size == 1 else _pipeline_groups(pipeline_parallel_size)
@@ -140,6 +168,9 @@ def lay_out(
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        expert_tp_group=parallel_state.get_expert_tensor_parallel_group(),
+        expert_dp_group=parallel_state.get_expert_data_parallel_group(),
         **pipeline,
     )
 

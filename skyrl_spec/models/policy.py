@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from skyrl_spec.models import megatron_patches
 from skyrl_spec.models.attention import DocumentAttention, PackedDocuments
+from skyrl_spec.models.experts import experts_spec
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
@@ -63,11 +64,12 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
         num_layers_in_last_pipeline_stage=megatron.num_layers_in_last_pipeline_stage,
         # Packs differ in length. Every stage knows the lengths (``training.pipeline``).
         variable_seq_lengths=megatron.pipeline_model_parallel_size > 1,
-        # Megatron checks the default of a model without experts too.
+        # The only one for packs of any length. Megatron checks it in a model without experts too.
         moe_token_dispatcher_type="alltoall",
+        **_experts(spec, megatron),
         # A wait of the host for every tensor, for versions of PyTorch before 2.0.
         batch_p2p_sync=False,
-        sequence_parallel=uses_sequence_parallel(megatron, device.type),
+        sequence_parallel=uses_sequence_parallel(megatron, device.type, has_experts=spec.experts is not None),
         use_cpu_initialization=device.type == "cpu",
         # Every weight is read from a checkpoint.
         perform_initialization=False,
@@ -84,12 +86,30 @@ def transformer_config(spec: ModelSpec, megatron: MegatronConfig, device: torch.
     )
 
 
+def _experts(spec: ModelSpec, megatron: MegatronConfig) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts."""
+    if spec.experts is None:
+        return {}
+    return {
+        "num_moe_experts": spec.experts.num,
+        "moe_ffn_hidden_size": spec.experts.ffn_hidden_size,
+        "moe_router_topk": spec.experts.per_token,
+        # A softmax over the chosen experts is one over all experts, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not spec.experts.is_normed,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": megatron.expert_model_parallel_size,
+        "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
+    }
+
+
 # Megatron's settings of each ``recompute_granularity``.
 _RECOMPUTE: dict[str | None, Callable[[MegatronConfig], dict[str, Any]]] = {
     None: lambda megatron: {},
     "selective": lambda megatron: {
         "recompute_granularity": "selective",
-        "recompute_modules": list(megatron.recompute_modules),
+        # Megatron calls the mlp of a layer with experts moe, and ignores the name that does not apply.
+        "recompute_modules": [*megatron.recompute_modules, *(["moe"] if "mlp" in megatron.recompute_modules else [])],
     },
     # Every layer keeps only its input.
     "full": lambda megatron: {
@@ -111,6 +131,7 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Docu
             spec.submodules,
             input_layernorm=RmsNorm,
             pre_mlp_layernorm=RmsNorm,
+            mlp=spec.submodules.mlp if config.num_moe_experts is None else experts_spec(),
             self_attention=replace(
                 attention, submodules=replace(attention.submodules, core_attention=core_attention, **qk_norms)
             ),
@@ -118,13 +139,27 @@ def layer_spec(config: TransformerConfig, core_attention: type[nn.Module] = Docu
     )
 
 
-# Settings of a pipeline, for a module that one stage has whole.
-WITHOUT_PIPELINE: dict[str, Any] = {
-    "pipeline_model_parallel_size": 1,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "variable_seq_lengths": False,
-}
+def draft_config(trunk: TransformerConfig, **changes: Any) -> TransformerConfig:
+    """Megatron's configuration of a draft: dense, and whole on one pipeline stage.
+
+    Recompute is off: a draft is a few layers deep. So is sequence parallelism: a share of its rows is few.
+    """
+    return replace(
+        trunk,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+        sequence_parallel=False,
+        pipeline_model_parallel_size=1,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        variable_seq_lengths=False,
+        num_moe_experts=None,
+        moe_ffn_hidden_size=None,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=None,
+        **changes,
+    )
 
 
 class PolicyModel(GPTModel):

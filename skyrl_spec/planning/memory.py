@@ -277,7 +277,8 @@ def activations(config: Config, spec: ModelSpec, tp: int, stages: Stages, stage:
     rotary = 4 * spec.head_dim
     of_draft_layer = divided + norms + rotary
     # Of the residual stream and the norms, a rank has all tokens or its part.
-    parts = tp if uses_sequence_parallel(megatron, trainer.placement.device) else 1
+    is_divided = uses_sequence_parallel(megatron, trainer.placement.device, has_experts=spec.experts is not None)
+    parts = tp if is_divided else 1
     per_layer = divided + norms // parts + rotary
     kept = (stages.last + 1 - stage) * stages.num_layers[stage]
     layers = kept * per_layer

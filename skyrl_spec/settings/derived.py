@@ -146,8 +146,11 @@ def uses_fp32_head(config: Config) -> bool:
     return config.trainer.placement.device == "cuda" if wanted is None else wanted
 
 
-def uses_sequence_parallel(megatron: MegatronConfig, device: str) -> bool:
-    """Whether tensor-parallel workers on a ``device`` ("cpu", "cuda") divide the tokens between matrix products."""
+def uses_sequence_parallel(megatron: MegatronConfig, device: str, *, has_experts: bool) -> bool:
+    """Whether tensor-parallel workers on a ``device`` ("cpu", "cuda") divide the tokens between matrix products.
+
+    Layers of experts need it: tokens that several ranks have would be sent to experts several times.
+    """
     if megatron.sequence_parallel is None:
-        return device == "cuda" and megatron.tensor_model_parallel_size > 1
+        return (device == "cuda" or has_experts) and megatron.tensor_model_parallel_size > 1
     return megatron.sequence_parallel

@@ -14,7 +14,7 @@ class ModelConfig:
     """The model that the policy starts from."""
 
     path: str = setting(
-        "", "Directory or hub name of a Hugging Face checkpoint of a Qwen2, Qwen3 or MiMo model. Required."
+        "", "Directory or hub name of a Hugging Face checkpoint of a Qwen2, Qwen3, Qwen3-MoE or MiMo model. Required."
     )
 
 
@@ -44,10 +44,19 @@ class MegatronConfig:
         "Layers of the last stage, which also has the output head and the draft. null: as many as the others.",
         FROM_ONE,
     )
+    expert_model_parallel_size: int = setting(
+        1,
+        "Workers that divide the experts of each layer. They are workers of a stage, of several replicas too, and each "
+        "sends its tokens to the workers with their experts.",
+        FROM_ONE,
+    )
+    expert_tensor_parallel_size: int = setting(
+        1, "Workers that divide each expert. A product of whole experts on fewer tokens is faster.", FROM_ONE
+    )
     sequence_parallel: bool | None = setting(
         None,
-        "Divide activations between matrix products over the workers of a replica: less memory. null: true on cuda if "
-        "tensor_model_parallel_size is above 1, else false.",
+        "Divide activations between matrix products over the workers of a replica: less memory. null: true if "
+        "tensor_model_parallel_size is above 1 and the device is cuda or the model has experts, else false.",
     )
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel workers.")
     dtype: str = setting("bf16", "Type of parameters and activations. The optimizer's master weights are fp32.", DTYPES)

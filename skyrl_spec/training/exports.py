@@ -48,7 +48,7 @@ class Exports:
         return [(name, self.dtype, by_name[name]) for rule in self.rules[component] for name in rule.hf]
 
     def tensors(self, component: Component, module: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
-        """HF names and full tensors. All ranks of a replica must iterate.
+        """HF names and full tensors. All ranks that ``takes_part`` must iterate.
 
         Args:
             module: this rank's part. None if it has none.
@@ -63,6 +63,11 @@ class Exports:
                 full = [torch.empty(by_name[name], dtype=self.dtype, device=device) for name in rule.hf]
             for name, tensor in zip(rule.hf, full, strict=True):
                 yield name, self._from_stage(tensor, stage)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the first replica cannot export without this rank."""
+        return self.parallel.replica == 0 or self.parallel.divides_experts
 
     @property
     def draft_source(self) -> Path | None:

@@ -132,7 +132,7 @@ def in_rows(batch: TrainBatch, rows: np.ndarray, micros: Sequence[Micro], logpro
     """Log-probs of the response tokens of ``micros``, which hold the ascending ``rows``: ``[len(rows), S]``, else 0."""
     if not len(rows):
         return np.zeros((0, batch.token_ids.shape[1]), np.float32)
-    packed_rows = np.concatenate([micro.rows for micro in micros])
+    packed_rows = np.concatenate([np.asarray(micro.rows, np.int64) for micro in micros])
     is_response_BS = batch.loss_mask[packed_rows]
     packed_BS = np.zeros(is_response_BS.shape, np.float32)
     packed_BS[is_response_BS] = torch.cat([part.float() for part in logprobs]).cpu().numpy()

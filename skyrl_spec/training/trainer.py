@@ -133,10 +133,10 @@ class PolicyTrainer:
             ``policy_logprobs`` and ``ref_logprobs``, ``[rows of the shard, S]`` float32, 0 outside the response. The
             shard is that of ``data.packing.shard_rows``. Zeros but on the last stage.
         """
-        rows = self._local_rows(batch)
-        logprobs = {"policy_logprobs": self._logprobs(self.model, batch, rows)} if policy else {}
+        shards = self._shards(batch)
+        logprobs = {"policy_logprobs": self._logprobs(self.model, batch, shards)} if policy else {}
         if self.reference is not None:
-            logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, rows)
+            logprobs["ref_logprobs"] = self._logprobs(self.reference, batch, shards)
             self.offload.reference()
         return logprobs
 
@@ -159,7 +159,7 @@ class PolicyTrainer:
         report = StepReport(metrics, time.perf_counter() - start - draft_s, draft_s)
         if batch.policy_logprobs is None and logprobs:
             micros = [example.micro for example in examples]
-            report.policy_logprobs = in_rows(batch, self._local_rows(batch), micros, logprobs)
+            report.policy_logprobs = in_rows(batch, self._shards(batch)[self.parallel.dp_rank], micros, logprobs)
         return report
 
     @property
@@ -243,10 +243,11 @@ class PolicyTrainer:
     def score_proposals(self, proposals: Sequence[Proposals]) -> ProposalScores:
         """Scores of an engine's responses under the policy, and of its drafted tokens under the draft.
 
-        Collective over the ranks of a replica only: data-parallel replicas are equal.
+        Collective over the ranks of a replica, and those with its experts. All replicas compute the same.
         """
         batch, kind = response_batch(proposals), self._draft_kind
-        policy_logprobs = self._logprobs(self.model, batch, np.arange(len(batch)))[batch.loss_mask]
+        all_rows = [np.arange(len(batch))] * self.parallel.dp_size
+        policy_logprobs = self._logprobs(self.model, batch, all_rows)[batch.loss_mask]
         num_positions = 0 if kind is None else kind.num_positions(self.config, self.spec)
         scores = [(np.zeros((0, num_positions), np.float32), np.zeros((0, num_positions), np.int64))]
         if kind is not None:
@@ -265,7 +266,7 @@ class PolicyTrainer:
             self.draft.draft.random.num_steps = int(state.get(_STEPS, 0))
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
-        """HF names and full tensors, in the layout that vLLM loads. All ranks of a replica must iterate."""
+        """HF names and full tensors, in the layout that vLLM loads. All ranks that ``exports.takes_part`` must iterate."""
         self.offload.require(self.model)
         if component == "policy":
             return self.exports.tensors(component, self.model)
@@ -287,9 +288,13 @@ class PolicyTrainer:
         return model
 
     @torch.no_grad()
-    def _logprobs(self, model: PolicyModel, batch: TrainBatch, rows: np.ndarray) -> np.ndarray:
-        """Log-probs of the response tokens of these rows, ``[len(rows), S]``, 0 elsewhere."""
-        micros, logprobs = self._micros(batch, rows), list[Tensor]()
+    def _logprobs(self, model: PolicyModel, batch: TrainBatch, shards: Sequence[np.ndarray]) -> np.ndarray:
+        """Log-probs of the response tokens of this rank's rows, ``[rows, S]``, 0 elsewhere.
+
+        Args:
+            shards: rows of each data-parallel rank.
+        """
+        rows, micros, logprobs = shards[self.parallel.dp_rank], self._micros(batch, shards), list[Tensor]()
 
         def forward_step(data: Iterator[Micro], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             micro = upload(next(data), self.parallel.device)
@@ -336,19 +341,24 @@ class PolicyTrainer:
         # With calculate_per_token_loss the schedule only adds up this number of tokens and does not divide the loss.
         return loss, torch.zeros((), dtype=torch.int, device=self.parallel.device), None
 
-    def _local_rows(self, batch: TrainBatch) -> np.ndarray:
-        """Numbers of this rank's rows."""
-        return shard_rows(batch.lengths, self.parallel.dp_size)[self.parallel.dp_rank]
+    def _shards(self, batch: TrainBatch) -> list[np.ndarray]:
+        """Numbers of the rows of each data-parallel rank."""
+        return shard_rows(batch.lengths, self.parallel.dp_size)
 
-    def _micros(self, batch: TrainBatch, rows: np.ndarray) -> list[Micro]:
-        """Packs of these rows, on the CPU. One without a loss if there are no rows, for the collectives."""
-        packs = pack_rows(batch.lengths[rows], self._budget) or [np.zeros(0, np.int64)]
+    def _micros(self, batch: TrainBatch, shards: Sequence[np.ndarray]) -> list[Micro]:
+        """Packs of this rank's rows, on the CPU, and some without rows or a loss, for the collectives."""
+        rows = shards[self.parallel.dp_rank]
+        packs, num_packs = pack_rows(batch.lengths[rows], self._budget), 1
+        if self.parallel.divides_experts:
+            # Tokens of all replicas meet at the experts, pack by pack.
+            num_packs = max(len(pack_rows(batch.lengths[shard], self._budget)) for shard in shards)
+        packs += [np.zeros(0, np.int64)] * (max(num_packs, 1) - len(packs))
         return [build_micro(batch, rows[pack], self._context) for pack in packs]
 
     def _examples(self, batch: TrainBatch) -> tuple[list[Example], Tensor]:
         """This rank's micro-batches, uploaded, and the weight of the supervision of all ranks."""
         device = self.parallel.device
-        micros = self._micros(batch, self._local_rows(batch))
+        micros = self._micros(batch, self._shards(batch))
         if self._trained_draft is None:
             return [upload(Example(micro, ()), device) for micro in micros], torch.zeros((), device=device)
         draft = self._trained_draft.draft

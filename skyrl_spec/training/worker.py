@@ -71,7 +71,7 @@ class PolicyWorker:
         from skyrl_spec.models import parallel
         from skyrl_spec.training.trainer import PolicyTrainer
 
-        placement = self._config.trainer.placement
+        placement, megatron = self._config.trainer.placement, self._config.trainer.policy.megatron_config
         # A rank sees the one GPU that Ray gave it.
         device = torch.device("cpu") if placement.device == "cpu" else torch.device("cuda", 0)
         if self._rank > 0:
@@ -79,9 +79,11 @@ class PolicyWorker:
         ranks = parallel.initialize(
             rank=self._rank,
             world_size=self._world_size,
-            tensor_parallel_size=self._config.trainer.policy.megatron_config.tensor_model_parallel_size,
-            context_parallel_size=self._config.trainer.policy.megatron_config.context_parallel_size,
-            pipeline_parallel_size=self._config.trainer.policy.megatron_config.pipeline_model_parallel_size,
+            tensor_parallel_size=megatron.tensor_model_parallel_size,
+            context_parallel_size=megatron.context_parallel_size,
+            pipeline_parallel_size=megatron.pipeline_model_parallel_size,
+            expert_parallel_size=megatron.expert_model_parallel_size,
+            expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
             device=device,
             store=self._store,
             timeout_s=placement.collective_timeout_s,
@@ -124,7 +126,7 @@ class PolicyWorker:
         """Chunks of weights in Ray's object store, and their bytes. All ranks gather; only rank 0 returns chunks."""
         from skyrl_spec.sync.payload import pack_chunks, payload_bytes
 
-        if self._trainer.parallel.replica > 0:
+        if not self._trainer.exports.takes_part:
             return []
         chunks = pack_chunks(self._trainer.export(component))
         if self._rank > 0:

@@ -26,7 +26,7 @@ def hf_gradients(trainer: PolicyTrainer, component: Component) -> dict[str, Tens
     parameters, gradients = megatron_patches.named_parameters(trainable.module), _local_gradients(trainable)
     found: dict[str, Tensor] = {}
     for rule in rules:
-        full = _gather_tensor_parallel(gradients[parameters[rule.megatron]], rule, trainer.parallel)
+        full = _gather_cut(gradients[parameters[rule.megatron]], rule, trainer.parallel)
         found |= zip(rule.hf, rule.from_canonical(full), strict=True)
     return found
 
@@ -35,29 +35,31 @@ def _local_gradients(trainable: Trainable) -> dict[nn.Parameter, Tensor]:
     """Gradient of each parameter on this tensor-parallel rank."""
     is_sharded = trainable.ddp.ddp_config.use_distributed_optimizer
     found = {}
-    for buffer in trainable.ddp.buffers:
+    groups = ((trainable.ddp.buffers, trainable.parallel.dp_cp_group),)
+    groups += ((trainable.ddp.expert_parallel_buffers, trainable.parallel.expert_dp_group),)
+    for buffer, group in ((buffer, group) for buffers, group in groups for buffer in buffers):
         flat = buffer.grad_data.clone()
         if is_sharded:
             for bucket in buffer.buckets:
-                _gather_data_parallel(flat[bucket.offset :][: len(bucket.grad_data)], trainable.parallel)
+                _gather_data_parallel(flat[bucket.offset :][: len(bucket.grad_data)], group)
         for parameter, (start, end, _) in buffer.param_index_map.items():
             found[parameter] = flat[start:end].view(parameter.shape)
     return found
 
 
-def _gather_data_parallel(bucket: Tensor, parallel: Parallel) -> None:
+def _gather_data_parallel(bucket: Tensor, group: dist.ProcessGroup) -> None:
     """Fills ``bucket``: each rank of the distributed optimizer has the sum of its own equal part only."""
-    parts = bucket.chunk(dist.get_world_size(parallel.dp_cp_group))
+    parts = bucket.chunk(dist.get_world_size(group))
     gathered = [torch.empty_like(part) for part in parts]
-    dist.all_gather(gathered, parts[parallel.replica].clone(), group=parallel.dp_cp_group)
+    dist.all_gather(gathered, parts[dist.get_rank(group)].clone(), group=group)
     bucket.copy_(torch.cat(gathered))
 
 
-def _gather_tensor_parallel(gradient: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
+def _gather_cut(gradient: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
     """Full gradient in the canonical layout. For a replicated parameter, this rank's gradient."""
-    shard = canonical_shard(gradient, rule).contiguous()
-    if rule.shard_axis is None:
-        return shard
-    shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
-    dist.all_gather(shards, shard, group=parallel.tp_group)
-    return torch.cat(shards, dim=rule.shard_axis)
+    full = canonical_shard(gradient, rule)
+    for cut in rule.cuts(parallel):
+        shards = [torch.empty_like(full) for _ in range(cut.size)]
+        dist.all_gather(shards, full.contiguous(), group=cut.group)
+        full = torch.cat(shards, dim=cut.axis)
+    return full

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from spawn import run_distributed
 from tiny_checkpoints import ARCHITECTURES, VOCAB_SIZE, make_pack, write_checkpoint
-from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from skyrl_spec.errors import ConfigError
 from skyrl_spec.models import parallel
@@ -25,7 +25,9 @@ TOLERANCE = 1e-5
 
 def _check_checkpoint(path: Path, ranks: parallel.Parallel) -> None:
     spec = load_spec(str(path))
-    config = MegatronConfig(tensor_model_parallel_size=ranks.tp_size, dtype="fp32")
+    config = MegatronConfig(
+        tensor_model_parallel_size=ranks.tp_size, expert_model_parallel_size=ranks.tp_size, dtype="fp32"
+    )
     model = build_policy(spec, transformer_config(spec, config, ranks.device), ranks, Stages((spec.num_layers,)))
     rules = policy_rules(spec, padded_vocab_size(spec.vocab_size, ranks.tp_size))
     source = load_file(path / "model.safetensors")
@@ -45,14 +47,16 @@ def _check_checkpoint(path: Path, ranks: parallel.Parallel) -> None:
     assert shapes == {name: tensor.shape for name, tensor in expected.items()}
 
     token_ids = torch.randint(0, VOCAB_SIZE, (3, 17), generator=torch.Generator().manual_seed(1))
-    hf = (Qwen3ForCausalLM if spec.qk_norm else Qwen2ForCausalLM).from_pretrained(path, dtype=torch.float32)
+    # transformers does not know MiMo.
+    hf_class = Qwen2ForCausalLM if spec.num_mtp_layers else AutoModelForCausalLM
+    hf = hf_class.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         hidden_TD = model(make_pack(*token_ids.tolist()))
         assert (hidden_TD - hf.model(token_ids).last_hidden_state.flatten(0, 1)).abs().max() < TOLERANCE
 
 
 def _check_all(_rank: int, paths: list[Path], tp: int) -> None:
-    ranks = parallel.lay_out(tp, torch.device("cpu"))
+    ranks = parallel.lay_out(tp, torch.device("cpu"), expert_parallel_size=tp)
     for path in paths:
         _check_checkpoint(path, ranks)
 

@@ -5,6 +5,7 @@ Real PolicyTrainers on real gloo processes; every rank writes what it has, the t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,11 @@ class Layout:
     cp: int = 1
     pp: int = 1
     dp: int = 1
+    # Experts are laid over the same ranks.
+    ep: int = 1
+    expert_tp: int = 1
     distributed: bool = False
-    sequence_parallel: bool = False
+    sequence_parallel: bool | None = False
     # Layers of the last stage.
     last: int | None = None
 
@@ -88,6 +92,8 @@ def _config(path: Path, draft: str, layout: Layout) -> Config:
         tp=layout.tp,
         cp=layout.cp,
         pp=layout.pp,
+        ep=layout.ep,
+        expert_tp=layout.expert_tp,
         distributed=layout.distributed,
         sequence_parallel=layout.sequence_parallel,
     )
@@ -107,7 +113,8 @@ def _weights(trainer: PolicyTrainer) -> dict[Component, dict[str, Tensor]]:
 
 def _train(rank: int, path: Path, draft: str, layout: Layout, out: Path) -> None:
     torch.manual_seed(0)
-    config, ranks = _config(path, draft, layout), parallel.lay_out(layout.tp, torch.device("cpu"), layout.cp, layout.pp)
+    sizes = (layout.cp, layout.pp, layout.ep, layout.expert_tp)
+    config, ranks = _config(path, draft, layout), parallel.lay_out(layout.tp, torch.device("cpu"), *sizes)
     trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
     record: dict[str, Any] = {"start": _weights(trainer), "metrics": [], "gradients": []}
     # Losses and scores are there.
@@ -135,6 +142,14 @@ def train(path: Path, draft: str, out: Path, layout: Layout = ONE_RANK) -> list[
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 
+def _by_parameter(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts of a layer together, as they are one parameter."""
+    found: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        found.setdefault(re.sub(r"experts\.\d+", "experts", name), []).append(gradient)
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
 def _assert_gradients_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], where: str) -> None:
     for name, gradient in mine.items():
         assert theirs[name].norm() > 0, (where, name)
@@ -147,6 +162,24 @@ def _assert_weights_equal(mine: dict[str, Tensor], single: dict[str, Any], compo
     for name, tensor in end.items():
         assert (tensor - start[name]).abs().max() > 0.1 * LR, f"{name} was to move"
         assert (mine[name] - tensor).abs().max() < WEIGHT_TOLERANCE, (where, name)
+
+
+# Of a mixture of experts, whose draft is dense.
+EXPERT_LAYOUTS = {
+    "ep2": Layout(dp=2, ep=2),
+    "ep2, distributed optimizer": Layout(dp=2, ep=2, distributed=True),
+    "ep2, tp2": Layout(tp=2, ep=2, sequence_parallel=None),
+    "expert tp2": Layout(tp=2, expert_tp=2, sequence_parallel=None),
+    "dp2": Layout(dp=2),
+}
+LARGE_EXPERT_LAYOUTS = {
+    "ep2, dp2": Layout(dp=4, ep=2),
+    "ep2, dp2, distributed optimizer": Layout(dp=4, ep=2, distributed=True),
+    "ep4": Layout(dp=4, ep=4),
+    "ep2, pp2": Layout(pp=2, dp=2, ep=2),
+    "ep2, cp2": Layout(cp=2, dp=2, ep=2),
+    "ep2, expert tp2": Layout(tp=2, dp=2, ep=2, expert_tp=2, sequence_parallel=None),
+}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -201,6 +234,31 @@ def test_layouts_of_four_ranks_give_the_same(
     _check_layout(LARGE_LAYOUTS[layout], checkpoint, draft, single, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("mixture") / "model", "dflash", has_experts=True)
+
+
+@pytest.fixture(scope="module")
+def single_mixture(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(mixture, "dflash", tmp_path_factory.mktemp("single") / "ranks")[0]
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_on_several_ranks_give_the_same(
+    mixture: Path, single_mixture: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    _check_layout(EXPERT_LAYOUTS[layout], mixture, "dflash", single_mixture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGE_EXPERT_LAYOUTS)
+def test_experts_on_four_ranks_give_the_same(
+    mixture: Path, single_mixture: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    _check_layout(LARGE_EXPERT_LAYOUTS[layout], mixture, "dflash", single_mixture, tmp_path)
+
+
 def _check_layout(layout: Layout, checkpoint: Path, draft: str, single: dict[str, Any], tmp_path: Path) -> None:
     records = train(checkpoint, draft, tmp_path / "ranks", layout)
     for component in COMPONENTS:
@@ -214,9 +272,10 @@ def _check_layout(layout: Layout, checkpoint: Path, draft: str, single: dict[str
                 assert mine == pytest.approx(theirs, abs=TOLERANCE, rel=TOLERANCE), where
             assert mine["policy/grad_norm"] == pytest.approx(theirs["policy/grad_norm"], rel=TOLERANCE), where
             for component in COMPONENTS:
-                _assert_gradients_equal(
-                    record["gradients"][step][component], single["gradients"][step][component], where
-                )
+                gradients = record["gradients"][step][component], single["gradients"][step][component]
+                # An expert with few tokens has a small gradient. Later ones come of weights that rounding has moved.
+                own, others = gradients if step == 0 else map(_by_parameter, gradients)
+                _assert_gradients_equal(own, others, where)
         # After a few updates that are equal but for rounding.
         for name in ("scores", "logprobs") if record["is_last_stage"] else ():
             torch.testing.assert_close(record[name], single[name], atol=WEIGHT_TOLERANCE * 100, rtol=0)

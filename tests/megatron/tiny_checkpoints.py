@@ -10,7 +10,16 @@ import torch
 from mtp_reference import MtpHead
 from safetensors.torch import save_file
 from tiny_models import write_tiny_dflash
-from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tiny_models import experts_as_published
+from transformers import (
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from skyrl_spec.losses.reduce import token_weights
 from skyrl_spec.models.pack import Pack, pack_documents
@@ -19,12 +28,27 @@ from skyrl_spec.types import TrainBatch
 
 # Odd, so that the last shard is padded.
 VOCAB_SIZE = 97
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "MiMoForCausalLM")
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MiMoForCausalLM")
+# transformers' classes. MiMo's trunk is Qwen2's.
+_CLASSES = {
+    "Qwen2ForCausalLM": (Qwen2Config, Qwen2ForCausalLM),
+    "Qwen3ForCausalLM": (Qwen3Config, Qwen3ForCausalLM),
+    "Qwen3MoeForCausalLM": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "MiMoForCausalLM": (Qwen2Config, Qwen2ForCausalLM),
+}
+NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2
 
 
 def tiny_config(architecture: str, tied: bool, num_layers: int = 2) -> PreTrainedConfig:
-    kind = Qwen3Config if architecture.startswith("Qwen3") else Qwen2Config
+    kind, _ = _CLASSES[architecture]
+    experts = {
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    }
     return kind(
+        **(experts if kind is Qwen3MoeConfig else {}),
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=96,
@@ -46,8 +70,8 @@ def write_checkpoint(
     """Writes random fp32 weights. Norms and biases are random too, so that a mix-up shows."""
     torch.manual_seed(seed)
     config = tiny_config(architecture, tied, num_layers)
-    model = (Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen2ForCausalLM)(config)
-    weights = dict(model.state_dict())
+    _, model_class = _CLASSES[architecture]
+    weights = experts_as_published(model_class(config).state_dict())
     extra: dict[str, object] = {"architectures": [architecture], "rope_theta": 10000.0, "dtype": "float32"}
     if architecture == "MiMoForCausalLM":
         weights |= {f"model.mtp_layers.0.{name}": tensor for name, tensor in MtpHead(config).state_dict().items()}
@@ -59,17 +83,23 @@ def write_checkpoint(
             weights[name] = (0.0 if name.endswith("bias") else 1.0) + 0.1 * torch.randn_like(tensor)
         elif "mtp_layers" in name:
             weights[name] = 0.1 * torch.randn_like(tensor)
+        elif name.endswith("mlp.gate.weight"):
+            # transformers' is zero. Logits are about 1.
+            weights[name] = 0.1 * torch.randn_like(tensor)
     path.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config.to_dict() | extra))
     return path
 
 
-def write_model(path: Path, draft: str, *, tied: bool = False, num_layers: int = 2) -> Path:
+def write_model(
+    path: Path, draft: str, *, tied: bool = False, num_layers: int = 2, has_experts: bool = False
+) -> Path:
     """Writes a policy checkpoint for ``draft`` ("mtp" or "dflash"), and a DFlash draft next to it."""
     if draft == "mtp":
         return write_checkpoint(path, "MiMoForCausalLM", tied=tied, num_layers=num_layers)
-    write_checkpoint(path, "Qwen3ForCausalLM", tied=tied, num_layers=num_layers)
+    architecture = "Qwen3MoeForCausalLM" if has_experts else "Qwen3ForCausalLM"
+    write_checkpoint(path, architecture, tied=tied, num_layers=num_layers)
     write_tiny_dflash(dflash_path(path), path, seed=0, target_layer_ids=list(range(num_layers)))
     return path
 
@@ -84,10 +114,12 @@ def make_config(
     tp: int = 1,
     cp: int = 1,
     pp: int = 1,
+    ep: int = 1,
+    expert_tp: int = 1,
     draft: str | None = "mtp",
     dtype: str = "fp32",
     distributed: bool = False,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool | None = False,
 ) -> Config:
     config = Config()
     trainer = config.trainer
@@ -98,6 +130,8 @@ def make_config(
     trainer.policy.megatron_config.tensor_model_parallel_size = tp
     trainer.policy.megatron_config.context_parallel_size = cp
     trainer.policy.megatron_config.pipeline_model_parallel_size = pp
+    trainer.policy.megatron_config.expert_model_parallel_size = ep
+    trainer.policy.megatron_config.expert_tensor_parallel_size = expert_tp
     trainer.policy.megatron_config.dtype = dtype
     trainer.policy.megatron_config.use_distributed_optimizer = distributed
     trainer.policy.megatron_config.sequence_parallel = sequence_parallel
