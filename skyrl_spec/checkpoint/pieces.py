@@ -44,8 +44,7 @@ def sharded(components: Mapping[Component, SavedComponent]) -> dict[str, Sharded
             stateful ^ parameters.keys()
         )
         for rule in component.rules:
-            is_expert = rule.expert_axis is not None
-            for kind, flat, start, replica in _tensors(component, parameters[rule.megatron], is_expert=is_expert):
+            for kind, flat, start, replica in _tensors(component, parameters[rule.megatron]):
                 place = _Place.of(rule, parameters[rule.megatron], component.trainable.parallel)
                 key = tensor_key(name, kind, rule)
                 for index, piece in enumerate(place.pieces(key, flat, start, replica)):
@@ -69,15 +68,15 @@ def tensor_key(name: str, kind: str, rule: Rule) -> str:
     return f"{name}.{kind}.{rule.megatron}"
 
 
-def _tensors(
-    component: SavedComponent, parameter: Tensor, *, is_expert: bool
-) -> Iterator[tuple[str, Tensor, int, int]]:
+def _tensors(component: SavedComponent, parameter: Tensor) -> Iterator[tuple[str, Tensor, int, int]]:
     """Parameter and optimizer state: kind, flat tensor, its offset in the parameter, and the index of this replica.
 
     Without the distributed optimizer every rank with this part of the model has a replica. With it, each has its own
     range.
     """
     trainable, current = component.trainable, component.current
+    # Megatron's mark of experts.
+    is_expert = not getattr(parameter, "allreduce", True)
     number = trainable.parallel.expert_replica if is_expert else trainable.parallel.replica
     yield "param", _flat(current(parameter)), 0, number
     for optimizer in optimizers(trainable):

@@ -42,6 +42,10 @@ ENGINES_IDLE = "async/engines_idle_share"
 NUM_SAMPLE_BATCHES = "reward/num_sample_batches"
 NUM_KEPT_GROUPS = "reward/num_kept_groups"
 
+# Of a mixture of experts: tokens of the busiest and of the idlest expert of a layer, as multiples of an even load.
+EXPERT_LOAD_MAX = "policy/expert_load_max"
+EXPERT_LOAD_MIN = "policy/expert_load_min"
+
 LOGPROBS_DIFF = "policy/rollout_train_logprobs_abs_diff_mean"
 LOGPROBS_DIFF_MAX = "policy/rollout_train_logprobs_abs_diff_max"
 LOGPROBS_KL = "policy/rollout_train_kl"

@@ -61,6 +61,13 @@ REFERENCE = (
         "policy/skipped_updates", "share", "Policy updates that were skipped because the gradient was not finite."
     ),
     Described(
+        "policy/expert_load_max",
+        "",
+        "Of a mixture of experts: trained tokens of the busiest expert of a layer, as a multiple of those it would have "
+        "if all had as many. Mean over layers.",
+    ),
+    Described("policy/expert_load_min", "", "The same of the idlest expert of a layer. 0: it had none."),
+    Described(
         "policy/rollout_train_logprobs_abs_diff_mean",
         "nats",
         "Mean |difference| between the engine's and the trainer's log-probs of the sampled tokens. Only rounding "

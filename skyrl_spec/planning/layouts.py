@@ -52,10 +52,16 @@ class Layout:
     tp: int
     cp: int
     pp: int
+    ep: int
     engines: int
     engine_tp: int
     is_shared: bool
     recompute: str | None
+
+    @property
+    def num_divided(self) -> int:
+        """Parts into which replicas and experts are divided."""
+        return self.tp * self.cp * self.pp * self.ep
 
     @property
     def gpus(self) -> int:
@@ -71,6 +77,7 @@ class Layout:
             f"trainer.policy.megatron_config.tensor_model_parallel_size={self.tp}",
             f"trainer.policy.megatron_config.context_parallel_size={self.cp}",
             f"trainer.policy.megatron_config.pipeline_model_parallel_size={self.pp}",
+            f"trainer.policy.megatron_config.expert_model_parallel_size={self.ep}",
             f"trainer.policy.megatron_config.recompute_granularity={self.recompute or 'null'}",
             f"generator.inference_engine.num_engines={self.engines}",
             f"generator.inference_engine.tensor_parallel_size={self.engine_tp}",
@@ -85,6 +92,7 @@ class Layout:
         megatron = config.trainer.policy.megatron_config
         megatron.tensor_model_parallel_size, megatron.context_parallel_size = self.tp, self.cp
         megatron.pipeline_model_parallel_size = self.pp
+        megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size = self.ep, 1
         megatron.num_layers_in_first_pipeline_stage = megatron.num_layers_in_last_pipeline_stage = None
         megatron.recompute_granularity = self.recompute
         engine.num_engines, engine.tensor_parallel_size = self.engines, self.engine_tp
@@ -150,7 +158,7 @@ def find_layouts(config: Config, options: LayoutsOptions) -> list[Estimate]:
     # Of equal times, the one with less communication.
     return sorted(
         best.values(),
-        key=lambda one: (round(one.step_s, 3), one.layout.tp * one.layout.cp * one.layout.pp, one.layout.engine_tp),
+        key=lambda one: (round(one.step_s, 3), one.layout.num_divided, one.layout.engine_tp),
     )
 
 
@@ -166,8 +174,8 @@ def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iter
         sampling = options.gpus if is_shared else options.gpus - trainers
         replicas = _replicas(trainers, spec, options.gpus_per_machine)
         engines = _tensor_sizes(sampling, spec, options.gpus_per_machine)
-        for (tp, cp, pp), engine_tp, recompute in product(replicas, engines, _RECOMPUTES):
-            layout = Layout(trainers, tp, cp, pp, sampling // engine_tp, engine_tp, is_shared, recompute)
+        for (tp, cp, pp, ep), engine_tp, recompute in product(replicas, engines, _RECOMPUTES):
+            layout = Layout(trainers, tp, cp, pp, ep, sampling // engine_tp, engine_tp, is_shared, recompute)
             if _is_allowed(config, layout, options.gpus_per_machine, broken):
                 found = True
                 yield layout
@@ -175,19 +183,24 @@ def candidates(config: Config, spec: ModelSpec, options: LayoutsOptions) -> Iter
         raise broken[0]
 
 
-def _replicas(gpus: int, spec: ModelSpec, per_machine: int) -> list[tuple[int, int, int]]:
-    """Tensor-, context- and pipeline-parallel sizes of a replica. Each stage stays within a machine."""
+def _replicas(gpus: int, spec: ModelSpec, per_machine: int) -> list[tuple[int, int, int, int]]:
+    """Tensor-, context-, pipeline- and expert-parallel sizes. Each stage of a replica stays within a machine."""
     powers = [2**power for power in range(gpus.bit_length())]
     return [
-        (tp, cp, pp)
-        for tp, cp, pp in product(_tensor_sizes(gpus, spec, per_machine), powers, powers)
-        if tp * cp <= per_machine and gpus % (tp * cp * pp) == 0 and spec.num_layers % pp == 0
+        (tp, cp, pp, ep)
+        for tp, cp, pp, ep in product(_tensor_sizes(gpus, spec, per_machine), powers, powers, powers)
+        if tp * cp <= per_machine
+        and gpus % (tp * cp * pp) == 0
+        and spec.num_layers % pp == 0
+        and gpus // pp % ep == 0
+        and (1 if spec.experts is None else spec.experts.num) % ep == 0
     ]
 
 
 def _tensor_sizes(gpus: int, spec: ModelSpec, per_machine: int) -> list[int]:
     """Tensor-parallel sizes of the model on so many GPUs, within a machine."""
-    shapes = (gpus, spec.num_heads, spec.num_kv_heads, spec.ffn_hidden_size)
+    columns = spec.ffn_hidden_size if spec.experts is None else spec.experts.ffn_hidden_size
+    shapes = (gpus, spec.num_heads, spec.num_kv_heads, columns)
     powers = (2**power for power in range(per_machine.bit_length()))
     return [size for size in powers if size <= per_machine and all(count % size == 0 for count in shapes)]
 
@@ -261,7 +274,7 @@ def _training_seconds(
     config: Config, plan: MemoryPlan, spec: ModelSpec, options: LayoutsOptions, prompt: int, response: int
 ) -> float:
     hardware, trainer = config.trainer.hardware, config.trainer
-    world_size, tp, cp, pp, dp = parallel_sizes(config)
+    world_size, tp, cp, pp, dp, ep, _ = parallel_sizes(config)
     computed_s = sum(step_flops(config, prompt, response)) / (world_size * hardware.gpu_tflops * 1e12 * hardware.mfu)
     rows = trainer.train_batch_size * config.generator.n_samples_per_prompt * trainer.update_epochs_per_batch
     tokens = rows * (prompt + response) / dp
@@ -283,7 +296,20 @@ def _training_seconds(
     speed = hardware.gpu_to_gpu_gb_per_s if is_within else hardware.network_gb_per_s
     dp_bytes = updates * plan.worker.gradients * _sent(dp * cp)
     inside_s = (tp_bytes + cp_bytes) / (hardware.gpu_to_gpu_gb_per_s * 1e9)
+    expert_speed = hardware.gpu_to_gpu_gb_per_s if ep <= options.gpus_per_machine else hardware.network_gb_per_s
+    inside_s += passes / 2 * layers * tokens * _sent_to_experts(spec, tp * cp, ep) * size / (expert_speed * 1e9)
     return computed_s + inside_s + (dp_bytes + pp_bytes) / (speed * 1e9)
+
+
+def _sent_to_experts(spec: ModelSpec, parts: int, ep: int) -> float:
+    """Values that a rank sends for each token of its replica, to experts and back, in one direction of a pass.
+
+    Args:
+        parts: ranks that divide the tokens.
+    """
+    if spec.experts is None:
+        return 0.0
+    return 2 * spec.experts.per_token * spec.hidden_size / parts * (ep - 1) / ep
 
 
 def _sent(ranks: int) -> float:
@@ -306,7 +332,7 @@ def _sampling_seconds(
     running = max(1.0, min(rows, engine.max_num_seqs, room))
     read = plan.engine_weights + running * context * plan.kv_bytes_per_token
     tp, verified = engine.tensor_parallel_size, running * (1 + _num_drafted(config))
-    token_s = 2 * plan.num_parameters / (tp * hardware.gpu_tflops * 1e12 * hardware.mfu)
+    token_s = 2 * plan.num_active_parameters / (tp * hardware.gpu_tflops * 1e12 * hardware.mfu)
     sent = verified * spec.hidden_size * DTYPES[engine_dtype(config)].num_bytes * _sent(tp)
     collective_s = (tp > 1) * (hardware.all_reduce_us / 1e6 + sent / (hardware.gpu_to_gpu_gb_per_s * 1e9))
     step_s = max(read / (hardware.gpu_bandwidth_gb_per_s * 1e9), token_s * verified)
@@ -322,7 +348,8 @@ def table(found: Sequence[Estimate], limit: int) -> list[str]:
     for rank, one in enumerate(found[:limit], start=1):
         layout = one.layout
         replica = layout.tp * layout.cp * layout.pp
-        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, layout.pp, layout.trainers // replica)
+        dp = layout.trainers // replica
+        sizes = ParallelSizes(layout.trainers, layout.tp, layout.cp, layout.pp, dp, layout.ep)
         train = f"{layout.trainers}: {sizes}"
         sample = f"{layout.engines} x TP {layout.engine_tp}{' (shared)' if layout.is_shared else ''}"
         seconds = (one.step_s, one.sampling_s, one.training_s, one.moves_s)

@@ -29,7 +29,15 @@ from skyrl_spec.settings.schema import Config
 from skyrl_spec.specs.dtypes import DTYPES
 from skyrl_spec.specs.files import Shapes
 from skyrl_spec.specs.flops import policy_training
-from skyrl_spec.specs.model import EMBEDDING, ModelSpec, load_spec, padded_vocab_size, tensor_shapes
+from skyrl_spec.specs.model import (
+    EMBEDDING,
+    ROUTER,
+    ModelSpec,
+    is_of_expert,
+    load_spec,
+    padded_vocab_size,
+    tensor_shapes,
+)
 from skyrl_spec.specs.stages import Stages
 
 _FP32 = DTYPES["fp32"].num_bytes
@@ -96,6 +104,8 @@ class MemoryPlan:
     offloaded: Offloaded
     # Of policy and draft.
     num_parameters: int
+    # Of these, what a token goes through.
+    num_active_parameters: int
     trains_policy: bool
     engine_weights: int
     # In the cache of one engine.
@@ -129,14 +139,17 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
     ]
     fullest = max(range(len(workers)), key=lambda stage: workers[stage].total)
     worker, has_draft = workers[fullest], fullest == stages.last
+    num_served = count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)
+    num_served += _of_experts(policy) // engine_tp
     kv_values_per_token = 2 * (spec.num_layers + served.num_layers) * spec.num_kv_heads * spec.head_dim
     return MemoryPlan(
         worker=worker,
         stage_totals=tuple(one.total for one in workers),
         offloaded=_offloaded(config, worker, count_on_rank(draft, parallel_sizes(config).tp) if has_draft else 0),
         num_parameters=count(policy) + count(draft),
+        num_active_parameters=count(policy) + count(draft) - _num_idle(spec),
         trains_policy=trains_policy,
-        engine_weights=(count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)) * engine_size,
+        engine_weights=num_served * engine_size,
         kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
         checkpoint=num_trained * (size + _optimizer_bytes(size)),
         checkpoint_copies=_checkpoint_copies(config, worker, draft, trains_policy=trains_policy),
@@ -159,24 +172,30 @@ def _worker_memory(
     config: Config, spec: ModelSpec, draft: Shapes, stages: Stages, stage: int, *, trains_policy: bool
 ) -> WorkerMemory:
     trainer, size = config.trainer, _weight_bytes(config)
-    _, tp, cp, _, dp = parallel_sizes(config)
+    sizes = parallel_sizes(config)
+    tp = sizes.tp
     policy, copied = _of_stage(tensor_shapes(spec), spec, stages, stage), 0
     if stage != stages.last:
         draft = {}
     elif draft and stage > 0 and not spec.tie_word_embeddings:
         # The draft's copy of the embedding, which the first stage has.
         copied = count_on_rank({EMBEDDING: (spec.vocab_size, spec.hidden_size)}, tp, padded=True)
-    policy_on_rank, draft_on_rank = count_on_rank(policy, tp, padded=True), count_on_rank(draft, tp)
+    of_experts = _of_experts(policy) // (sizes.ep * sizes.expert_tp)
+    policy_on_rank = count_on_rank(policy, tp, padded=True) + of_experts
+    draft_on_rank = count_on_rank(draft, tp)
     num_trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
     # The distributed optimizer divides a rank's optimizer state over all ranks with the same part of the model.
-    shards = dp * cp if trainer.policy.megatron_config.use_distributed_optimizer else 1
+    num_updated = num_trained
+    if trainer.policy.megatron_config.use_distributed_optimizer:
+        trained_experts = of_experts if trains_policy else 0
+        num_updated = (num_trained - trained_experts) // (sizes.dp * sizes.cp) + trained_experts // sizes.expert_dp
     return WorkerMemory(
         weights=(policy_on_rank + draft_on_rank + copied) * size,
         gradients=num_trained * _FP32,
-        optimizer=num_trained * _optimizer_bytes(size) // shards,
+        optimizer=num_updated * _optimizer_bytes(size),
         reference=policy_on_rank * size if trainer.algorithm.use_kl_loss else 0,
         activations=activations(config, spec, tp, stages, stage),
-        update=num_trained * _FP32 // shards if trainer.placement.device == "cuda" else 0,
+        update=num_updated * _FP32 if trainer.placement.device == "cuda" else 0,
     )
 
 
@@ -248,17 +267,34 @@ def count(shapes: Shapes) -> int:
 
 
 def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
-    """Number of elements on one tensor-parallel rank. Matrices and biases are divided, norms are not.
+    """Number of elements on one tensor-parallel rank. Matrices and biases are divided, norms and routers are not.
+
+    Experts do not count: they are divided in other ways.
 
     ``padded``: embedding and output head have the rows that the trainer pads them to.
     """
     total = 0
     for name, shape in shapes.items():
+        if is_of_expert(name):
+            continue
         if padded and name in ("model.embed_tokens.weight", "lm_head.weight"):
             shape = (padded_vocab_size(shape[0], tp), *shape[1:])
-        is_cut = len(shape) > 1 or name.endswith(".bias")
+        is_cut = (len(shape) > 1 or name.endswith(".bias")) and not name.endswith(ROUTER)
         total += math.prod(shape) // tp if is_cut else math.prod(shape)
     return total
+
+
+def _of_experts(shapes: Shapes) -> int:
+    """Number of elements of all experts."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if is_of_expert(name))
+
+
+def _num_idle(spec: ModelSpec) -> int:
+    """Parameters of the experts that a token does not go to."""
+    experts = spec.experts
+    if experts is None:
+        return 0
+    return spec.num_layers * (experts.num - experts.per_token) * 3 * spec.hidden_size * experts.ffn_hidden_size
 
 
 def activations(config: Config, spec: ModelSpec, tp: int, stages: Stages, stage: int) -> int:
@@ -270,23 +306,24 @@ def activations(config: Config, spec: ModelSpec, tp: int, stages: Stages, stage:
     size = _weight_bytes(config)
     megatron = trainer.policy.megatron_config
     tokens = max(trainer.max_tokens_per_microbatch, -(-longest_sequence(config) // megatron.context_parallel_size))
-    attention, ffn = (spec.num_heads + spec.num_kv_heads) * spec.head_dim, spec.ffn_hidden_size
+    attention = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
     # A layer: q and k before and after RoPE, v and attention; gate and up together and apart, and their product; two
     # norms with their inputs and outputs. Cosines and sines of RoPE are whole on every rank.
-    divided, norms = ((5 if spec.qk_norm else 3) * attention + 5 * ffn) // tp, 6 * spec.hidden_size
+    divided, norms = (5 if spec.qk_norm else 3) * attention // tp, 6 * spec.hidden_size
     rotary = 4 * spec.head_dim
-    of_draft_layer = divided + norms + rotary
+    of_draft_layer = divided + 5 * spec.ffn_hidden_size // tp + norms + rotary
+    mlp = _mlp_activations(config, spec)
     # Of the residual stream and the norms, a rank has all tokens or its part.
     is_divided = uses_sequence_parallel(megatron, trainer.placement.device, has_experts=spec.experts is not None)
     parts = tp if is_divided else 1
-    per_layer = divided + norms // parts + rotary
+    per_layer = divided + mlp + norms // parts + rotary
     kept = (stages.last + 1 - stage) * stages.num_layers[stage]
     layers = kept * per_layer
     if megatron.recompute_granularity == "full":
         layers = kept * spec.hidden_size // parts + per_layer
     elif megatron.recompute_granularity == "selective":
         recomputed_norms = 2 * spec.hidden_size // parts * ("layernorm" in megatron.recompute_modules)
-        recomputed_mlp = 5 * ffn // tp * ("mlp" in megatron.recompute_modules)
+        recomputed_mlp = mlp * ("mlp" in megatron.recompute_modules)
         # The layer in the backward pass has everything.
         layers -= (kept - 1) * (recomputed_norms + recomputed_mlp)
     if stage != stages.last:
@@ -299,6 +336,17 @@ def activations(config: Config, spec: ModelSpec, tp: int, stages: Stages, stage:
         # The float32 copy of the output head (``ChunkLogits``).
         logits += spec.vocab_size // tp * spec.hidden_size * _FP32
     return (tokens * layers + draft_tokens * of_draft_layer) * size + logits
+
+
+def _mlp_activations(config: Config, spec: ModelSpec) -> int:
+    """Values that a layer's feed-forward part keeps for each token. Experts: if all have as many tokens."""
+    sizes, experts = parallel_sizes(config), spec.experts
+    if experts is None:
+        return 5 * spec.ffn_hidden_size // sizes.tp
+    # A copy of the token for each of its experts: sent, received and sorted; what the expert computes; its output,
+    # sorted and sent back. Weights of all experts and who is chosen, in fp32.
+    copies = experts.per_token * (6 * spec.hidden_size * sizes.expert_tp + 5 * experts.ffn_hidden_size)
+    return (copies + 4 * experts.num) // sizes.tp
 
 
 def memory_line(plan: MemoryPlan) -> str:

@@ -28,6 +28,7 @@ from skyrl_spec.specs.stages import Stages
 
 # vLLM's attention on CPU needs a multiple of this.
 CPU_HEAD_DIM_MULTIPLE = 32
+_MEGATRON = "trainer.policy.megatron_config"
 
 
 def preflight(config: Config, *, draft_from_scratch: bool = False) -> None:
@@ -151,23 +152,54 @@ def num_gpus() -> int:
 
 def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
     Stages.of(spec.num_layers, config.trainer.policy.megatron_config)
-    engine_tp = config.generator.inference_engine.tensor_parallel_size
-    layouts = (
-        ("trainer.policy.megatron_config.tensor_model_parallel_size", parallel_sizes(config).tp),
-        ("generator.inference_engine.tensor_parallel_size", engine_tp),
+    engine, sizes = config.generator.inference_engine, parallel_sizes(config)
+    _check_experts(config, spec)
+    heads = [(spec.num_heads, "attention heads"), (spec.num_kv_heads, "key-value heads")]
+    columns, expert = [(spec.ffn_hidden_size, "feed-forward columns")], list[tuple[int, str]]()
+    if spec.experts is not None:
+        columns, expert = [], [(spec.experts.ffn_hidden_size, "columns of an expert")]
+    engine_divides_experts = not engine.engine_init_kwargs.get("enable_expert_parallel", False)
+    divided = (
+        (f"{_MEGATRON}.tensor_model_parallel_size", sizes.tp, heads + columns),
+        (f"{_MEGATRON}.expert_tensor_parallel_size", sizes.expert_tp, expert),
+        (
+            "generator.inference_engine.tensor_parallel_size",
+            engine.tensor_parallel_size,
+            heads + columns + (expert if engine_divides_experts else []),
+        ),
     )
-    for setting, tp in layouts:
-        for count, what in (
-            (spec.num_heads, "attention heads"),
-            (spec.num_kv_heads, "key-value heads"),
-            (spec.ffn_hidden_size, "feed-forward columns"),
-        ):
-            if count % tp != 0:
-                raise ConfigError(f"{setting}={tp}: must divide the model's {count} {what}; set a divisor of {count}")
+    for setting, size, counts in divided:
+        for count, what in counts:
+            if count % size != 0:
+                raise ConfigError(f"{setting}={size}: must divide the model's {count} {what}; set a divisor of {count}")
     if config.trainer.placement.device == "cpu" and spec.head_dim % CPU_HEAD_DIM_MULTIPLE != 0:
         raise ConfigError(
             f"{POLICY_PATH}={config.trainer.policy.model.path}: head_dim {spec.head_dim} must be a multiple of "
             f"{CPU_HEAD_DIM_MULTIPLE} on cpu; use another model or trainer.placement.device=cuda"
+        )
+
+
+def _check_experts(config: Config, spec: ModelSpec) -> None:
+    megatron, sizes = config.trainer.policy.megatron_config, parallel_sizes(config)
+    path = config.trainer.policy.model.path
+    if spec.experts is None:
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(megatron, name) > 1:
+                raise ConfigError(
+                    f"{_MEGATRON}.{name}={getattr(megatron, name)}: must be 1, because {path} has no experts; set it "
+                    "to 1, or use a Qwen3-MoE model"
+                )
+        return
+    if spec.experts.num % sizes.ep:
+        raise ConfigError(
+            f"{_MEGATRON}.expert_model_parallel_size={sizes.ep}: must divide the model's {spec.experts.num} experts; "
+            f"set a divisor of {spec.experts.num}"
+        )
+    if sizes.tp > 1 and megatron.sequence_parallel is False:
+        raise ConfigError(
+            f"{_MEGATRON}.sequence_parallel=false: must be null or true for a model with experts and "
+            f"tensor_model_parallel_size={sizes.tp}, or each token would go to its experts {sizes.tp} times; set it to "
+            "null"
         )
 
 

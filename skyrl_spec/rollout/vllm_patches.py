@@ -69,6 +69,26 @@ def fix_reload_of_tied_output_weights() -> None:
     reload.finalize_layerwise_reload = finalize_layerwise_reload
 
 
+def fix_reload_of_experts() -> None:
+    """Brings the weights of experts into the form that the kernel reads, after every weight update.
+
+    vLLM does this for the weights that it starts from only. The kernel would take updated ones as if it had been done.
+    Remove when tests/rollout/test_vllm_patches.py::test_updated_experts_are_wrong_without_the_fix fails.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    _require(UnquantizedFusedMoEMethod, "_setup_kernel", fix_reload_of_experts)
+    upstream = UnquantizedFusedMoEMethod._setup_kernel
+
+    def _setup_kernel(self: Any, layer: Any, w13: Tensor, w2: Tensor) -> None:
+        is_update = self.moe_kernel is not None
+        upstream(self, layer, w13, w2)
+        if is_update:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    UnquantizedFusedMoEMethod._setup_kernel = _setup_kernel  # type: ignore[method-assign]
+
+
 def fix_context_keys_of_later_layers() -> None:
     """Normalizes the context keys of each layer of a DFlash draft with that layer's weight.
 
@@ -352,6 +372,7 @@ ADDITIONS: tuple[Callable[[], None], ...] = (
 CPU_FIXES: tuple[Callable[[], None], ...] = (
     fix_sampling_parameter_expansion,
     fix_reload_of_tied_output_weights,
+    fix_reload_of_experts,
     fix_rewinding_of_generators,
     fix_context_keys_of_later_layers,
     fix_context_projection_of_packed_weights,

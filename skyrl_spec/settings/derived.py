@@ -18,17 +18,27 @@ class ParallelSizes(NamedTuple):
     cp: int
     pp: int
     dp: int
+    # Of experts, over the ranks of a stage.
+    ep: int = 1
+    expert_tp: int = 1
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks with the same experts."""
+        return self.world_size // (self.pp * self.ep * self.expert_tp)
 
     def __str__(self) -> str:
         others = "".join(f" x {name} {size}" for name, size in (("CP", self.cp), ("PP", self.pp)) if size > 1)
-        return f"TP {self.tp}{others} x DP {self.dp}"
+        experts = "".join(f", {name} {size}" for name, size in (("EP", self.ep), ("ETP", self.expert_tp)) if size > 1)
+        return f"TP {self.tp}{others} x DP {self.dp}{experts}"
 
 
 def parallel_sizes(config: Config) -> ParallelSizes:
     """Sizes of the policy workers' parallel layout.
 
     Raises:
-        ConfigError: the number of workers is not a multiple of the workers of a replica.
+        ConfigError: the number of workers is not a multiple of the workers of a replica, or that of a stage of those
+            that divide its experts.
     """
     placement, megatron = config.trainer.placement, config.trainer.policy.megatron_config
     sizes = _model_sizes(megatron)
@@ -41,7 +51,15 @@ def parallel_sizes(config: Config) -> ParallelSizes:
             "policy_num_gpus_per_node); change it or trainer.placement.policy_num_gpus_per_node"
         )
     tp, cp, pp = sizes.values()
-    return ParallelSizes(world_size, tp, cp, pp, world_size // replica)
+    ep, expert_tp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
+    if world_size // pp % (ep * expert_tp):
+        times = f" times expert_tensor_parallel_size={expert_tp}" if expert_tp > 1 else ""
+        raise ConfigError(
+            f"trainer.policy.megatron_config.expert_model_parallel_size={ep}:{times} must divide the "
+            f"{world_size // pp} policy workers of a pipeline stage; change it or "
+            "trainer.placement.policy_num_gpus_per_node"
+        )
+    return ParallelSizes(world_size, tp, cp, pp, world_size // replica, ep, expert_tp)
 
 
 def _model_sizes(megatron: MegatronConfig) -> dict[str, int]:
@@ -53,7 +71,12 @@ def _model_sizes(megatron: MegatronConfig) -> dict[str, int]:
 def workers_per_node(config: Config) -> int:
     """Number of policy workers on each machine."""
     per_node, megatron = config.trainer.placement.policy_num_gpus_per_node, config.trainer.policy.megatron_config
-    return math.prod(_model_sizes(megatron).values()) if per_node is None else per_node
+    if per_node is not None:
+        return per_node
+    # A replica, and as many more as it takes to have all experts.
+    replica, stages = math.prod(_model_sizes(megatron).values()), megatron.pipeline_model_parallel_size
+    with_experts = megatron.expert_model_parallel_size * megatron.expert_tensor_parallel_size
+    return stages * math.lcm(replica // stages, with_experts)
 
 
 def pack_tokens(config: Config) -> int:

@@ -55,7 +55,7 @@ class PlacementConfig:
     )
     policy_num_gpus_per_node: int | None = setting(
         None,
-        "Policy workers on each machine. null: one replica, the product of the parallel sizes of megatron_config.",
+        "Policy workers on each machine. null: as few as the parallel sizes of megatron_config need.",
         FROM_ONE,
     )
     colocate_all: bool = setting(

@@ -43,7 +43,8 @@ def layer(spec: ModelSpec, num_tokens: float) -> float:
         linear(num_tokens, hidden, query)
         + key_value(spec, num_tokens)
         + linear(num_tokens, query, hidden)
-        + linear(num_tokens, hidden, 3 * spec.ffn_hidden_size)
+        + linear(num_tokens, hidden, 3 * spec.num_active_ffn)
+        + (0.0 if spec.experts is None else linear(num_tokens, hidden, spec.experts.num))
     )
 
 

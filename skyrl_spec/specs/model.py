@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from skyrl_spec.specs.files import POLICY_PATH, has_same_bytes, model_directory,
 _MIXTURE = "Qwen3MoeForCausalLM"
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", _MIXTURE, "MiMoForCausalLM")
 EMBEDDING, OUTPUT_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# End of the name of a layer's router.
+ROUTER = "mlp.gate.weight"
 # The trainer pads the rows of embedding and output head to a multiple of this times the tensor-parallel size.
 _VOCAB_MULTIPLE = 64
 
@@ -117,8 +120,9 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+@lru_cache(maxsize=8)
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a model's checkpoint, without those of its MTP head."""
+    """Shapes of the tensors in a model's checkpoint, without those of its MTP head. Not to be changed."""
     embeddings = (spec.vocab_size, spec.hidden_size)
     shapes = {EMBEDDING: embeddings, "model.norm.weight": (spec.hidden_size,)}
     for layer in range(spec.num_layers):
@@ -141,7 +145,7 @@ def layer_tensor_shapes(spec: ModelSpec, prefix: str) -> dict[str, tuple[int, ..
     if spec.experts is None:
         shapes |= _ffn_shapes("mlp.", hidden, spec.ffn_hidden_size)
     else:
-        shapes["mlp.gate.weight"] = (spec.experts.num, hidden)
+        shapes[ROUTER] = (spec.experts.num, hidden)
         for number in range(spec.experts.num):
             shapes |= _ffn_shapes(f"mlp.experts.{number}.", hidden, spec.experts.ffn_hidden_size)
     if spec.qkv_bias:

@@ -29,8 +29,10 @@ from skyrl_spec.data.packing import pack_rows, shard_rows
 from skyrl_spec.drafts.base import Supervision, Teacher, draft_metrics, num_sums
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.losses.logprobs import TokenLogprobs
+from skyrl_spec.metrics import names
 from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.conversion import HfTensors, load_weights, own_rules
+from skyrl_spec.models.expert_load import ExpertLoad, load_range
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
@@ -89,6 +91,9 @@ class PolicyTrainer:
         self._stages = Stages.of(spec.num_layers, megatron)
         self.exports = Exports(config, spec, parallel, self._stages, self._trunk_config.params_dtype)
         self.model = self._load_policy(tensors)
+        self._expert_load = None
+        if spec.experts is not None:
+            self._expert_load = ExpertLoad(self.model, spec.num_layers, spec.experts, parallel)
         # A frozen policy needs neither gradients nor optimizer state.
         self.policy = (
             None
@@ -154,6 +159,9 @@ class PolicyTrainer:
         self._to_hold = max(examples, key=_size) if scored and self._trained_draft is not None else None
         logprobs: list[Tensor] = []
         metrics = self._reduce(self._run(examples, denominator, logprobs))
+        if self._expert_load is not None:
+            highest, lowest = load_range(self._expert_load.take())
+            metrics |= {names.EXPERT_LOAD_MAX: Metric(highest, 1), names.EXPERT_LOAD_MIN: Metric(lowest, 1)}
         metrics |= self.optimizer_step(scored if draft else ())
         draft_s = self._draft_clock.seconds()
         report = StepReport(metrics, time.perf_counter() - start - draft_s, draft_s)
@@ -266,7 +274,7 @@ class PolicyTrainer:
             self.draft.draft.random.num_steps = int(state.get(_STEPS, 0))
 
     def export(self, component: Component) -> Iterator[tuple[str, Tensor]]:
-        """HF names and full tensors, in the layout that vLLM loads. All ranks that ``exports.takes_part`` must iterate."""
+        """HF names and full tensors, as vLLM loads them. All ranks that ``exports.takes_part`` must iterate."""
         self.offload.require(self.model)
         if component == "policy":
             return self.exports.tensors(component, self.model)

@@ -22,7 +22,7 @@ import tiny_checkpoints
 import torch
 import torch.distributed
 from spawn import run_distributed
-from tiny_checkpoints import make_batch, make_config, write_checkpoint
+from tiny_checkpoints import make_batch, make_config, write_checkpoint, write_model
 
 from skyrl_spec.checkpoint import dist, folders, pieces
 from skyrl_spec.checkpoint.background import BackgroundSaver
@@ -56,6 +56,29 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-distributed-bf16": {"distributed": True, "dtype": "bf16"},
 }
 
+# Of a mixture of experts.
+MIXTURES: dict[str, dict[str, Any]] = {
+    name: {"draft": "dflash", "sequence_parallel": None} | options
+    for name, options in {
+        "tp1-experts": {},
+        "dp2-ep2": {"ep": 2},
+        "dp2-ep2-distributed-bf16": {"ep": 2, "distributed": True, "dtype": "bf16"},
+        "dp2-experts-distributed": {"distributed": True},
+        "tp2-ep2": {"tp": 2, "ep": 2},
+        "tp2-expert_tp2-distributed-bf16": {"tp": 2, "expert_tp": 2, "distributed": True, "dtype": "bf16"},
+        "pp2-experts": {"pp": 2},
+    }.items()
+}
+MIXTURES_TO_TWO_RANKS = [
+    ("tp1-experts", "dp2-ep2"),
+    ("dp2-ep2", "tp2-ep2"),
+    ("tp2-ep2", "pp2-experts"),
+    ("pp2-experts", "dp2-experts-distributed"),
+    ("dp2-experts-distributed", "dp2-ep2"),
+    ("dp2-ep2-distributed-bf16", "tp2-expert_tp2-distributed-bf16"),
+    ("tp2-expert_tp2-distributed-bf16", "dp2-ep2-distributed-bf16"),
+]
+
 # Layout of the save, layout of the load.
 TO_TWO_RANKS = [
     ("tp1", "tp2"),
@@ -88,10 +111,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _build(model: Path, layout: str, **options: Any) -> PolicyTrainer:
     """Trainer in the groups of ``layout``, which replace the present groups."""
-    options = LAYOUTS[layout] | options
+    options = (LAYOUTS | MIXTURES)[layout] | options
     if parallel.parallel_state.is_initialized():
         parallel.parallel_state.destroy_model_parallel()
-    sizes = (options.get(name, 1) for name in ("cp", "pp"))
+    sizes = (options.get(name, 1) for name in ("cp", "pp", "ep", "expert_tp"))
     ranks = parallel.lay_out(options.get("tp", 1), torch.device("cpu"), *sizes)
     config = make_config(model, **options)
     config.trainer.policy.optimizer_config.num_warmup_steps = 2
@@ -149,7 +172,8 @@ def _full_state(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
                     flat, start = tensors[kind]
                     whole[start : start + flat.numel()] = flat.float()
                 if kind != "param" and trainer.config.trainer.policy.megatron_config.use_distributed_optimizer:
-                    torch.distributed.all_reduce(whole, group=trainer.parallel.dp_cp_group)
+                    ranks, is_expert = trainer.parallel, ".experts." in key
+                    torch.distributed.all_reduce(whole, group=ranks.expert_dp_group if is_expert else ranks.dp_cp_group)
                 by_kind.setdefault(kind, {})[key] = whole.view(parameter.shape)
         for kind, tensors in by_kind.items():
             stand_in = torch.nn.Module()
@@ -421,6 +445,25 @@ def _job(rank: int, model: Path, other_model: Path, root: Path) -> None:
 def test_resume_is_bitwise_and_resharding_and_errors(model: Path, tmp_path: Path) -> None:
     other_model = write_checkpoint(tmp_path / "other")
     run_distributed(_job, 2, model, other_model, tmp_path, timeout_s=400.0)
+
+
+def _mixture_job(rank: int, model: Path, root: Path) -> None:
+    _regroup(0, 1, root / f"alone{rank}")
+    if rank == 0:
+        _resume_job(0, model, root, ["tp1-experts"])
+    _regroup(rank, 2, root / "together")
+    _resume_job(rank, model, root, [layout for layout in MIXTURES if not layout.startswith("tp1")])
+    _reshard_job(rank, model, root, MIXTURES_TO_TWO_RANKS)
+    _regroup(0, 1, root / f"alone_again{rank}")
+    if rank == 0:
+        _reshard_job(0, model, root, [("dp2-ep2", "tp1-experts"), ("pp2-experts", "tp1-experts")])
+    parallel.shutdown()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/end{rank}", rank=0, world_size=1)
+
+
+def test_mixtures_of_experts_resume_and_reshard(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "dflash", has_experts=True)
+    run_distributed(_mixture_job, 2, model, tmp_path, timeout_s=400.0)
 
 
 def _killed_job(rank: int, model: Path, root: Path) -> None:

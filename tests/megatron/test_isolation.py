@@ -28,6 +28,9 @@ from skyrl_spec.training.trainer import PolicyTrainer
 
 # Tensor-, context-, pipeline- and data-parallel size.
 LAYOUTS = ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (2, 1, 1, 2))
+# The same, and the expert-parallel size.
+EXPERT_LAYOUTS = ((1, 1, 1, 2, 2), (2, 1, 1, 1, 2))
+LARGE_EXPERT_LAYOUTS = ((1, 1, 2, 2, 2), (1, 1, 1, 4, 2), (1, 2, 1, 2, 2))
 LARGE_LAYOUTS = ((2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1))
 # Tokens of a micro-batch: several micro-batches, and one.
 MICRO_BATCHES = {"accumulated": 40, "at once": 1000}
@@ -35,7 +38,8 @@ MICRO_BATCHES = {"accumulated": 40, "at once": 1000}
 
 def _build(path: Path, ranks: Parallel, draft: str | None, max_tokens: int, **options: Any) -> PolicyTrainer:
     torch.manual_seed(0)
-    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, pp=ranks.pp_size, draft=draft, **options)
+    sizes = {"tp": ranks.tp_size, "cp": ranks.cp_size, "pp": ranks.pp_size}
+    config = make_config(path, draft=draft, **sizes, **options)
     config.trainer.max_tokens_per_microbatch = max_tokens
     return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
 
@@ -85,12 +89,14 @@ def _assert_equal(mine: Any, theirs: Any, where: str) -> None:
         assert mine == theirs, where
 
 
-def _check(_rank: int, path: Path, draft: str, tp: int, cp: int, pp: int) -> None:
-    ranks = parallel.lay_out(tp, torch.device("cpu"), cp, pp)
+def _check(_rank: int, path: Path, draft: str, tp: int, cp: int, pp: int, ep: int = 1) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"), cp, pp, ep)
     for dtype, distributed, (name, micro_rows) in product(("fp32", "bf16"), (False, True), MICRO_BATCHES.items()):
         where = f"{dtype}, distributed optimizer {distributed}, {name}"
         # One combination in two has both.
-        options = {"dtype": dtype, "distributed": distributed, "sequence_parallel": distributed and tp > 1}
+        options = {"dtype": dtype, "distributed": distributed, "sequence_parallel": distributed and tp > 1, "ep": ep}
+        if ep > 1:
+            options["sequence_parallel"] = None
         without = _train(_build(path, ranks, None, micro_rows, **options))
         trainer = _build(path, ranks, draft, micro_rows, **options)
         with_draft = _train(trainer)
@@ -137,3 +143,20 @@ def test_the_draft_does_not_change_a_bit_of_the_policy(
 def test_nor_in_layouts_of_several_kinds(tmp_path: Path, layout: tuple[int, int, int, int], draft: str) -> None:
     path = write_model(tmp_path / "model", draft)
     run_distributed(_check, math.prod(layout), path, draft, *layout[:3], timeout_s=600.0)
+
+
+def _check_experts(tmp_path: Path, layout: tuple[int, int, int, int, int]) -> None:
+    path = write_model(tmp_path / "model", "dflash", has_experts=True)
+    tp, cp, pp, _, ep = layout
+    run_distributed(_check, math.prod(layout[:4]), path, "dflash", tp, cp, pp, ep, timeout_s=600.0)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_nor_of_a_mixture_of_experts(tmp_path: Path, layout: tuple[int, int, int, int, int]) -> None:
+    _check_experts(tmp_path, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGE_EXPERT_LAYOUTS)
+def test_nor_of_experts_on_four_ranks(tmp_path: Path, layout: tuple[int, int, int, int, int]) -> None:
+    _check_experts(tmp_path, layout)

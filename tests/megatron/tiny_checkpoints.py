@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from mtp_reference import MtpHead
 from safetensors.torch import save_file
-from tiny_models import write_tiny_dflash
-from tiny_models import experts_as_published
+from tiny_models import experts_as_published, write_tiny_dflash
 from transformers import (
     PreTrainedConfig,
     Qwen2Config,
@@ -92,9 +91,7 @@ def write_checkpoint(
     return path
 
 
-def write_model(
-    path: Path, draft: str, *, tied: bool = False, num_layers: int = 2, has_experts: bool = False
-) -> Path:
+def write_model(path: Path, draft: str, *, tied: bool = False, num_layers: int = 2, has_experts: bool = False) -> Path:
     """Writes a policy checkpoint for ``draft`` ("mtp" or "dflash"), and a DFlash draft next to it."""
     if draft == "mtp":
         return write_checkpoint(path, "MiMoForCausalLM", tied=tied, num_layers=num_layers)

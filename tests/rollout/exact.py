@@ -13,7 +13,7 @@ import torch
 from engine_process import EngineProcess
 from tiny_models import EOS_TOKEN, PROMPT, VOCAB_SIZE, split_weights
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.types import Generation
@@ -21,13 +21,11 @@ from skyrl_spec.types import Generation
 
 def reference_model(path: Path) -> Any:
     """The policy in ``path``, by transformers."""
+    is_mimo = json.loads((path / "config.json").read_text())["architectures"] == ["MiMoForCausalLM"]
+    if not is_mimo:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     # transformers has no MiMo architecture. Its trunk is that of Qwen2.
-    is_qwen3 = json.loads((path / "config.json").read_text())["model_type"] == "qwen3"
-    model: Any
-    if is_qwen3:
-        model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(path)).eval()
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(path)).eval()
+    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(path)).eval()
     model.load_state_dict(split_weights(path)[0], strict=not model.config.tie_word_embeddings)
     return model
 

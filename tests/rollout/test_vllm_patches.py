@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess
-from exact import exact_logprobs, generate, second_token_p_value
+from exact import assert_exact_logprobs, exact_logprobs, generate, second_token_p_value
 from faulty_engines import UnpatchedEngine
-from tiny_models import LONG_PROMPT, MAX_POSITIONS, PROMPT, split_weights
+from safetensors.torch import load_file
+from tiny_models import LONG_PROMPT, MAX_POSITIONS, PROMPT, split_weights, write_tiny_qwen3
+from updates import GREEDY, update
 
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_weights
@@ -50,6 +52,16 @@ def test_tied_output_weights_stay_old_without_the_fix(
         errors.append(abs(float(exact) - sample.logprobs[0]))
     assert errors[0] > 0.01
     assert errors[1] < 1e-4
+
+
+def test_updated_experts_are_wrong_without_the_fix(start_engine: Callable[..., EngineProcess], tmp_path: Path) -> None:
+    # The fixed engine is tested in test_experts.py.
+    old, new = (write_tiny_qwen3(tmp_path / name, seed, has_experts=True) for seed, name in enumerate(("old", "new")))
+    engine = start_engine(UnpatchedEngine, model_path=str(old), speculative_config=None)
+    engine.init_weight_transfer_engine({})
+    update(engine, False, [pack_weights(load_file(new / "model.safetensors").items())])
+    with pytest.raises(AssertionError):
+        assert_exact_logprobs(generate(engine, [PROMPT], GREEDY)[0], PROMPT, new, GREEDY)
 
 
 def test_top_k_where_the_model_has_no_positions_left_to_draft_in(patched: EngineProcess) -> None:

@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 # Odd on purpose: vLLM pads it.
 VOCAB_SIZE = 97
@@ -68,10 +76,14 @@ def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
     return path
 
 
-def write_tiny_qwen3(path: Path, seed: int, tied: bool = False, num_layers: int = 6, hidden_size: int = 64) -> Path:
+def write_tiny_qwen3(
+    path: Path, seed: int, tied: bool = False, num_layers: int = 6, hidden_size: int = 64, *, has_experts: bool = False
+) -> Path:
     """A Qwen3 target whose random weights make the next token depend mostly on the last one."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    config = (Qwen3MoeConfig if has_experts else Qwen3Config)(
+        **(experts if has_experts else {}),
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden_size,
         intermediate_size=96,
@@ -85,15 +97,17 @@ def write_tiny_qwen3(path: Path, seed: int, tied: bool = False, num_layers: int 
         tie_word_embeddings=tied,
         initializer_range=0.03,
     )
-    model = Qwen3ForCausalLM(config)
+    model = (Qwen3MoeForCausalLM if has_experts else Qwen3ForCausalLM)(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2 if tied else 1.0)
     model.model.embed_tokens.weight.data[MASK_TOKEN] *= 0.3
+    for layer in model.model.layers if has_experts else ():
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=0.3)
     if not tied:
         torch.nn.init.normal_(model.lm_head.weight, std=0.4)
-    weights = {name: _random_norm(name, tensor) for name, tensor in model.state_dict().items()}
+    weights = {name: _random_norm(name, tensor) for name, tensor in experts_as_published(model.state_dict()).items()}
     if tied:
         del weights["lm_head.weight"]
-    _write(path, config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}, weights)
+    _write(path, config.to_dict() | {"architectures": [type(model).__name__]}, weights)
     _write_tokenizer(path)
     return path
 

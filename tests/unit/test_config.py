@@ -11,7 +11,7 @@ from skyrl_spec.errors import ConfigError
 from skyrl_spec.planning.validation import validate
 from skyrl_spec.settings import compose
 from skyrl_spec.settings.compose import available, load_config, to_yaml
-from skyrl_spec.settings.derived import parallel_sizes, sync_backend
+from skyrl_spec.settings.derived import ParallelSizes, parallel_sizes, sync_backend
 from skyrl_spec.settings.schema import Config
 
 MIMO = "experiment=mimo_7b_dapo_8gpu"
@@ -44,7 +44,7 @@ def test_without_overrides_the_schema_and_grpo_hold() -> None:
 def test_the_eight_gpu_recipe() -> None:
     config = load_config([MIMO])
     assert config.trainer.policy.model.path == "XiaomiMiMo/MiMo-7B-RL"
-    assert parallel_sizes(config) == (4, 4, 1, 1, 1)
+    assert parallel_sizes(config) == ParallelSizes(4, 4, 1, 1, 1)
     engine = config.generator.inference_engine
     assert parallel_sizes(config).world_size + engine.num_engines * engine.tensor_parallel_size == 8
     assert config.trainer.mtp.enabled
@@ -440,7 +440,16 @@ def test_sync_backend_follows_the_placement(overrides: list[str], backend: str) 
             ],
             (8, 2, 2, 1, 2),
         ),
+        (["trainer.policy.megatron_config.expert_model_parallel_size=2"], (2, 1, 1, 1, 2, 2)),
+        (
+            [
+                "trainer.policy.megatron_config.expert_model_parallel_size=2",
+                "trainer.policy.megatron_config.tensor_model_parallel_size=2",
+                "trainer.policy.megatron_config.pipeline_model_parallel_size=2",
+            ],
+            (4, 2, 1, 2, 1, 2),
+        ),
     ],
 )
-def test_parallel_layout(overrides: list[str], layout: tuple[int, int, int, int, int]) -> None:
-    assert parallel_sizes(load_config([CPU, *overrides])) == layout
+def test_parallel_layout(overrides: list[str], layout: tuple[int, ...]) -> None:
+    assert parallel_sizes(load_config([CPU, *overrides])) == ParallelSizes(*layout)

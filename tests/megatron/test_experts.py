@@ -1,0 +1,70 @@
+"""The load of experts equals a count by transformers, on one rank and on several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run_distributed
+from tiny_checkpoints import EXPERTS_PER_TOKEN, NUM_EXPERTS, make_batch, make_config, write_model
+from transformers import AutoModelForCausalLM
+
+from skyrl_spec.metrics import names
+from skyrl_spec.metrics.values import values
+from skyrl_spec.models import parallel
+from skyrl_spec.models.expert_load import load_range
+from skyrl_spec.specs.model import load_spec
+from skyrl_spec.training.trainer import PolicyTrainer
+
+NUM_LAYERS = 2
+
+
+def _train(rank: int, path: Path, layout: dict[str, int], recompute: str | None, out: Path) -> None:
+    config = make_config(path, draft="dflash", **layout)
+    config.trainer.policy.megatron_config.recompute_granularity = recompute
+    ranks = parallel.lay_out(
+        1,
+        torch.device("cpu"),
+        pipeline_parallel_size=layout.get("pp", 1),
+        expert_parallel_size=layout.get("ep", 1),
+    )
+    trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+    # Passes without gradients do not count.
+    trainer.forward_logprobs(make_batch(seed=1))
+    metrics = values(trainer.train_mini_batch(make_batch(seed=0)).metrics)
+    torch.save([metrics[names.EXPERT_LOAD_MAX], metrics[names.EXPERT_LOAD_MIN]], out / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("mixture") / "model", "dflash", has_experts=True)
+
+
+def _expected(path: Path) -> tuple[float, float]:
+    model, batch = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), make_batch(seed=0)
+    counts = torch.zeros(NUM_LAYERS, NUM_EXPERTS, dtype=torch.int64)
+    for row, length in zip(batch.token_ids, batch.lengths, strict=True):
+        with torch.no_grad():
+            outputs = model(torch.from_numpy(row[:length])[None], output_router_logits=True)
+        for layer, logits in enumerate(outputs.router_logits):
+            chosen = logits.topk(EXPERTS_PER_TOKEN, dim=-1).indices
+            counts[layer] += torch.bincount(chosen.flatten(), minlength=NUM_EXPERTS)
+    return load_range(counts)
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"pp": 2}], ids=str)
+def test_load_equals_a_count(checkpoint: Path, layout: dict[str, int], recompute: str | None, tmp_path: Path) -> None:
+    num_ranks = layout.get("ep", 1) * layout.get("pp", 1)
+    run_distributed(_train, num_ranks, checkpoint, layout, recompute, tmp_path)
+    highest, lowest = _expected(checkpoint)
+    assert highest > 1.05
+    for rank in range(num_ranks):
+        # With expert parallelism a rank that has no pack left computes one of a token, for the others.
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx([highest, lowest], abs=0.02 if "ep" in layout else 0)
+
+
+def test_range_of_the_load() -> None:
+    counts = torch.tensor([[2, 2, 2, 2], [8, 0, 4, 4]])
+    assert load_range(counts) == (1.5, 0.5)
