@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from model_shapes import MIMO_7B, QWEN3_8B, QWEN3_32B
+from model_shapes import MIMO_7B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.planning.memory import plan_memory
@@ -30,6 +30,7 @@ MODELS = {
     "mimo_7b_dapo_8gpu": MIMO_7B,
     "qwen3_8b_dflash_dapo_8gpu": QWEN3_8B,
     "qwen3_32b_dflash_dapo_16gpu": QWEN3_32B,
+    "qwen3_30b_a3b_dflash_dapo_16gpu": QWEN3_30B_A3B,
 }
 
 

@@ -63,8 +63,8 @@ REFERENCE = (
     Described(
         "policy/expert_load_max",
         "",
-        "Of a mixture of experts: trained tokens of the busiest expert of a layer, as a multiple of those it would have "
-        "if all had as many. Mean over layers.",
+        "Of a mixture of experts: tokens of the busiest expert of a layer in training, as a multiple of an even share. "
+        "Mean over layers.",
     ),
     Described("policy/expert_load_min", "", "The same of the idlest expert of a layer. 0: it had none."),
     Described(

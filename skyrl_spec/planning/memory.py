@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from skyrl_spec.drafts.kinds import KINDS, trained_kind
 from skyrl_spec.drafts.kinds.kind import DraftShapes
@@ -128,10 +130,11 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
     """
     trainer, engine = config.trainer, config.generator.inference_engine
     spec = load_spec(trainer.policy.model.path, weights=False)
-    policy, draft = tensor_shapes(spec), trained_draft_shapes(config, spec)
+    draft = trained_draft_shapes(config, spec)
     size, engine_size = _weight_bytes(config), DTYPES[engine_dtype(config)].num_bytes
     engine_tp, served = engine.tensor_parallel_size, _served_draft(config, spec)
-    num_trained = count(draft) + (count(policy) if trains_policy else 0)
+    policy = _policy_counts(spec, engine_tp)
+    num_trained = count(draft) + (policy.all if trains_policy else 0)
     stages = Stages.of(spec.num_layers, trainer.policy.megatron_config)
     workers = [
         _worker_memory(config, spec, draft, stages, stage, trains_policy=trains_policy)
@@ -139,15 +142,14 @@ def plan_memory(config: Config, *, trains_policy: bool = True) -> MemoryPlan:
     ]
     fullest = max(range(len(workers)), key=lambda stage: workers[stage].total)
     worker, has_draft = workers[fullest], fullest == stages.last
-    num_served = count_on_rank(policy, engine_tp) + count_on_rank(served.tensors, engine_tp)
-    num_served += _of_experts(policy) // engine_tp
+    num_served = policy.on_rank + policy.experts // engine_tp + count_on_rank(served.tensors, engine_tp)
     kv_values_per_token = 2 * (spec.num_layers + served.num_layers) * spec.num_kv_heads * spec.head_dim
     return MemoryPlan(
         worker=worker,
         stage_totals=tuple(one.total for one in workers),
         offloaded=_offloaded(config, worker, count_on_rank(draft, parallel_sizes(config).tp) if has_draft else 0),
-        num_parameters=count(policy) + count(draft),
-        num_active_parameters=count(policy) + count(draft) - _num_idle(spec),
+        num_parameters=policy.all + count(draft),
+        num_active_parameters=policy.all + count(draft) - _num_idle(spec),
         trains_policy=trains_policy,
         engine_weights=num_served * engine_size,
         kv_bytes_per_token=kv_values_per_token * engine_size // engine_tp,
@@ -174,14 +176,15 @@ def _worker_memory(
     trainer, size = config.trainer, _weight_bytes(config)
     sizes = parallel_sizes(config)
     tp = sizes.tp
-    policy, copied = _of_stage(tensor_shapes(spec), spec, stages, stage), 0
+    copied = 0
     if stage != stages.last:
         draft = {}
     elif draft and stage > 0 and not spec.tie_word_embeddings:
         # The draft's copy of the embedding, which the first stage has.
         copied = count_on_rank({EMBEDDING: (spec.vocab_size, spec.hidden_size)}, tp, padded=True)
-    of_experts = _of_experts(policy) // (sizes.ep * sizes.expert_tp)
-    policy_on_rank = count_on_rank(policy, tp, padded=True) + of_experts
+    policy = _policy_counts(spec, tp, stages, stage)
+    of_experts = policy.experts // (sizes.ep * sizes.expert_tp)
+    policy_on_rank = policy.on_rank + of_experts
     draft_on_rank = count_on_rank(draft, tp)
     num_trained = draft_on_rank + (policy_on_rank if trains_policy else 0)
     # The distributed optimizer divides a rank's optimizer state over all ranks with the same part of the model.
@@ -197,6 +200,25 @@ def _worker_memory(
         activations=activations(config, spec, tp, stages, stage),
         update=num_updated * _FP32 if trainer.placement.device == "cuda" else 0,
     )
+
+
+class _Counts(NamedTuple):
+    """Parameters of the policy: all, those of experts, and the others on one tensor-parallel rank."""
+
+    all: int
+    experts: int
+    on_rank: int
+
+
+# There are tens of thousands of tensors in a large mixture of experts, and hundreds of layouts.
+@lru_cache(maxsize=1024)
+def _policy_counts(spec: ModelSpec, tp: int, stages: Stages | None = None, stage: int = 0) -> _Counts:
+    """Of the whole policy, as engines have it, or of a pipeline stage of the trainer."""
+    shapes: Shapes = tensor_shapes(spec)
+    if stages is not None:
+        shapes = _of_stage(shapes, spec, stages, stage)
+    experts = sum(math.prod(shape) for name, shape in shapes.items() if is_of_expert(name))
+    return _Counts(count(shapes), experts, count_on_rank(shapes, tp, padded=stages is not None))
 
 
 def _of_stage(shapes: Shapes, spec: ModelSpec, stages: Stages, stage: int) -> Shapes:
@@ -282,11 +304,6 @@ def count_on_rank(shapes: Shapes, tp: int, *, padded: bool = False) -> int:
         is_cut = (len(shape) > 1 or name.endswith(".bias")) and not name.endswith(ROUTER)
         total += math.prod(shape) // tp if is_cut else math.prod(shape)
     return total
-
-
-def _of_experts(shapes: Shapes) -> int:
-    """Number of elements of all experts."""
-    return sum(math.prod(shape) for name, shape in shapes.items() if is_of_expert(name))
 
 
 def _num_idle(spec: ModelSpec) -> int:

@@ -19,7 +19,7 @@ from skyrl_spec.specs.model import ModelSpec, layer_tensor_shapes
 DFLASH_PATH = "trainer.dflash.path"
 DRAFT_ARCHITECTURE = "DFlashDraftModel"
 # Target models whose hidden states vLLM can pass to a draft.
-DFLASH_TARGETS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DFLASH_TARGETS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 DEFAULT_NUM_LAYERS = 5
 DEFAULT_BLOCK_SIZE = 16
 # Block size -> gamma of the position weights, as published for DFlash.

@@ -62,7 +62,9 @@ def test_load_equals_a_count(checkpoint: Path, layout: dict[str, int], recompute
     assert highest > 1.05
     for rank in range(num_ranks):
         # With expert parallelism a rank that has no pack left computes one of a token, for the others.
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx([highest, lowest], abs=0.02 if "ep" in layout else 0)
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(
+            [highest, lowest], abs=0.02 if "ep" in layout else 0
+        )
 
 
 def test_range_of_the_load() -> None:
