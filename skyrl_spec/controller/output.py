@@ -18,7 +18,8 @@ from skyrl_spec.metrics.console import ConsoleWriter
 from skyrl_spec.metrics.dashboards import TensorBoardWriter, WandbWriter
 from skyrl_spec.metrics.headline import headline
 from skyrl_spec.metrics.writers import JsonlWriter, SamplesWriter, SummaryWriter, Writer, pick_samples, read_jsonl
-from skyrl_spec.planning.memory import memory_line, plan_facts, plan_memory
+from skyrl_spec.planning.facts import memory_line, plan_facts
+from skyrl_spec.planning.memory import plan_memory
 from skyrl_spec.planning.phases import phase_facts
 from skyrl_spec.settings.compose import to_yaml
 from skyrl_spec.settings.derived import max_staleness, parallel_sizes

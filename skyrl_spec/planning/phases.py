@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skyrl_spec.drafts.kinds.offloads import deepest_sleep
-from skyrl_spec.planning.memory import MemoryPlan, readable
+from skyrl_spec.planning.facts import readable
+from skyrl_spec.planning.memory import MemoryPlan
 from skyrl_spec.settings.derived import longest_sequence, parallel_sizes
 from skyrl_spec.settings.schema import Config
 

@@ -132,7 +132,7 @@ def _layer_types(config: dict[str, Any]) -> list[Any]:
 
 
 def fresh_dflash_spec(dflash: DflashConfig, target: ModelSpec, mask_token_id: int) -> DflashSpec:
-    """Shape of a draft from scratch, whose layers are like those of the target."""
+    """Shape of a draft from scratch, whose layers are like those of the target, but dense."""
     num_layers = dflash.num_layers or DEFAULT_NUM_LAYERS
     ids = dflash.target_layer_ids or default_target_layers(target.num_layers, num_layers)
     layers = replace(
@@ -144,6 +144,7 @@ def fresh_dflash_spec(dflash: DflashConfig, target: ModelSpec, mask_token_id: in
         qkv_bias=False,
         qk_norm=True,
         num_mtp_layers=0,
+        experts=None,
     )
     return DflashSpec(layers, dflash.block_size or DEFAULT_BLOCK_SIZE, tuple(ids), mask_token_id, target.num_layers)
 

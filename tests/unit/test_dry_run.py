@@ -12,15 +12,8 @@ from skyrl_spec.cli import main
 from skyrl_spec.drafts.kinds.offloads import deepest_sleep
 from skyrl_spec.evaluation.arms import arms
 from skyrl_spec.evaluation.compare import asked, is_done
-from skyrl_spec.planning.memory import (
-    MemoryPlan,
-    count,
-    count_on_rank,
-    plan_facts,
-    plan_memory,
-    readable,
-    trained_draft_shapes,
-)
+from skyrl_spec.planning.facts import plan_facts, readable
+from skyrl_spec.planning.memory import MemoryPlan, count, count_on_rank, plan_memory, trained_draft_shapes
 from skyrl_spec.planning.phases import largest_model, move_seconds, phase_facts, phases
 from skyrl_spec.settings.compose import load_config
 from skyrl_spec.settings.options import CompareOptions
