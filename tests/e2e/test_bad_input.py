@@ -32,6 +32,7 @@ from skyrl_spec.specs.model import SUPPORTED_ARCHITECTURES, parse_spec, tensor_s
 from skyrl_spec.specs.mtp import mtp_tensor_shapes
 
 ENGINE = "generator.inference_engine"
+MEGATRON = "trainer.policy.megatron_config"
 PATH = "trainer.policy.model.path"
 MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["MiMoForCausalLM"],
@@ -87,7 +88,8 @@ class Workspace:
         config = {key: value for key, value in (MODEL_CONFIG | changes).items() if value is not None}
         (directory / "config.json").write_text(json.dumps(config))
         # Shapes must follow the changes that are valid.
-        sizes = {key: changes[key] for key in ("num_hidden_layers", "head_dim") if key in changes}
+        followed = ("num_hidden_layers", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        sizes = {key: changes[key] for key in followed if key in changes}
         architecture = changes.get("architectures", MODEL_CONFIG["architectures"])
         spec = parse_spec(
             directory,
@@ -116,6 +118,11 @@ class Workspace:
             "trainer.dflash.num_layers=null",
             f"trainer.dflash.path={draft}",
         ]
+
+    def mixture(self) -> list[str]:
+        """Overrides for a mixture of four experts with a DFlash draft from scratch."""
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "model_type": "qwen3_moe"}
+        return self.dflash(target={"architectures": ["Qwen3MoeForCausalLM"], **experts})
 
     def draft(self, *, without: str | None = None, reshaped: str | None = None, **changes: Any) -> Path:
         """The directory of a DFlash draft of zeros."""
@@ -297,6 +304,30 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "TP that does not divide the key-value heads": (
         lambda _: ["trainer.policy.megatron_config.tensor_model_parallel_size=4"],
         ("tensor_model_parallel_size=4: must divide the model's 2 key-value heads", "set a divisor of 2"),
+    ),
+    "experts of a dense model": (
+        lambda _: [f"{MEGATRON}.expert_model_parallel_size=2"],
+        (f"{MEGATRON}.expert_model_parallel_size=2: must be 1, because ", "has no experts", "use a Qwen3-MoE model"),
+    ),
+    "EP that does not divide the experts": (
+        lambda space: [*space.mixture(), f"{MEGATRON}.expert_model_parallel_size=8"],
+        (f"{MEGATRON}.expert_model_parallel_size=8: must divide the model's 4 experts", "set a divisor of 4"),
+    ),
+    "expert TP that does not divide the columns": (
+        lambda space: [*space.mixture(), f"{MEGATRON}.expert_tensor_parallel_size=64"],
+        (f"{MEGATRON}.expert_tensor_parallel_size=64: must divide the model's 32 columns of an expert",),
+    ),
+    "experts without sequence parallelism": (
+        lambda space: [
+            *space.mixture(),
+            f"{MEGATRON}.tensor_model_parallel_size=2",
+            f"{MEGATRON}.sequence_parallel=false",
+        ],
+        (f"{MEGATRON}.sequence_parallel=false: must be null or true for a model with experts", "set it to null"),
+    ),
+    "MTP head of a mixture": (
+        lambda space: [*space.mixture(), "trainer.mtp.enabled=true", "trainer.dflash.enabled=false"],
+        ("trainer.mtp.enabled=true: the model ", "has no MTP head", "use a model with an MTP head"),
     ),
     "engine TP that does not divide the heads": (
         lambda _: [f"{ENGINE}.tensor_parallel_size=3"],

@@ -156,6 +156,26 @@ def test_a_run_in_stages_goes_on_with_divided_packs(tmp_path: Path) -> None:
         assert record["draft/grad_norm"] > 0
 
 
+def test_experts_on_two_ranks_go_on_on_one(tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_moe_dflash_grpo", *SMALL, "trainer.eval_before_train=false"]
+    overrides += ["trainer.canary.interval=1"]
+    _, first = finish(tmp_path / "two", *overrides, "trainer.ckpt_interval=1", "trainer.max_training_steps=1")
+    checkpoint = tmp_path / "two" / "checkpoints" / "step_1"
+    go_on = ["trainer.resume_mode=from_path", f"trainer.resume_path={checkpoint}", "trainer.max_training_steps=2"]
+    one = "trainer.policy.megatron_config.expert_model_parallel_size=1"
+    _, second = finish(tmp_path / "one", *overrides, one, *go_on)
+    assert [record["trainer/step"] for record in [*first, *second]] == [1, 2]
+    for record in [*first, *second]:
+        # Policy and draft of the engines are those of the workers.
+        assert record[names.CANARY_POLICY] < 1e-4
+        assert record[names.CANARY_DRAFT] < 1e-4
+        assert 0 <= record[names.EXPERT_LOAD_MIN] <= 1 <= record[names.EXPERT_LOAD_MAX] <= 4
+    # An expert for itself, as in the checkpoint that the run began with.
+    shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")
+    saved = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in saved.items()} == {name: one.shape for name, one in shipped.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",

@@ -34,6 +34,8 @@ DRAFT_LOSS = "tests/megatron/test_draft_loss.py::test_loss_and_gradients_equal_t
 GRADIENTS = "tests/megatron/test_policy_gradients.py::test_gradients_equal_autograds"
 DIVIDED = "tests/dist/test_context_parallel.py::test_divided_packs_compute_what_whole_ones_do"
 LAYOUTS = "tests/megatron/test_parallel_training.py::test_every_layout_gives_the_same_losses_gradients_and_weights"
+EXPERTS = "tests/megatron/test_parallel_training.py::test_experts_on_several_ranks_give_the_same[ep2]"
+MIXTURES = "tests/megatron/test_dist_checkpoint.py::test_mixtures_of_experts_resume_and_reshard"
 COPIES = "tests/megatron/test_draft_copies.py::test_copies_are_scored_beside_the_training"
 DRAFT_TRAINING = "tests/unit/test_draft_training.py"
 LENGTHS = "tests/unit/test_lengths.py"
@@ -506,10 +508,30 @@ MODELS = [
         ("padded rows exported", "lambda full: [full[:vocab_size]]", "lambda full: [full]"),
     ),
     *of(
+        "models/experts.py",
+        [f"{CONVERSION}[1]"],
+        ("outputs of experts without their weights", " * weight_N[:, None]", ""),
+    ),
+    *of(
+        "models/policy.py",
+        [f"{CONVERSION}[1]"],
+        ("weights of experts normed if they are not to be", "not spec.experts.is_normed", "spec.experts.is_normed"),
+    ),
+    *of(
+        "models/experts.py",
+        [EXPERTS],
+        ("gradients of experts summed over all replicas", "parameter.allreduce = False", "parameter.allreduce = True"),
+    ),
+    *of(
+        "models/expert_load.py",
+        ["tests/megatron/test_experts.py::test_load_equals_a_count"],
+        ("tokens counted again in a recompute", "if torch.is_grad_enabled():", "if True:"),
+    ),
+    *of(
         "models/conversion.py",
         [f"{CONVERSION}[2]"],
-        ("wrong tensor-parallel rank", "[parallel.tp_rank]", "[parallel.tp_rank - 1]"),
-        ("shards gathered along the wrong axis", "torch.cat(shards, dim=rule.shard_axis)", "torch.cat(shards, dim=0)"),
+        ("wrong tensor-parallel rank", "[cut.rank]", "[cut.rank - 1]"),
+        ("shards gathered along the wrong axis", "torch.cat(shards, dim=cut.axis)", "torch.cat(shards, dim=0)"),
         ("output projection cut along its rows", 'self_attn.o_proj.weight", 1)', 'self_attn.o_proj.weight", 0)'),
     ),
     *of(
@@ -760,7 +782,12 @@ CHECKPOINTS = [
     *of(
         "checkpoint/pieces.py",
         [BUNDLE],
-        ("every rank's shard at offset 0", "parallel.tp_rank * local[rule.shard_axis]", "0 * local[rule.shard_axis]"),
+        ("every rank's shard at offset 0", "cut.rank * local[cut.axis]", "0 * local[cut.axis]"),
+    ),
+    *of(
+        "checkpoint/pieces.py",
+        [MIXTURES],
+        ("experts of a rank taken for a copy of others", 'not getattr(parameter, "allreduce", True)', "False"),
     ),
     *of(
         "checkpoint/pieces.py",

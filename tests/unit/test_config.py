@@ -111,7 +111,7 @@ COMPOSITION_ERRORS = {
     ),
     "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists all settings",
     "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
-    "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_mtp_dapo",
+    "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_moe_dflash_grpo, cpu_mtp_dapo",
     "experiment=[a,b]": "no such experiment",
     "algorithm=ppo": "algorithm=ppo: no such algorithm; choose one of cispo, dapo, dr_grpo, grpo, gspo; did you mean",
     "trainer.epochs=two": "trainer.epochs: Value 'two' of type 'str'",
@@ -240,6 +240,9 @@ RULES = {
     f"{MEGATRON}.pipeline_model_parallel_size=2 {MEGATRON}.tensor_model_parallel_size=2 "
     "trainer.placement.policy_num_gpus_per_node=6": (
         f"{MEGATRON}.tensor_model_parallel_size=2: times pipeline_model_parallel_size=2 must divide the 6 policy "
+    ),
+    f"{MEGATRON}.expert_model_parallel_size=2 trainer.placement.policy_num_gpus_per_node=3": (
+        f"{MEGATRON}.expert_model_parallel_size=2: must divide the 3 policy workers of a pipeline stage"
     ),
     f"{MEGATRON}.num_layers_in_last_pipeline_stage=2": (
         f"{MEGATRON}.num_layers_in_last_pipeline_stage=2: must be null with {MEGATRON}.pipeline_model_parallel_size=1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from skyrl_spec.models.conversion import HfTensors
 from skyrl_spec.specs.dflash import parse_dflash_spec
 from skyrl_spec.specs.entries import Entries
 from skyrl_spec.specs.files import INDEX, read_config, read_shapes, stray_files, weight_files
-from skyrl_spec.specs.model import EMBEDDING, OUTPUT_HEAD, parse_spec, require_tied_head
+from skyrl_spec.specs.model import EMBEDDING, OUTPUT_HEAD, Experts, parse_spec, require_tied_head
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN3: dict[str, Any] = {
@@ -38,6 +39,8 @@ QWEN3: dict[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+# The entries of experts are transformers' defaults, unless a test changes them.
+MIXTURE = QWEN3 | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
 QWEN2 = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -140,10 +143,16 @@ def both(config: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], dict[s
         "max_position_embeddings": theirs.max_position_embeddings,
         "tie_word_embeddings": theirs.tie_word_embeddings,
     }
-    return {name: getattr(ours, name) for name in names}, names
+    found = {name: getattr(ours, name) for name in names}
+    if theirs.model_type != "qwen3_moe":
+        return found | {"experts": ours.experts}, names | {"experts": None}
+    experts = Experts(
+        theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size, theirs.norm_topk_prob
+    )
+    return found | {"experts": ours.experts}, names | {"experts": experts}
 
 
-@pytest.mark.parametrize("base", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("base", [QWEN2, QWEN3, MIXTURE], ids=["qwen2", "qwen3", "mixture"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -164,13 +173,45 @@ def both(config: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], dict[s
 def test_every_entry_is_read_as_transformers_reads_it(
     base: dict[str, Any], change: dict[str, Any], tmp_path: Path
 ) -> None:
+    if base is MIXTURE and "num_key_value_heads" in change:
+        pytest.skip("transformers refuses null in a mixture")
     config = {name: value for name, value in (base | change).items() if value is not None or name != "rope_theta"}
     ours, theirs = both(config, tmp_path)
     assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+        {"num_local_experts": 16},
+        {"num_local_experts": 16, "num_experts": 16, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ],
+    ids=["published", "newer name", "both names"],
+)
+def test_experts_are_read_as_transformers_reads_them(change: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = both(MIXTURE | change, tmp_path)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mlp_only_layers": [0]}, "mlp_only_layers=[0] in config.json is not supported"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 in config.json is not supported"),
+        ({"attention_bias": True}, "attention_bias=True in config.json is not supported"),
+        ({"num_experts": 4, "num_experts_per_tok": 8}, "num_experts_per_tok=8 in config.json is above num_experts=4"),
+        ({"num_experts": "4"}, "num_experts='4' in config.json must be an integer of at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_mixtures_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse_spec(tmp_path, MIXTURE | change)
+
+
 def test_a_head_size_that_is_missing_is_that_of_the_class(tmp_path: Path) -> None:
-    for base in (QWEN2, {name: value for name, value in QWEN3.items() if name != "head_dim"}):
+    for base in (QWEN2, *({name: one[name] for name in one if name != "head_dim"} for one in (QWEN3, MIXTURE))):
         ours, theirs = both(base, tmp_path)
         assert ours == theirs
 
@@ -190,10 +231,11 @@ def test_a_contradiction_is_said(change: dict[str, Any], words: tuple[str, ...])
     assert Entries(QWEN3, "").contradictions() == []
 
 
-@pytest.mark.parametrize("name", ["arithmetic_mtp/model", "arithmetic_dflash/model", "arithmetic_dflash/draft"])
+@pytest.mark.parametrize("name", ["mtp/model", "dflash/model", "dflash/draft", "moe/model", "moe/draft"])
 def test_the_examples_contradict_nothing(name: str) -> None:
-    assert Entries(read_config(EXAMPLES / name), "").contradictions() == []
-    assert stray_files(EXAMPLES / name, "x") == []
+    path = EXAMPLES / f"arithmetic_{name}"
+    assert Entries(read_config(path), "").contradictions() == []
+    assert stray_files(path, "x") == []
 
 
 @pytest.mark.parametrize(
@@ -246,10 +288,14 @@ def fuzzed(config: dict[str, Any], parse: Callable[[Path, dict[str, Any]], objec
     assert len(line.splitlines()) <= 1
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+
+
 @settings(max_examples=700)
 @given(st.data())
 def test_no_config_of_a_model_gives_a_traceback(data: st.DataObject) -> None:
     fuzzed(QWEN3, parse_spec, data)
+    fuzzed(MIXTURE | EXPERTS, parse_spec, data)
 
 
 @settings(max_examples=700)
