@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from skyrl_spec.metrics import names
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel
 from skyrl_spec.specs.model import Experts
+from skyrl_spec.types import Metric, Metrics
 
 
 class ExpertLoad:
@@ -25,13 +27,14 @@ class ExpertLoad:
         for number, layer in enumerate(model.decoder.layers, start=model.num_layers_before):
             layer.mlp.router.register_forward_hook(partial(self._count, number))
 
-    def take(self) -> Tensor:
-        """Tokens of all ranks since the last call, ``[L, E]``. Collective over all ranks."""
+    def metrics(self) -> Metrics:
+        """Load of the busiest and the idlest experts since the last call. Collective over all ranks."""
         counts_LE = self._counts_LE.clone()
         self._counts_LE.zero_()
         # Layers of other pipeline stages are zero here.
         dist.all_reduce(counts_LE)
-        return counts_LE
+        highest, lowest = load_range(counts_LE)
+        return {names.EXPERT_LOAD_MAX: Metric(highest, 1), names.EXPERT_LOAD_MIN: Metric(lowest, 1)}
 
     def _count(self, layer: int, _router: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
         # Under recompute, the first of the two forward passes is without gradients.

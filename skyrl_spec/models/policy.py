@@ -97,7 +97,8 @@ def _experts(spec: ModelSpec, megatron: MegatronConfig) -> dict[str, Any]:
         # A softmax over the chosen experts is one over all experts, divided by the sum of the chosen.
         "moe_router_pre_softmax": not spec.experts.is_normed,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "aux_loss" if megatron.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": megatron.moe_aux_loss_coeff,
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_parallel_size,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from skyrl_spec.settings.allowed import DTYPES, FROM_ONE, RECOMPUTE
+from skyrl_spec.settings.allowed import DTYPES, FROM_ONE, NOT_NEGATIVE, RECOMPUTE
 from skyrl_spec.settings.draft import OptimizerConfig
 from skyrl_spec.settings.field import setting
 
@@ -52,6 +52,12 @@ class MegatronConfig:
     )
     expert_tensor_parallel_size: int = setting(
         1, "Workers that divide each expert. A product of whole experts on fewer tokens is faster.", FROM_ONE
+    )
+    moe_aux_loss_coeff: float = setting(
+        0.0,
+        "Weight of a loss that evens out the load of experts (Switch Transformer's), pack by pack. 0: none, so that "
+        "rewards alone move the router.",
+        NOT_NEGATIVE,
     )
     sequence_parallel: bool | None = setting(
         None,

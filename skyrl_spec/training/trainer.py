@@ -29,10 +29,9 @@ from skyrl_spec.data.packing import pack_rows, shard_rows
 from skyrl_spec.drafts.base import Supervision, Teacher, draft_metrics, num_sums
 from skyrl_spec.drafts.kinds import trained_kind
 from skyrl_spec.losses.logprobs import TokenLogprobs
-from skyrl_spec.metrics import names
 from skyrl_spec.models.context_parallel import ContextRanks
 from skyrl_spec.models.conversion import HfTensors, load_weights, own_rules
-from skyrl_spec.models.expert_load import ExpertLoad, load_range
+from skyrl_spec.models.expert_load import ExpertLoad
 from skyrl_spec.models.parallel import Parallel
 from skyrl_spec.models.policy import PolicyModel, build_policy, transformer_config
 from skyrl_spec.models.upload import upload
@@ -159,9 +158,7 @@ class PolicyTrainer:
         self._to_hold = max(examples, key=_size) if scored and self._trained_draft is not None else None
         logprobs: list[Tensor] = []
         metrics = self._reduce(self._run(examples, denominator, logprobs))
-        if self._expert_load is not None:
-            highest, lowest = load_range(self._expert_load.take())
-            metrics |= {names.EXPERT_LOAD_MAX: Metric(highest, 1), names.EXPERT_LOAD_MIN: Metric(lowest, 1)}
+        metrics |= {} if self._expert_load is None else self._expert_load.metrics()
         metrics |= self.optimizer_step(scored if draft else ())
         draft_s = self._draft_clock.seconds()
         report = StepReport(metrics, time.perf_counter() - start - draft_s, draft_s)
@@ -365,7 +362,9 @@ class PolicyTrainer:
 
     def _examples(self, batch: TrainBatch) -> tuple[list[Example], Tensor]:
         """This rank's micro-batches, uploaded, and the weight of the supervision of all ranks."""
-        device = self.parallel.device
+        device, load_weight = self.parallel.device, self.config.trainer.policy.megatron_config.moe_aux_loss_coeff
+        # Megatron takes it times the tokens of a pack, and leaves the division by those of all packs to others.
+        self._trunk_config.moe_aux_loss_coeff = load_weight / int(batch.lengths.sum())
         micros = self._micros(batch, self._shards(batch))
         if self._trained_draft is None:
             return [upload(Example(micro, ()), device) for micro in micros], torch.zeros((), device=device)

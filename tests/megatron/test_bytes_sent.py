@@ -13,8 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from spawn import run_distributed
-from tiny_checkpoints import batch_of_lengths, make_config, write_model
+from tiny_checkpoints import EXPERTS_PER_TOKEN, NUM_EXPERTS, batch_of_lengths, make_config, write_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from skyrl_spec.data.packing import shard_rows
 from skyrl_spec.models import parallel
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.trainer import PolicyTrainer
@@ -26,9 +29,8 @@ OPERATIONS = {"all_reduce": (0, 2), "all_gather_into_tensor": (0, 1), "reduce_sc
 
 @contextmanager
 def counted() -> Iterator[Counter[Any]]:
-    """Bytes that this rank sends in the collectives of each group, as in a ring."""
+    """Bytes that this rank sends in each group: in collectives as in a ring, and from rank to rank."""
     sent: Counter[Any] = Counter()
-    originals = {name: getattr(dist, name) for name in OPERATIONS}
 
     def counting(name: str) -> Any:
         index, factor = OPERATIONS[name]
@@ -36,17 +38,42 @@ def counted() -> Iterator[Counter[Any]]:
         def call(*args: Any, group: Any = None, **kwargs: Any) -> Any:
             size = dist.get_world_size(group)
             sent[group] += factor * args[index].nbytes * (size - 1) // size
-            return originals[name](*args, group=group, **kwargs)
+            return real[name](*args, group=group, **kwargs)
 
         return call
 
-    for name in OPERATIONS:
-        setattr(dist, name, counting(name))
+    def isend(tensor: Tensor, dst: int, group: Any = None) -> Any:
+        sent[group] += tensor.nbytes
+        return real["isend"](tensor, dst, group=group)
+
+    def point_to_point(operation: Any, tensor: Tensor, peer: int, group: Any = None) -> Any:
+        if operation is not isend:
+            return real["P2POp"](operation, tensor, peer, group)
+        sent[group] += tensor.nbytes
+        return real["P2POp"](real["isend"], tensor, peer, group)
+
+    def all_to_all_single(output: Tensor, tensor: Tensor, *, input_split_sizes: Any, group: Any, **splits: Any) -> Any:
+        rows = sum(input_split_sizes) - input_split_sizes[dist.get_rank(group)]
+        sent[group] += rows * tensor[:1].nbytes
+        return real["all_to_all_single"](output, tensor, input_split_sizes=input_split_sizes, group=group, **splits)
+
+    replaced = {name: counting(name) for name in OPERATIONS}
+    replaced |= {"isend": isend, "P2POp": point_to_point, "all_to_all_single": all_to_all_single}
+    real = {name: getattr(dist, name) for name in replaced}
+    for name, replacement in replaced.items():
+        setattr(dist, name, replacement)
     try:
         yield sent
     finally:
-        for name, original in originals.items():
+        for name, original in real.items():
             setattr(dist, name, original)
+
+
+def _batch_and_trainer(path: Path, draft: str | None, ranks: parallel.Parallel, **sizes: int) -> tuple[Any, Any]:
+    config = make_config(path, draft=draft, **sizes)
+    config.trainer.max_tokens_per_microbatch = 1000
+    trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+    return batch_of_lengths(np.random.default_rng(0), np.array([4, 10]), np.array([20, 14])), trainer
 
 
 def _of_context(trainer: PolicyTrainer, draft: str | None, size: int, num_responses: int, num_depths: int) -> int:
@@ -69,10 +96,7 @@ def _of_context(trainer: PolicyTrainer, draft: str | None, size: int, num_respon
 
 def _check_context(_rank: int, path: Path, draft: str | None, size: int) -> None:
     ranks = parallel.lay_out(1, torch.device("cpu"), size)
-    config = make_config(path, cp=size, draft=draft)
-    config.trainer.max_tokens_per_microbatch = 1000
-    trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
-    batch = batch_of_lengths(np.random.default_rng(0), np.array([4, 10]), np.array([20, 14]))
+    batch, trainer = _batch_and_trainer(path, draft, ranks, cp=size)
     assert batch.lengths.sum() == NUM_TOKENS
     with counted() as sent:
         trainer.forward_backward(batch)
@@ -87,10 +111,7 @@ def test_context_parallelism_sends_keys_and_values(tmp_path: Path, draft: str | 
 
 def _check_tensor(_rank: int, path: Path) -> None:
     ranks = parallel.lay_out(2, torch.device("cpu"))
-    config = make_config(path, tp=2, draft=None)
-    config.trainer.max_tokens_per_microbatch = 1000
-    trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
-    batch = batch_of_lengths(np.random.default_rng(0), np.array([4, 10]), np.array([20, 14]))
+    batch, trainer = _batch_and_trainer(path, None, ranks, tp=2)
     with counted() as sent:
         trainer.forward_backward(batch)
     spec = trainer.spec
@@ -102,3 +123,48 @@ def _check_tensor(_rank: int, path: Path) -> None:
 
 def test_tensor_parallelism_sends_states(tmp_path: Path) -> None:
     run_distributed(_check_tensor, 2, write_model(tmp_path / "model", "mtp"))
+
+
+def _check_stages(rank: int, path: Path, draft: str | None) -> None:
+    ranks = parallel.lay_out(1, torch.device("cpu"), pipeline_parallel_size=2)
+    batch, trainer = _batch_and_trainer(path, draft, ranks, pp=2)
+    with counted() as sent:
+        trainer.forward_backward(batch)
+    states = trainer.spec.hidden_size * NUM_TOKENS * FLOAT
+    # States to the last stage, and their gradients back.
+    assert sent[ranks.pp_group] == states
+    # The draft reads both layers, and one of them is on the first stage.
+    assert sent[ranks.side_group] == (states if draft == "dflash" and rank == 0 else 0)
+
+
+@pytest.mark.parametrize("draft", [None, "mtp", "dflash"])
+def test_a_pipeline_sends_states_and_what_the_draft_reads(tmp_path: Path, draft: str | None) -> None:
+    run_distributed(_check_stages, 2, write_model(tmp_path / "model", draft or "mtp"), draft)
+
+
+def _copies_for_others(path: Path, batch: Any) -> int:
+    """Tokens times their experts that are not on the token's rank, by transformers."""
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), 0
+    for rank, rows in enumerate(shard_rows(batch.lengths, 2)):
+        for row in rows:
+            token_ids = torch.from_numpy(batch.token_ids[row][: batch.lengths[row]])[None]
+            with torch.no_grad():
+                logits = model(token_ids, output_router_logits=True).router_logits
+            chosen = torch.stack([of_layer.topk(EXPERTS_PER_TOKEN, dim=-1).indices for of_layer in logits])
+            found += int((chosen // (NUM_EXPERTS // 2) != rank).sum())
+    return found
+
+
+def _check_experts(_rank: int, path: Path) -> None:
+    ranks = parallel.lay_out(1, torch.device("cpu"), expert_parallel_size=2)
+    batch, trainer = _batch_and_trainer(path, "dflash", ranks, ep=2)
+    with counted() as sent:
+        trainer.forward_backward(batch)
+    total = torch.tensor(sent[ranks.ep_group])
+    dist.all_reduce(total)
+    # A copy and its weight to the expert, its output back, and the gradients of all three.
+    assert total == _copies_for_others(path, batch) * (4 * trainer.spec.hidden_size + 2) * FLOAT
+
+
+def test_experts_get_copies_of_tokens(tmp_path: Path) -> None:
+    run_distributed(_check_experts, 2, write_model(tmp_path / "model", "dflash", has_experts=True))

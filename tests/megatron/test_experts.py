@@ -1,21 +1,27 @@
-"""The load of experts equals a count by transformers, on one rank and on several."""
+"""Load of experts, and the loss that evens it out, equal those of a forward pass by transformers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gradients import hf_gradients
 from spawn import run_distributed
 from tiny_checkpoints import EXPERTS_PER_TOKEN, NUM_EXPERTS, make_batch, make_config, write_model
+from tiny_models import experts_as_published
 from transformers import AutoModelForCausalLM
 
+from skyrl_spec.data.packing import shard_rows
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
 from skyrl_spec.models.expert_load import load_range
 from skyrl_spec.specs.model import load_spec
 from skyrl_spec.training.trainer import PolicyTrainer
+from skyrl_spec.types import TrainBatch
 
 NUM_LAYERS = 2
 
@@ -70,3 +76,58 @@ def test_load_equals_a_count(checkpoint: Path, layout: dict[str, int], recompute
 def test_range_of_the_load() -> None:
     counts = torch.tensor([[2, 2, 2, 2], [8, 0, 4, 4]])
     assert load_range(counts) == (1.5, 0.5)
+
+
+COEFFICIENT = 0.5
+
+
+def _gradients_of_load(_rank: int, path: Path, layout: dict[str, int], out: Path) -> None:
+    config = make_config(path, draft="dflash", **layout)
+    config.trainer.policy.megatron_config.moe_aux_loss_coeff = COEFFICIENT
+    # One pack on a rank.
+    config.trainer.max_tokens_per_microbatch = 1000
+    ranks = parallel.lay_out(1, torch.device("cpu"), expert_parallel_size=layout.get("ep", 1))
+    trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+    trainer.forward_backward(_without_rewards())
+    gradients = hf_gradients(trainer, "policy")
+    torch.save(gradients, out / f"{ranks.rank}.pt")
+
+
+def _without_rewards() -> TrainBatch:
+    batch = make_batch(seed=0)
+    return replace(batch, advantages=np.zeros_like(batch.advantages))
+
+
+def _expected_gradients(path: Path, num_ranks: int) -> dict[str, torch.Tensor]:
+    """E times the sum of f_e P_e: the share of an expert in what is chosen, and its mean probability, in each pack."""
+    model, batch = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), _without_rewards()
+    loss = torch.zeros(())
+    for rows in shard_rows(batch.lengths, num_ranks):
+        documents = [torch.from_numpy(batch.token_ids[row][: batch.lengths[row]]) for row in rows]
+        logits = [model(document[None], output_router_logits=True).router_logits for document in documents]
+        for of_layer in zip(*logits, strict=True):
+            probabilities_TE = torch.cat(of_layer).softmax(-1)
+            chosen = probabilities_TE.topk(EXPERTS_PER_TOKEN, dim=-1).indices
+            share_E = torch.bincount(chosen.flatten(), minlength=NUM_EXPERTS) / chosen.numel()
+            mean = NUM_EXPERTS * (share_E * probabilities_TE.mean(dim=0)).sum()
+            # Packs count by their tokens.
+            loss = loss + COEFFICIENT * mean * len(probabilities_TE) / batch.lengths.sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return experts_as_published(gradients)
+
+
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=str)
+def test_the_loss_of_the_load_has_the_gradients_of_its_definition(
+    checkpoint: Path, layout: dict[str, int], tmp_path: Path
+) -> None:
+    num_ranks = layout.get("ep", 1)
+    run_distributed(_gradients_of_load, num_ranks, checkpoint, layout, tmp_path)
+    expected = _expected_gradients(checkpoint, num_ranks)
+    routers = [name for name in expected if name.endswith("mlp.gate.weight")]
+    assert len(routers) == NUM_LAYERS
+    for rank in range(num_ranks):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+        assert all(gradients[name].norm() > 1e-4 for name in routers)

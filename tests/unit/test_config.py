@@ -111,7 +111,7 @@ COMPOSITION_ERRORS = {
     ),
     "zzzzzz=1": "zzzzzz: unknown setting; --cfg job lists all settings",
     "trainer.mtp={foo: 1}": "trainer.mtp.foo: unknown setting",
-    "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_moe_dflash_grpo, cpu_mtp_dapo",
+    "experiment=nope": "experiment=nope: no such experiment; choose one of cpu_dflash_grpo, cpu_moe_dflash_grpo",
     "experiment=[a,b]": "no such experiment",
     "algorithm=ppo": "algorithm=ppo: no such algorithm; choose one of cispo, dapo, dr_grpo, grpo, gspo; did you mean",
     "trainer.epochs=two": "trainer.epochs: Value 'two' of type 'str'",
