@@ -1,4 +1,4 @@
-"""The shipped Qwen3 model and its DFlash draft: trainer, synced engine and a plain vLLM process agree.
+"""The shipped Qwen3 models and their DFlash drafts: trainer, synced engine and a plain vLLM process agree.
 
 Draft tokens of the Megatron draft are those of vLLM's drafter over whole responses, before and after training and a
 sync; what was exported is served by a vLLM that knows nothing of the run, with the same acceptance.
@@ -31,7 +31,6 @@ from skyrl_spec.sync.weights import WeightSync
 from skyrl_spec.types import SpecCounters
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples/arithmetic_dflash"
 K = 7
 # fp32 on two implementations.
 TOLERANCE = 1e-4
@@ -64,11 +63,12 @@ print("RESULT", json.dumps(result | {"tokens": [list(output.outputs[0].token_ids
 """
 
 
-@pytest.fixture(scope="module")
-def config() -> Config:
-    config = load_config(["experiment=cpu_dflash_grpo", "trainer.dflash.num_speculative_tokens=7"])
-    config.trainer.policy.model.path = str(EXAMPLE / "model")
-    config.trainer.dflash.path = str(EXAMPLE / "draft")
+@pytest.fixture(scope="module", params=["cpu_dflash_grpo", "cpu_moe_dflash_grpo"])
+def config(request: pytest.FixtureRequest) -> Config:
+    one_rank = "trainer.policy.megatron_config.expert_model_parallel_size=1"
+    config = load_config([f"experiment={request.param}", "trainer.dflash.num_speculative_tokens=7", one_rank])
+    config.trainer.policy.model.path = str(ROOT / config.trainer.policy.model.path)
+    config.trainer.dflash.path = str(ROOT / config.trainer.dflash.path)
     config.trainer.policy.optimizer_config.lr = config.trainer.dflash.optimizer_config.lr = 1e-3
     return config
 
@@ -77,7 +77,7 @@ def config() -> Config:
 def prompts(config: Config) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "model")
+    tokenizer = AutoTokenizer.from_pretrained(config.trainer.policy.model.path)
     path = ROOT / config.data.val_data[0]
     loaded = load_prompts([str(path)], tokenizer, max_prompt_length=32, default_env_class="gsm8k", setting="data")
     # Several lengths: three to six terms.

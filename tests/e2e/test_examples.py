@@ -18,7 +18,7 @@ from skyrl_spec.planning.validation import validate
 from skyrl_spec.settings.compose import load_config
 
 EXAMPLES = ROOT / "examples"
-CPU = ("arithmetic_mtp", "arithmetic_dflash", "dapo", "own_dataset")
+CPU = ("arithmetic_mtp", "arithmetic_dflash", "arithmetic_moe", "dapo", "own_dataset")
 GPU = ("mimo_7b_dapo_8gpu", "qwen3_8b_dflash_8gpu", "search_r1", "several_machines")
 
 

@@ -70,6 +70,14 @@ def test_dflash(tmp_path: Path) -> None:
     assert trained >= frozen + 0.4
 
 
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    records = run(tmp_path, "cpu_moe_dflash_grpo")
+    rewards = series(records, names.EVAL_SCORE)
+    assert rewards[-1] >= rewards[0] + 0.15
+    assert series(records, TRAIN_ACCEPTANCE)[-1] >= 3.5
+    assert series(records, EVAL_ACCEPTANCE)[-1] >= 3.5
+
+
 def test_dflash_warmup(tmp_path: Path) -> None:
     records = run(tmp_path, "cpu_dflash_grpo", command="warmup-draft")
     assert series(records, EVAL_ACCEPTANCE)[-1] >= 3.5
