@@ -65,6 +65,8 @@ class Generation:
     updates: tuple[tuple[int, Versions], ...] = ()
     # Steps of the engine that sampled it, with each of these weights.
     num_steps: tuple[int, ...] = ()
+    # Experts that the engine sent the prompt's and the response's tokens to, without the last one: ``[tokens, L, k]``.
+    experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ class TrainBatch:
     # [B, S] float32, before this batch's updates. None: those of the update's own forward pass, so that the ratio is 1.
     policy_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None  # [B, S] float32, of the frozen reference
+    # Of each document, the experts of its first tokens (``Generation.experts``), or None.
+    experts: tuple[np.ndarray | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -236,8 +240,13 @@ class TrainBatch:
     def select(self, rows: np.ndarray | slice) -> TrainBatch:
         """The given rows, cut to the length of the longest."""
         width = int(self.lengths[rows].max(initial=1))
-        chosen = {name: value[rows] for name, value in self.__dict__.items() if value is not None}
-        return replace(self, **{name: value[:, :width] if value.ndim > 1 else value for name, value in chosen.items()})
+        arrays = {name: value for name, value in self.__dict__.items() if isinstance(value, np.ndarray)}
+        chosen: dict[str, Any] = {
+            name: value[rows][:, :width] if value.ndim > 1 else value[rows] for name, value in arrays.items()
+        }
+        if self.experts is not None:
+            chosen["experts"] = tuple(self.experts[row] for row in np.arange(len(self))[rows])
+        return replace(self, **chosen)
 
 
 @dataclass

@@ -137,7 +137,7 @@ def _save_model(trainer: ExportedTrainer, components: list[Component], target: P
 def _gather(trainer: ExportedTrainer, components: list[Component]) -> dict[str, Tensor]:
     """Full tensors by HF name on rank 0; empty on the other ranks."""
     weights: dict[str, Tensor] = {}
-    if trainer.parallel.replica == 0:
+    if trainer.exports.takes_part:
         for component in components:
             for name, tensor in trainer.export(component):
                 if trainer.parallel.rank == 0:

@@ -93,6 +93,8 @@ class Conversation:
                 self.versions,
                 tuple(self.updates),
                 self.last.num_steps if len(self.texts) == 1 else (),
+                # Its prompt has the turns before.
+                self.last.experts,
             ),
             text,
             reward=0.0 if self.is_cut and generator.zero_reward_on_non_stop else self.reward,

@@ -167,6 +167,7 @@ def engine_settings(config: Config) -> EngineSettings:
         enforce_eager=engine.enforce_eager,
         seed=config.trainer.seed,
         speculative_config=_speculative_on_any_node(config),
+        returns_experts=config.trainer.algorithm.router_replay,
         schedule=config.generator.speculation.schedule,
         synced=("policy",) if trained_kind(config.trainer) is None else ("policy", "draft"),
         sleep_level=sleep_level(config),

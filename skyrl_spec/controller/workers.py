@@ -64,7 +64,8 @@ class PolicyGroup:
         ``policy=False`` leaves out the policy.
         """
         answers = self._all("forward_logprobs", ray.put(batch), policy)
-        return replace(batch, **gather_shards(batch, [answers[leader] for leader in self._leaders]))
+        logprobs: dict[str, Any] = gather_shards(batch, [answers[leader] for leader in self._leaders])
+        return replace(batch, **logprobs)
 
     def keep_draft(self, copy: str) -> None:
         """Keeps the draft's weights of now under this name."""

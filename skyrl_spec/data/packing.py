@@ -32,6 +32,7 @@ def build_train_batch(
     assert len(rollouts) == len(advantages) > 0
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.generation.token_ids for rollout in rollouts]
+    experts = tuple(rollout.generation.experts for rollout in rollouts)
     prompt_lengths_B = np.array([len(ids) for ids in prompts])
     lengths_B = prompt_lengths_B + np.array([len(ids) for ids in responses])
     positions_S = np.arange(lengths_B.max())
@@ -52,6 +53,7 @@ def build_train_batch(
         loss_weights=token_weights(loss_mask_BS, loss_reduction, max_response_length),
         advantages=advantages_BS,
         rollout_logprobs=rollout_logprobs_BS,
+        experts=None if all(one is None for one in experts) else experts,
     )
 
 

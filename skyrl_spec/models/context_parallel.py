@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from skyrl_spec.models import flash
 from skyrl_spec.models.flash import Attended, Documents
-from skyrl_spec.models.pack import Pack, Share, SharedChunk
+from skyrl_spec.models.pack import Pack, Share, SharedChunk, extended_experts
 from skyrl_spec.models.parallel import Parallel
 
 
@@ -76,6 +76,7 @@ def _lengthened(pack: Pack, num_added: int) -> Pack:
         segment_ids_T=pad(pack.segment_ids_T, added, value=len(pack.documents.lengths)),
         position_T=torch.cat([pack.position_T, torch.arange(last, last + num_added)]),
         documents=Documents.of([*others, last + num_added]),
+        experts_TLk=extended_experts(pack, num_added),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 
 from skyrl_spec.models.flash import Documents
 
@@ -69,6 +70,8 @@ class Pack:
     documents: Documents
     # The tokens whose activations this rank has. None: all.
     share: Share | None = None
+    # Experts that tokens are sent to in each layer, ``[T, L, k]`` int16. -1: the router chooses. None: of all tokens.
+    experts_TLk: Tensor | None = None
 
     def own(self, x_T: Tensor) -> Tensor:
         """The entries of this rank's tokens."""
@@ -86,6 +89,11 @@ class Pack:
     def num_own(self) -> int:
         """Number of this rank's tokens."""
         return len(self.token_ids_T) if self.share is None else self.share.rows[1].stop
+
+
+def extended_experts(pack: Pack, num_added: int) -> Tensor | None:
+    """``experts_TLk`` for so many tokens more, whose experts the router chooses."""
+    return None if pack.experts_TLk is None else pad(pack.experts_TLk, (0, 0, 0, 0, 0, num_added), value=-1)
 
 
 def pack_documents(token_ids_T: np.ndarray, loss_mask_T: np.ndarray, lengths: Sequence[int]) -> Pack:

@@ -26,6 +26,7 @@ from skyrl_spec.models.experts import experts_spec
 from skyrl_spec.models.norm import RmsNorm
 from skyrl_spec.models.pack import Pack, table_length
 from skyrl_spec.models.parallel import Parallel
+from skyrl_spec.models.router_replay import RouterReplay
 from skyrl_spec.models.sequence_parallel import padded, whole
 from skyrl_spec.settings.derived import uses_sequence_parallel
 from skyrl_spec.settings.policy import MegatronConfig
@@ -168,6 +169,8 @@ class PolicyModel(GPTModel):
 
     # Of the whole model, that the stages before this one have.
     num_layers_before = 0
+    # None: routers choose.
+    router_replay: RouterReplay | None = None
     # On the last stage, for a draft: this rank's rows of the first stage's embedding, as of ``refresh_embedding``.
     embedding_copy_vD: Tensor | None = None
 
@@ -189,6 +192,11 @@ class PolicyModel(GPTModel):
         num_tokens = pack.num_own
         if self.config.sequence_parallel and pack.share is None:
             pack = padded(pack, self.config.tensor_model_parallel_size)
+        if self.router_replay is not None:
+            recomputed = self.config.recompute_modules if self.config.recompute_granularity == "selective" else ()
+            is_computed_again = self.config.recompute_granularity == "full" or "moe" in recomputed
+            is_computed_again &= torch.is_grad_enabled()
+            self.router_replay.set(self._own_experts(pack), is_computed_again=is_computed_again)
         hidden_T1D = None
         if self.pre_process:
             hidden_T1D = self.embedding(input_ids=pack.own(pack.token_ids_T)[None], position_ids=None)
@@ -202,6 +210,20 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_T1D
         return whole(hidden_T1D, num_tokens) if self.config.sequence_parallel else hidden_T1D[:, 0]
+
+    def replay_routers(self) -> None:
+        """Sends tokens to the experts of their pack from now on, where it has some."""
+        routers = [layer.mlp.router for layer in self.decoder.layers]
+        self.router_replay = RouterReplay(routers, self.num_layers_before)
+
+    def _own_experts(self, pack: Pack) -> Tensor | None:
+        """``experts_TLk`` of the tokens that this rank's routers see."""
+        if pack.experts_TLk is None:
+            return None
+        own_TLk = pack.own(pack.experts_TLk)
+        if not self.config.sequence_parallel:
+            return own_TLk
+        return own_TLk.chunk(self.config.tensor_model_parallel_size)[dist.get_rank(self.pg_collection.tp)]
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:

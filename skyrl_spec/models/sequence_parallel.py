@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from skyrl_spec.models.flash import Documents
-from skyrl_spec.models.pack import Pack
+from skyrl_spec.models.pack import Pack, extended_experts
 
 
 def padded(pack: Pack, multiple: int) -> Pack:
@@ -29,6 +29,7 @@ def padded(pack: Pack, multiple: int) -> Pack:
         loss_mask_T=pad(pack.loss_mask_T, added),
         segment_ids_T=pad(pack.segment_ids_T, added, value=len(documents.lengths) + 1),
         position_T=pad(pack.position_T, added),
+        experts_TLk=extended_experts(pack, num_added),
         documents=Documents(
             (*documents.lengths, num_added), torch.cat([documents.start_N, documents.start_N[-1:] + num_added])
         ),

@@ -182,6 +182,11 @@ def _check_parallel_sizes(config: Config, spec: ModelSpec) -> None:
 def _check_experts(config: Config, spec: ModelSpec) -> None:
     megatron, sizes = config.trainer.policy.megatron_config, parallel_sizes(config)
     path = config.trainer.policy.model.path
+    if spec.experts is None and config.trainer.algorithm.router_replay:
+        raise ConfigError(
+            f"trainer.algorithm.router_replay=true: must be false, because {path} has no experts; set it to false, or "
+            "use a Qwen3-MoE model"
+        )
     if spec.experts is None:
         for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
             if getattr(megatron, name) > 1:

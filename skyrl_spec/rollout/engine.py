@@ -53,6 +53,8 @@ class RolloutEngine:
         self._settings = settings
         self._llm = LLM(**args)
         self._requests = Requests(self._llm.llm_engine)
+        if settings.returns_experts:
+            self._call_core("return_experts")
         # What callers call the running requests, and those that are set aside, by their names in vLLM.
         self._key_of: dict[str, int] = {}
         self._key_of_aside: dict[str, int] = {}
@@ -202,7 +204,8 @@ class RolloutEngine:
         spans = [span for span in completion.weight_versions if span.start < len(token_ids)]
         first, *later = [(span.start, Versions.of_label(span.version)) for span in spans or completion.weight_versions]
         num_steps = tuple(span.num_steps for span in spans)
-        return Generation(token_ids, logprobs, completion.finish_reason, first[1], tuple(later), num_steps)
+        reason, experts = completion.finish_reason, completion.routed_experts
+        return Generation(token_ids, logprobs, reason, first[1], tuple(later), num_steps, experts)
 
     def propose(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Proposals]:
         """A response to each prompt with the draft's proposals along it. Slow: one prompt after the other.

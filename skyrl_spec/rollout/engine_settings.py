@@ -33,6 +33,8 @@ class EngineSettings:
     enforce_eager: bool = False
     seed: int = 0
     speculative_config: dict[str, Any] | None = None
+    # Whether a response comes with the experts of its tokens.
+    returns_experts: bool = False
     # "fixed", "auto", or rows [first batch size, last batch size, drafted tokens].
     schedule: str | list[list[int]] = "fixed"
     # What syncs bring.
@@ -111,9 +113,9 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": False,
         "use_tqdm_on_load": False,
+        "worker_extension_cls": "skyrl_spec.rollout.worker_extension.WorkerExtension",
     }
     if settings.speculative_config is not None:
-        args["worker_extension_cls"] = "skyrl_spec.rollout.draft_recorder.DraftRecorder"
         args |= _schedule_args(settings)
     if settings.device == "cpu":
         args["kv_cache_memory_bytes"] = int(settings.cpu_kvcache_space * 2**30)

@@ -308,6 +308,16 @@ def let_speculation_be_called() -> None:
     core_class.call_speculation = call_speculation
 
 
+def let_experts_be_returned() -> None:
+    """Gives vLLM's engine core a method after which a response comes with the experts of its tokens."""
+    from vllm.v1.engine.core import EngineCore
+
+    from skyrl_spec.rollout.routed_experts import return_experts
+
+    core_class: Any = EngineCore
+    core_class.return_experts = return_experts
+
+
 def let_requests_be_set_aside() -> None:
     """Gives vLLM's engine core methods that stop all requests for a while, and let them go on.
 
@@ -366,6 +376,7 @@ ADDITIONS: tuple[Callable[[], None], ...] = (
     sample_plainly_without_drafts,
     let_drafts_follow_the_seed,
     let_speculation_be_called,
+    let_experts_be_returned,
     let_requests_be_set_aside,
     count_steps_by_version,
 )

@@ -52,6 +52,11 @@ class AlgorithmConfig:
         "for a whole response. cispo: the policy gradient of every token, weighted with its clipped ratio.",
         POLICY_LOSS_TYPES,
     )
+    router_replay: bool = setting(
+        False,
+        "Of a mixture of experts: send the tokens of a response to the same experts in training as the engine did. "
+        "Engine and trainer round differently, so that a token whose choice is close may go elsewhere.",
+    )
     advantage_estimator: str = setting(
         "grpo",
         "grpo: a response's reward minus the mean reward of all responses to its prompt. rloo: minus the mean reward "

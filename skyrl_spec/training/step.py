@@ -6,7 +6,7 @@ Shapes: T tokens of the pack, N response tokens, D hidden, v this rank's vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ def build_micro(batch: TrainBatch, rows: np.ndarray, context: ContextRanks | Non
     is_token_BS = np.arange(batch.token_ids.shape[1]) < lengths[:, None]
     loss_mask_T = batch.loss_mask[rows][is_token_BS]
     pack = pack_documents(batch.token_ids[rows][is_token_BS], loss_mask_T, lengths.tolist())
+    pack = replace(pack, experts_TLk=_experts(batch, rows))
     pack = pack if context is None else context.divide(pack)
     index_N = np.flatnonzero(loss_mask_T)
     own_n, position_n = _own(pack, index_N - 1)
@@ -78,6 +79,21 @@ def build_micro(batch: TrainBatch, rows: np.ndarray, context: ContextRanks | Non
         policy_logprobs_N=None if batch.policy_logprobs is None else of_responses(batch.policy_logprobs),
         ref_logprobs_N=None if batch.ref_logprobs is None else of_responses(batch.ref_logprobs),
     )
+
+
+def _experts(batch: TrainBatch, rows: np.ndarray) -> Tensor | None:
+    """Experts of these rows, end to end: ``[T, L, k]``."""
+    known = [batch.experts[row] for row in rows] if batch.experts is not None else []
+    shape = next((one.shape[1:] for one in known if one is not None), None)
+    if shape is None:
+        return None
+    parts = []
+    for length, of_row in zip(batch.lengths[rows], known, strict=True):
+        experts_tLk = np.full((length, *shape), -1, np.int16)
+        if of_row is not None:
+            experts_tLk[: len(of_row)] = of_row[:length]
+        parts.append(experts_tLk)
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _own(pack: Pack, position_N: np.ndarray) -> tuple[Tensor | None, Tensor]:

@@ -90,6 +90,8 @@ class PolicyTrainer:
         self._stages = Stages.of(spec.num_layers, megatron)
         self.exports = Exports(config, spec, parallel, self._stages, self._trunk_config.params_dtype)
         self.model = self._load_policy(tensors)
+        if config.trainer.algorithm.router_replay:
+            self.model.replay_routers()
         self._expert_load = None
         if spec.experts is not None:
             self._expert_load = ExpertLoad(self.model, spec.num_layers, spec.experts, parallel)

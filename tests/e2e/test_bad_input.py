@@ -325,6 +325,10 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         ],
         (f"{MEGATRON}.sequence_parallel=false: must be null or true for a model with experts", "set it to null"),
     ),
+    "experts of an engine for a dense model": (
+        lambda _: ["trainer.algorithm.router_replay=true"],
+        ("trainer.algorithm.router_replay=true: must be false, because ", "has no experts", "set it to false"),
+    ),
     "MTP head of a mixture": (
         lambda space: [*space.mixture(), "trainer.mtp.enabled=true", "trainer.dflash.enabled=false"],
         ("trainer.mtp.enabled=true: the model ", "has no MTP head", "use a model with an MTP head"),

@@ -162,13 +162,14 @@ def test_experts_on_two_ranks_go_on_on_one(tmp_path: Path) -> None:
     _, first = finish(tmp_path / "two", *overrides, "trainer.ckpt_interval=1", "trainer.max_training_steps=1")
     checkpoint = tmp_path / "two" / "checkpoints" / "step_1"
     go_on = ["trainer.resume_mode=from_path", f"trainer.resume_path={checkpoint}", "trainer.max_training_steps=2"]
-    one = "trainer.policy.megatron_config.expert_model_parallel_size=1"
-    _, second = finish(tmp_path / "one", *overrides, one, *go_on)
+    one = ["trainer.policy.megatron_config.expert_model_parallel_size=1", "trainer.algorithm.router_replay=true"]
+    _, second = finish(tmp_path / "one", *overrides, *one, *go_on)
     assert [record["trainer/step"] for record in [*first, *second]] == [1, 2]
     for record in [*first, *second]:
         # Policy and draft of the engines are those of the workers.
         assert record[names.CANARY_POLICY] < 1e-4
         assert record[names.CANARY_DRAFT] < 1e-4
+        assert record[names.LOGPROBS_DIFF_MAX] < 1e-4
         assert 0 <= record[names.EXPERT_LOAD_MIN] <= 1 <= record[names.EXPERT_LOAD_MAX] <= 4
     # An expert for itself, as in the checkpoint that the run began with.
     shipped = load_file(ROOT / load_config(overrides).trainer.policy.model.path / "model.safetensors")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from gradients import hf_gradients
 from spawn import run_distributed
 from tiny_checkpoints import EXPERTS_PER_TOKEN, NUM_EXPERTS, make_batch, make_config, write_model
 from tiny_models import experts_as_published
 from transformers import AutoModelForCausalLM
 
-from skyrl_spec.data.packing import shard_rows
+from skyrl_spec.data.packing import gather_shards, shard_rows
 from skyrl_spec.metrics import names
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
@@ -131,3 +133,87 @@ def test_the_loss_of_the_load_has_the_gradients_of_its_definition(
         for name, gradient in expected.items():
             assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
         assert all(gradients[name].norm() > 1e-4 for name in routers)
+
+
+def _replayed_batch() -> TrainBatch:
+    """Rows with random experts for all tokens but the last; one without any, whose router chooses."""
+    batch, rng = make_batch(seed=0), np.random.default_rng(0)
+    shape = (NUM_LAYERS, EXPERTS_PER_TOKEN)
+    experts = [
+        np.stack([rng.permutation(NUM_EXPERTS)[:EXPERTS_PER_TOKEN] for _ in range((length - 1) * NUM_LAYERS)])
+        for length in batch.lengths
+    ]
+    rows = [one.reshape(-1, *shape).astype(np.uint8) for one in experts]
+    return replace(batch, policy_logprobs=None, experts=(*rows[:-1], None))
+
+
+def _replay(_rank: int, path: Path, layout: dict[str, int], recompute: str | None, out: Path) -> None:
+    config = make_config(path, draft="dflash", sequence_parallel=None, **layout)
+    config.trainer.algorithm.router_replay = True
+    config.trainer.policy.megatron_config.recompute_granularity = recompute
+    sizes = (layout.get(name, 1) for name in ("cp", "pp", "ep"))
+    ranks = parallel.lay_out(layout.get("tp", 1), torch.device("cpu"), *sizes)
+    trainer, batch = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10), _replayed_batch()
+    shards = [None] * ranks.dp_size
+    mine = {"logprobs": trainer.forward_logprobs(batch)["policy_logprobs"]}
+    dist.all_gather_object(shards, mine, group=ranks.dp_group)
+    trainer.forward_backward(batch)
+    record = {"logprobs": torch.from_numpy(gather_shards(batch, shards)["logprobs"])}
+    torch.save(record | hf_gradients(trainer, "policy"), out / f"{ranks.rank}.pt")
+
+
+def _forced(model: Any, experts: np.ndarray | None) -> None:
+    """Makes transformers' routers choose these experts, ``[tokens, L, k]``, and their own for the last token."""
+    for number, layer in enumerate(model.model.layers):
+        router = layer.mlp.gate
+        own = type(router).forward
+
+        def forward(hidden: torch.Tensor, router: Any = router, own: Any = own, number: int = number) -> Any:
+            logits, weights, chosen = own(router, hidden)
+            if experts is None:
+                return logits, weights, chosen
+            chosen = torch.cat([torch.from_numpy(experts[:, number]).long(), chosen[-1:]])
+            probabilities = logits.softmax(-1).gather(1, chosen)
+            return logits, probabilities / probabilities.sum(-1, keepdim=True), chosen
+
+        router.forward = forward
+
+
+def _forced_logprobs(path: Path) -> torch.Tensor:
+    model, batch = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), _replayed_batch()
+    found = torch.zeros(batch.token_ids.shape)
+    for row, length in enumerate(batch.lengths):
+        _forced(model, batch.experts[row])
+        token_ids = torch.from_numpy(batch.token_ids[row][:length])
+        with torch.no_grad():
+            logprobs = model(token_ids[None]).logits[0].log_softmax(-1)
+        found[row, 1:length] = logprobs[:-1].gather(1, token_ids[1:, None])[:, 0]
+    return found * torch.from_numpy(batch.loss_mask)
+
+
+@pytest.fixture(scope="module")
+def replayed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """On one rank, without recompute."""
+    out = tmp_path_factory.mktemp("replayed")
+    run_distributed(_replay, 1, checkpoint, {}, None, out)
+    return torch.load(out / "0.pt")
+
+
+def test_tokens_go_to_the_experts_of_the_engine(checkpoint: Path, replayed: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(replayed["logprobs"], _forced_logprobs(checkpoint), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=str)
+def test_nor_does_the_layout_change_where_they_go(
+    checkpoint: Path, replayed: dict[str, torch.Tensor], layout: dict[str, int], recompute: str | None, tmp_path: Path
+) -> None:
+    num_ranks = 2 if layout else 1
+    run_distributed(_replay, num_ranks, checkpoint, layout, recompute, tmp_path)
+    stages = [torch.load(tmp_path / f"{rank}.pt") for rank in range(num_ranks)]
+    # With stages, the last one has the log-probs.
+    torch.testing.assert_close(stages[-1].pop("logprobs"), replayed["logprobs"], atol=1e-5, rtol=0)
+    found = {name: tensor for stage in stages for name, tensor in stage.items() if name != "logprobs"}
+    assert found.keys() == replayed.keys() - {"logprobs"}
+    for name, gradient in found.items():
+        assert (gradient - replayed[name]).norm() <= 1e-5 * replayed[name].norm(), name

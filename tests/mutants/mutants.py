@@ -523,6 +523,23 @@ MODELS = [
         ("gradients of experts summed over all replicas", "parameter.allreduce = False", "parameter.allreduce = True"),
     ),
     *of(
+        "models/router_replay.py",
+        ["tests/megatron/test_experts.py::test_nor_does_the_layout_change_where_they_go"],
+        ("choices of the last micro-batch in a recompute", "self._to_come.popleft()", "self._to_come.pop()"),
+        ("a stage replays the layers of the first one", "start=self._first_layer", "start=0"),
+    ),
+    *of(
+        "models/router_replay.py",
+        ["tests/megatron/test_experts.py::test_tokens_go_to_the_experts_of_the_engine"],
+        ("routers choose for themselves", "torch.where(chosen_Tk < 0,", "torch.where(chosen_Tk > -2,"),
+    ),
+    *of(
+        "rollout/routed_experts.py",
+        ["tests/rollout/test_experts.py::test_a_response_comes_with_the_experts_of_its_tokens"],
+        ("experts of another layer", "partial(self._keep, attention, number)", "partial(self._keep, attention, 0)"),
+        ("tokens in the order of the batch", "self._chosen[slots_T, layer]", "self._chosen[: len(slots_T), layer]"),
+    ),
+    *of(
         "models/expert_load.py",
         ["tests/megatron/test_experts.py::test_load_equals_a_count"],
         ("tokens counted again in a recompute", "if torch.is_grad_enabled():", "if True:"),

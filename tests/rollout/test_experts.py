@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from dflash_reference import DflashReference, TargetReference
 from engine_process import EngineProcess
 from exact import assert_exact_logprobs, generate
 from recording import DflashRecorder, largest_difference
 from safetensors.torch import load_file
-from tiny_models import LONG_PROMPT, PROMPT, dflash, write_tiny_dflash, write_tiny_qwen3
+from tiny_models import EXPERTS_PER_TOKEN, LONG_PROMPT, PROMPT, dflash, write_tiny_dflash, write_tiny_qwen3
+from transformers import AutoModelForCausalLM
 from updates import GREEDY, assert_equals_fresh, update
 
 from skyrl_spec.settings.schema import SamplingConfig
 from skyrl_spec.sync.payload import pack_chunks
+from skyrl_spec.types import Generation
 
 # Two implementations in fp32.
 TOLERANCE = 1e-4
@@ -36,6 +39,10 @@ def start(start_engine: Callable[..., EngineProcess], models: Path) -> Callable[
         DflashRecorder,
         model_path=str(models / f"t{seed}"),
         speculative_config=dflash(models / f"d{seed}"),
+        returns_experts=True,
+        # Less than the longest prompt.
+        engine_init_kwargs={"max_num_batched_tokens": 64},
+        max_num_seqs=8,
     )
 
 
@@ -85,3 +92,26 @@ def test_a_missing_expert_is_named(engine: EngineProcess, models: Path) -> None:
     engine.reset_prefix_cache()
     sampling = SamplingConfig(max_generate_length=8)
     assert_exact_logprobs(generate(engine, [PROMPT], sampling, seed=0)[0], PROMPT, models / "t0", sampling)
+
+
+def _assert_experts(generation: Generation, prompt: list[int], target: Path) -> None:
+    """They are those of a forward pass by transformers, of all tokens but the last."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    token_ids = [*prompt, *generation.token_ids[:-1]]
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids]), output_router_logits=True).router_logits
+    expected = torch.stack([of_layer.topk(EXPERTS_PER_TOKEN, dim=-1).indices for of_layer in logits], dim=1)
+    assert generation.experts is not None
+    found = torch.from_numpy(generation.experts).long()
+    assert torch.equal(found.sort(dim=-1).values, expected.sort(dim=-1).values)
+
+
+def test_a_response_comes_with_the_experts_of_its_tokens(engine: EngineProcess, models: Path) -> None:
+    sampling = SamplingConfig(max_generate_length=24)
+    # The first takes the slots, the others find the prompt in the cache, and the last takes over what is free again.
+    for prompt, n in ((LONG_PROMPT[:150], 1), (LONG_PROMPT[:150], 8), (PROMPT, 16), (LONG_PROMPT, 4)):
+        before = engine.spec_counters()
+        for generation in generate(engine, [prompt], sampling, n=n, seed=n)[0]:
+            _assert_experts(generation, prompt, models / "t0")
+        # Drafts were rejected, and their slots written again.
+        assert (engine.spec_counters() - before).num_drafts > 0

@@ -37,6 +37,7 @@ MTP = {"method": "mtp", "num_speculative_tokens": 3}
 BLOCK_SIZE = 4
 MASK_TOKEN = VOCAB_SIZE - 1
 ROPE_THETA = 10000.0
+EXPERTS_PER_TOKEN = 2
 
 
 def write_tiny_model(path: Path, seed: int, tied: bool = False) -> Path:
@@ -81,7 +82,8 @@ def write_tiny_qwen3(
 ) -> Path:
     """A Qwen3 target whose random weights make the next token depend mostly on the last one."""
     torch.manual_seed(seed)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    experts = {"num_experts": 4, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+    experts |= {"moe_intermediate_size": 64, "norm_topk_prob": True}
     config = (Qwen3MoeConfig if has_experts else Qwen3Config)(
         **(experts if has_experts else {}),
         vocab_size=VOCAB_SIZE,
