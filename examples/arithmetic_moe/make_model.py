@@ -2,8 +2,8 @@
 
     python examples/arithmetic_moe/make_model.py --out examples/arithmetic_moe/model --minutes 25
 
-A loss that evens out the load of the experts is part of the warm start, as in the pre-training of the real models. The
-vocabulary has more rows than the tokenizer has tokens: the first of them is the draft's mask token.
+transformers' loss of the experts' load is a part of the warm start. It takes all layers together. The vocabulary has
+more rows than the tokenizer has tokens: the first of them is the draft's mask token.
 """
 
 from __future__ import annotations
