@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def _check_all(_rank: int, paths: list[Path], tp: int) -> None:
         _check_checkpoint(path, ranks)
 
 
+def _without_normed_weights(path: Path) -> Path:
+    """A mixture whose tokens take the weights of their experts as they are."""
+    config = json.loads((path / "config.json").read_text())
+    assert config["norm_topk_prob"] is True
+    (path / "config.json").write_text(json.dumps(config | {"norm_topk_prob": False}))
+    return path
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_architecture_round_trips_and_equals_transformers(tmp_path: Path, tp: int) -> None:
     paths = [
@@ -68,6 +77,7 @@ def test_every_architecture_round_trips_and_equals_transformers(tmp_path: Path, 
         for architecture in ARCHITECTURES
         for tied in (False, True)
     ]
+    paths.append(_without_normed_weights(write_checkpoint(tmp_path / "other", "Qwen3MoeForCausalLM")))
     run_distributed(_check_all, tp, paths, tp)
 
 

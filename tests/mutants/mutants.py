@@ -535,7 +535,7 @@ MODELS = [
     ),
     *of(
         "rollout/routed_experts.py",
-        ["tests/rollout/test_experts.py::test_a_response_comes_with_the_experts_of_its_tokens"],
+        ["tests/rollout/test_mixtures.py::test_a_response_comes_with_the_experts_of_its_tokens"],
         ("experts of another layer", "partial(self._keep, attention, number)", "partial(self._keep, attention, 0)"),
         ("tokens in the order of the batch", "self._chosen[slots_T, layer]", "self._chosen[: len(slots_T), layer]"),
     ),

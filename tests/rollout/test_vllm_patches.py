@@ -55,7 +55,7 @@ def test_tied_output_weights_stay_old_without_the_fix(
 
 
 def test_updated_experts_are_wrong_without_the_fix(start_engine: Callable[..., EngineProcess], tmp_path: Path) -> None:
-    # The fixed engine is tested in test_experts.py.
+    # The fixed engine is tested in test_mixtures.py.
     old, new = (write_tiny_qwen3(tmp_path / name, seed, has_experts=True) for seed, name in enumerate(("old", "new")))
     engine = start_engine(UnpatchedEngine, model_path=str(old), speculative_config=None)
     engine.init_weight_transfer_engine({})
