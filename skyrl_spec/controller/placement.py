@@ -22,7 +22,7 @@ from ray.util.placement_group import (
     placement_group,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from skyrl_spec.controller.engines import EngineGroup
 from skyrl_spec.controller.lossless import PlainEngine
@@ -214,7 +214,9 @@ def start_actors(
     # They leave their GPUs alone until ``start``.
     workers = _create_workers(config, worker_options(config, bundles))
     devices = _get([worker.visible_devices.remote() for worker in workers], deadline, "policy workers", config)
-    options = engine_options(config, settings, bundles, devices)
+    engine_groups = reserve_engines(config, deadline)
+    places_of_engines = bundles_by_rank(engine_groups) if config.trainer.placement.device == "cpu" else bundles
+    options = engine_options(config, settings, places_of_engines, devices)
     engines = [_create_engine(settings, *numbered) for numbered in enumerate(options)]
     pings = [engine.ping.remote() for engine in engines]
     if config.trainer.placement.colocate_all:
@@ -228,7 +230,8 @@ def start_actors(
     _get(started, deadline, "policy workers", config)
     _get(pings, deadline, "rollout engines", config)
     places = _get([worker.place.remote() for worker in workers], deadline, "policy workers", config)
-    policy = PolicyGroup(workers, places, config.trainer.placement.worker_timeout_s, gpus)
+    reserved = [*gpus, *engine_groups]
+    policy = PolicyGroup(workers, places, config.trainer.placement.worker_timeout_s, reserved)
     return _engine_group(config, engines, partial(_restart_engine, config, settings, options), policy), policy
 
 
@@ -282,6 +285,23 @@ def reserve_gpus(config: Config, deadline: float) -> list[PlacementGroup]:
     return groups
 
 
+def reserve_engines(config: Config, deadline: float) -> list[PlacementGroup]:
+    """Places for engines on CPU, on different machines as far as there are some. Empty on GPUs and on one machine.
+
+    Without a place, Ray would put an engine on the driver's machine. So it does with an engine that asks for a machine
+    (``NodeAffinitySchedulingStrategy``), while the news of that machine is on its way.
+
+    Raises:
+        RunError: there was none by ``deadline`` (of ``time.monotonic``).
+    """
+    num_engines, num_nodes = config.generator.inference_engine.num_engines, sum(node["Alive"] for node in ray.nodes())
+    if config.trainer.placement.device != "cpu" or num_nodes == 1:
+        return []
+    group = placement_group([{"CPU": _CPU_SHARE}] * num_engines, strategy="SPREAD")
+    _get([group.ready()], deadline, f"places for {num_engines} engines", config)
+    return [group]
+
+
 def bundles_by_rank(groups: list[PlacementGroup]) -> list[PlacementGroupSchedulingStrategy]:
     """Bundle of each rank, machine after machine: neighbours form tensor-parallel groups."""
     return [
@@ -305,14 +325,15 @@ def engine_options(
 ) -> list[dict[str, Any]]:
     """Ray's options for each engine: GPUs of its own or, with ``colocate_all``, those of as many ranks, in their order.
 
-    ``devices``: GPU of each rank, as CUDA names it on its machine.
+    Args:
+        bundles: of each rank; on CPU, of each engine (``reserve_engines``).
+        devices: GPU of each rank, as CUDA names it on its machine.
     """
     options, num_engines = actor_options(settings), config.generator.inference_engine.num_engines
     if config.trainer.placement.device == "cpu":
-        # They reserve nothing by which Ray would spread them. One whose node is lost goes to another.
-        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-        places = [NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True) for index in range(num_engines)]
-        return [options | {"scheduling_strategy": place} for place in places]
+        if len(bundles) != num_engines:
+            return [options] * num_engines
+        return [options | {"num_cpus": _CPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
     if not config.trainer.placement.colocate_all:
         return [options] * num_engines
     size = settings.tensor_parallel_size

@@ -25,7 +25,8 @@ class GroupedExperts(MegatronModule):
     Megatron's own need Transformer Engine or another package for grouped products, or compute one expert at a time.
     """
 
-    def __init__(self, num_experts: int, config: TransformerConfig, pg_collection: Any = None):
+    def __init__(self, num_experts: int, config: TransformerConfig, pg_collection: Any = None, name: str | None = None):
+        """``name``: since Megatron 0.19, of the module in the model."""
         super().__init__(config=config)
         assert config.moe_ffn_hidden_size is not None
         num_columns = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()

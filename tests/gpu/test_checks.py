@@ -20,7 +20,7 @@ from gpu_pack import Outcome, run_checks
 CPU = torch.device("cpu")
 # One of each module. scripts/gpu_pack.sh rehearse runs them all.
 IN_SMALL = (
-    "steps dflash",
+    "steps mixture",
     "flex attention",
     "varlen attention",
     "fp32 head",

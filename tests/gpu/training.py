@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,14 @@ import torch
 import torch.distributed as dist
 from gpu_check import Check, Figure, apart, relative_error
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import batch_of_lengths, make_batch, make_config, write_model
+from tiny_checkpoints import (
+    EXPERTS_PER_TOKEN,
+    NUM_EXPERTS,
+    batch_of_lengths,
+    make_batch,
+    make_config,
+    write_model,
+)
 from torch import Tensor
 
 from skyrl_spec.metrics.values import values
@@ -26,12 +33,15 @@ from skyrl_spec.types import TrainBatch
 
 NUM_STEPS = 3
 DRAFTS = ("mtp", "dflash")
+# A mixture of experts with a DFlash draft, in place of a draft's name.
+MIXTURE = "mixture"
 # Rounding to bf16 is 2^-9. Losses and norms average over it: with bf16 on a CPU 3e-5 of a loss, 4e-3 of a norm, 2e-2
 # of a gradient.
 LOSS_LIMIT, LATER_LOSS_LIMIT, NORM_LIMIT, GRADIENT_LIMIT = 2e-3, 5e-3, 2e-2, 5e-2
 # A rounded sum of squares changes a clipped gradient by 1e-7, and rounds a bf16 weight here and there otherwise.
 DISTRIBUTED_LIMIT = 1e-4
 LOSSES = ("policy/policy_loss", "policy/entropy", "draft/loss")
+NUM_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Setup:
     device: str
     tp: int = 1
     dtype: str = "bf16"
+    # None: none. ``MIXTURE``: DFlash, and tokens go to given experts, because rounding would send some elsewhere.
     draft: str | None = "mtp"
     recompute: str | None = None
     distributed: bool = False
@@ -72,6 +83,7 @@ def train(setup: Setup, path: Path, rank: int = 0, store: dist.Store | None = No
     metrics, gradients = [], []
     for step in range(setup.num_steps):
         batch = make_long_batch(step, setup.long_rows) if setup.long_rows else make_batch(seed=step)
+        batch = batch if trainer.spec.experts is None else with_experts(batch, seed=step)
         metrics.append(values(trainer.train_mini_batch(batch).metrics))
         # The buffer still holds what the optimizer used.
         gradients.append({component: _copies(module, "main_grad") for component, module in modules.items()})
@@ -91,7 +103,10 @@ def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrain
         store=store,
         timeout_s=120.0,
     )
-    config = make_config(path, tp=setup.tp, dtype=setup.dtype, draft=setup.draft, distributed=setup.distributed)
+    draft = "dflash" if setup.draft == MIXTURE else setup.draft
+    config = make_config(path, tp=setup.tp, dtype=setup.dtype, draft=draft, distributed=setup.distributed)
+    spec = load_spec(str(path))
+    config.trainer.algorithm.router_replay = spec.experts is not None
     config.trainer.policy.megatron_config.recompute_granularity = setup.recompute
     # The recompute of a norm changes the rounding of a sum.
     config.trainer.policy.megatron_config.recompute_modules = ["mlp"]
@@ -101,7 +116,23 @@ def build(setup: Setup, path: Path, rank: int, store: dist.Store) -> PolicyTrain
     if setup.long_rows:
         config.trainer.logprobs_chunk_size = config.trainer.mtp.loss_chunk_size = 1024
         config.trainer.dflash.loss_chunk_size, config.trainer.dflash.anchors_per_sequence = 1024, 64
-    return PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
+    return PolicyTrainer(config, spec, ranks, total_optimizer_steps=10)
+
+
+def with_experts(batch: TrainBatch, seed: int) -> TrainBatch:
+    """``batch`` with random experts for all tokens but the last of each row."""
+    rng = np.random.default_rng(seed)
+    shape = (batch.lengths.sum(), NUM_LAYERS, NUM_EXPERTS)
+    chosen = rng.random(shape).argsort(axis=-1)[..., :EXPERTS_PER_TOKEN].astype(np.uint8)
+    rows = np.split(chosen, batch.lengths.cumsum()[:-1])
+    return replace(batch, experts=tuple(row[:-1] for row in rows))
+
+
+def write_trained_model(folder: Path, trained: str) -> Path:
+    """A tiny checkpoint for a draft of this name, or a mixture."""
+    if trained == MIXTURE:
+        return write_model(folder / "model", "dflash", num_layers=NUM_LAYERS, has_experts=True)
+    return write_model(folder / "model", trained, num_layers=NUM_LAYERS)
 
 
 def make_long_batch(seed: int, length: int) -> TrainBatch:
@@ -116,7 +147,7 @@ def _copies(module: torch.nn.Module, attribute: str) -> dict[str, Tensor]:
 
 def bf16_model(folder: Path, draft: str) -> Path:
     """A tiny checkpoint of numbers that bf16 holds exactly, so that fp32 and bf16 begin with the same weights."""
-    path = write_model(folder / "model", draft)
+    path = write_trained_model(folder, draft)
     for file in folder.glob("*/model.safetensors"):
         save_file({name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}, file)
     return path
@@ -178,7 +209,7 @@ def num_different(got: Record, wanted: Record) -> int:
 
 def equal_with(device: torch.device, folder: Path, trained: str, **changes: Any) -> Figure:
     """Three steps are the same with ``changes`` of the setup, down to the last bit."""
-    path = write_model(folder / "model", trained)
+    path = write_trained_model(folder, trained)
     setup = Setup(device.type, draft=trained)
     got = apart(train, setup, path)
     assert_trains(got)
@@ -250,14 +281,20 @@ def _norms(record: Record) -> list[float]:
     return [metrics["policy/grad_norm"] for metrics in record.metrics]
 
 
-def of_each_draft(name: str, what: str, function: Callable[..., Figure], **arguments: Any) -> list[Check]:
+def of_each_draft(
+    name: str, what: str, function: Callable[..., Figure], drafts: Sequence[str] = DRAFTS, **arguments: Any
+) -> list[Check]:
     return [
-        Check(f"{name} {draft}", f"{what}, {draft} draft", partial(function, trained=draft, **arguments))
-        for draft in DRAFTS
+        Check(
+            f"{name} {draft}",
+            f"{what}, {'mixture of experts' if draft == MIXTURE else f'{draft} draft'}",
+            partial(function, trained=draft, **arguments),
+        )
+        for draft in drafts
     ]
 
 
-STEPS = of_each_draft("steps", "three bf16 steps against fp32 on a CPU", steps_against_fp32)
+STEPS = of_each_draft("steps", "three bf16 steps against fp32 on a CPU", steps_against_fp32, (*DRAFTS, MIXTURE))
 LONG_ROWS = of_each_draft(
     "long rows",
     "one bf16 step with a row of 8,192 tokens against fp32 on a CPU",
@@ -265,11 +302,17 @@ LONG_ROWS = of_each_draft(
     long_rows=(8192, 1200),
 )
 ISOLATION = of_each_draft(
-    "isolation", "what changes of the policy (gradients, weights, metrics) without the draft", equal_with, draft=None
+    "isolation",
+    "what changes of the policy (gradients, weights, metrics) without the draft",
+    equal_with,
+    (*DRAFTS, MIXTURE),
+    draft=None,
 )
 RECOMPUTE = [
     *of_each_draft("recompute", "what changes with recomputed layers", equal_with, recompute="full"),
-    *of_each_draft("recompute of mlp", "what changes with recomputed MLPs", equal_with, recompute="selective"),
+    *of_each_draft(
+        "recompute of mlp", "what changes with recomputed MLPs", equal_with, (*DRAFTS, MIXTURE), recompute="selective"
+    ),
 ]
 DISTRIBUTED = of_each_draft(
     "distributed optimizer",

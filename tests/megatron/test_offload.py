@@ -57,7 +57,8 @@ def _trained_tensors(trainer: PolicyTrainer) -> list[torch.Tensor]:
     assert bool(draft) == trainer.parallel.is_last_stage
     parts = (trainer.policy, *draft)
     weights = [*(one for part in parts for one in part.module.parameters()), *trainer.reference.parameters()]
-    gradients = [buffer.grad_data for part in parts for buffer in part.ddp.buffers]
+    buffers = [buffer for part in parts for buffer in (*part.ddp.buffers, *part.ddp.expert_parallel_buffers)]
+    gradients = [buffer.grad_data for buffer in buffers]
     return [*weights, *gradients, *(tensor for part in parts for tensor in _optimizer_tensors(part))]
 
 
@@ -88,10 +89,10 @@ def _step(trainer: PolicyTrainer, step: int) -> list[Any]:
     return [logprobs, [report.metrics for report in reports], exported, again]
 
 
-def _check(_rank: int, path: Path, draft: str, tp: int, pp: int) -> None:
-    ranks = parallel.lay_out(tp, CPU, pipeline_parallel_size=pp)
+def _check(_rank: int, path: Path, draft: str, tp: int, pp: int, ep: int = 1) -> None:
+    ranks = parallel.lay_out(tp, CPU, pipeline_parallel_size=pp, expert_parallel_size=ep)
     for dtype, distributed in product(("fp32", "bf16"), (False, True)):
-        options = {"dtype": dtype, "distributed": distributed}
+        options = {"dtype": dtype, "distributed": distributed, "ep": ep}
         plain = _build(path, ranks, draft, offload=False, **options)
         trainer = _build(path, ranks, draft, offload=True, **options)
         # The reference is needed first in a step.
@@ -124,6 +125,11 @@ def _flat(values: Any) -> list[torch.Tensor]:
 def test_training_is_the_same_to_the_last_bit(tmp_path: Path, draft: str, tp: int, pp: int, dp: int) -> None:
     path = write_model(tmp_path / "model", draft, tied=tp == pp == 1)
     run_distributed(_check, tp * pp * dp, path, draft, tp, pp)
+
+
+def test_training_of_experts_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", "dflash", has_experts=True)
+    run_distributed(_check, 2, path, "dflash", 1, 1, 2)
 
 
 def test_views_and_shared_storages_come_back_as_they_were() -> None:

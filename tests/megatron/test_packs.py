@@ -12,6 +12,7 @@ import torch
 from spawn import run_distributed
 from tiny_checkpoints import batch_of_lengths, make_config, write_model
 
+from skyrl_spec.data.packing import shard_rows
 from skyrl_spec.losses.reduce import token_weights
 from skyrl_spec.metrics.values import values
 from skyrl_spec.models import parallel
@@ -27,7 +28,8 @@ TOLERANCE = 1e-5
 
 def _record(path: Path, ranks: parallel.Parallel, draft: str, budget: int, batch: TrainBatch) -> dict[str, Any]:
     """Sums, gradients and log-probs of one batch."""
-    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, draft=draft)
+    ep = torch.distributed.get_world_size(ranks.ep_group)
+    config = make_config(path, tp=ranks.tp_size, cp=ranks.cp_size, ep=ep, draft=draft)
     config.trainer.max_tokens_per_microbatch = budget
     trainer = PolicyTrainer(config, load_spec(str(path)), ranks, total_optimizer_steps=10)
     assert trainer.draft is not None
@@ -42,13 +44,16 @@ def _record(path: Path, ranks: parallel.Parallel, draft: str, budget: int, batch
     return {"metrics": metrics, "gradients": gradients, "logprobs": logprobs}
 
 
-def _check_budgets(_rank: int, path: Path, draft: str, tp: int, cp: int) -> None:
-    ranks = parallel.lay_out(tp, torch.device("cpu"), cp)
+def _check_budgets(_rank: int, path: Path, draft: str, tp: int, cp: int, ep: int = 1, masked: int = -1) -> None:
+    ranks = parallel.lay_out(tp, torch.device("cpu"), cp, expert_parallel_size=ep)
     batch = batch_of_lengths(np.random.default_rng(0), PROMPTS, RESPONSES, untrained_row=3)
+    if masked >= 0:
+        batch.loss_mask[shard_rows(batch.lengths, 2)[masked]] = False
+        batch = replace(batch, loss_weights=token_weights(batch.loss_mask, "token_mean", 1))
     alone = _record(path, ranks, draft, 1, batch)
     assert alone["metrics"]["draft/loss"] > 0
     order = np.random.default_rng(1).permutation(len(batch))
-    for budget, rows in ((24, None), (1000, None), (24, order)):
+    for budget, rows in ((24, None), (1000, None), *([(24, order)] if masked < 0 else [])):
         # Random blocks belong to a row of the batch, so that the order may change only where all are trained.
         packed = _record(path, ranks, draft, budget, batch if rows is None else batch.select(rows))
         for name, value in alone["metrics"].items():
@@ -65,6 +70,13 @@ def test_packs_give_what_documents_alone_give(tmp_path: Path, draft: str, tp: in
     """Losses, metrics, every gradient and log-probs, for documents of 1 token to more than the budget, in any order."""
     model = write_model(tmp_path / "model", draft, tied=tied)
     run_distributed(_check_budgets, tp * cp, model, draft, tp, cp)
+
+
+@pytest.mark.parametrize(("ep", "masked"), [(1, -1), (2, -1), (2, 0)], ids=["whole", "ep2", "ep2, a rank without loss"])
+def test_packs_of_a_mixture_give_what_documents_alone_give(tmp_path: Path, ep: int, masked: int) -> None:
+    """Ranks that divide experts have packs of their own, and as many."""
+    model = write_model(tmp_path / "model", "dflash", has_experts=True)
+    run_distributed(_check_budgets, ep, model, "dflash", 1, 1, ep, masked)
 
 
 def _copies(seed: int) -> TrainBatch:

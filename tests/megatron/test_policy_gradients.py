@@ -22,8 +22,9 @@ import torch
 from gradients import hf_gradients
 from spawn import run_distributed
 from tiny_checkpoints import ARCHITECTURES, VOCAB_SIZE, make_config, write_checkpoint
+from tiny_models import experts_as_published
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from skyrl_spec.data.packing import build_train_batch, mini_batches
 from skyrl_spec.metrics.values import values
@@ -156,14 +157,17 @@ def expected_of(model: PreTrainedModel, rows: list[Row], reduction: str) -> Expe
     loss = REDUCTIONS[reduction](losses)
     loss.backward()
     # ``named_parameters`` names a tied head once, as the embedding.
-    return Expected(loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return Expected(loss.item(), experts_as_published(gradients))
 
 
 def make_case(path: Path, architecture: str, tied: bool) -> Case:
     write_checkpoint(path, architecture, tied=tied)
     # MiMo's trunk is Qwen2's. Transformers' eager attention would take its softmax in fp32.
-    kind = Qwen3ForCausalLM if architecture.startswith("Qwen3") else Qwen2ForCausalLM
-    model = kind.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
+    kind = Qwen2ForCausalLM if architecture == "MiMoForCausalLM" else AutoModelForCausalLM
+    # A grouped product does not take float64.
+    experts = {"experts_implementation": "eager"} if architecture == "Qwen3MoeForCausalLM" else {}
+    model = kind.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa", **experts)
     rows = make_rows(model)
     mine = rows[: len(ROWS)]
     with torch.no_grad():
@@ -195,7 +199,7 @@ def make_mini_batch(rows: list[Row], reduction: str) -> TrainBatch:
 
 
 def run_config(path: Path, tp: int, distributed: bool) -> Config:
-    config = make_config(path, tp=tp, draft=None, distributed=distributed)
+    config = make_config(path, tp=tp, draft=None, distributed=distributed, sequence_parallel=None)
     config.generator.sampling_params.temperature = TEMPERATURE
     config.trainer.max_tokens_per_microbatch = 40
     algorithm = config.trainer.algorithm

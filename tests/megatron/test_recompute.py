@@ -61,7 +61,7 @@ def _train(trainer: PolicyTrainer) -> dict[str, Any]:
 
 def _pack_lengths(trainer: PolicyTrainer, batch: TrainBatch) -> set[int]:
     """Lengths of the packs of ``batch`` that no rotary table has: theirs are powers of two."""
-    lengths = {len(micro.pack.token_ids_T) for micro in trainer._micros(batch, trainer._local_rows(batch))}
+    lengths = {len(micro.pack.token_ids_T) for micro in trainer._micros(batch, trainer._shards(batch))}
     lengths = {length for length in lengths if length & (length - 1)}
     parameters = {parameter.shape[0] for parameter in trainer.model.parameters()}
     assert lengths

@@ -64,6 +64,8 @@ def test_every_metric_is_described_and_no_other() -> None:
         names.TRAINER_IDLE,
         names.ENGINES_IDLE,
         names.timing("moves"),
+        names.EXPERT_LOAD_MAX,
+        names.EXPERT_LOAD_MIN,
     }
     steps = [{names.STEP: step, **dict.fromkeys(keys - {names.STEP}, 1.0)} for step in (1, 2)]
     keys |= headline(steps, speedup=1.5).keys()
