@@ -111,7 +111,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _build(model: Path, layout: str, **options: Any) -> PolicyTrainer:
     """Trainer in the groups of ``layout``, which replace the present groups."""
-    options = (LAYOUTS | MIXTURES | LARGE | LARGE_MIXTURES)[layout] | options
+    options = (LAYOUTS | MIXTURES)[layout] | options
     if parallel.parallel_state.is_initialized():
         parallel.parallel_state.destroy_model_parallel()
     sizes = (options.get(name, 1) for name in ("cp", "pp", "ep", "expert_tp"))
@@ -232,13 +232,8 @@ def _resume_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
         assert folders.contents(directory) == {"policy", "draft"}
 
 
-def _reshard_job(
-    rank: int, model: Path, root: Path, pairs: list[tuple[str, str]], *, has_many_ranks: bool = False
-) -> None:
-    """A load under another layout has the same full tensors, and training continues equally.
-
-    ``has_many_ranks``: states of generators are not looked at.
-    """
+def _reshard_job(rank: int, model: Path, root: Path, pairs: list[tuple[str, str]]) -> None:
+    """A load under another layout has the same full tensors, and training continues equally."""
     for source, target in pairs:
         directory = root / source / "step_2"
         torch.manual_seed(99)
@@ -251,9 +246,7 @@ def _reshard_job(
         # States come from the same data-parallel index, or stay. They are equal within a replica.
         saved_world = 1 if source.startswith("tp1") else 2
         saved_dp = 2 if source.startswith("dp2") else 1
-        if has_many_ranks:
-            pass
-        elif trainer.parallel.dp_rank < saved_dp:
+        if trainer.parallel.dp_rank < saved_dp:
             from_rank = trainer.parallel.dp_rank if source.startswith(("tp1", "dp2")) else 0
             # Of the last stage.
             from_rank += source.startswith("pp2")
@@ -480,56 +473,6 @@ def _kinds() -> list[list[str]]:
         if not layout.startswith("tp1"):
             kinds.setdefault((layout in MIXTURES, layout.endswith("bf16")), []).append(layout)
     return list(kinds.values())
-
-
-# Of four ranks.
-LARGE: dict[str, dict[str, Any]] = {
-    "pp2-tp2": {"pp": 2, "tp": 2},
-    "cp2-tp2": {"cp": 2, "tp": 2},
-    "cp2-pp2": {"cp": 2, "pp": 2},
-    "dp2-tp2-distributed": {"tp": 2, "distributed": True},
-}
-LARGE_MIXTURES: dict[str, dict[str, Any]] = {
-    name: {"draft": "dflash", "sequence_parallel": None} | options
-    for name, options in {
-        "dp4-ep2": {"ep": 2},
-        "dp4-ep4-distributed": {"ep": 4, "distributed": True},
-        "dp2-ep2-pp2": {"ep": 2, "pp": 2},
-        "dp2-tp2-ep2-expert_tp2": {"ep": 2, "tp": 2, "expert_tp": 2},
-    }.items()
-}
-
-
-def _large_job(rank: int, model: Path, root: Path, large: list[str], small: list[str]) -> None:
-    """Every layout of four ranks loads in every other, and in those of two ranks, and those in it."""
-    _resume_job(rank, model, root, large)
-    _regroup(rank % 2, 2, root / f"pair{rank // 2}")
-    if rank < 2:
-        _resume_job(rank, model, root, small)
-        pairs = [(source, target) for source in large for target in small]
-        _reshard_job(rank, model, root, pairs, has_many_ranks=True)
-    _regroup_of_four(rank, root)
-    pairs = [(source, target) for target in large for source in (*large, *small) if source != target]
-    _reshard_job(rank, model, root, pairs, has_many_ranks=True)
-
-
-def _regroup_of_four(rank: int, root: Path) -> None:
-    """Two of the ranks have waited for the others for minutes."""
-    (root / f"done{rank}").touch()
-    while len(list(root.glob("done*"))) < 4:
-        time.sleep(0.1)
-    _regroup(rank, 4, root / "four")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("has_experts", [False, True], ids=["dense", "experts"])
-def test_every_layout_of_four_ranks_loads_in_every_other(has_experts: bool, model: Path, tmp_path: Path) -> None:
-    large, small = list(LARGE), [name for name in LAYOUTS if LAYOUTS[name].get("dtype") is None]
-    if has_experts:
-        model = write_model(tmp_path / "model", "dflash", has_experts=True)
-        large, small = list(LARGE_MIXTURES), [name for name in MIXTURES if MIXTURES[name].get("dtype") is None]
-    small = [name for name in small if not name.startswith("tp1")]
-    run_distributed(_large_job, 4, model, tmp_path, large, small, timeout_s=900.0)
 
 
 def _every_pair_job(rank: int, model: Path, root: Path, layouts: list[str]) -> None:
