@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "arithmetic_mtp"))
 
 import torch
+from published_experts import experts_as_published
 from tokenizer import build_tokenizer
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -62,22 +63,6 @@ def losses(model: Qwen3MoeForCausalLM, ids: Tensor, labels: Tensor) -> list[Tens
     return [cross_entropy(outputs.logits, labels, 1), outputs.aux_loss]
 
 
-def as_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with a tensor for each expert, as in published checkpoints. transformers has one for all of a layer."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        layer, _, kind = name.rpartition(".experts.")
-        if not layer:
-            found[name] = tensor
-            continue
-        for number, of_expert in enumerate(tensor):
-            parts = {"down_proj": of_expert}
-            if kind == "gate_up_proj":
-                parts = dict(zip(("gate_proj", "up_proj"), of_expert.chunk(2), strict=True))
-            found |= {f"{layer}.experts.{number}.{part}.weight": weight for part, weight in parts.items()}
-    return found
-
-
 def main() -> None:
     args = arguments(__doc__, minutes=25)
     tokenizer = build_tokenizer()
@@ -91,7 +76,7 @@ def main() -> None:
         # Names of published files, which transformers reads too.
         experts = {"num_experts": model.config.num_experts, "architectures": ["Qwen3MoeForCausalLM"]}
         config = {name: value for name, value in model.config.to_dict().items() if name != "num_local_experts"}
-        save_checkpoint(as_published(model.state_dict()), config | experts, tokenizer, args.out)
+        save_checkpoint(experts_as_published(model.state_dict()), config | experts, tokenizer, args.out)
 
     def look() -> None:
         print("  greedy reward by terms (0: all):", greedy_reward(model, tokenizer, 128), flush=True)

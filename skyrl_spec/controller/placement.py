@@ -331,7 +331,7 @@ def engine_options(
     """
     options, num_engines = actor_options(settings), config.generator.inference_engine.num_engines
     if config.trainer.placement.device == "cpu":
-        if len(bundles) != num_engines:
+        if not bundles:
             return [options] * num_engines
         return [options | {"num_cpus": _CPU_SHARE, "scheduling_strategy": bundle} for bundle in bundles]
     if not config.trainer.placement.colocate_all:

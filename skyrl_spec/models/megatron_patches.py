@@ -6,7 +6,7 @@ parameters or from an accelerator API. Others bridge differences between version
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,16 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import nn
 from torch.distributed import checkpoint
 from torch.overrides import TorchFunctionMode
+
+# Megatron's own, which ``uneven_parts_on_gloo`` replaces.
+_GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+
+def _require(owner: Any, names: Sequence[str], fix: Callable[..., Any]) -> None:
+    """Raises RuntimeError if a patched name is gone: the fix must then be reviewed. ``owner``: a module or class."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{owner.__name__}.{name} is gone: fix {fix.__module__}.{fix.__name__}")
 
 
 class CudaMeansCpu(TorchFunctionMode):
@@ -75,12 +85,8 @@ def current_device_is_cpu() -> None:
 
 def replace_rng_tracker() -> None:
     """Installs ``NoForkRngTracker``: the CUDA tracker asks a CUDA device for its state."""
-    for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"):
-        if not hasattr(megatron_random, name):
-            raise RuntimeError(
-                f"megatron.core.tensor_parallel.random.{name} is gone: "
-                "fix skyrl_spec.models.megatron_patches.replace_rng_tracker"
-            )
+    names = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
+    _require(megatron_random, names, replace_rng_tracker)
     megatron_random._CUDA_RNG_STATE_TRACKER = NoForkRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
@@ -97,13 +103,8 @@ def recompute_keeps_cpu_rng_alone() -> None:
     def set_states(cpu_state: torch.Tensor, _cuda_state: None, _tracker_states: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(cpu_state)
 
-    for name, replacement in (("_get_all_rng_states", get_states), ("_set_all_rng_states", set_states)):
-        if not hasattr(megatron_random, name):
-            raise RuntimeError(
-                f"megatron.core.tensor_parallel.random.{name} is gone: "
-                "fix skyrl_spec.models.megatron_patches.recompute_keeps_cpu_rng_alone"
-            )
-        setattr(megatron_random, name, replacement)
+    _require(megatron_random, ("_get_all_rng_states", "_set_all_rng_states"), recompute_keeps_cpu_rng_alone)
+    megatron_random._get_all_rng_states, megatron_random._set_all_rng_states = get_states, set_states
 
 
 def norm_recompute_without_fp8() -> None:
@@ -143,12 +144,7 @@ def expert_counts_are_on_cpu() -> None:
         return tokens_per_expert
 
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
-    for name in ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"):
-        if not hasattr(dispatcher, name):
-            raise RuntimeError(
-                f"{token_dispatcher.__name__}.MoEAlltoAllTokenDispatcher.{name} is gone: "
-                "fix skyrl_spec.models.megatron_patches.expert_counts_are_on_cpu"
-            )
+    _require(dispatcher, ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"), expert_counts_are_on_cpu)
     dispatcher.cuda_dtoh_stream = object()
     dispatcher._maybe_dtoh_and_synchronize = no_copy
 
@@ -158,19 +154,20 @@ def uneven_parts_on_gloo() -> None:
 
     Experts that several ranks share need it. Can go when gloo takes tensors of different lengths.
     """
-    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    if mappings._gather_along_first_dim is not _GATHER:
+        return
 
     def gather_uneven(part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
         if sizes is None or group.size() == 1:
-            return gather(part, group, None, *args)
+            return _GATHER(part, group, None, *args)
         padded = part.new_zeros(max(sizes), *part.shape[1:])
         padded[: len(part)] = part
-        parts = gather(padded, group).unflatten(0, (len(sizes), -1))
+        parts = _GATHER(padded, group).unflatten(0, (len(sizes), -1))
         return torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)])
 
     def reduce_uneven(whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
         if sizes is None or group.size() == 1:
-            return reduce_scatter(whole, group, None, *args)
+            return _REDUCE_SCATTER(whole, group, None, *args)
         total = whole.clone()
         dist.all_reduce(total, group=group)
         return total.split(sizes)[group.rank()].clone()
@@ -244,11 +241,8 @@ def save_sharded(sharded: dict[str, ShardedTensor], directory: Path, group: Any 
     writers. A Ray actor has threads, and a fork may copy a lock that one of them holds. Can go when Megatron writes
     without a fork.
     """
-    for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
-        if not hasattr(torch_dist, name):
-            raise RuntimeError(
-                f"{torch_dist.__name__}.{name} is gone: fix skyrl_spec.models.megatron_patches.save_sharded"
-            )
+    names = ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner")
+    _require(torch_dist, names, save_sharded)
     by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     checkpoint.save(
         torch_dist.mcore_to_pyt_state_dict(by_key),

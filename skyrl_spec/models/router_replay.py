@@ -35,7 +35,7 @@ class RouterReplay:
 
 
 class _Layer:
-    """What Megatron's ``TopKRouter`` calls, for one layer."""
+    """Choices of one layer, with the method that Megatron's ``TopKRouter`` calls."""
 
     def __init__(self) -> None:
         self.next_Tk: Tensor | None = None

@@ -207,7 +207,7 @@ class _Counts(NamedTuple):
 # There are tens of thousands of tensors in a large mixture of experts, and hundreds of layouts.
 @lru_cache(maxsize=1024)
 def _policy_counts(spec: ModelSpec, tp: int, stages: Stages | None = None, stage: int = 0) -> _Counts:
-    """Of the whole policy, as engines have it, or of a pipeline stage of the trainer."""
+    """Numbers of parameters of the whole policy, as engines have it, or of a pipeline stage of the trainer."""
     shapes: Shapes = tensor_shapes(spec)
     if stages is not None:
         shapes = _of_stage(shapes, spec, stages, stage)

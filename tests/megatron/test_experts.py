@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from gradients import hf_gradients
+from published_experts import experts_as_published
 from spawn import run_distributed
 from tiny_checkpoints import EXPERTS_PER_TOKEN, NUM_EXPERTS, make_batch, make_config, write_model
-from tiny_models import experts_as_published
 from transformers import AutoModelForCausalLM
 
 from skyrl_spec.data.packing import gather_shards, shard_rows

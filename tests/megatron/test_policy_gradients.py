@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from gradients import hf_gradients
+from published_experts import experts_as_published
 from spawn import run_distributed
 from tiny_checkpoints import ARCHITECTURES, VOCAB_SIZE, make_config, write_checkpoint
-from tiny_models import experts_as_published
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from mtp_reference import MtpHead
+from published_experts import experts_as_published
 from safetensors.torch import save_file
-from tiny_models import experts_as_published, write_tiny_dflash
+from tiny_models import write_tiny_dflash
 from transformers import (
     PreTrainedConfig,
     Qwen2Config,

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from published_experts import experts_as_published
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -112,21 +113,6 @@ def write_tiny_qwen3(
     _write(path, config.to_dict() | {"architectures": [type(model).__name__]}, weights)
     _write_tokenizer(path)
     return path
-
-
-def experts_as_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of transformers with a tensor for each expert, as in checkpoints. Others are as they were."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        prefix, _, kind = name.rpartition(".experts.")
-        if not prefix:
-            found[name] = tensor
-            continue
-        for number, of_expert in enumerate(tensor):
-            parts = of_expert.chunk(2) if kind == "gate_up_proj" else [of_expert]
-            names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-            found |= {f"{prefix}.experts.{number}.{one}.weight": part for one, part in zip(names, parts, strict=True)}
-    return found
 
 
 def write_tiny_dflash(
